@@ -1,0 +1,9 @@
+"""The errors a user can cause and mend; the command line prints them as one line."""
+
+
+class UserError(Exception):
+    """A file, a key or a state the user can mend. The message names it and the fix; exit code 1."""
+
+
+class UsageError(UserError):
+    """A command line or a config that cannot be read. Exit code 2."""
