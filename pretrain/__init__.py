@@ -1,0 +1,1 @@
+"""Pretraining of a cohort: dataset -> checkpoint and export."""
