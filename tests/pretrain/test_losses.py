@@ -423,6 +423,26 @@ def test_per_network_terms_sum_to_the_scalars_and_total_weighs_them():
     torch.testing.assert_close(terms.total(), expected)
 
 
+def test_a_soft_term_counts_for_its_student_and_teaches_it_alone():
+    query = unit(2, 4, 6, seed=28).requires_grad_()
+    key, queue = unit(2, 4, 6, seed=29), unit(2, 7, 6, seed=30)
+    by_network = queue_terms_by_network(
+        query, key, queue, temperature=0.2, same_sample_positive=False
+    )
+    cross = [
+        torch.cat([(query[a] * key[b]).sum(1, keepdim=True), query[a] @ queue[b].T], 1) / 0.2
+        for a, b in ((0, 0), (1, 1), (0, 1), (1, 0))
+    ]
+    p_0, p_1, q_01, q_10 = cross
+    torch.testing.assert_close(by_network.scl_soft[0], soft_kl(p_1, p_0, 1.0).mean())
+    torch.testing.assert_close(by_network.scl_soft[1], soft_kl(p_0, p_1, 1.0).mean())
+    torch.testing.assert_close(by_network.icl_soft[0], soft_kl(q_10, q_01, 1.0).mean())
+    for term in (by_network.scl_soft, by_network.icl_soft):
+        gradient = torch.autograd.grad(term[0], query, retain_graph=True)[0]
+        assert gradient[0].abs().sum() > 0
+        assert gradient[1].abs().sum() == 0
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
