@@ -1,0 +1,118 @@
+"""The one command. A verb's module is imported when the verb is used, so that `--help` answers at once."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from peerlearn.config import nearest
+from peerlearn.errors import UsageError, UserError
+
+DONE, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Verb(NamedTuple):
+    """Where a verb lives: a function from the words after the verb to an exit code."""
+
+    module: str
+    function: str
+    help: str
+
+
+VERBS = {
+    "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks"),
+    "resume": Verb("pretrain.command", "resume", "continue a run from its latest checkpoint"),
+    "knn": Verb("peerlearn.knn_command", "main", "score exported networks by weighted kNN"),
+    "configs": Verb("peerlearn.configs_command", "main", "list the shipped configs"),
+    "doctor": Verb("peerlearn.doctor", "main", "check what is installed and what is missing"),
+}
+
+# Folders beside peerlearn/ whose generic names any stray file could take.
+_SIBLINGS = ("pretrain",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done, 1 failure (one line on stderr), 2 usage, 75 saved and to be run again.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UsageError as error:
+        return _complain(error, USAGE)
+    except UserError as error:
+        return _complain(error, FAILURE)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); nobody is left to be told.
+        sys.stderr.close()
+        return DONE
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return DONE if words else USAGE
+    if words[0] == "--version":
+        from peerlearn import __version__
+
+        print(f"peerlearn {__version__}")
+        return DONE
+    name = words[0]
+    if name not in VERBS:
+        raise UsageError(
+            f"unknown verb {name!r}{nearest(name, VERBS)}; `peerlearn --help` lists them"
+        )
+    check_siblings()
+    verb = VERBS[name]
+    function = getattr(importlib.import_module(verb.module), verb.function)
+    try:
+        return int(function(words[1:]))
+    except SystemExit as stop:
+        # argparse's own way to end after --help (0) or a wrong word (2).
+        return int(stop.code or 0)
+
+
+def check_siblings() -> None:
+    """Make sure that generic package names mean this project's folders.
+
+    Under ``python -m`` the working directory comes first, and a stray ``pretrain.py`` there would win.
+
+    Raises:
+        UserError: one does not; the message names the file in the way.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in _SIBLINGS:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin != home / name / "__init__.py":
+            raise UserError(
+                f"`import {name}` finds {origin or 'nothing'} instead of {home / name}: "
+                "rename that file or run from another folder"
+            )
+
+
+def _help() -> str:
+    lines = [
+        "usage: peerlearn VERB ...",
+        "",
+        "Pretrain a cohort of networks that teach each other, and see what the features are worth.",
+        "",
+    ]
+    lines += [f"  {name:<10} {verb.help}" for name, verb in VERBS.items()]
+    lines += [
+        "",
+        "`peerlearn VERB --help` explains a verb. Example:",
+        "  peerlearn pretrain mcl_fashion_mnist_demo --run runs/demo",
+    ]
+    return "\n".join(lines)
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"peerlearn: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,198 @@
+"""Configs: frozen dataclasses, filled from a YAML file and then from the command line.
+
+An unknown key is an error that names the nearest one; a value out of range is refused by the dataclass itself.
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from peerlearn.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    config_class: type[Config],
+    argv: Sequence[str],
+    *,
+    verb: str,
+    description: str,
+    example: str,
+    shipped: Path | None = None,
+) -> tuple[Config, bool]:
+    """Read ``[CONFIG] [--key value ...] [--dry_run]`` into ``config_class``.
+
+    Args:
+        config_class: a frozen dataclass; nested dataclasses become dotted keys.
+        argv: the words after the verb. CONFIG is a path, or the name of a file of ``shipped``.
+        verb, description, example: for ``--help``.
+        shipped: the folder of shipped configs.
+
+    Returns:
+        The config, and whether ``--dry_run`` was given.
+
+    Raises:
+        UsageError: an unknown key or file, a value of the wrong type or out of range.
+        SystemExit: ``--help``.
+    """
+    words = list(argv)
+    sources = []
+    if words and not words[0].startswith("-"):
+        path = find_config(words.pop(0), shipped)
+        _check_file_keys(path, config_class)
+        sources = ["--config", str(path)]
+    dry_run = "--dry_run" in words
+    words = [word for word in words if word != "--dry_run"]
+    _check_word_keys(words, config_class, verb)
+    parser = _build_parser(config_class, verb, description, example)
+    return _parse(parser, config_class, [*sources, *words]), dry_run
+
+
+def load_config(config_class: type[Config], path: Path) -> Config:
+    """Read a whole config file, as strictly as `parse_config`."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such config file")
+    _check_file_keys(path, config_class)
+    parser = _build_parser(config_class, path.name, "", "")
+    return _parse(parser, config_class, ["--config", str(path)])
+
+
+def config_to_yaml(config: Any) -> str:
+    """The whole config as YAML, in the order of its fields; `load_config` reads it back equal."""
+    plain = _plain(dataclasses.asdict(config))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def find_config(name: str, shipped: Path | None) -> Path:
+    """A path as it stands, else a shipped config's name.
+
+    Raises:
+        UsageError: neither, with the nearest shipped names.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UsageError(f"{name}: no such config file")
+        return path
+    names = {file.stem: file for file in shipped.glob("*.yaml")} if shipped else {}
+    if name in names:
+        return names[name]
+    raise UsageError(
+        f"{name!r} is neither a file nor a shipped config{nearest(name, names)}; "
+        "`peerlearn configs` lists them"
+    )
+
+
+def nearest(name: str, known: Any) -> str:
+    """``"; did you mean 'a'?"`` for the known name closest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def config_keys(config_class: Any) -> dict[str, bool]:
+    """Every dotted key of a config class, in order; True marks those that are a group of further keys."""
+    return dict(_walk(config_class, ""))
+
+
+def _walk(config_class: Any, prefix: str) -> Iterator[tuple[str, bool]]:
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        key = prefix + field.name
+        is_group = dataclasses.is_dataclass(hints[field.name])
+        yield key, is_group
+        if is_group:
+            yield from _walk(hints[field.name], key + ".")
+
+
+def _check_file_keys(path: Path, config_class: Any) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
+    if content is None:
+        return
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{path}: a config file holds `key: value` lines")
+    keys = config_keys(config_class)
+    for key, value in _flatten(content, ""):
+        if key not in keys:
+            raise UsageError(f"{path}: unknown key {key!r}{nearest(key, keys)}")
+        if keys[key] and not isinstance(value, Mapping):
+            raise UsageError(f"{path}: {key!r} is a group of keys, not a value")
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+
+
+def _check_word_keys(words: Sequence[str], config_class: Any, verb: str) -> None:
+    keys = config_keys(config_class)
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        key = word[2:].split("=", 1)[0].rstrip("+")
+        if key != "help" and not (key in keys and not keys[key]):
+            raise UsageError(
+                f"unknown key --{key}{nearest(key, keys)} (`peerlearn {verb} --help` lists them all)"
+            )
+
+
+def _build_parser(config_class: Any, verb: str, description: str, example: str) -> Any:
+    # Imported here: a verb that takes no config should not wait for it.
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"peerlearn {verb}",
+        description=f"{description} Example: {example}",
+        usage=f"peerlearn {verb} [CONFIG] [--key value ...] [--dry_run]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    parser.add_argument("--config", action="config", help=jsonargparse.SUPPRESS)
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def _parse(parser: Any, config_class: type[Config], words: Sequence[str]) -> Config:
+    import argparse
+
+    try:
+        values = parser.instantiate(parser.parse_args(words))
+        fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+        return config_class(**{field.name: values[field.name] for field in fields})
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise UsageError(_readable(error)) from error
+
+
+def _readable(error: Exception) -> str:
+    """jsonargparse's type errors as ``key: expected int, got 'a'``."""
+    text = _one_line(error)
+    found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
+    if not found:
+        return text
+    key, expected, value = found.groups()
+    expected = re.sub(r"<class '([^']+)'>", r"\1", expected).replace("typing.", "")
+    return f"{key}: expected {expected}, got {value!r}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,58 @@
+"""`peerlearn configs`: the shipped configs and what their headers say."""
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+# verb -> the package whose configs/ folder holds its shipped configs
+CONFIG_PACKAGES = {"pretrain": "pretrain"}
+HEADER_FIELDS = ("source", "command", "hardware", "hours", "expected metric")
+
+
+def main(argv: Sequence[str]) -> int:
+    """List the configs of every verb, one line each, or print one whole. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="peerlearn configs",
+        description="List the shipped configs, or print one. Example: peerlearn configs mcl_fashion_mnist_demo",
+    )
+    parser.add_argument("name", nargs="?", help="print this config instead of the list")
+    name = parser.parse_args(argv).name
+    for verb, package in CONFIG_PACKAGES.items():
+        folder = config_folder(package)
+        if name is not None:
+            from peerlearn.config import find_config
+
+            print(find_config(name, folder).read_text(), end="")
+            continue
+        for path in sorted(folder.glob("*.yaml")):
+            header = read_header(path)
+            print(
+                f"{verb}  {path.stem:<32} {header['source']}; expected: {header['expected metric']}"
+            )
+    return 0
+
+
+def config_folder(package: str) -> Path:
+    """The configs/ folder of an installed package."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "configs"
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The ``# field: text`` comment lines a config opens with; a line without a field continues the one above."""
+    header: dict[str, str] = {}
+    field = ""
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.removeprefix("#").strip()
+        name, colon, rest = text.partition(":")
+        if colon and name in HEADER_FIELDS:
+            field = name
+            header[field] = rest.strip()
+        elif field:
+            header[field] += " " + text
+    return header

@@ -1,0 +1,75 @@
+"""Progress of long work: a bar on a terminal, plain lines now and then elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_PLAIN_INTERVAL_SECONDS = 10.0
+
+
+class Reporter:
+    """Counts work done; made by `progress`."""
+
+    def __init__(self, total: int, unit: str, done: int, bar: Progress | None) -> None:
+        self._bar = bar
+        self._task: TaskID | None = bar.add_task("", total=total, completed=done) if bar else None
+        self._total, self._unit, self._done, self._at_start = total, unit, done, done
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, amount: int = 1, text: str = "") -> None:
+        """Say that ``amount`` more is done; ``text`` stands beside the count."""
+        self._done += amount
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, advance=amount, description=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _PLAIN_INTERVAL_SECONDS:
+            self._last_line = now
+            rate = (self._done - self._at_start) / (now - self._start)
+            left = time_text((self._total - self._done) / rate) if rate else "?"
+            self.say(f"{self._unit} {self._done}/{self._total}  {text}  {left} left")
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        if self._bar:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+
+
+@contextmanager
+def progress(total: int, unit: str, *, done: int = 0) -> Iterator[Reporter]:
+    """Report the progress of ``total`` units of work, of which ``done`` were done before."""
+    console = Console()
+    if not console.is_terminal:
+        yield Reporter(total, unit, done, None)
+        return
+    columns = (
+        TextColumn(unit),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Reporter(total, unit, done, bar)
+
+
+def time_text(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

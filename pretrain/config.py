@@ -1,0 +1,326 @@
+"""The config of a pretraining run. Every key of a YAML file and of the command line is a field here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortConfig:
+    """The networks that learn together.
+
+    Attributes:
+        networks: M, how many; 1 is the plain method without peers.
+        backbones: one name for all of them, or a list of M names; any timm network, or a CIFAR network.
+        share_stages: how many low stages all networks share, 0 = independent, null = the paper's rule (none for
+            two networks; for more, all but the last stage of CIFAR networks and all but the last two of others).
+        embedding_dim: D, size of the embedding the losses compare.
+        projection: linear, or mlp (two layers with a ReLU between).
+        small_images: give ResNets a 3x3 stem without max-pool.
+        batch_norm_splits: normalise the batch in this many parts of their own, as several GPUs would; 1 = plain.
+    """
+
+    networks: int = 2
+    backbones: str | list[str] = "resnet18"
+    share_stages: int | None = None
+    embedding_dim: int = 128
+    projection: Literal["linear", "mlp"] = "linear"
+    small_images: bool = False
+    batch_norm_splits: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.networks >= 1, f"cohort.networks must be at least 1, got {self.networks}")
+        _require(
+            isinstance(self.backbones, str) or len(self.backbones) in (1, self.networks),
+            f"cohort.backbones must be one name or cohort.networks = {self.networks} names, "
+            f"got {self.backbones}",
+        )
+        _require(
+            self.share_stages is None or self.share_stages >= 0,
+            f"cohort.share_stages must be null or at least 0, got {self.share_stages}",
+        )
+        _require(
+            self.embedding_dim >= 1,
+            f"cohort.embedding_dim must be at least 1, got {self.embedding_dim}",
+        )
+        _require(
+            self.batch_norm_splits >= 1,
+            f"cohort.batch_norm_splits must be at least 1, got {self.batch_norm_splits}",
+        )
+
+    def architectures(self) -> list[str]:
+        """The M backbone names."""
+        names = [self.backbones] if isinstance(self.backbones, str) else self.backbones
+        return names * self.networks if len(names) == 1 else list(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueConfig:
+    """MoCo's queue of negatives and its momentum networks.
+
+    Attributes:
+        size: K, keys held per network.
+        momentum: m of the key networks' moving average, per step.
+    """
+
+    size: int = 65536
+    momentum: float = 0.999
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 1, f"queue.size must be at least 1, got {self.size}")
+        _require(
+            0 <= self.momentum <= 1, f"queue.momentum must be within 0..1, got {self.momentum}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images and how they are read and augmented.
+
+    Attributes:
+        name: digits, fashion_mnist, cifar10, cifar100, stl10, tinyimagenet, imagenet, or folder.
+        root: where the data lies; null = the usual places, then a download where one exists.
+        split: train; for stl10 also unlabeled and train+unlabeled.
+        fallback: the dataset to take, with a line that says so, where `name` cannot be had; null = stop.
+        backend: memory (decoded once) or folder (decoded by workers).
+        limit: only the first n training images.
+        augmentation: moco_v1, moco_v2, moco_cifar or crop_flip.
+        image_size: side of the views in pixels; null = the dataset's own, 224 for image files.
+        workers: processes (folder) or threads that read images.
+    """
+
+    name: str = "fashion_mnist"
+    root: str | None = None
+    split: str = "train"
+    fallback: str | None = None
+    backend: Literal["memory", "folder"] = "memory"
+    limit: int | None = None
+    augmentation: Literal["moco_v1", "moco_v2", "moco_cifar", "crop_flip"] = "moco_v2"
+    image_size: int | None = None
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        _require(
+            self.limit is None or self.limit >= 1,
+            f"data.limit must be at least 1, got {self.limit}",
+        )
+        _require(
+            self.image_size is None or self.image_size >= 1,
+            f"data.image_size must be at least 1, got {self.image_size}",
+        )
+        _require(self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimiser; the learning rate is `base_lr` of the run.
+
+    Attributes:
+        name: sgd, lars or adamw.
+        momentum: of sgd and lars.
+        nesterov: of sgd and lars.
+        weight_decay: L2 penalty (sgd, lars) or decoupled decay (adamw).
+        decay_norm_and_bias: decay batch-norm weights and biases too, as MoCo does.
+    """
+
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.momentum < 1, f"optimizer.momentum must be within 0..1, got {self.momentum}"
+        )
+        _require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay must be at least 0, got {self.weight_decay}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves, per step.
+
+    Attributes:
+        name: cosine (to 0), step (times gamma at each milestone) or constant.
+        warmup_epochs: linear rise from 0 before the schedule proper.
+        milestones_epochs: where step falls.
+        gamma: by what factor step falls.
+    """
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    milestones_epochs: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(
+            self.warmup_epochs >= 0,
+            f"schedule.warmup_epochs must be at least 0, got {self.warmup_epochs}",
+        )
+        _require(
+            self.milestones_epochs == sorted(self.milestones_epochs),
+            f"schedule.milestones_epochs must rise, got {self.milestones_epochs}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of training is saved and the networks are exported.
+
+    Attributes:
+        every_steps: save after this many steps; null = after every epoch. The last step is always saved.
+        keep_last: how many saves stay.
+        export_every_epochs: export the networks after this many epochs. The last step is always exported.
+        export_key_networks: export the momentum networks too.
+    """
+
+    every_steps: int | None = None
+    keep_last: int = 2
+    export_every_epochs: int = 10
+    export_key_networks: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.every_steps is None or self.every_steps >= 1,
+            f"checkpoint.every_steps must be at least 1, got {self.every_steps}",
+        )
+        _require(
+            self.keep_last >= 2,
+            f"checkpoint.keep_last must be at least 2, so that one save stands while the next is "
+            f"written, got {self.keep_last}",
+        )
+        _require(
+            self.export_every_epochs >= 1,
+            f"checkpoint.export_every_epochs must be at least 1, got {self.export_every_epochs}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What is watched while training, on the dataset's own train and test splits, never used for training.
+
+    Attributes:
+        every_epochs: kNN and representation figures after this many epochs; 0 = never.
+        k: neighbours of the weighted kNN.
+        temperature: of the kNN's weights exp(cosine / temperature).
+        train_limit: only the first n training images as the kNN's neighbours.
+        test_limit: only the first n test images.
+        key_networks: watch the momentum networks too.
+        log_every_steps: a row of losses in metrics.jsonl after this many steps.
+    """
+
+    every_epochs: int = 1
+    k: int = 200
+    temperature: float = 0.1
+    train_limit: int | None = None
+    test_limit: int | None = None
+    key_networks: bool = False
+    log_every_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("k", "train_limit", "test_limit", "log_every_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"monitor.{name} must be at least 1, got {value}")
+        _require(
+            self.every_epochs >= 0,
+            f"monitor.every_epochs must be at least 0, got {self.every_epochs}",
+        )
+        _require(
+            self.temperature > 0, f"monitor.temperature must be positive, got {self.temperature}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pretraining run.
+
+    Attributes:
+        run: the run directory; null = runs/ and the config's name.
+        seed: of everything random.
+        epochs: passes over the training images.
+        method: moco (queue, momentum networks) or simclr (the batch is its own negatives).
+        batch_size: images per optimiser step, over all processes.
+        accumulation_steps: split each batch into this many parts to save memory (moco only).
+        base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / that.
+        base_lr_batch_size: the batch size `base_lr` was published for.
+        alpha: weight of the self-contrastive terms (Eq. 6).
+        beta: weight of the interactive terms (Eq. 6).
+        temperature: tau of the contrastive softmax.
+        soft_temperature: T of the soft terms.
+        same_sample_positive: count the peer's embedding of the same view as a second positive (Eq. 4).
+        terms: the loss terms that train; the others are logged only.
+        symmetric: also swap the two views and add both losses (moco only).
+        device: auto = a GPU where there is one, or cpu, cuda, cuda:1, ...
+    """
+
+    run: str | None = None
+    seed: int = 0
+    epochs: int = 200
+    method: Literal["moco", "simclr"] = "moco"
+    batch_size: int = 256
+    accumulation_steps: int = 1
+    base_lr: float = 0.03
+    base_lr_batch_size: int = 256
+    alpha: float = 0.5
+    beta: float = 0.1
+    temperature: float = 0.07
+    soft_temperature: float = 1.0
+    same_sample_positive: bool = True
+    terms: list[Term] = field(
+        default_factory=lambda: ["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
+    )
+    symmetric: bool = False
+    device: str = "auto"
+    cohort: CohortConfig = field(default_factory=CohortConfig)
+    queue: QueueConfig = field(default_factory=QueueConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulation_steps", "base_lr_batch_size"):
+            _require(
+                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+            )
+        _require(
+            self.batch_size >= 2,
+            f"batch_size must be at least 2, for batch norm, got {self.batch_size}",
+        )
+        for name in ("base_lr", "temperature", "soft_temperature"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("alpha", "beta"):
+            _require(
+                getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
+            )
+        _require(bool(self.terms), "terms must name at least one loss term")
+        parts = self.accumulation_steps * self.cohort.batch_norm_splits
+        _require(
+            self.batch_size % parts == 0 and self.batch_size // parts >= 2,
+            f"batch_size {self.batch_size} must divide into accumulation_steps x "
+            f"cohort.batch_norm_splits = {parts} parts of at least 2 images",
+        )
+        if self.method == "simclr":
+            _require(
+                self.accumulation_steps == 1,
+                "accumulation_steps must be 1 with method simclr: its batch is its negatives, "
+                "so parts of it would be another loss",
+            )
+            _require(
+                not self.symmetric, "symmetric must be false with method simclr: it already is"
+            )
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate, `base_lr` scaled linearly to the batch size (Goyal et al. 2017)."""
+        return self.base_lr * self.batch_size / self.base_lr_batch_size

@@ -1,0 +1,168 @@
+"""What is watched while a cohort trains: kNN accuracy, and figures that show a collapse early.
+
+Nothing here touches training: networks run in eval mode, and every random view comes from counters of its own.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peerlearn.augment import AUGMENTATIONS
+from peerlearn.datasets import ImageDataset, first_images, load_dataset
+from peerlearn.errors import UserError
+from peerlearn.features import eval_mode, extract_features
+from peerlearn.knn import ensemble_features, knn_scores, knn_top1
+from peerlearn.loader import ViewLoader
+from peerlearn.representation import (
+    alignment,
+    feature_std,
+    peer_agreement,
+    rankme,
+    uniformity,
+)
+from pretrain.cohort import Cohort
+from pretrain.config import PretrainConfig
+
+# RankMe's singular values cost N D^2; some thousands of images settle them.
+_RANKME_IMAGES = 4096
+_PROBE_IMAGES = 512
+# Beyond small images, raw pixels are too wide to search and no baseline anyone quotes.
+_LARGEST_PIXEL_COUNT = 4096
+
+logger = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Measures a cohort on the dataset it trains on: its labelled train split votes, its test split is asked."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        dataset: ImageDataset,
+        *,
+        image_size: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.image_size = image_size
+        self.device = device
+        self.train, self.test = _labelled_splits(config, dataset)
+        self._probe = ViewLoader(
+            first_images(dataset, min(_PROBE_IMAGES, len(dataset))),
+            AUGMENTATIONS[config.data.augmentation],
+            backend=config.data.backend,
+            image_size=image_size,
+            batch_size_global=min(64, len(dataset)),
+            seed=config.seed,
+            device=device,
+            workers=config.data.workers,
+        )
+
+    def measure(self, cohort: Cohort, peers: Cohort | None = None) -> dict[str, float]:
+        """Every figure of every network, by its name in metrics.jsonl; accuracies in percent.
+
+        Args:
+            cohort: the query networks.
+            peers: the momentum networks, measured too where the config asks for them.
+        """
+        row: dict[str, float] = {}
+        networks = {f"net/{m}": backbone for m, backbone in enumerate(cohort.backbones)}
+        if peers is not None and self.config.monitor.key_networks:
+            networks |= {f"net/key-{m}": backbone for m, backbone in enumerate(peers.backbones)}
+        test = dict(zip(networks, self._features(self.test, list(networks.values())), strict=True))
+        for name, features in test.items():
+            row[f"{name}/rankme"] = rankme(features[:_RANKME_IMAGES])
+            row[f"{name}/feature_std"] = feature_std(features)
+        if self.train is not None:
+            train = dict(
+                zip(networks, self._features(self.train, list(networks.values())), strict=True)
+            )
+            row |= self._knn(train, test, cohort_names=list(networks)[: len(cohort.backbones)])
+        return row | self._probe_figures(cohort)
+
+    def pixels_top1(self) -> float | None:
+        """kNN top-1 of the raw pixels in percent, which a network has to beat; None for large images and files."""
+        if self.train is None:
+            return None
+        train, test = self.train.images, self.test.images
+        if not (isinstance(train, Tensor) and isinstance(test, Tensor)):
+            return None
+        if train[0].numel() > _LARGEST_PIXEL_COUNT:
+            return None
+        return self._top1(self._scores(train.flatten(1).float(), test.flatten(1).float()))
+
+    def _features(self, dataset: ImageDataset, backbones: Sequence[nn.Module]) -> list[Tensor]:
+        return extract_features(
+            backbones,
+            dataset,
+            image_size=self.image_size,
+            batch_size=self.config.batch_size,
+            device=self.device,
+            workers=self.config.data.workers,
+        )
+
+    def _knn(
+        self, train: dict[str, Tensor], test: dict[str, Tensor], *, cohort_names: list[str]
+    ) -> dict[str, float]:
+        scores = {name: self._scores(train[name], test[name]) for name in train}
+        row = {f"{name}/knn_top1": self._top1(found) for name, found in scores.items()}
+        joint = [ensemble_features([side[name] for name in cohort_names]) for side in (train, test)]
+        row["ensemble/knn_top1"] = self._top1(self._scores(*joint))
+        if len(cohort_names) > 1:
+            row["cohort/agreement"] = peer_agreement(
+                torch.stack([scores[name].argmax(-1) for name in cohort_names])
+            )
+        monitor = self.config.monitor
+        return row | {"knn/k": monitor.k, "knn/temperature": monitor.temperature}
+
+    def _scores(self, train: Tensor, test: Tensor) -> Tensor:
+        assert self.train is not None
+        assert self.train.labels is not None
+        return knn_scores(
+            train,
+            self.train.labels,
+            test,
+            k=self.config.monitor.k,
+            temperature=self.config.monitor.temperature,
+            num_classes=self.train.num_classes,
+        )
+
+    def _top1(self, scores: Tensor) -> float:
+        assert self.test.labels is not None
+        return knn_top1(scores, self.test.labels)
+
+    @torch.no_grad()
+    def _probe_figures(self, cohort: Cohort) -> dict[str, float]:
+        """Alignment and uniformity of the embeddings of two views of the first training images."""
+        with eval_mode([cohort]):
+            pairs = [[cohort(view) for view in batch.views] for batch in self._probe.epoch(0)]
+        first, second = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
+        row = {}
+        for m in range(len(first)):
+            row[f"net/{m}/alignment"] = alignment(first[m], second[m])
+            row[f"net/{m}/uniformity"] = uniformity(first[m])
+        return row
+
+
+def _labelled_splits(
+    config: PretrainConfig, dataset: ImageDataset
+) -> tuple[ImageDataset | None, ImageDataset]:
+    """The images that vote and those that are asked; without labels, none vote and training's are looked at."""
+    limits = config.monitor
+
+    def load(split: str, limit: int | None) -> ImageDataset:
+        return load_dataset(dataset.name, split, root=config.data.root, limit=limit)
+
+    try:
+        train, test = load("train", limits.train_limit), load("test", limits.test_limit)
+    except UserError as error:
+        logger.warning("kNN is off: %s", error)
+    else:
+        if train.labels is not None and test.labels is not None:
+            return train, test
+        logger.warning("kNN is off: %s has no labels", dataset.name)
+    unlabelled = dataclasses.replace(dataset, labels=None)
+    return None, first_images(unlabelled, min(_RANKME_IMAGES, len(dataset)))

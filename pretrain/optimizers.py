@@ -1,0 +1,56 @@
+"""The optimiser of a cohort: one over all networks, as Eq. 6 is one loss."""
+
+import torch
+from torch import nn
+
+from pretrain.config import OptimizerConfig
+
+
+def build_optimizer(
+    cohort: nn.Module, config: OptimizerConfig, *, lr: float
+) -> torch.optim.Optimizer:
+    """SGD (MoCo), LARS (You et al. 2017) or AdamW over the cohort's parameters.
+
+    Unless ``decay_norm_and_bias``, vectors and scalars (batch-norm weights, biases) are neither decayed nor, with
+    LARS, adapted; MoCo decays everything.
+    """
+    parameters = [p for p in cohort.parameters() if p.requires_grad]
+    if config.decay_norm_and_bias:
+        groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    else:
+        groups = [
+            {
+                "params": [p for p in parameters if p.ndim > 1],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if config.name == "lars":
+        from timm.optim.lars import Lars
+
+        return Lars(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state as named tensors: ``<parameter number>.<name>``."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": torch.as_tensor(value)
+        for number, entries in state.items()
+        for name, value in entries.items()
+        if value is not None
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Restore `optimizer_tensors`; learning rates and decay stay those of the config."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
