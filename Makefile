@@ -1,0 +1,38 @@
+# make demo   train two networks that teach each other on Fashion-MNIST, and print what they learned
+# make test   lint, types and every test
+# Both set everything up first, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types setup clean
+
+demo: $(READY)
+	rm -rf runs/demo
+	$(BIN)/peerlearn pretrain mcl_fashion_mnist_demo --run runs/demo
+	$(BIN)/peerlearn knn --checkpoint runs/demo --network all --k 20
+
+test: $(READY) lint types
+	$(BIN)/python -m pytest -n auto --dist loadscope --cov --cov-report=term:skip-covered
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+setup: $(READY)
+
+$(READY): pyproject.toml scripts/system_packages.sh
+	PYTHON=$(PYTHON) sh scripts/system_packages.sh
+	$(PYTHON) -c 'import sys; sys.exit("peerlearn needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Install the Debian packages that the demo and the tests use, where this user may; else say which they are.
+set -eu
+
+packages="dataset-fashion-mnist"
+# Debian's python3 comes without the means to make a virtual environment; other builds of Python have them.
+"${PYTHON:-python3}" -c "import ensurepip" 2>/dev/null || packages="$packages python3-venv"
+
+command -v dpkg-query >/dev/null || {
+    echo "not a Debian system: Fashion-MNIST will be downloaded instead"
+    exit 0
+}
+
+missing=""
+for package in $packages; do
+    status=$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null || true)
+    [ "$status" = installed ] || missing="$missing $package"
+done
+[ -n "$missing" ] || exit 0
+
+if [ "$(id -u)" = 0 ]; then
+    sudo=""
+elif sudo -n true 2>/dev/null; then
+    sudo="sudo"
+else
+    echo "please install:$missing   (sudo apt-get install$missing)"
+    exit 0
+fi
+# A mirror that is away must not stop those who can do without: the demo falls back on other data.
+$sudo apt-get update && $sudo apt-get install --yes --no-install-recommends $missing ||
+    echo "could not install:$missing"

@@ -1,0 +1,97 @@
+"""Shipped configs: each opens with its facts, parses, builds its networks and is what its source says."""
+
+import pytest
+
+from peerlearn.config import config_to_yaml, load_config
+from peerlearn.configs_command import HEADER_FIELDS, main, read_header
+from pretrain.cohort import build_cohort
+from pretrain.command import SHIPPED
+from pretrain.config import PretrainConfig
+
+CONFIGS = sorted(SHIPPED.glob("*.yaml"))
+IMAGES = {"imagenet": (3, 224), "cifar10": (3, 32), "cifar100": (3, 32), "fashion_mnist": (1, 28)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_parses_and_builds_its_networks(path):
+    config = load_config(PretrainConfig, path)
+    channels, size = IMAGES[config.data.name]
+    cohort = build_cohort(config.cohort, in_chans=channels, image_size=size, seed=0)
+    assert len(cohort.backbones) == config.cohort.networks
+    expected = f"x{config.cohort.networks}" if config.cohort.networks > 1 else "moco"
+    if path.stem != "mcl_fashion_mnist_demo":
+        assert expected in path.stem
+    if config.cohort.networks == 1:
+        assert (config.alpha, config.beta) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_opens_with_its_facts_and_a_command_that_names_it(path):
+    header = read_header(path)
+    assert set(header) == set(HEADER_FIELDS)
+    assert all(header.values())
+    assert header["command"].startswith(f"peerlearn pretrain {path.stem} ")
+
+
+def test_the_published_settings():
+    def shipped(name: str) -> PretrainConfig:
+        return load_config(PretrainConfig, SHIPPED / f"{name}.yaml")
+
+    v1, v2 = shipped("moco_v1_imagenet_resnet50"), shipped("moco_v2_imagenet_resnet50")
+    for config in (v1, v2):
+        assert (config.batch_size, config.lr, config.epochs) == (256, 0.03, 200)
+        assert (config.queue.size, config.queue.momentum) == (65536, 0.999)
+        assert config.optimizer.weight_decay == 1e-4
+        assert config.optimizer.decay_norm_and_bias
+    assert (v1.temperature, v1.schedule.milestones_epochs) == (0.07, [120, 160])
+    assert (v1.cohort.projection, v1.data.augmentation) == ("linear", "moco_v1")
+    assert (v2.temperature, v2.schedule.name) == (0.2, "cosine")
+    assert (v2.cohort.projection, v2.data.augmentation) == ("mlp", "moco_v2")
+    cifar = shipped("moco_cifar10_resnet18")
+    assert (cifar.batch_size, cifar.lr, cifar.optimizer.weight_decay) == (512, 0.06, 5e-4)
+    assert (cifar.queue.size, cifar.queue.momentum, cifar.temperature) == (4096, 0.99, 0.1)
+    assert (cifar.cohort.small_images, cifar.cohort.batch_norm_splits) == (True, 8)
+    assert (cifar.monitor.k, cifar.monitor.temperature) == (200, 0.1)
+
+
+def test_defaults_are_the_papers():
+    config = PretrainConfig()
+    assert (config.alpha, config.beta, config.soft_temperature) == (0.5, 0.1, 1.0)
+    assert config.same_sample_positive
+    assert config.cohort.embedding_dim == 128
+
+
+def test_lr_is_scaled_and_base_lr_left_as_written():
+    config = PretrainConfig(base_lr=0.03, batch_size=1024)
+    assert (config.base_lr, config.lr) == (0.03, pytest.approx(0.12))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"batch_size": 10, "accumulation_steps": 3}, "batch_size 10 must divide"),
+        ({"method": "simclr", "accumulation_steps": 2}, "accumulation_steps must be 1"),
+        ({"method": "simclr", "symmetric": True}, "symmetric must be false"),
+        ({"terms": []}, "terms must name"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+    ],
+)
+def test_values_that_make_no_sense_name_their_key(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(**settings)
+
+
+def test_configs_verb_lists_all_and_prints_one(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(path.stem in listed for path in CONFIGS)
+    assert main(["moco_cifar10_resnet18"]) == 0
+    assert capsys.readouterr().out == (SHIPPED / "moco_cifar10_resnet18.yaml").read_text()
+
+
+def test_yaml_of_a_config_reads_back_equal(tmp_path):
+    config = load_config(PretrainConfig, SHIPPED / "mcl_x4_imagenet_resnet50.yaml")
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert load_config(PretrainConfig, tmp_path / "config.yaml") == config
