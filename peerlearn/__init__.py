@@ -1,0 +1,16 @@
+"""peerlearn: networks that teach each other, and what their checkpoints are good for."""
+
+from types import ModuleType
+
+import wrapt
+
+__version__ = "0.1.0"
+
+
+@wrapt.when_imported("timm")
+def _register_networks(timm: ModuleType) -> None:
+    """Makes the networks of `peerlearn.backbones` known to timm as soon as timm itself is loaded.
+
+    A hook and not an import, because torch and timm take seconds that `peerlearn --help` must not.
+    """
+    import peerlearn.backbones  # noqa: F401

@@ -1,0 +1,225 @@
+"""An export: one network's backbone as a folder that this project and timm load alike.
+
+    FOLDER/  model.safetensors (timm's key names)   config.json (timm's local-dir layout)   README.md
+
+Nothing in it depends on when, where or in which attempt it was written, and nothing is unpickled.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
+from peerlearn.errors import UserError
+from peerlearn.run_dir import replace_folder
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+def save_export(
+    backbone: nn.Module,
+    folder: Path,
+    *,
+    architecture: str,
+    in_chans: int,
+    small_images: bool,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    provenance: Mapping[str, object],
+) -> str:
+    """Write `folder` as a whole; an older one of that name is replaced.
+
+    Args:
+        backbone: what `create_backbone` made of the next four arguments. Floating-point tensors
+            are stored as float32, stages shared with other networks in full.
+        folder: the export; its parents are made.
+        architecture: name given to `create_backbone`.
+        in_chans: likewise.
+        small_images: likewise.
+        image_size: likewise, in pixels.
+        mean: per channel, what the training images were normalised with.
+        std: likewise.
+        provenance: name -> value, told in README.md alone; no times or paths.
+
+    Returns:
+        `export_hash(folder)`.
+    """
+    config = _config(backbone, in_chans=in_chans, image_size=image_size, mean=mean, std=std)
+    call = (
+        f"create_backbone({architecture!r}, in_chans={in_chans}, small_images={small_images}, "
+        f"image_size={image_size})"
+    )
+    card = _model_card(config["architecture"], call, provenance)
+    # Not save_file, whose files none but their owner can read. One entry of metadata, because the
+    # order of several would differ from run to run.
+    weights = safetensors.torch.save(_stored_tensors(backbone), metadata={"format": "pt"})
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / WEIGHTS_FILE).write_bytes(weights)
+    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    replace_folder(temporary, folder)
+    return export_hash(folder)
+
+
+def export_hash(folder: Path) -> str:
+    """SHA-256 in hex of what decides the features: the weights and config.json.
+
+    Raises:
+        UserError: one of the two cannot be read.
+    """
+    digests = []
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        try:
+            with (folder / name).open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        except OSError as error:
+            raise _unreadable(folder / name, error) from error
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def load_export(folder: Path) -> nn.Module:
+    """The network of an export in eval mode, with `.num_features` and timm's `.pretrained_cfg`.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the network it names.
+    """
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    try:
+        config = json.loads(config_file.read_text())
+        architecture, pretrained_cfg = str(config["architecture"]), dict(config["pretrained_cfg"])
+        in_chans, image_size, _ = pretrained_cfg["input_size"]
+    except OSError as error:
+        raise _unreadable(config_file, error) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{config_file}: not the config of an export ({type(error).__name__}: {error}); "
+            "export the network again"
+        ) from error
+    try:
+        backbone = create_backbone(architecture, in_chans=in_chans, image_size=image_size)
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from error
+    try:
+        weights = safetensors.torch.load_file(weights_file)
+    except OSError as error:
+        raise _unreadable(weights_file, error) from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{weights_file}: damaged ({error}); export the network again") from error
+    misfits = _misfits(backbone.state_dict(), weights)
+    if misfits:
+        raise UserError(
+            f"{weights_file}: does not fit {architecture}: {misfits[0]}"
+            + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")
+        )
+    backbone.load_state_dict(weights)
+    backbone.pretrained_cfg = {  # type: ignore[assignment]
+        **pretrained_cfg,
+        "architecture": architecture,
+    }
+    return backbone.eval()
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{file}: cannot be read ({error.strerror}); an export is a folder with {WEIGHTS_FILE} "
+        f"and {CONFIG_FILE}"
+    )
+
+
+def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """One line per tensor that is missing, too many or of another shape."""
+    lines = [f"{name!r} is missing" for name in expected if name not in found]
+    lines += [f"{name!r} is not part of it" for name in found if name not in expected]
+    return lines + [
+        f"{name!r} is {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+
+
+def _stored_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+    """The state dict in float32 and plain memory format, each tensor with memory of its own."""
+    return {
+        name: tensor.detach()
+        .to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        .clone(memory_format=torch.contiguous_format)
+        for name, tensor in backbone.state_dict().items()
+    }
+
+
+def _config(
+    backbone: Any, *, in_chans: int, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    registered = backbone.pretrained_cfg
+    architecture = registered["architecture"]
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "model_args": {"in_chans": in_chans, **size_arguments(architecture, image_size)},
+        "pretrained_cfg": {
+            "input_size": [in_chans, image_size, image_size],
+            "fixed_input_size": registered.get("fixed_input_size", False),
+            "interpolation": "bilinear",
+            # peerlearn.augment.evaluation_view, in timm's terms.
+            "crop_pct": 0.875 if image_size >= 64 else 1.0,
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+            "num_classes": 0,
+            "pool_size": None,
+            # Named, timm would adapt these weights as if they were made for RGB.
+            "first_conv": None,
+            # Named, timm adds a new classifier when asked for num_classes.
+            "classifier": registered.get("classifier"),
+        },
+    }
+
+
+def _model_card(timm_name: str, call: str, provenance: Mapping[str, object]) -> str:
+    registration = "import peerlearn  # timm learns of this network by it\n"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
+    return f"""\
+---
+library_name: timm
+pipeline_tag: image-feature-extraction
+---
+# {timm_name}, pretrained by peerlearn
+
+One network of a cohort: its features, without projection head and classifier. `config.json` holds
+the image size, mean and standard deviation that it expects.
+
+With timm:
+
+```python
+{registration if timm_name in TIMM_NETWORKS else ""}import timm
+
+backbone = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+```
+
+With peerlearn, where it is `{call}`:
+
+```python
+from pathlib import Path
+
+from peerlearn.export import load_export
+
+backbone = load_export(Path("FOLDER"))
+```
+
+| training | |
+|---|---|
+{rows}
+"""

@@ -1,0 +1,270 @@
+"""Whole runs of the command, small ones, on scikit-learn's digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import peerlearn  # noqa: F401  timm learns our networks' names from it
+from peerlearn.checkpoint import latest_checkpoint, load_checkpoint
+from peerlearn.cli import main
+from peerlearn.export import load_export
+from peerlearn.run_dir import RunDirectory
+from pretrain.metrics import CLOCK_WORDS
+
+SMALL = [
+    *("--data.name", "digits", "--data.image_size", "16", "--data.limit", "200"),
+    *("--data.augmentation", "crop_flip", "--batch_size", "32", "--epochs", "2"),
+    *("--cohort.backbones", "conv4", "--cohort.embedding_dim", "16", "--queue.size", "80"),
+    *("--base_lr", "0.1", "--monitor.k", "5", "--monitor.log_every_steps", "1", "--device", "cpu"),
+]
+
+
+def pretrain(run: Path, *more: str) -> int:
+    return main(["pretrain", *SMALL, "--run", str(run), *more])
+
+
+def rows(run: Path) -> list[dict]:
+    return list(RunDirectory(run).metric_rows())
+
+
+def without_clocks(row: dict) -> dict:
+    return {
+        key: value
+        for key, value in row.items()
+        if key != "attempt" and not any(word in key for word in CLOCK_WORDS)
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "a"
+    assert pretrain(run, "--checkpoint.export_key_networks", "true") == 0
+    return run
+
+
+def test_the_run_directory_holds_what_the_contract_names(finished):
+    last = "step-00000012"
+    for name in ("config.yaml", "env.json", "metrics.jsonl", "events.jsonl", "DONE"):
+        assert (finished / name).is_file(), name
+    assert (finished / "logs/attempt-1/rank-0.log").is_file()
+    assert list((finished / "tb").iterdir())
+    assert (finished / "checkpoints/latest").read_text().strip() == last
+    assert (finished / "export/latest").read_text().strip() == last
+    assert sorted(p.name for p in (finished / "checkpoints" / last).iterdir()) == [
+        "key_networks.safetensors",
+        "manifest.json",
+        "networks.safetensors",
+        "optimizer.safetensors",
+        "queue.safetensors",
+        "state.json",
+    ]
+    assert sorted(p.name for p in (finished / "export" / last).iterdir()) == [
+        "net-0",
+        "net-0-key",
+        "net-1",
+        "net-1-key",
+    ]
+    assert not list(finished.rglob("*.pt")) + list(finished.rglob("*.pkl"))
+
+
+def test_metrics_have_a_row_per_logged_step_with_every_figure(finished):
+    found = rows(finished)
+    assert [row["step"] for row in found] == list(range(13))
+    assert all(row["attempt"] == 1 for row in found)
+    last = found[-1]
+    assert last["epoch"] == 2.0
+    for m in (0, 1):
+        for name in ("scl_hard", "scl_soft", "icl_hard", "icl_soft", "gradient_norm"):
+            assert last[f"net/{m}/{name}"] > 0
+        assert 10 < last[f"net/{m}/knn_top1"] <= 100
+        assert 1 <= last[f"net/{m}/rankme"] <= 64
+        for name in ("feature_std", "alignment", "uniformity"):
+            assert f"net/{m}/{name}" in last
+    assert last["knn/k"] == 5
+    assert last["knn/temperature"] == 0.1
+    assert 0 <= last["cohort/agreement"] <= 100
+    # 12 steps of 32 keys have long filled 80 rows; the first step had none.
+    assert found[1]["queue/filled_percent"] == 40.0
+    assert last["queue/filled_percent"] == 100.0
+    assert found[1]["net/0/scl_hard"] == 0.0
+    loss = 0.5 * sum(last[f"net/{m}/scl_{kind}"] for m in (0, 1) for kind in ("hard", "soft"))
+    loss += 0.1 * sum(last[f"net/{m}/icl_{kind}"] for m in (0, 1) for kind in ("hard", "soft"))
+    assert last["loss"] == pytest.approx(loss, rel=1e-5)
+    assert {"pixels/knn_top1", "net/0/knn_top1"} <= set(found[0])
+
+
+def test_the_learning_rate_is_the_scaled_cosine(finished):
+    import math
+
+    for row in rows(finished)[1:]:
+        step = row["step"] - 1
+        assert row["lr"] == pytest.approx(
+            0.1 * 32 / 256 * 0.5 * (1 + math.cos(math.pi * step / 12))
+        )
+
+
+@pytest.mark.parametrize("name", ["net-0", "net-1", "net-0-key", "net-1-key"])
+def test_every_export_loads_bit_equal_through_timm_and_holds_the_checkpoints_weights(
+    finished, name
+):
+    folder = finished / "export/step-00000012" / name
+    ours = load_export(folder)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+    tensors, _ = load_checkpoint(latest_checkpoint(finished / "checkpoints"))
+    group = tensors["key_networks" if name.endswith("key") else "networks"]
+    number = name.removeprefix("net-").removesuffix("-key")
+    prefix = f"backbones.{number}."
+    saved = {k.removeprefix(prefix): v for k, v in group.items() if k.startswith(prefix)}
+    exported = load_file(folder / "model.safetensors")
+    assert saved.keys() == exported.keys()
+    for key, tensor in exported.items():
+        assert torch.equal(tensor, saved[key]), key
+
+
+def test_knn_of_the_exports_equals_what_training_logged(finished, capsys):
+    arguments = ["knn", "--checkpoint", str(finished), "--k", "5", "--device", "cpu"]
+    assert main(arguments) == 0
+    results = {
+        path.name.split("-")[3]: json.loads(path.read_text())
+        for path in (finished / "results").glob("knn-digits-00000012-*.json")
+    }
+    last = rows(finished)[-1]
+    assert set(results) == {"0", "1", "ensemble"}
+    for name, key in (("0", "net/0"), ("1", "net/1"), ("ensemble", "ensemble")):
+        assert results[name]["metrics"]["top1"] == pytest.approx(last[f"{key}/knn_top1"], abs=1e-6)
+        assert results[name]["protocol"]["k"] == 5
+        assert results[name]["metrics"]["n"] == 360
+    assert f"{results['0']['metrics']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(finished, tmp_path):
+    assert pretrain(tmp_path / "b", "--checkpoint.export_key_networks", "true") == 0
+    assert [without_clocks(row) for row in rows(tmp_path / "b")] == [
+        without_clocks(row) for row in rows(finished)
+    ]
+    for file in (finished / "export").rglob("*"):
+        if file.is_file():
+            twin = tmp_path / "b" / "export" / file.relative_to(finished / "export")
+            assert twin.read_bytes() == file.read_bytes(), file
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_stopped_midway_and_resumed_equals_the_undisturbed_one(finished, tmp_path, kind):
+    """SIGTERM saves and exits 75; SIGKILL falls back on the last save. Both end byte-equal."""
+    run = tmp_path / "c"
+    words = ["pretrain", *SMALL, "--run", str(run), "--checkpoint.export_key_networks", "true"]
+    # A slow run: the saves after every step leave time to hit it between two of them.
+    words += ["--checkpoint.every_steps", "1", "--checkpoint.keep_last", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peerlearn", *words], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (run / "checkpoints/step-00000003").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, kind)
+    assert process.wait(60) == (75 if kind == signal.SIGTERM else -kind)
+    assert not (run / "DONE").exists()
+    assert main(["resume", str(run)]) == 0
+    assert [without_clocks(row) for row in rows(run)] == [
+        without_clocks(row) for row in rows(finished)
+    ]
+    ours, theirs = (
+        load_checkpoint(latest_checkpoint(r / "checkpoints"))[0] for r in (run, finished)
+    )
+    for group, tensors in theirs.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(ours[group][name], tensor), (group, name)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--method", "simclr"),
+        ("--cohort.networks", "1", "--alpha", "1", "--beta", "0"),
+        ("--symmetric", "true", "--accumulation_steps", "2"),
+        ("--cohort.networks", "3", "--cohort.backbones", "resnet32", "--data.limit", "64"),
+        ("--cohort.backbones", "[conv4, resnet32]", "--data.limit", "64"),
+        ("--cohort.batch_norm_splits", "4", "--optimizer.name", "lars"),
+        ("--data.backend", "folder", "--data.workers", "1", "--optimizer.name", "adamw"),
+    ],
+)
+def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
+    assert pretrain(tmp_path / "r", "--epochs", "1", *more) == 0
+    found = rows(tmp_path / "r")
+    assert all(abs(row["loss"]) < 1e4 for row in found[1:])
+    networks = len(list((tmp_path / "r/export").glob("step-*/net-*")))
+    assert networks == len([key for key in found[-1] if key.endswith("/scl_hard")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["pretrian"], 2, "did you mean 'pretrain'?"),
+        (["pretrain", "--epocs", "3"], 2, "did you mean 'epochs'?"),
+        (["pretrain", "--data.name", "cifra10"], 1, "cifar10"),
+        (["pretrain", "--data.name", "cifar10", "--data.root", "/nowhere"], 1, "/nowhere"),
+        (["pretrain", *SMALL, "--cohort.backbones", "resnet33"], 1, "resnet32"),
+        (["pretrain", *SMALL, "--batch_size", "256"], 1, "batch_size"),
+        (["pretrain", *SMALL, "--device", "cuda:9"], 1, "device 'cuda:9' is not available"),
+        (["resume", "nowhere"], 1, "nowhere is not a run directory"),
+        (["knn", "--checkpoint", "nowhere"], 1, "no exported networks"),
+        (["knn"], 2, "checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    argv, code, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_run_is_never_overwritten(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert pretrain(finished) == 1
+    assert f"`peerlearn resume {finished}` continues it" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert main(["resume", str(finished)]) == 0
+    assert "done already" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_not_loaded(finished, tmp_path, capsys):
+    run = tmp_path / "d"
+    assert pretrain(run, "--epochs", "1") == 0
+    (run / "DONE").unlink()
+    file = run / "checkpoints/step-00000006/queue.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["resume", str(run)]) == 1
+    assert f"{file}: missing or damaged" in capsys.readouterr().err
+
+
+def test_unknown_network_names_those_there_are(finished, capsys):
+    assert main(["knn", "--checkpoint", str(finished), "--network", "7"]) == 2
+    assert "choose from 0, 1, key-0, key-1, all, ensemble" in capsys.readouterr().err
+
+
+def test_dry_run_prints_a_config_that_reads_back_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", *SMALL, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "c.yaml").write_text(printed)
+    assert main(["pretrain", "c.yaml", "--dry_run"]) == 0
+    assert capsys.readouterr().out == printed
