@@ -91,6 +91,7 @@ class DataConfig:
         backend: memory (decoded once) or folder (decoded by workers).
         limit: only the first n training images.
         augmentation: moco_v1, moco_v2, moco_cifar or crop_flip.
+        crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
         image_size: side of the views in pixels; null = the dataset's own, 224 for image files.
         workers: processes (folder) or threads that read images.
     """
@@ -102,10 +103,16 @@ class DataConfig:
     backend: Literal["memory", "folder"] = "memory"
     limit: int | None = None
     augmentation: Literal["moco_v1", "moco_v2", "moco_cifar", "crop_flip"] = "moco_v2"
+    crop_scale: list[float] | None = None
     image_size: int | None = None
     workers: int = 4
 
     def __post_init__(self) -> None:
+        scale = self.crop_scale
+        _require(
+            scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
+            f"data.crop_scale must be two rising shares within 0..1, got {scale}",
+        )
         _require(
             self.limit is None or self.limit >= 1,
             f"data.limit must be at least 1, got {self.limit}",

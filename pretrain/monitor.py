@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peerlearn.augment import AUGMENTATIONS
+from peerlearn.augment import Augmentation
 from peerlearn.datasets import ImageDataset, first_images, load_dataset
 from peerlearn.errors import UserError
 from peerlearn.features import eval_mode, extract_features
@@ -43,6 +43,7 @@ class Monitor:
         config: PretrainConfig,
         dataset: ImageDataset,
         *,
+        augmentation: Augmentation,
         image_size: int,
         device: torch.device,
     ) -> None:
@@ -52,7 +53,7 @@ class Monitor:
         self.train, self.test = _labelled_splits(config, dataset)
         self._probe = ViewLoader(
             first_images(dataset, min(_PROBE_IMAGES, len(dataset))),
-            AUGMENTATIONS[config.data.augmentation],
+            augmentation,
             backend=config.data.backend,
             image_size=image_size,
             batch_size_global=min(64, len(dataset)),

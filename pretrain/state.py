@@ -1,5 +1,6 @@
 """What a run holds in memory: how it is built, saved, restored and exported."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlearn.augment import AUGMENTATIONS
+from peerlearn.augment import AUGMENTATIONS, Augmentation
 from peerlearn.checkpoint import (
     drop_old_checkpoints,
     latest_checkpoint,
@@ -64,10 +65,11 @@ def build(config: PretrainConfig, run: RunDirectory) -> Training:
     """
     device = choose_device(config.device)
     dataset = load_training_images(config.data)
+    augmentation = _augmentation(config.data)
     image_size = config.data.image_size or native_size(dataset)
     loader = ViewLoader(
         dataset,
-        AUGMENTATIONS[config.data.augmentation],
+        augmentation,
         backend=config.data.backend,
         image_size=image_size,
         batch_size_global=config.batch_size,
@@ -80,7 +82,9 @@ def build(config: PretrainConfig, run: RunDirectory) -> Training:
     ).to(device)
     monitor = None
     if config.monitor.every_epochs:
-        monitor = Monitor(config, dataset, image_size=image_size, device=device)
+        monitor = Monitor(
+            config, dataset, augmentation=augmentation, image_size=image_size, device=device
+        )
     return Training(
         config=config,
         run=run,
@@ -108,6 +112,14 @@ def load_training_images(data: DataConfig) -> ImageDataset:
             raise
         print(f"{data.name} cannot be had ({error}): training on {data.fallback} instead")
         return load_dataset(data.fallback, data.split, limit=data.limit)
+
+
+def _augmentation(data: DataConfig) -> Augmentation:
+    recipe = AUGMENTATIONS[data.augmentation]
+    if data.crop_scale is None:
+        return recipe
+    smallest, largest = data.crop_scale
+    return dataclasses.replace(recipe, crop_scale=(smallest, largest))
 
 
 def native_size(dataset: ImageDataset) -> int:

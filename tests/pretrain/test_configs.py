@@ -6,7 +6,16 @@ from peerlearn.config import config_to_yaml, load_config
 from peerlearn.configs_command import HEADER_FIELDS, main, read_header
 from pretrain.cohort import build_cohort
 from pretrain.command import SHIPPED
-from pretrain.config import PretrainConfig
+from pretrain.config import (
+    CheckpointConfig,
+    CohortConfig,
+    DataConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    QueueConfig,
+    ScheduleConfig,
+)
 
 CONFIGS = sorted(SHIPPED.glob("*.yaml"))
 IMAGES = {"imagenet": (3, 224), "cifar10": (3, 32), "cifar100": (3, 32), "fashion_mnist": (1, 28)}
@@ -81,6 +90,28 @@ def test_lr_is_scaled_and_base_lr_left_as_written():
 def test_values_that_make_no_sense_name_their_key(settings, message):
     with pytest.raises(ValueError, match=message):
         PretrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("group", "settings", "message"),
+    [
+        (CohortConfig, {"networks": 0}, "cohort.networks must be at least 1"),
+        (CohortConfig, {"networks": 3, "backbones": ["a", "b"]}, "cohort.backbones must be"),
+        (CohortConfig, {"share_stages": -1}, "cohort.share_stages"),
+        (QueueConfig, {"size": 0}, "queue.size must be at least 1"),
+        (QueueConfig, {"momentum": 1.5}, "queue.momentum must be within"),
+        (DataConfig, {"limit": 0}, "data.limit must be at least 1"),
+        (DataConfig, {"crop_scale": [0.9, 0.2]}, "data.crop_scale must be two rising"),
+        (DataConfig, {"crop_scale": [0.0, 1.0]}, "data.crop_scale must be two rising"),
+        (OptimizerConfig, {"momentum": 1.0}, "optimizer.momentum"),
+        (ScheduleConfig, {"milestones_epochs": [3, 2]}, "schedule.milestones_epochs must rise"),
+        (CheckpointConfig, {"keep_last": 1}, "checkpoint.keep_last must be at least 2"),
+        (MonitorConfig, {"k": 0}, "monitor.k must be at least 1"),
+    ],
+)
+def test_values_of_a_group_name_their_whole_key(group, settings, message):
+    with pytest.raises(ValueError, match=message):
+        group(**settings)
 
 
 def test_configs_verb_lists_all_and_prints_one(capsys):
