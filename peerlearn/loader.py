@@ -7,24 +7,18 @@ Dimension letters: N images, B batch per rank. Image tensors are (B, channels, h
 """
 
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
 
 from peerlearn.augment import (
     Augmentation,
@@ -36,8 +30,10 @@ from peerlearn.augment import (
     resized_crop,
 )
 from peerlearn.counter_random import PERMUTATION, permutation
-from peerlearn.datasets import ImageDataset, decode_image
+from peerlearn.datasets import ImageDataset
 from peerlearn.errors import UserError
+from peerlearn.image_folders import decode_image
+from peerlearn.workers import Jobs, results, worker_pool
 
 # Of the device memory free at the start; the rest belongs to the networks.
 _RESIDENT_SHARE = 0.25
@@ -176,8 +172,8 @@ def evaluation_batches(
     else:
         function = partial(_evaluation_views, size=image_size)
         jobs = [images[cut.start : cut.stop] for cut in cuts]
-        results = _results(_worker_pool(function, jobs, workers=workers, device=device))
-        views = (_pixels(result, device) for result in results)
+        pool = worker_pool(function, jobs, workers=workers, device=device)
+        views = (_pixels(result, device) for result in results(pool))
     for view in views:
         yield normalise(view, dataset.mean, dataset.std)
 
@@ -194,8 +190,8 @@ def held_in_memory(dataset: ImageDataset, *, workers: int = 0) -> ImageDataset:
     size = decode_image(files[0]).shape
     images = torch.empty((len(files), *size), dtype=torch.uint8)
     done, reported = 0, time.monotonic()
-    pool = _worker_pool(_decoded, chunks, workers=workers, device=torch.device("cpu"))
-    for chunk, decoded in zip(chunks, _results(pool), strict=True):
+    pool = worker_pool(_decoded, chunks, workers=workers, device=torch.device("cpu"))
+    for chunk, decoded in zip(chunks, results(pool), strict=True):
         for file, image in zip(chunk, decoded, strict=True):
             if image.shape != size:
                 raise UserError(
@@ -304,8 +300,8 @@ class _FolderCropper:
         self, images: Tensor | tuple[Path, ...], recipe: _Recipe, device: torch.device, workers: int
     ) -> None:
         self._images, self._recipe = images, recipe
-        self._jobs = _Jobs(())
-        self._pool = _worker_pool(
+        self._jobs = Jobs(())
+        self._pool = worker_pool(
             partial(_cut, recipe=recipe),
             self._jobs,
             workers=workers,
@@ -317,7 +313,7 @@ class _FolderCropper:
         sent, awaited = tee(batches)
         # Not a method of this object: the cycle would keep the workers until a garbage collection.
         self._jobs.pending = map(partial(_crop_job, self._images), sent)
-        for draws, result in zip(awaited, _results(self._pool), strict=True):
+        for draws, result in zip(awaited, results(self._pool), strict=True):
             # Cheaper to draw again than to carry eleven small tensors out of the worker.
             parameters = self._recipe.parameters(draws, height=result.height, width=result.width)
             yield _CroppedBatch(index=draws.index, parameters=parameters, crops=result.crops)
@@ -382,100 +378,3 @@ def _pixels(images: Tensor, device: torch.device) -> Tensor:
     """Images on the device as float32 in [0, 1]."""
     images = images.to(device, non_blocking=True)
     return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images
-
-
-class _Calls(Dataset[Any]):
-    """A DataLoader's "dataset": each index is a job, each item what the function makes of it."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-
-    def __getitem__(self, job: Any) -> Any:
-        try:
-            return self._function(job)
-        except UserError as error:
-            # Returned: of what is raised here, DataLoader makes a message with a traceback in it.
-            return _Failure(str(error))
-
-
-class _Failure(NamedTuple):
-    message: str
-
-
-class _Jobs:
-    """A DataLoader's "sampler": the jobs of the next iteration."""
-
-    def __init__(self, pending: Iterable[Any]) -> None:
-        self.pending = pending
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.pending)
-
-
-def _worker_pool(
-    function: Callable[[Any], Any],
-    jobs: Iterable[Any],
-    *,
-    workers: int,
-    device: torch.device,
-    persistent: bool = False,
-) -> DataLoader[Any]:
-    """Yields function(job) in the order of the jobs; read it through ``_results``."""
-    if workers:
-        _start_forkserver()
-    return DataLoader(
-        _Calls(function),
-        batch_size=None,
-        sampler=jobs,
-        num_workers=workers,
-        # Each iteration draws a number; without a generator, from the global stream.
-        generator=torch.Generator(),
-        # A fork of a process that has threads or has touched CUDA may hang.
-        multiprocessing_context="forkserver" if workers else None,
-        persistent_workers=persistent and workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_outlive_job_signals,
-    )
-
-
-def _results(pool: DataLoader[Any]) -> Iterator[Any]:
-    try:
-        for result in pool:
-            if isinstance(result, _Failure):
-                raise UserError(result.message)
-            yield result
-    except (OSError, EOFError) as error:
-        # Met where a result lies in the memory of a worker that is no more; elsewhere DataLoader
-        # itself raises a RuntimeError that says so.
-        raise RuntimeError("a worker of the loader exited unexpectedly") from error
-
-
-# SLURM and terminals send these to every process of a job. The main process answers them, by
-# saving; workers that died of them meanwhile would make it fail.
-_JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def _start_forkserver() -> None:
-    """Start the process that forks the workers with the signals of a job blocked."""
-    # First, because starting the tracker unblocks signals.
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
-    try:
-        multiprocessing.set_forkserver_preload([__name__])
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _outlive_job_signals(worker: int) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
-    main = multiprocessing.parent_process()
-    assert main is not None
-    threading.Thread(target=_exit_when_told_by, args=(main.pid,), daemon=True).start()
-
-
-def _exit_when_told_by(process_id: int) -> None:
-    """Obey a SIGTERM from that process, with which it ends its workers, and no other."""
-    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != process_id:
-        pass
-    os._exit(0)

@@ -17,10 +17,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets.folder import default_loader
 
-from peerlearn import datasets
-from peerlearn.datasets import DATASET_NAMES, decode_image, load_dataset
+from peerlearn import packed_datasets
+from peerlearn.datasets import DATASET_NAMES, load_dataset
 from peerlearn.errors import UserError
+from peerlearn.image_folders import decode_image
 
+DOWNLOADABLE = ("cifar10", "cifar100", "fashion_mnist", "stl10", "tinyimagenet")
 FASHION_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 
@@ -44,12 +46,20 @@ def load_error(*args: str, **kwargs: object) -> str:
     return one_line_error(lambda: load_dataset(*args, **kwargs))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", fail)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that stands in for root where none is given; it does not exist yet."""
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home / "peerlearn"
 
 
 # Names, splits and limits
@@ -95,14 +105,19 @@ def test_unknown_split_lists_the_splits(name: str):
     assert f"{name} has no split 'val': choose from train, test" in load_error(name, "val")
 
 
-@pytest.mark.parametrize("name", sorted({*DATASET_NAMES} - {"digits", "fashion_mnist"}))
-def test_root_is_required_and_must_exist(name: str, tmp_path: Path):
-    assert "needs data.root" in load_error(name)
-    missing = str(tmp_path / "none")
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_root_is_required(name: str):
+    assert f"{name} needs data.root" in load_error(name)
+
+
+@pytest.mark.parametrize("name", DATASET_NAMES)
+@pytest.mark.parametrize("missing", ["none", "~no-such-user/none"])
+def test_root_must_exist(name: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     assert missing in load_error(name, root=missing)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "tinyimagenet"])
 def test_empty_root_says_what_to_unpack(name: str, tmp_path: Path):
     message = load_error(name, root=str(tmp_path))
@@ -110,6 +125,41 @@ def test_empty_root_says_what_to_unpack(name: str, tmp_path: Path):
     assert "unpack" in message
     assert str(tmp_path) in message
     assert {path.name for path in tmp_path.iterdir()} <= {".download.lock"}
+
+
+@pytest.mark.usefixtures("no_debian_package")
+@pytest.mark.parametrize("name", DOWNLOADABLE)
+def test_without_root_the_cache_is_named(name: str, cache: Path):
+    message = load_error(name)
+    assert message.startswith(f"{cache} lacks the files of {name}, and the download failed (")
+    assert "no network" in message
+    assert {path.name for path in cache.iterdir()} <= {".download.lock"}
+
+
+@pytest.mark.usefixtures("no_debian_package")
+@pytest.mark.parametrize("name", DOWNLOADABLE)
+def test_without_root_the_cache_is_read(name: str, cache: Path):
+    WRITERS[name](cache)
+    without_root = load_dataset(name)
+    assert without_root.fingerprint() == load_dataset(name, root=str(cache)).fingerprint()
+
+
+def test_the_cache_is_created_only_for_a_download(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    debian = cache.parent / "debian"
+    write_fashion_mnist(debian, random_bytes(2, 28, 28), np.zeros(2, dtype=np.uint8))
+    monkeypatch.setattr(packed_datasets, "DEBIAN_FASHION_MNIST", debian)
+    load_dataset("fashion_mnist")
+    load_dataset("digits")
+    load_error("folder")
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    message = load_error("cifar10")
+    assert str(tmp_path / "file" / "peerlearn") in message
+    assert "cifar-10-python.tar.gz" in message
 
 
 def test_nothing_is_fetched_into_a_root_that_is_not_writable(
@@ -136,7 +186,7 @@ def write_fashion_mnist(folder: Path, images: np.ndarray, labels: np.ndarray) ->
 
 @pytest.fixture
 def no_debian_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "no-such-package")
+    monkeypatch.setattr(packed_datasets, "DEBIAN_FASHION_MNIST", tmp_path / "no-such-package")
 
 
 @pytest.mark.parametrize("nested", ["", "FashionMNIST/raw"])
@@ -150,30 +200,40 @@ def test_fashion_mnist_from_root(nested: str, tmp_path: Path):
     assert dataset.class_names[9] == "Ankle boot"
 
 
-def test_debian_comes_after_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_debian_comes_after_root_and_cache(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
     root, debian = tmp_path / "root", tmp_path / "debian"
     root.mkdir()
     write_fashion_mnist(debian, random_bytes(2, 28, 28), np.zeros(2, dtype=np.uint8))
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", debian)
+    monkeypatch.setattr(packed_datasets, "DEBIAN_FASHION_MNIST", debian)
     assert len(load_dataset("fashion_mnist")) == 2
     assert len(load_dataset("fashion_mnist", root=str(root))) == 2
     write_fashion_mnist(root, random_bytes(3, 28, 28), np.zeros(3, dtype=np.uint8))
     assert len(load_dataset("fashion_mnist", root=str(root))) == 3
+    write_fashion_mnist(cache, random_bytes(4, 28, 28), np.zeros(4, dtype=np.uint8))
+    assert len(load_dataset("fashion_mnist")) == 4
 
 
 @pytest.mark.usefixtures("no_debian_package")
-def test_fashion_mnist_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("with_root", [False, True])
+def test_fashion_mnist_download(
+    with_root: bool, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path if with_root else cache
+    root = str(tmp_path) if with_root else None
+
     def fetch(url: str, root: str, md5: str) -> None:
         values = random_bytes(4, 28, 28) if "images" in url else np.full(4, 5, dtype=np.uint8)
         write_idx(Path(root, url.rpartition("/")[2]), values)
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
     for split in ("train", "test"):
-        assert load_dataset("fashion_mnist", split, root=str(tmp_path)).labels.tolist() == [5] * 4
-    assert len(list((tmp_path / "FashionMNIST" / "raw").iterdir())) == 4
+        assert load_dataset("fashion_mnist", split, root=root).labels.tolist() == [5] * 4
+    assert len(list((folder / "FashionMNIST" / "raw").iterdir())) == 4
 
 
-@pytest.mark.usefixtures("no_debian_package", "offline")
+@pytest.mark.usefixtures("no_debian_package")
 @pytest.mark.parametrize("with_root", [False, True])
 def test_missing_fashion_mnist_names_the_package(with_root: bool, tmp_path: Path):
     root = str(tmp_path) if with_root else None
@@ -211,7 +271,7 @@ def test_damaged_idx_files_are_named(tmp_path: Path):
 
 
 @pytest.mark.skipif(
-    not datasets.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist"
+    not packed_datasets.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist"
 )
 def test_debian_fashion_mnist():
     train, test = load_dataset("fashion_mnist"), load_dataset("fashion_mnist", "test")
@@ -251,15 +311,20 @@ def test_cifar10(nested: str, tmp_path: Path):
     assert train.class_names == tuple(f"class {i}" for i in range(10))
 
 
-def test_cifar100_takes_the_fine_labels(tmp_path: Path):
-    folder = tmp_path / "cifar-100-binary"
-    folder.mkdir()
+def write_cifar100(folder: Path) -> list[str]:
+    """The names of the classes."""
+    folder.mkdir(parents=True)
     names = [f"fine {i}" for i in range(100)]
     (folder / "fine_label_names.txt").write_text("\n".join(names))
     for name, count in (("train.bin", 5), ("test.bin", 2)):
         coarse_fine = np.array([[i, 99 - i] for i in range(count)], dtype=np.uint8)
         pixels = random_bytes(count, 3 * 32 * 32)
         (folder / name).write_bytes(np.hstack([coarse_fine, pixels]).tobytes())
+    return names
+
+
+def test_cifar100_takes_the_fine_labels(tmp_path: Path):
+    names = write_cifar100(tmp_path / "cifar-100-binary")
     train = load_dataset("cifar100", root=str(tmp_path))
     assert train.labels.tolist() == [99, 98, 97, 96, 95]
     assert np.array_equal(train.images.numpy().reshape(5, -1), random_bytes(5, 3 * 32 * 32))
@@ -276,18 +341,6 @@ def test_damaged_cifar_files_are_named(tmp_path: Path):
         assert str(path) in load_error("cifar10", root=str(tmp_path))
     path.unlink()
     assert str(path) in load_error("cifar10", root=str(tmp_path))
-
-
-@pytest.mark.usefixtures("offline")
-def test_cifar_pickles_are_refused_unread(tmp_path: Path):
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    canary = tmp_path / "code-ran"
-    (folder / "data_batch_1").write_bytes(f"cos\nmkdir\n(S'{canary}'\ntR.".encode())
-    message = load_error("cifar10", root=str(tmp_path))
-    assert "cifar-10-binary.tar.gz" in message
-    assert "cifar-10-batches-py holds pickles" in message
-    assert not canary.exists()
 
 
 def test_an_archive_in_root_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -371,6 +424,17 @@ def write_tinyimagenet(folder: Path) -> None:
         "val_2.JPEG\tn02\t0\t0\t1\t1\nval_0.JPEG\tn02\t0\t0\t1\t1\nval_1.JPEG\tn01\t0\t0\t1\t1\n"
     )
     (folder / "words.txt").write_text("n00\tentity\nn01\tgoldfish, Carassius auratus\n")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "fashion_mnist": lambda folder: write_fashion_mnist(
+        folder, random_bytes(7, 28, 28), np.arange(7, dtype=np.uint8)
+    ),
+    "stl10": write_stl10,
+    "tinyimagenet": write_tinyimagenet,
+}
 
 
 @pytest.mark.parametrize("nested", ["", "tiny-imagenet-200"])
