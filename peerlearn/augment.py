@@ -5,7 +5,8 @@ Dimension letters: B batch. Image tensors are (B, channels, height, width) with 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ _CROP_ATTEMPTS = 10
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 # ITU-R 601-2 luma as torchvision rounds it.
 _LUMA = (0.2989, 0.587, 0.114)
-_BLOCK_VALUES = 3 * 2**17
+_BLOCK_VALUES = 3 * 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,30 +127,40 @@ def draw_view_parameters(
     image depends on (seed, epoch, index, draw, view), its size and the recipe alone, bit for bit.
     """
     key = random_bits(VIEWS, seed, epoch, view, index, draw)
-    draws = uniform(key[:, None], torch.arange(2 * _CROP_ATTEMPTS + 15))
-    crop, rest = draws[:, : 2 * _CROP_ATTEMPTS + 2], draws[:, 2 * _CROP_ATTEMPTS + 2 :]
-    flip, jitter, grayscale, blur, sigma = rest[:, :5].unbind(1)
-    strengths = augmentation.jitter
-    factors = [
-        _between(rest[:, 5 + i], max(0.0, 1 - strengths[i]), 1 + strengths[i])
-        for i in (_BRIGHTNESS, _CONTRAST, _SATURATION)
-    ]
+    counts = (2 * _CROP_ATTEMPTS + 2, 4, 4, 4, 1)
+    draws = uniform(key[:, None], torch.arange(sum(counts)))
+    box, switches, factors, order, sigma = draws.split(counts, dim=1)
+    probabilities = (
+        augmentation.flip_probability,
+        augmentation.jitter_probability,
+        augmentation.grayscale_probability,
+        augmentation.blur_probability,
+    )
+    flip, jitter, grayscale, blur = (switches < _row(probabilities)).unbind(1)
+    *strengths, hue_strength = augmentation.jitter
+    low = _row([max(0.0, 1 - strength) for strength in strengths] + [-hue_strength])
+    high = _row([1 + strength for strength in strengths] + [hue_strength])
+    brightness, contrast, saturation, hue = _between(factors, low, high).unbind(1)
     return ViewParameters(
-        box=_draw_boxes(augmentation, crop, height, width),
-        flip=flip < augmentation.flip_probability,
-        jitter=jitter < augmentation.jitter_probability,
-        brightness=factors[_BRIGHTNESS],
-        contrast=factors[_CONTRAST],
-        saturation=factors[_SATURATION],
-        hue=_between(rest[:, 8], -strengths[_HUE], strengths[_HUE]),
-        order=rest[:, 9:13].argsort(dim=1, stable=True),
-        grayscale=grayscale < augmentation.grayscale_probability,
-        blur=blur < augmentation.blur_probability,
-        sigma=_between(sigma, *augmentation.blur_sigma),
+        box=_draw_boxes(augmentation, box, height, width),
+        flip=flip,
+        jitter=jitter,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        order=order.argsort(dim=1, stable=True),
+        grayscale=grayscale,
+        blur=blur,
+        sigma=_between(sigma[:, 0], *augmentation.blur_sigma),
     )
 
 
-def _between(draws: Tensor, low: float, high: float) -> Tensor:
+def _row(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _between(draws: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return draws * (high - low) + low
 
 
@@ -211,11 +222,26 @@ def resized_crop(images: Tensor, box: Tensor, size: int) -> Tensor:
     """
     box = box.to(images.device, non_blocking=True)
     crops = torch.empty((*images.shape[:2], size, size), device=images.device)
-    # Autocast would run the matrix products in half precision.
-    with torch.autocast(images.device.type, enabled=False):
+    with _plain_float32(images.device):
         for block in _blocks(crops):
-            crops[block] = _resized_crop(images[block], box[block], size)
+            _resized_crop(images[block], box[block], crops[block])
     return crops
+
+
+@contextmanager
+def _plain_float32(device: torch.device) -> Iterator[None]:
+    """Keeps the training's autocast, TF32 and bf16 products out, which are off by a grey level.
+
+    Inference mode leaves out autograd's bookkeeping, a share of these many small operations.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        backend.matmul.fp32_precision = precision
 
 
 def _blocks(images: Tensor) -> list[slice]:
@@ -226,24 +252,24 @@ def _blocks(images: Tensor) -> list[slice]:
     return [slice(start, start + length) for start in range(0, batch, length)]
 
 
-def _resized_crop(images: Tensor, box: Tensor, size: int) -> Tensor:
-    height, width = images.shape[2:]
-    rows = _resize_weights(box[:, 0], box[:, 2], height, size)
-    columns = _resize_weights(box[:, 1], box[:, 3], width, size)
+def _resized_crop(images: Tensor, box: Tensor, crops: Tensor) -> None:
+    rows = _resize_weights(box[:, 0], box[:, 2], images.shape[2], crops.shape[2])
+    columns = _resize_weights(box[:, 1], box[:, 3], images.shape[3], crops.shape[3])
     if images.dtype == torch.uint8:
         rows.div_(255)
-    return _filter(images.to(torch.float32), rows, columns)
+    _filter(images.to(torch.float32), rows, columns, crops)
 
 
-def _filter(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ image @ columns^T for every channel.
+def _filter(images: Tensor, rows: Tensor, columns: Tensor, filtered: Tensor) -> None:
+    """Set ``filtered`` to rows @ image @ columns^T for every channel.
 
     ``images`` (B, channels, height, width), ``rows`` (B, rows, height), ``columns``
-    (B, columns, width); returns (B, channels, rows, columns).
+    (B, columns, width), ``filtered`` (B, channels, rows, columns), contiguous.
     """
     channels, height = images.shape[1:3]
-    narrow = torch.bmm(images.flatten(1, 2), columns.mT)
-    return rows[:, None] @ narrow.unflatten(1, (channels, height))
+    narrow = torch.bmm(images.flatten(1, 2), columns.mT).view(-1, height, columns.shape[1])
+    per_channel = rows[:, None].expand(-1, channels, -1, -1).flatten(0, 1)
+    torch.bmm(per_channel, narrow, out=filtered.flatten(0, 1))
 
 
 def _resize_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Tensor:
@@ -272,31 +298,24 @@ def distort(crops: Tensor, parameters: ViewParameters, augmentation: Augmentatio
     saturation, hue and greying do nothing.
     """
     distorted = torch.empty_like(crops)
-    # Autocast would run the matrix products in half precision.
-    with torch.autocast(crops.device.type, enabled=False):
+    with _plain_float32(crops.device):
         for block in _blocks(crops):
-            chosen = ViewParameters(*(values[block] for values in parameters))
-            distorted[block] = _distort(crops[block], chosen, augmentation)
+            images, chosen = distorted[block], ViewParameters(*(p[block] for p in parameters))
+            _flip(crops[block], chosen.flip, images)
+            if augmentation.grayscale_first:
+                _grayscale(images, chosen, augmentation)
+            _jitter(images, chosen, augmentation)
+            if not augmentation.grayscale_first:
+                _grayscale(images, chosen, augmentation)
+            _blur(images, chosen, augmentation)
     return distorted
 
 
-def _distort(crops: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> Tensor:
-    images = _flip(crops, parameters.flip) if augmentation.flip_probability else crops.clone()
-    if augmentation.grayscale_first:
-        _grayscale(images, parameters, augmentation)
-    if augmentation.jitter_probability:
-        images = _jitter(images, parameters)
-    if not augmentation.grayscale_first:
-        _grayscale(images, parameters, augmentation)
-    if augmentation.blur_probability:
-        _blur(images, parameters, augmentation.blur_sigma[1])
-    return images
-
-
-def _flip(images: Tensor, flip: Tensor) -> Tensor:
-    weight = flip.to(images.dtype).to(images.device, non_blocking=True)
+def _flip(crops: Tensor, flip: Tensor, flipped: Tensor) -> None:
+    """Set ``flipped`` to the crops, mirrored where ``flip`` is set."""
+    weight = flip.to(crops.dtype).to(crops.device, non_blocking=True)
     # lerp is exact at 0 and 1, and several times faster on a CPU than where.
-    return torch.lerp(images, images.flip(3), weight[:, None, None, None])
+    torch.lerp(crops, crops.flip(3), weight[:, None, None, None], out=flipped)
 
 
 def _positions(mask: Tensor, device: torch.device) -> Tensor:
@@ -305,28 +324,32 @@ def _positions(mask: Tensor, device: torch.device) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """Brightness (B, 1, height, width)."""
+    """A new tensor (B, 1, height, width)."""
     if images.shape[1] == 1:
-        return images
+        return images.clone()
     red, green, blue = images.split(1, dim=1)
-    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    luma: Tensor = red * _LUMA[0]
+    return luma.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
 def _grayscale(images: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> None:
+    """In place: three equal channels of luma."""
     if not augmentation.grayscale_probability or images.shape[1] == 1:
         return
     chosen = _positions(parameters.grayscale, images.device)
     images.index_copy_(0, chosen, _luma(images.index_select(0, chosen)).expand(-1, 3, -1, -1))
 
 
-def _jitter(images: Tensor, parameters: ViewParameters) -> Tensor:
-    """Apply the four jitter operations, each image in its own order.
+def _jitter(images: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> None:
+    """In place: the four jitter operations, each image in its own order.
 
     Brightness, contrast and saturation are blends, hue is not: every image takes three blends, in
     its order, and one hue shift somewhere between them. With the images sorted by the position of
     the hue, those that take the n-th blend before the hue lie in front of the others, and those
     without jitter at the end.
     """
+    if not augmentation.jitter_probability:
+        return
     hue_position = torch.where(parameters.jitter, parameters.order.argmax(dim=1), -1)
     sorting = hue_position.argsort(descending=True, stable=True)
     jittered, *before_hue = (hue_position >= torch.arange(4)[:, None]).sum(dim=1).tolist()
@@ -341,7 +364,8 @@ def _jitter(images: Tensor, parameters: ViewParameters) -> Tensor:
         _shift_hue(work[:jittered], hue)
     for blend, count in zip(blends, before_hue, strict=True):
         _blend(work[count:jittered], blend[:, count:])
-    return work.index_select(0, sorting.argsort().to(images.device, non_blocking=True))
+    unsorting = sorting.argsort().to(images.device, non_blocking=True)
+    torch.index_select(work, 0, unsorting, out=images)
 
 
 def _blend_weights(parameters: ViewParameters, chosen: Tensor, channels: int) -> Tensor:
@@ -368,7 +392,7 @@ def _blend(images: Tensor, weights: Tensor) -> None:
     of_image, of_mean, of_luma = weights
     luma = _luma(images)
     mean = luma.mean(dim=(2, 3), keepdim=True)
-    target = (luma * of_luma).add_(mean * of_mean)
+    target = luma.mul_(of_luma).add_(mean * of_mean)
     images.mul_(of_image).add_(target).clamp_(0, 1)
 
 
@@ -382,25 +406,32 @@ def _shift_hue(images: Tensor, turns: Tensor) -> None:
     """
     red, green, blue = images.split(1, dim=1)
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
-    chroma = value - low
+    # In place where possible: fresh memory costs a CPU as much as the arithmetic.
+    chroma = torch.sub(value, low, out=low)
+    angle = (value - green).add_(red).sub_(blue)
+    scratch = blue - green
     # A grey pixel has no hue; its angle counts for nothing below, but has to be finite.
-    angle = (value - green).add_(red - blue).div_(chroma.clamp(min=1e-30)).add_(1)
-    angle = torch.copysign(angle, blue - green).add_(6 * turns[:, None, None, None])
-    angle.sub_((angle * (1 / 6)).round_(), alpha=6)
-    above, below = value + chroma, value - 2 * chroma
-    torch.addcmul(above, chroma, (angle + 1).abs_().clamp_(1, 2), value=-1, out=green)
-    torch.addcmul(above, chroma, (angle - 1).abs_().clamp_(1, 2), value=-1, out=blue)
-    torch.addcmul(below, chroma, angle.abs_().clamp_(1, 2), out=red)
+    angle.div_(chroma.clamp(min=1e-30)).add_(1).copysign_(scratch)
+    angle.add_(6 * turns[:, None, None, None])
+    angle.sub_(torch.mul(angle, 1 / 6, out=scratch).round_(), alpha=6)
+    above = value + chroma
+    share = torch.add(angle, 1, out=scratch).abs_().clamp_(1, 2)
+    torch.addcmul(above, chroma, share, value=-1, out=green)
+    share = torch.sub(angle, 1, out=scratch).abs_().clamp_(1, 2)
+    torch.addcmul(above, chroma, share, value=-1, out=blue)
+    torch.addcmul(value.sub_(chroma, alpha=2), chroma, angle.abs_().clamp_(1, 2), out=red)
 
 
-def _blur(images: Tensor, parameters: ViewParameters, largest_sigma: float) -> None:
-    """Gaussian blur with reflected borders.
+def _blur(images: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> None:
+    """In place: Gaussian blur with reflected borders.
 
     The kernel reaches three times the recipe's largest sigma, but no further than a reflection can
     (size - 1). NOTE: MoCo v2 blurs with PIL, which approximates the Gaussian by boxes.
     """
+    if not augmentation.blur_probability:
+        return
     size = images.shape[3]
-    radius = min(math.ceil(3 * largest_sigma), size - 1)
+    radius = min(math.ceil(3 * augmentation.blur_sigma[1]), size - 1)
     chosen = _positions(parameters.blur, images.device)
     sigma = parameters.sigma[parameters.blur].to(torch.float32)
     sigma = sigma.to(images.device, non_blocking=True)
@@ -412,7 +443,9 @@ def _blur(images: Tensor, parameters: ViewParameters, largest_sigma: float) -> N
     identity = torch.eye(size, device=images.device)
     taps = pad(identity[None], (radius, radius), mode="reflect")[0].unfold(1, 2 * radius + 1, 1)
     weights = torch.einsum("sto,bo->bts", taps, kernels)
-    images.index_copy_(0, chosen, _filter(images.index_select(0, chosen), weights, weights))
+    work = images.index_select(0, chosen)
+    _filter(work, weights, weights, work)
+    images.index_copy_(0, chosen, work)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -66,15 +66,14 @@ def random_bits(*words: int | Tensor) -> Tensor:
     """
     if not words:
         raise ValueError("random_bits needs at least one word")
-    # Integers are folded without tensors as long as possible: most words of a call are integers.
     state: int | Tensor = len(words)
     for word in map(_checked, words):
+        # Most words of a call are integers: they need no tensor until the first tensor comes.
         if isinstance(state, int) and isinstance(word, int):
             state = _mix_int(((state + _INCREMENT) & _MASK) ^ (word & _MASK))
-        elif isinstance(state, int):
-            state = _mix_tensor(word ^ _signed(state + _INCREMENT))
         else:
-            state = _mix_tensor((state + _signed(_INCREMENT)) ^ word)
+            known = torch.tensor(_signed(state)) if isinstance(state, int) else state
+            state = _mix_tensor((known + _signed(_INCREMENT)) ^ word)
     return torch.tensor(_signed(state)) if isinstance(state, int) else state
 
 
@@ -83,6 +82,6 @@ def uniform(*words: int | Tensor) -> Tensor:
     return _shift_right(random_bits(*words), 11).to(torch.float64) * 2.0**-53
 
 
-def permutation(length: int, *words: int | Tensor) -> Tensor:
-    """A random permutation of 0 .. length-1: int64 (length,), from scalar words."""
+def permutation(length: int, *words: int) -> Tensor:
+    """A random permutation of 0 .. length - 1, int64 (length,); errors as in ``random_bits``."""
     return random_bits(*words, torch.arange(length)).argsort(stable=True)

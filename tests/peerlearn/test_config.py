@@ -60,7 +60,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
 def test_a_shipped_config_goes_by_its_name(tmp_path):
     (tmp_path / "quick.yaml").write_text("kind: y\n")
     assert parse("quick", shipped=tmp_path).kind == "y"
-    with pytest.raises(UsageError, match="'quik' is neither a file .* did you mean 'quick'"):
+    with pytest.raises(UsageError, match=r"'quik' is neither a file .* did you mean 'quick'"):
         parse("quik", shipped=tmp_path)
 
 
