@@ -12,7 +12,6 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/peerlearn pretrain mcl_fashion_mnist_demo --run runs/demo
-	$(BIN)/peerlearn knn --checkpoint runs/demo --network all --k 20
 
 test: $(READY) lint types
 	$(BIN)/python -m pytest -n auto --dist loadscope --cov --cov-report=term:skip-covered

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over ``splits`` parts of the batch, each with its own statistics (MoCo's CIFAR recipe).
+    """Batch norm over ``splits`` contiguous parts of the batch, each with its own statistics (MoCo's CIFAR recipe).
 
-    Image i belongs to part ``i % splits``. The running statistics are the mean over the parts, as one of several
-    devices' would be on average. In eval mode it is plain batch norm, with the same parameters and buffers.
+    The running statistics are the mean over the parts, as one of several devices' would be on average. In eval mode
+    it is plain batch norm, with the same parameters and buffers.
     """
 
     splits = 1
@@ -18,28 +18,30 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """(B, channels, H, W) -> the same; B must divide by ``splits`` in training."""
         if not self.training or self.splits == 1:
             return super().forward(input)
-        batch, channels, height, width = input.shape
-        parts = input.reshape(batch // self.splits, self.splits * channels, height, width)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        mean = self.running_mean.repeat(self.splits)
-        var = self.running_var.repeat(self.splits)
-        output = F.batch_norm(
-            parts,
-            mean,
-            var,
-            self.weight.repeat(self.splits),
-            self.bias.repeat(self.splits),
-            training=True,
-            momentum=self.momentum or 0.0,
-            eps=self.eps,
-        )
+        # One row per part. Parts are slices, not a reshape into more channels, to keep channels_last.
+        means = self.running_mean.repeat(self.splits, 1)
+        variances = self.running_var.repeat(self.splits, 1)
+        parts = [
+            F.batch_norm(
+                part,
+                mean,
+                variance,
+                self.weight,
+                self.bias,
+                training=True,
+                momentum=self.momentum or 0.0,
+                eps=self.eps,
+            )
+            for part, mean, variance in zip(input.chunk(self.splits), means, variances, strict=True)
+        ]
         with torch.no_grad():
-            self.running_mean.copy_(mean.view(self.splits, channels).mean(0))
-            self.running_var.copy_(var.view(self.splits, channels).mean(0))
+            self.running_mean.copy_(means.mean(0))
+            self.running_var.copy_(variances.mean(0))
             self.num_batches_tracked += 1
-        return output.reshape(batch, channels, height, width)
+        return torch.cat(parts)
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> None:
