@@ -5,8 +5,7 @@ Dimension letters: B batch. Image tensors are (B, channels, height, width) with 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, interpolate, pad
 
 from peerlearn.counter_random import VIEWS, random_bits, uniform
+from peerlearn.device import full_float32
 
 _CROP_ATTEMPTS = 10
 # Positions of the jitter operations in ``ViewParameters.order``, torchvision's numbering.
@@ -222,26 +222,11 @@ def resized_crop(images: Tensor, box: Tensor, size: int) -> Tensor:
     """
     box = box.to(images.device, non_blocking=True)
     crops = torch.empty((*images.shape[:2], size, size), device=images.device)
-    with _plain_float32(images.device):
+    # Rounded products would be off by a grey level; inference mode spares autograd's bookkeeping.
+    with torch.inference_mode(), full_float32(images.device):
         for block in _blocks(crops):
             _resized_crop(images[block], box[block], crops[block])
     return crops
-
-
-@contextmanager
-def _plain_float32(device: torch.device) -> Iterator[None]:
-    """Keeps the training's autocast, TF32 and bf16 products out, which are off by a grey level.
-
-    Inference mode leaves out autograd's bookkeeping, a share of these many small operations.
-    """
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    precision = backend.matmul.fp32_precision
-    backend.matmul.fp32_precision = "ieee"
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        backend.matmul.fp32_precision = precision
 
 
 def _blocks(images: Tensor) -> list[slice]:
@@ -298,7 +283,7 @@ def distort(crops: Tensor, parameters: ViewParameters, augmentation: Augmentatio
     saturation, hue and greying do nothing.
     """
     distorted = torch.empty_like(crops)
-    with _plain_float32(crops.device):
+    with torch.inference_mode(), full_float32(crops.device):
         for block in _blocks(crops):
             images, chosen = distorted[block], ViewParameters(*(p[block] for p in parameters))
             _flip(crops[block], chosen.flip, images)

@@ -1,4 +1,7 @@
-"""The device that a config's ``device`` key names."""
+"""The device a config names, and arithmetic that must stay exact on it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,3 +24,16 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} is not available here: use auto, cpu or a listed GPU (`peerlearn doctor`)"
         ) from error
     return device
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Keep autocast and TF32 or bf16 matrix products, which training may use, out of what runs inside."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        backend.matmul.fp32_precision = precision

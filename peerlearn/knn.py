@@ -10,12 +10,13 @@ Letters: N training images, Q queries, D feature dimensions, C classes.
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from peerlearn.device import full_float32
 
 _LOG = logging.getLogger(__name__)
 
@@ -227,22 +228,7 @@ def _faiss_search() -> _Search | None:
 def _search_with_torch(train: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest dot products of each query, (Q, k), and their training rows, (Q, k)."""
     chunk = max(1, _TILE_ELEMENTS // len(train))
-    with _full_float32_matmul(train.device):
+    # TF32 is off by about 5e-4, which at temperature 0.07 is a percent of a vote.
+    with full_float32(train.device):
         found = [(part @ train.T).topk(k, dim=1) for part in queries.split(chunk)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
-
-
-@contextmanager
-def _full_float32_matmul(device: torch.device) -> Iterator[None]:
-    """Keeps the training's autocast, TF32 or bf16 matmuls out of the search.
-
-    TF32 is off by about 5e-4, which at temperature 0.07 is a percent of a vote.
-    """
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    precision = backend.matmul.fp32_precision
-    backend.matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        backend.matmul.fp32_precision = precision

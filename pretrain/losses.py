@@ -15,13 +15,14 @@ divergences with a detached teacher, not cross-entropies: the gradient is the sa
 peers agree. The sum of Eq. 5 starts at the first candidate, since it would be no KL otherwise.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from peerlearn.device import full_float32
 
 # Stands for "not a candidate". Finite, so that differences of two masked logits are 0 and not NaN.
 _EXCLUDED = -1e9
@@ -111,7 +112,7 @@ def queue_terms_by_network(
     _check_temperatures(temperature, soft_temperature)
     # Rows never written are sliced away rather than masked: they have no logit at all.
     rows = queue[:, :filled]
-    with _full_precision(query):
+    with full_float32(query.device):
         query, key, rows = _widen(query), _widen(key.detach()), _widen(rows.detach())
         for name, tensor in (("query", query), ("key", key), ("queue", rows)):
             _require_finite(name, tensor)
@@ -209,7 +210,7 @@ def batch_terms_by_network(
             return label_hard(log_q)
         return label_hard(log_q) - log_q.diagonal().mean()
 
-    with _full_precision(embedding):
+    with full_float32(embedding.device):
         embedding = _widen(embedding)
         _require_finite("embedding", embedding)
         logits = torch.einsum("abd,ckd->acbk", embedding, embedding) / temperature
@@ -383,13 +384,6 @@ def _check_temperatures(temperature: float, soft_temperature: float) -> None:
             "temperature and soft_temperature must be positive, "
             f"got {temperature} and {soft_temperature}"
         )
-
-
-@contextmanager
-def _full_precision(tensor: Tensor) -> Iterator[None]:
-    """Losses are computed in float32 at least, also under autocast."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        yield
 
 
 def _widen(tensor: Tensor) -> Tensor:
