@@ -117,7 +117,12 @@ class Monitor:
                 torch.stack([scores[name].argmax(-1) for name in cohort_names])
             )
         monitor = self.config.monitor
-        return row | {"knn/k": monitor.k, "knn/temperature": monitor.temperature}
+        protocol = {
+            "knn/k": monitor.k,
+            "knn/temperature": monitor.temperature,
+            "knn/test_images": len(self.test),
+        }
+        return row | protocol
 
     def _scores(self, train: Tensor, test: Tensor) -> Tensor:
         assert self.train is not None

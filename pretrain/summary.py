@@ -13,8 +13,9 @@ def print_summary(run: RunDirectory, dataset: str) -> None:
     if rows:
         first, last = rows[0], rows[-1]
         table = Table(
-            title=f"kNN top-1 on {dataset} (%), k = {last['knn/k']}, "
-            f"temperature = {last['knn/temperature']}",
+            title=f"kNN top-1 (%) on {dataset}",
+            caption=f"k {last['knn/k']}, temperature {last['knn/temperature']}, "
+            f"n {last['knn/test_images']:,}",
         )
         table.add_column("features of")
         table.add_column("untrained", justify="right")

@@ -91,6 +91,7 @@ def test_metrics_have_a_row_per_logged_step_with_every_figure(finished):
             assert f"net/{m}/{name}" in last
     assert last["knn/k"] == 5
     assert last["knn/temperature"] == 0.1
+    assert last["knn/test_images"] == 360
     assert 0 <= last["cohort/agreement"] <= 100
     # 12 steps of 32 keys have long filled 80 rows; the first step had none.
     assert found[1]["queue/filled_percent"] == 40.0
