@@ -90,12 +90,13 @@ def export_hash(folder: Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def load_export(folder: Path) -> nn.Module:
+def load_export(folder: Path | str) -> nn.Module:
     """The network of an export in eval mode, with `.num_features` and timm's `.pretrained_cfg`.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the network it names.
     """
+    folder = Path(folder)
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
         config = json.loads(config_file.read_text())

@@ -43,7 +43,7 @@ class Reporter:
     def say(self, line: str) -> None:
         """Print a line that stays."""
         if self._bar:
-            self._bar.console.print(line, highlight=False)
+            self._bar.console.print(line, highlight=False, markup=False)
         else:
             print(line, flush=True)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,8 @@ def _default_name(argv: Sequence[str]) -> str:
 
 
 def _run(config: PretrainConfig, run: RunDirectory) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training in several processes is not supported yet: start a single one")
     # Imported here: a wrong key should not wait for torch.
     from pretrain.state import build, resume_latest
 

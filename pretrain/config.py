@@ -311,6 +311,10 @@ class PretrainConfig:
                 getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
             )
         _require(bool(self.terms), "terms must name at least one loss term")
+        _require(
+            self.cohort.networks > 1 or "scl_hard" in self.terms,
+            f"terms must hold scl_hard where cohort.networks is 1: the others need peers, got {self.terms}",
+        )
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
         _require(
             self.batch_size % parts == 0 and self.batch_size // parts >= 2,

@@ -235,6 +235,13 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+def test_several_processes_are_refused_rather_than_trained_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pretrain(tmp_path / "w") == 1
+    assert "several processes is not supported yet" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
 def test_an_existing_run_is_never_overwritten(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert pretrain(finished) == 1
