@@ -33,10 +33,11 @@ _SINFO_TIMEOUT_SECONDS = 5
 
 # Required distributions without a row of their own; a test holds all minima to pyproject.toml.
 OTHER_LIBRARIES = {
-    "jsonargparse": "4.40",
+    "jsonargparse": "4.49",
     "rich": "13",
     "tensorboard": "2.18",
     "scikit-learn": "1.5",
+    "filelock": "3.16",
     "safetensors": "0.5",
     "pillow": "11",
     "numpy": "2",
