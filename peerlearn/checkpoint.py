@@ -58,16 +58,17 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        version, hashes = manifest["format_version"], manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}: no readable manifest.json, so this save is not whole"
         ) from error
-    if manifest["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise UserError(
-            f"{folder}: format {manifest['format_version']} is newer than this program's "
+            f"{folder}: format {version} is newer than this program's "
             f"{FORMAT_VERSION}: update peerlearn"
         )
-    for name, sha256 in manifest["sha256"].items():
+    for name, sha256 in hashes.items():
         file = folder / name
         if not file.is_file() or _sha256(file) != sha256:
             raise UserError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
@@ -78,24 +79,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     return tensors, json.loads((folder / "state.json").read_text())
 
 
-def latest_checkpoint(root: Path) -> Path:
-    """The folder that ``latest`` names.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        folder = root / (root / "latest").read_text().strip()
-    except OSError as error:
-        raise UserError(f"{root}: no checkpoint has been saved yet") from error
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{root / 'latest'} names {folder.name}, which is not there")
-    return folder
+def saved_steps(root: Path) -> list[Path]:
+    """The folders of all saves, the newest first, whole or not."""
+    return sorted(root.glob("step-*"), reverse=True)
 
 
 def drop_old_checkpoints(root: Path, keep_last: int) -> None:
     """Delete all but the newest ``keep_last`` saves."""
-    for folder in sorted(root.glob("step-*"))[:-keep_last]:
+    for folder in saved_steps(root)[keep_last:]:
         shutil.rmtree(folder)
 
 

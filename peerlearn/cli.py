@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from peerlearn.config import nearest
 from peerlearn.errors import UsageError, UserError
 
-DONE, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILURE, USAGE = 0, 1, 2
 
 
 class Verb(NamedTuple):
@@ -47,11 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error, FAILURE)
     except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+        return _complain("interrupted", FAILURE)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); nobody is left to be told.
         sys.stderr.close()
         return DONE
+    except Exception as error:
+        if os.environ.get("PEERLEARN_TRACEBACK"):
+            raise
+        reason = " ".join(str(error).split())
+        return _complain(
+            f"{type(error).__name__}: {reason} (PEERLEARN_TRACEBACK=1 shows where)", FAILURE
+        )
 
 
 def _dispatch(words: list[str]) -> int:

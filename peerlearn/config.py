@@ -179,6 +179,8 @@ def _readable(error: Exception) -> str:
     """jsonargparse's type errors as ``key: expected int, got 'a'``."""
     text = _one_line(error)
     found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
+    if text.lower().startswith("unrecognized arguments"):
+        return f"{text} (CONFIG comes before the --keys)"
     if not found:
         return text
     key, expected, value = found.groups()

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         if name is not None:
             from peerlearn.config import find_config
 
-            print(find_config(name, folder).read_text(), end="")
+            print(find_config(Path(name).stem, folder).read_text(), end="")
             continue
         for path in sorted(folder.glob("*.yaml")):
             header = read_header(path)

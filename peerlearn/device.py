@@ -18,6 +18,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"{device.type} is no device to train on")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

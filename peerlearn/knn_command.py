@@ -34,7 +34,15 @@ class EvaluationDataConfig:
     root: str | None = None
     train_limit: int | None = None
     test_limit: int | None = None
-    workers: int = 4
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("train_limit", "test_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers must be at least 0, got {self.workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +90,16 @@ def main(argv: Sequence[str]) -> int:
         print(config_to_yaml(config), end="")
         return 0
     selection = select_networks(Path(config.checkpoint), config.network)
-    scores, test_images = evaluate(config, selection)
-    _print_table(config, scores, test_images)
+    scores, protocol = evaluate(config, selection)
+    _print_table(scores, protocol)
     return 0
 
 
-def evaluate(config: KNNConfig, selection: Selection) -> tuple[dict[str, float], int]:
+def evaluate(config: KNNConfig, selection: Selection) -> tuple[dict[str, float], dict[str, Any]]:
     """Encode both splits with every selected network, score each and write its result.json.
 
     Returns:
-        top-1 in percent by network, and the number of test images.
+        top-1 in percent by network, and the protocol they were measured under.
 
     Raises:
         UserError: a dataset or an export that cannot be had, or that do not fit each other.
@@ -113,6 +121,7 @@ def evaluate(config: KNNConfig, selection: Selection) -> tuple[dict[str, float],
         features = {**(features if selection.alone else {}), ENSEMBLE: joint}
     hashes = {name: export_hash(folder) for name, folder in selection.folders.items()}
     folder = Path(config.results) if config.results else (selection.run or Path()) / "results"
+    protocol = _protocol(config, train, test)
     scores = {}
     for name, (train_features, test_features) in features.items():
         found = knn_scores(
@@ -131,12 +140,12 @@ def evaluate(config: KNNConfig, selection: Selection) -> tuple[dict[str, float],
             step=selection.step,
             network=name,
             metrics=_with_spread(scores[name], len(test)),
-            protocol=_protocol(config, train),
+            protocol=protocol,
             export_hash=hashes if name == ENSEMBLE else hashes[name],
-            seed=run_setting(selection.run, "seed", 0),
+            seed=run_setting(selection.run, "seed", None),
             seconds=round(time.monotonic() - start, 3),
         )
-    return scores, len(test)
+    return scores, protocol
 
 
 def _load_splits(config: KNNConfig, selection: Selection) -> tuple["ImageDataset", "ImageDataset"]:
@@ -187,14 +196,16 @@ def _encode(config: KNNConfig, folder: Path, splits: Sequence["ImageDataset"]) -
     return features
 
 
-def _protocol(config: KNNConfig, train: "ImageDataset") -> dict[str, Any]:
+def _protocol(config: KNNConfig, train: "ImageDataset", test: "ImageDataset") -> dict[str, Any]:
     return {
         "k": min(config.k, len(train)),
         "temperature": config.temperature,
         "similarity": "cosine",
         "features": "pooled backbone output",
         "train_images": len(train),
-        "test_limit": config.data.test_limit,
+        "test_images": len(test),
+        "train_fingerprint": train.fingerprint(),
+        "test_fingerprint": test.fingerprint(),
     }
 
 
@@ -208,12 +219,15 @@ def _with_spread(top1: float, n: int) -> dict[str, float]:
     }
 
 
-def _print_table(config: KNNConfig, scores: dict[str, float], n: int) -> None:
+def _print_table(scores: dict[str, float], protocol: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"kNN top-1 (%), k = {config.k}, temperature = {config.temperature}, n = {n:,}"
-    table = Table(title=title)
+    n = protocol["test_images"]
+    table = Table(
+        title="kNN top-1 (%)",
+        caption=f"k {protocol['k']}, temperature {protocol['temperature']}, n {n:,}",
+    )
     table.add_column("network")
     table.add_column("top-1", justify="right")
     table.add_column("+- s.e.", justify="right")

@@ -1,6 +1,7 @@
 """Which exported networks `--checkpoint` and `--network` mean."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
         UserError: nothing is exported there.
         UsageError: no such network; the message lists those there are.
     """
+    checkpoint = checkpoint.resolve()
     if (checkpoint / "model.safetensors").is_file():
-        return Selection(folders={"0": checkpoint}, ensemble=False, alone=True, run=None, step=0)
+        return _select_export(checkpoint, network)
     exports = checkpoint
     if (checkpoint / "config.yaml").is_file():
         exports = _latest(checkpoint)
@@ -56,14 +58,33 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
     if None in chosen.values():
         known = ", ".join([*everything, "all", ENSEMBLE])
         raise UsageError(f"--network {network}: not in {exports}; choose from {known}")
-    run = exports.parent.parent
     return Selection(
         folders={name: folder for name, folder in chosen.items() if folder},
         ensemble=network == ENSEMBLE or (network == "all" and len(cohort) > 1),
         alone=network != ENSEMBLE,
-        run=run if (run / "config.yaml").is_file() else None,
+        run=_run_of(exports),
         step=_step(exports),
     )
+
+
+def _select_export(folder: Path, network: str) -> Selection:
+    """One export; its folder tells the network, and its run and step where it lies in a run."""
+    name = _network_name(folder.name) or "0"
+    if network not in ("all", name):
+        raise UsageError(f"--network {network}: {folder} is network {name} alone; leave it out")
+    exports = folder.parent
+    return Selection(
+        folders={name: folder},
+        ensemble=False,
+        alone=True,
+        run=_run_of(exports),
+        step=_step(exports),
+    )
+
+
+def _run_of(exports: Path) -> Path | None:
+    run = exports.parent.parent
+    return run if (run / "config.yaml").is_file() else None
 
 
 def _latest(run: Path) -> Path:
@@ -74,13 +95,21 @@ def _latest(run: Path) -> Path:
 
 
 def _named_exports(folder: Path) -> dict[str, Path]:
-    """net-0 is "0", net-0-key is "key-0"; query networks first, by number."""
-    found = {}
-    for path in folder.glob("net-*"):
-        number, _, kind = path.name.removeprefix("net-").partition("-")
-        if (path / "model.safetensors").is_file():
-            found[(kind, int(number))] = path
-    return {f"{kind}-{n}" if kind else str(n): found[kind, n] for kind, n in sorted(found)}
+    """The exports by their networks' names; query networks first, by number."""
+    found = {
+        name: path
+        for path in folder.glob("net-*")
+        if (name := _network_name(path.name)) and (path / "model.safetensors").is_file()
+    }
+    return dict(
+        sorted(found.items(), key=lambda item: (item[0].startswith("key-"), len(item[0]), item[0]))
+    )
+
+
+def _network_name(folder_name: str) -> str | None:
+    """net-0 is "0", net-0-key is "key-0"; None for other folders."""
+    match = re.fullmatch(r"net-(\d+)(-key)?", folder_name)
+    return f"{'key-' if match[2] else ''}{match[1]}" if match else None
 
 
 def _step(exports: Path) -> int:
@@ -94,5 +123,5 @@ def run_setting(run: Path | None, name: str, default: Any) -> Any:
         return default
     try:
         return json.loads((run / "env.json").read_text())["training"][name]
-    except (OSError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run / 'env.json'} does not tell the run's {name}") from error

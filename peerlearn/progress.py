@@ -1,5 +1,7 @@
 """Progress of long work: a bar on a terminal, plain lines now and then elsewhere."""
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +46,12 @@ class Reporter:
         """Print a line that stays."""
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
-        else:
+            return
+        try:
             print(line, flush=True)
+        except BrokenPipeError:
+            # The reader has gone (`| head`): that is no reason for the work to stop.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def write_result(
     metrics: Mapping[str, Any],
     protocol: Mapping[str, Any],
     export_hash: str | Mapping[str, str],
-    seed: int,
+    seed: int | None,
     seconds: float,
 ) -> Path:
     """Write ``<task>-<dataset>-<step>-<network>-<hash>.json``.

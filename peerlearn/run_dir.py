@@ -6,6 +6,7 @@ RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/ra
 
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
@@ -103,8 +104,8 @@ class RunDirectory:
             The attempt's number and the path of this rank's log.
         """
         logs = self.root / "logs"
-        earlier = [int(folder.name.removeprefix("attempt-")) for folder in logs.glob("attempt-*")]
-        attempt = max(earlier, default=0) + 1
+        names = (folder.name.removeprefix("attempt-") for folder in logs.glob("attempt-*"))
+        attempt = max((int(name) for name in names if name.isdigit()), default=0) + 1
         folder = logs / f"attempt-{attempt}"
         folder.mkdir(parents=True)
         env = {**environment(), "training": facts}
@@ -113,18 +114,25 @@ class RunDirectory:
         return attempt, folder / f"rank-{rank}.log"
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one logged step to metrics.jsonl."""
-        _append_line(self.metrics, row)
+        """Add one logged step to metrics.jsonl; NaN and Inf, which JSON does not know, become null."""
+        _append_line(self.metrics, {key: _json_number(value) for key, value in row.items()})
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
-        """The logged steps; a last line cut short by a crash is left out."""
-        if not self.metrics.exists():
-            return
-        for line in self.metrics.read_text().splitlines():
+        """The logged steps; a last line cut short by a crash is left out.
+
+        Raises:
+            UserError: another line is damaged.
+        """
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+                yield dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                if number == len(lines):
+                    return
+                raise UserError(
+                    f"{self.metrics}: line {number} is damaged: mend or remove it"
+                ) from error
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows that training from ``step`` on writes anew: those after it, at step 0 all of them."""
@@ -186,6 +194,10 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _append_line(path: Path, row: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`peerlearn pretrain` and `peerlearn resume`."""
 
 import argparse
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def _run(config: PretrainConfig, run: RunDirectory) -> int:
     attempt, log_file = run.start_attempt(
         {
             "dataset": training.dataset.name,
-            "data_root": config.data.root,
+            "data_root": training.data_root,
             "images": len(training.dataset),
             "seed": config.seed,
             "lr": config.lr,
@@ -84,8 +85,10 @@ def _run(config: PretrainConfig, run: RunDirectory) -> int:
         finished = _train(training, attempt)
     except Exception as error:
         logging.getLogger(__name__).exception("the run failed")
-        run.event("failed", attempt=attempt, reason=str(error))
-        run.mark_failed(str(error))
+        # A full disk may be what failed; then these fail too, and must not hide it.
+        with contextlib.suppress(OSError):
+            run.event("failed", attempt=attempt, reason=str(error))
+            run.mark_failed(str(error))
         if isinstance(error, UserError):
             raise
         raise UserError(f"{type(error).__name__}: {error} (traceback in {log_file})") from error
@@ -99,7 +102,7 @@ def _train(training: "Training", attempt: int) -> bool:
     from peerlearn.progress import progress
     from pretrain.metrics import MetricsLog
     from pretrain.summary import print_summary
-    from pretrain.train import measure_untrained, train
+    from pretrain.train import measure_untrained, stop_signals, train
 
     config, run, dataset = training.config, training.run, training.dataset
     run.event(
@@ -121,10 +124,13 @@ def _train(training: "Training", attempt: int) -> bool:
         steps_per_epoch=training.steps_per_epoch,
         batch_size=config.batch_size,
     )
-    with progress(training.total_steps, "step", done=training.step) as report:
+    with (
+        stop_signals() as stop,
+        progress(training.total_steps, "step", done=training.step) as report,
+    ):
         if training.step == 0:
             measure_untrained(training, log, report)
-        finished = train(training, log, report)
+        finished = train(training, log, report, stop)
     log.close()
     run.event("done" if finished else "stopped", attempt=attempt, step=training.step)
     if finished:
@@ -134,13 +140,14 @@ def _train(training: "Training", attempt: int) -> bool:
 
 
 def log_to(file: Path) -> None:
-    """Send every log record to the file, and warnings to the terminal."""
+    """Send every log record to the file, and warnings to the terminal, where no traceback belongs."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     to_file = logging.FileHandler(file)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.WARNING)
+    to_terminal.addFilter(lambda record: not record.exc_info)
     to_terminal.setFormatter(logging.Formatter("%(message)s"))
     root.handlers = [to_file, to_terminal]
     logging.captureWarnings(True)

@@ -105,7 +105,7 @@ class DataConfig:
     augmentation: Literal["moco_v1", "moco_v2", "moco_cifar", "crop_flip"] = "moco_v2"
     crop_scale: list[float] | None = None
     image_size: int | None = None
-    workers: int = 4
+    workers: int = 2
 
     def __post_init__(self) -> None:
         scale = self.crop_scale
@@ -314,6 +314,12 @@ class PretrainConfig:
         _require(
             self.cohort.networks > 1 or "scl_hard" in self.terms,
             f"terms must hold scl_hard where cohort.networks is 1: the others need peers, got {self.terms}",
+        )
+        weights = {"scl": self.alpha, "icl": self.beta if self.cohort.networks > 1 else 0.0}
+        _require(
+            any(weights[term[:3]] > 0 for term in self.terms),
+            f"alpha {self.alpha}, beta {self.beta} and terms {self.terms} leave nothing to train "
+            f"{self.cohort.networks} networks by",
         )
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
         _require(

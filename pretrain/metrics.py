@@ -34,7 +34,7 @@ class MetricsLog:
         self._batch_size = batch_size
         self._start = self._last = time.monotonic()
         self._last_step = step
-        self._board = SummaryWriter(run.root / "tb", purge_step=step + 1)
+        self._board = SummaryWriter(run.root / "tb", purge_step=step + 1 if step else 0)
 
     def losses(self, step: int, terms: MCLTerms, config: PretrainConfig) -> dict[str, float]:
         """The loss, every network's own terms and the rate since the last row, from four (M,) vectors."""

@@ -42,6 +42,7 @@ class Monitor:
         self,
         config: PretrainConfig,
         dataset: ImageDataset,
+        data_root: str | None,
         *,
         augmentation: Augmentation,
         image_size: int,
@@ -50,7 +51,7 @@ class Monitor:
         self.config = config
         self.image_size = image_size
         self.device = device
-        self.train, self.test = _labelled_splits(config, dataset)
+        self.train, self.test = _labelled_splits(config, dataset, data_root)
         self._probe = ViewLoader(
             first_images(dataset, min(_PROBE_IMAGES, len(dataset))),
             augmentation,
@@ -117,9 +118,11 @@ class Monitor:
                 torch.stack([scores[name].argmax(-1) for name in cohort_names])
             )
         monitor = self.config.monitor
+        assert self.train is not None
         protocol = {
-            "knn/k": monitor.k,
+            "knn/k": min(monitor.k, len(self.train)),
             "knn/temperature": monitor.temperature,
+            "knn/train_images": len(self.train),
             "knn/test_images": len(self.test),
         }
         return row | protocol
@@ -154,13 +157,13 @@ class Monitor:
 
 
 def _labelled_splits(
-    config: PretrainConfig, dataset: ImageDataset
+    config: PretrainConfig, dataset: ImageDataset, data_root: str | None
 ) -> tuple[ImageDataset | None, ImageDataset]:
     """The images that vote and those that are asked; without labels, none vote and training's are looked at."""
     limits = config.monitor
 
     def load(split: str, limit: int | None) -> ImageDataset:
-        return load_dataset(dataset.name, split, root=config.data.root, limit=limit)
+        return load_dataset(dataset.name, split, root=data_root, limit=limit)
 
     try:
         train, test = load("train", limits.train_limit), load("test", limits.test_limit)

@@ -1,6 +1,7 @@
 """What a run holds in memory: how it is built, saved, restored and exported."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 from peerlearn.augment import AUGMENTATIONS, Augmentation
 from peerlearn.checkpoint import (
     drop_old_checkpoints,
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    saved_steps,
     step_folder,
 )
 from peerlearn.datasets import ImageDataset, load_dataset
@@ -24,12 +25,15 @@ from peerlearn.loader import ViewLoader
 from peerlearn.run_dir import RunDirectory, write_text
 from pretrain.cohort import Cohort, build_cohort, load_named_state, named_state
 from pretrain.config import DataConfig, PretrainConfig
+from pretrain.losses import NonFiniteError
 from pretrain.methods import Method, build_method
 from pretrain.monitor import Monitor
 from pretrain.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 # The side of the views of image files, unless the config says otherwise.
 IMAGE_FILE_SIZE = 224
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -40,6 +44,7 @@ class Training:
     run: RunDirectory
     device: torch.device
     dataset: ImageDataset
+    data_root: str | None
     image_size: int
     loader: ViewLoader
     cohort: Cohort
@@ -64,7 +69,7 @@ def build(config: PretrainConfig, run: RunDirectory) -> Training:
         UserError: data, device or networks that cannot be had as the config asks.
     """
     device = choose_device(config.device)
-    dataset = load_training_images(config.data)
+    dataset, data_root = load_training_images(config.data)
     augmentation = _augmentation(config.data)
     image_size = config.data.image_size or native_size(dataset)
     loader = ViewLoader(
@@ -83,13 +88,19 @@ def build(config: PretrainConfig, run: RunDirectory) -> Training:
     monitor = None
     if config.monitor.every_epochs:
         monitor = Monitor(
-            config, dataset, augmentation=augmentation, image_size=image_size, device=device
+            config,
+            dataset,
+            data_root,
+            augmentation=augmentation,
+            image_size=image_size,
+            device=device,
         )
     return Training(
         config=config,
         run=run,
         device=device,
         dataset=dataset,
+        data_root=data_root,
         image_size=image_size,
         loader=loader,
         cohort=cohort,
@@ -99,19 +110,19 @@ def build(config: PretrainConfig, run: RunDirectory) -> Training:
     )
 
 
-def load_training_images(data: DataConfig) -> ImageDataset:
-    """The dataset of the config, or its fallback with a line that says so.
+def load_training_images(data: DataConfig) -> tuple[ImageDataset, str | None]:
+    """The dataset of the config, or its fallback with a line that says so; and the root it was read from.
 
     Raises:
         UserError: neither can be had.
     """
     try:
-        return load_dataset(data.name, data.split, root=data.root, limit=data.limit)
+        return load_dataset(data.name, data.split, root=data.root, limit=data.limit), data.root
     except UserError as error:
         if data.fallback is None:
             raise
         print(f"{data.name} cannot be had ({error}): training on {data.fallback} instead")
-        return load_dataset(data.fallback, data.split, limit=data.limit)
+        return load_dataset(data.fallback, data.split, limit=data.limit), None
 
 
 def _augmentation(data: DataConfig) -> Augmentation:
@@ -128,47 +139,85 @@ def native_size(dataset: ImageDataset) -> int:
 
 
 def save(training: Training) -> None:
-    """Save everything a later start needs to go on as if nothing had happened."""
+    """Save everything a later start needs to go on as if nothing had happened.
+
+    Raises:
+        NonFiniteError: a network holds NaN or Inf; nothing poisoned is saved.
+    """
+    _require_finite_weights(training.cohort)
     tensors = {
         "networks": named_state(training.cohort),
         "optimizer": optimizer_tensors(training.optimizer),
         **training.method.state_tensors(),
     }
-    state = {"step": training.step, "steps_per_epoch": training.steps_per_epoch}
+    state = {"step": training.step, "dataset": training.dataset.fingerprint()}
     save_checkpoint(training.run.checkpoints, training.step, tensors, state)
     drop_old_checkpoints(training.run.checkpoints, training.config.checkpoint.keep_last)
 
 
-def restore(training: Training, folder: Path) -> None:
-    """Put a saved state into a freshly built run.
+def resume_latest(training: Training) -> None:
+    """Continue from the newest save that is whole, from step 0 if nothing was ever saved.
+
+    A damaged save is passed over with a warning and an event. Rows of metrics.jsonl after the step are cut.
 
     Raises:
-        UserError: the save is damaged, or of other networks or data.
+        UserError: there are saves, but none is whole; or they are of other networks or data.
     """
-    tensors, state = load_checkpoint(folder)
-    if state["steps_per_epoch"] != training.steps_per_epoch:
+    folders = saved_steps(training.run.checkpoints)
+    for folder in folders:
+        try:
+            content = load_checkpoint(folder)
+        except UserError as error:
+            logger.warning("passed over a damaged checkpoint: %s", error)
+            training.run.event("checkpoint_damaged", folder=folder.name, reason=str(error))
+            continue
+        _restore(training, folder, *content)
+        break
+    else:
+        if folders:
+            raise UserError(
+                f"{training.run.checkpoints}: no checkpoint is whole: restore one from a backup, "
+                "or start a new run"
+            )
+    training.run.cut_metrics(training.step)
+
+
+def _restore(
+    training: Training, folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> None:
+    if state["dataset"] != training.dataset.fingerprint():
         raise UserError(
-            f"{folder}: saved with {state['steps_per_epoch']} steps per epoch, now there are "
-            f"{training.steps_per_epoch}: the data has changed"
+            f"{folder}: was trained on other images than {training.dataset.name} holds now: "
+            "restore the data, or start a new run"
         )
     try:
         load_named_state(training.cohort, tensors["networks"])
         training.method.load_state_tensors(tensors)
         load_optimizer_tensors(training.optimizer, tensors["optimizer"])
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{folder} lacks {error}: is config.yaml that of another method?"
+        ) from error
+    except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     training.step = state["step"]
 
 
-def resume_latest(training: Training) -> None:
-    """Continue from the latest save, if there is one; rows of metrics.jsonl after it are cut."""
-    if (training.run.checkpoints / "latest").exists():
-        restore(training, latest_checkpoint(training.run.checkpoints))
-    training.run.cut_metrics(training.step)
+def _require_finite_weights(cohort: Cohort) -> None:
+    for name, parameter in cohort.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"{name} holds NaN or Inf: lower base_lr, and look at the losses in metrics.jsonl"
+            )
 
 
 def export(training: Training) -> None:
-    """Write every network's backbone as a folder that timm loads, then ``export/latest``."""
+    """Write every network's backbone as a folder that timm loads, then ``export/latest``.
+
+    Raises:
+        NonFiniteError: a network holds NaN or Inf.
+    """
+    _require_finite_weights(training.cohort)
     folder = training.run.exports / step_folder(training.step)
     config = training.config
     groups = {"": training.cohort}

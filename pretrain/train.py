@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peerlearn.counter_random import MODULE_NOISE, random_bits
 from peerlearn.progress import Reporter
 from pretrain.losses import MCLTerms
 from pretrain.methods import objective
@@ -19,11 +20,19 @@ from pretrain.state import Training, export, save
 logger = logging.getLogger(__name__)
 
 
-def train(training: Training, log: MetricsLog, report: Reporter) -> bool:
-    """Train from ``training.step`` to the end.
+@dataclass
+class Stop:
+    """Whether a signal has asked the run to stop."""
+
+    requested: bool = False
+
+
+def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> bool:
+    """Train from ``training.step`` to the end, or to the first step after ``stop`` is requested.
 
     The order within a step matters:
-        1. views      one global batch, two random views of every image
+        1. views      one global batch, two random views of every image; dropout and the like are
+                      seeded by the step, so that they too continue exactly
         2. momentum   the key networks move, before they encode anything
         3. terms      per micro-batch: queries, keys, the loss terms, backward; the queue stands still
         4. step       the optimiser, at this step's learning rate
@@ -37,42 +46,42 @@ def train(training: Training, log: MetricsLog, report: Reporter) -> bool:
     """
     config, cohort, method = training.config, training.cohort, training.method
     cohort.train()
-    with _stop_signals() as stop:
-        while training.step < training.total_steps:
-            epoch, start_step = divmod(training.step, training.steps_per_epoch)
-            for batch in training.loader.epoch(epoch, start_step):  # 1
-                lr = _set_learning_rate(training)
-                method.begin_step(training.step)  # 2
+    while training.step < training.total_steps:
+        epoch, start_step = divmod(training.step, training.steps_per_epoch)
+        for batch in training.loader.epoch(epoch, start_step):  # 1
+            _seed_modules(training)
+            lr = _set_learning_rate(training)
+            method.begin_step(training.step)  # 2
 
-                training.optimizer.zero_grad(set_to_none=True)
-                parts: list[MCLTerms] = []
-                for views in _micro_batches(batch.views, config.accumulation_steps):  # 3
-                    terms = method.terms(views)
-                    (objective(terms, config) / config.accumulation_steps).backward()
-                    parts.append(MCLTerms(*(term.detach() for term in terms)))
+            training.optimizer.zero_grad(set_to_none=True)
+            parts: list[MCLTerms] = []
+            for views in _micro_batches(batch.views, config.accumulation_steps):  # 3
+                terms = method.terms(views)
+                (objective(terms, config) / config.accumulation_steps).backward()
+                parts.append(MCLTerms(*(term.detach() for term in terms)))
 
-                training.optimizer.step()  # 4
-                method.end_step()  # 5
-                training.step += 1
+            training.optimizer.step()  # 4
+            method.end_step()  # 5
+            training.step += 1
 
-                epoch_ends = training.step % training.steps_per_epoch == 0
-                if epoch_ends or training.step % config.monitor.log_every_steps == 0:  # 6
-                    row = log.losses(training.step, _mean(parts), config) | gradient_norms(cohort)
-                    row |= {"lr": lr} | method.metrics()
-                    if training.monitor and _monitor_due(training):
-                        row |= training.monitor.measure(cohort, method.peers)
-                    log.write(training.step, row)
-                    if epoch_ends:
-                        report.say(f"{scores_text(row, epoch=epoch + 1)}  {log.text}")
-                report.advance(1, log.text)
+            epoch_ends = training.step % training.steps_per_epoch == 0
+            if epoch_ends or training.step % config.monitor.log_every_steps == 0:  # 6
+                row = log.losses(training.step, _mean(parts), config) | gradient_norms(cohort)
+                row |= {"lr": lr} | method.metrics()
+                if training.monitor and _monitor_due(training):
+                    row |= training.monitor.measure(cohort, method.peers)
+                log.write(training.step, row)
+                if epoch_ends:
+                    report.say(f"{scores_text(row, epoch=epoch + 1)}  {log.text}")
+            report.advance(1, log.text)
 
-                ended = training.step == training.total_steps
-                if _export_due(training):  # 7
-                    export(training)
-                if _save_due(training) or stop.requested or ended:  # 8
-                    save(training)
-                if stop.requested and not ended:
-                    return False
+            ended = training.step == training.total_steps
+            if _export_due(training):  # 7
+                export(training)
+            if _save_due(training) or stop.requested or ended:  # 8
+                save(training)
+            if stop.requested and not ended:
+                return False
     return True
 
 
@@ -96,6 +105,11 @@ def scores_text(row: dict[str, float], *, epoch: int) -> str:
         if key.endswith("/knn_top1")
     )
     return f"epoch {epoch}  kNN top-1 %: {scores}" if scores else f"epoch {epoch}"
+
+
+def _seed_modules(training: Training) -> None:
+    """Seed torch's own generators, which dropout and stochastic depth draw from, by the step."""
+    torch.manual_seed(int(random_bits(MODULE_NOISE, training.config.seed, training.step)))
 
 
 def _set_learning_rate(training: Training) -> float:
@@ -143,17 +157,14 @@ def _save_due(training: Training) -> bool:
     return training.step % every_steps == 0
 
 
-@dataclass
-class _Stop:
-    requested: bool = False
-
-
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turn SIGINT and SIGTERM into a request that the loop answers between two steps."""
-    stop = _Stop()
+def stop_signals() -> Iterator[Stop]:
+    """Turn SIGINT and SIGTERM into a request that the loop answers between two steps; a second SIGINT interrupts."""
+    stop = Stop()
 
     def request(number: int, frame: object) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
         logger.warning("%s: saving after this step", signal.Signals(number).name)
         stop.requested = True
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import peerlearn  # noqa: F401  timm learns our networks' names from it
-from peerlearn.checkpoint import latest_checkpoint, load_checkpoint
+from peerlearn.checkpoint import load_checkpoint, saved_steps
 from peerlearn.cli import main
 from peerlearn.export import load_export
 from peerlearn.run_dir import RunDirectory
@@ -123,7 +125,7 @@ def test_every_export_loads_bit_equal_through_timm_and_holds_the_checkpoints_wei
     images = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
-    tensors, _ = load_checkpoint(latest_checkpoint(finished / "checkpoints"))
+    tensors, _ = load_checkpoint(saved_steps(finished / "checkpoints")[0])
     group = tensors["key_networks" if name.endswith("key") else "networks"]
     number = name.removeprefix("net-").removesuffix("-key")
     prefix = f"backbones.{number}."
@@ -181,9 +183,7 @@ def test_a_run_stopped_midway_and_resumed_equals_the_undisturbed_one(finished, t
     assert [without_clocks(row) for row in rows(run)] == [
         without_clocks(row) for row in rows(finished)
     ]
-    ours, theirs = (
-        load_checkpoint(latest_checkpoint(r / "checkpoints"))[0] for r in (run, finished)
-    )
+    ours, theirs = (load_checkpoint(saved_steps(r / "checkpoints")[0])[0] for r in (run, finished))
     for group, tensors in theirs.items():
         for name, tensor in tensors.items():
             assert torch.equal(ours[group][name], tensor), (group, name)
@@ -251,16 +251,108 @@ def test_an_existing_run_is_never_overwritten(finished, capsys):
     assert "done already" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_named_and_not_loaded(finished, tmp_path, capsys):
+@pytest.fixture
+def half_done(finished, tmp_path) -> Path:
+    """A run killed after the save of step 9; step 6's folder is a copy of it, to be told apart by its name."""
     run = tmp_path / "d"
-    assert pretrain(run, "--epochs", "1") == 0
-    (run / "DONE").unlink()
-    file = run / "checkpoints/step-00000006/queue.safetensors"
+    words = ["--checkpoint.every_steps", "3", "--checkpoint.export_key_networks", "true"]
+    assert pretrain(run, *words) == 0
+    for trace in ("DONE", "checkpoints/latest"):
+        (run / trace).unlink()
+    shutil.rmtree(run / "checkpoints/step-00000012")
+    save = run / "checkpoints/step-00000009"
+    older = run / "checkpoints/step-00000006"
+    shutil.copytree(save, older)
+    return run
+
+
+def flip_last_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert main(["resume", str(run)]) == 1
-    assert f"{file}: missing or damaged" in capsys.readouterr().err
+
+
+def test_without_the_latest_file_the_newest_save_is_taken(finished, half_done):
+    shutil.rmtree(half_done / "checkpoints/step-00000006")
+    assert main(["resume", str(half_done)]) == 0
+    events = [json.loads(line) for line in (half_done / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "started"] == [0, 9]
+    assert [without_clocks(row) for row in rows(half_done)] == [
+        without_clocks(row) for row in rows(finished)
+    ]
+
+
+def test_a_damaged_save_is_passed_over_and_said(half_done, capsys):
+    flip_last_byte(half_done / "checkpoints/step-00000009/queue.safetensors")
+    assert main(["resume", str(half_done)]) == 0
+    assert "passed over a damaged checkpoint" in capsys.readouterr().err
+    events = [json.loads(line) for line in (half_done / "events.jsonl").read_text().splitlines()]
+    assert [e["folder"] for e in events if e["event"] == "checkpoint_damaged"] == ["step-00000009"]
+    assert (half_done / "DONE").exists()
+
+
+def test_with_every_save_damaged_nothing_starts_over(half_done, capsys):
+    before = (half_done / "metrics.jsonl").read_bytes()
+    for save in (half_done / "checkpoints").glob("step-*"):
+        flip_last_byte(save / "networks.safetensors")
+    assert main(["resume", str(half_done)]) == 1
+    assert "no checkpoint is whole" in capsys.readouterr().err
+    assert (half_done / "metrics.jsonl").read_bytes() == before
+    assert (half_done / "FAILED").read_text().endswith("start a new run\n")
+
+
+def test_other_data_is_not_trained_on_after_a_resume(half_done, capsys):
+    config = half_done / "config.yaml"
+    config.write_text(config.read_text().replace("limit: 200", "limit: 201"))
+    assert main(["resume", str(half_done)]) == 1
+    error = capsys.readouterr().err
+    assert "other images than digits holds now" in error
+    assert "Traceback" not in error
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path, capsys):
+    run = tmp_path / "n"
+    words = ["--batch_size", "200", "--base_lr", "1e42", "--monitor.every_epochs", "0"]
+    assert pretrain(run, *words, "--epochs", "1") == 1
+    error = capsys.readouterr().err
+    assert "holds NaN or Inf: lower base_lr" in error
+    assert "Traceback" not in error
+    assert not (run / "DONE").exists()
+    assert not list(run.glob("export/*")) + list(run.glob("checkpoints/step-*"))
+
+
+def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_first_step(tmp_path):
+    run = tmp_path / "s"
+    words = [sys.executable, "-m", "peerlearn", "pretrain", *SMALL, "--run", str(run)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert "steps 0 to 12" in process.stdout.readline()
+        time.sleep(0.2)
+        process.terminate()
+        assert process.wait(60) == 75
+    assert saved_steps(run / "checkpoints")
+    assert main(["resume", str(run)]) == 0
+
+
+def test_dropout_is_seeded_by_the_step(tmp_path):
+    from pretrain.config import PretrainConfig
+    from pretrain.train import _seed_modules
+
+    def draw(seed: int, step: int) -> torch.Tensor:
+        _seed_modules(SimpleNamespace(config=PretrainConfig(seed=seed), step=step))
+        return torch.nn.functional.dropout(torch.ones(64))
+
+    assert torch.equal(draw(0, 3), draw(0, 3))
+    assert not torch.equal(draw(0, 3), draw(0, 4))
+    assert not torch.equal(draw(0, 3), draw(1, 3))
+
+
+def test_one_export_of_a_run_knows_its_name_and_step(finished, capsys):
+    export = finished / "export/step-00000012/net-1-key"
+    assert main(["knn", "--checkpoint", str(export), "--k", "9", "--device", "cpu"]) == 0
+    (path,) = (finished / "results").glob("knn-digits-00000012-key-1-*.json")
+    assert json.loads(path.read_text())["protocol"]["k"] == 9
+    assert main(["knn", "--checkpoint", str(export), "--network", "0"]) == 2
+    assert "is network key-1 alone" in capsys.readouterr().err
 
 
 def test_unknown_network_names_those_there_are(finished, capsys):

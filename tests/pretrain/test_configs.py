@@ -83,6 +83,8 @@ def test_lr_is_scaled_and_base_lr_left_as_written():
         ({"method": "simclr", "accumulation_steps": 2}, "accumulation_steps must be 1"),
         ({"method": "simclr", "symmetric": True}, "symmetric must be false"),
         ({"terms": []}, "terms must name"),
+        ({"alpha": 0.0, "beta": 0.0}, "leave nothing to train"),
+        ({"alpha": 0.0, "terms": ["scl_hard"]}, "leave nothing to train"),
         ({"terms": ["icl_hard"], "cohort": CohortConfig(networks=1)}, "terms must hold scl_hard"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"epochs": 0}, "epochs must be at least 1"),

@@ -1,0 +1,142 @@
+"""Runs on data that is missing, unlabelled or of odd shape, and kNN of exports that stand alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from peerlearn.cli import main
+from peerlearn.knn import knn_scores, knn_top1
+from peerlearn.run_dir import RunDirectory
+
+TINY = [
+    *("--batch_size", "16", "--epochs", "1", "--cohort.backbones", "conv4"),
+    *("--cohort.embedding_dim", "8", "--queue.size", "32", "--monitor.k", "3", "--device", "cpu"),
+    *("--data.image_size", "16", "--data.augmentation", "moco_v2"),
+]
+
+
+def rows(run: Path) -> list[dict]:
+    return list(RunDirectory(run).metric_rows())
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        # Sizes differ, as those of photographs do.
+        pixels = generator.integers(0, 256, (20 + i % 5, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+
+
+def test_a_dataset_that_cannot_be_had_falls_back_where_the_config_says_so(tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ["--data.name", "cifar10", "--data.root", str(tmp_path / "none")]
+    more += ["--data.fallback", "digits", "--data.limit", "48"]
+    assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
+    assert "training on digits instead" in capsys.readouterr().out
+    assert json.loads((run / "env.json").read_text())["training"]["dataset"] == "digits"
+    assert rows(run)[-1]["knn/test_images"] == 360
+    # The evaluator asks for what the run was trained on, not for what its config wanted.
+    assert main(["knn", "--checkpoint", str(run), "--device", "cpu", "--network", "0"]) == 0
+    assert list((run / "results").glob("knn-digits-*-0-*.json"))
+
+
+def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, caplog):
+    write_images(tmp_path / "images", 40)
+    run = tmp_path / "run"
+    more = ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
+    more += ["--data.backend", "folder", "--data.workers", "0"]
+    assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
+    assert "kNN is off" in caplog.text
+    last = rows(run)[-1]
+    assert not [key for key in last if "knn" in key]
+    assert last["net/0/rankme"] >= 1
+    assert (run / "DONE").exists()
+
+
+def test_a_labelled_folder_is_scored_on_its_own_test_split(tmp_path):
+    for split, count in (("train", 20), ("test", 6)):
+        for seed, name in enumerate(("cat", "dog")):
+            write_images(tmp_path / "images" / split / name, count, seed)
+    run = tmp_path / "run"
+    more = ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
+    more += ["--data.backend", "folder", "--data.workers", "0"]
+    assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
+    assert rows(run)[-1]["knn/test_images"] == 12
+
+
+def test_images_of_several_sizes_name_the_backend_that_takes_them(tmp_path, capsys):
+    write_images(tmp_path / "images", 20)
+    more = ["--data.name", "folder", "--data.root", str(tmp_path / "images"), "--data.workers", "0"]
+    assert main(["pretrain", *TINY, *more, "--run", str(tmp_path / "run")]) == 1
+    assert "data.backend folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    more = ["--data.name", "digits", "--data.limit", "48", "--monitor.every_epochs", "0"]
+    assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
+    return run
+
+
+def test_without_monitoring_there_are_losses_alone(digits_run):
+    assert [row["step"] for row in rows(digits_run)] == [3]
+    assert "net/0/scl_hard" in rows(digits_run)[0]
+    assert not [key for key in rows(digits_run)[0] if "knn" in key or "rankme" in key]
+
+
+def test_an_export_alone_needs_a_dataset_and_scores_like_the_features_it_holds(
+    digits_run, tmp_path, monkeypatch, capsys
+):
+    import torch
+
+    from peerlearn.datasets import load_dataset
+    from peerlearn.export import load_export
+    from peerlearn.features import extract_features
+
+    monkeypatch.chdir(tmp_path)
+    export = tmp_path / "net-1"
+    shutil.copytree(digits_run / "export/step-00000003/net-1", export)
+    words = ["knn", "--checkpoint", str(export), "--device", "cpu", "--k", "7"]
+    assert main(words) == 1
+    assert "give one by --data.name" in capsys.readouterr().err
+    assert main([*words, "--data.name", "digits"]) == 0
+    (path,) = (tmp_path / "results").glob("knn-digits-*.json")
+    result = json.loads(path.read_text())
+    splits = [load_dataset("digits", split) for split in ("train", "test")]
+    features = [
+        extract_features(
+            [load_export(export)],
+            split,
+            image_size=16,
+            batch_size=64,
+            device=torch.device("cpu"),
+            workers=0,
+        )[0]
+        for split in splits
+    ]
+    scores = knn_scores(
+        features[0], splits[0].labels, features[1], k=7, temperature=0.1, num_classes=10
+    )
+    assert result["metrics"]["top1"] == pytest.approx(knn_top1(scores, splits[1].labels))
+    share = result["metrics"]["top1"] / 100
+    error = 100 * (share * (1 - share) / 360) ** 0.5
+    assert result["metrics"]["top1_standard_error"] == pytest.approx(error)
+    for field in ("schema", "task", "dataset", "network", "export_hash", "seed", "versions"):
+        assert field in result
+
+
+def test_a_dataset_of_other_channels_is_refused(digits_run, tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            write_images(tmp_path / "images" / split / name, 3)
+    words = ["knn", "--checkpoint", str(digits_run), "--device", "cpu"]
+    words += ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
+    assert main(words) == 1
+    assert "takes 1 channels, folder has 3" in capsys.readouterr().err
