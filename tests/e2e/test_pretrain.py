@@ -310,15 +310,21 @@ def test_other_data_is_not_trained_on_after_a_resume(half_done, capsys):
     assert "Traceback" not in error
 
 
-def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path, capsys):
-    run = tmp_path / "n"
-    words = ["--batch_size", "200", "--base_lr", "1e42", "--monitor.every_epochs", "0"]
-    assert pretrain(run, *words, "--epochs", "1") == 1
-    error = capsys.readouterr().err
-    assert "holds NaN or Inf: lower base_lr" in error
-    assert "Traceback" not in error
-    assert not (run / "DONE").exists()
-    assert not list(run.glob("export/*")) + list(run.glob("checkpoints/step-*"))
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(finished, tmp_path, poison):
+    from peerlearn.config import load_config
+    from pretrain.config import PretrainConfig
+    from pretrain.losses import NonFiniteError
+    from pretrain.state import build, export, save
+
+    run = RunDirectory(tmp_path / "n")
+    training = build(load_config(PretrainConfig, finished / "config.yaml"), run)
+    with torch.no_grad():
+        training.cohort.heads[1].weight[0, 0] = poison
+    for write in (save, export):
+        with pytest.raises(NonFiniteError, match=r"heads\.1\.weight holds NaN or Inf"):
+            write(training)
+    assert not run.root.exists()
 
 
 def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_first_step(tmp_path):
