@@ -15,6 +15,7 @@ from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     from pretrain.state import Training
+    from pretrain.train import Stop
 
 SHIPPED = Path(__file__).parent / "configs"
 SAVED_RUN_AGAIN = 75
@@ -65,6 +66,7 @@ def _run(config: PretrainConfig, run: RunDirectory) -> int:
         raise UserError("training in several processes is not supported yet: start a single one")
     # Imported here: a wrong key should not wait for torch.
     from pretrain.state import build, resume_latest
+    from pretrain.train import stop_signals
 
     # Before anything is written: data or networks that cannot be had leave no run behind.
     training = build(config, run)
@@ -81,8 +83,9 @@ def _run(config: PretrainConfig, run: RunDirectory) -> int:
     )
     log_to(log_file)
     try:
-        resume_latest(training)
-        finished = _train(training, attempt)
+        with stop_signals() as stop:
+            resume_latest(training)
+            finished = _train(training, attempt, stop)
     except Exception as error:
         logging.getLogger(__name__).exception("the run failed")
         # A full disk may be what failed; then these fail too, and must not hide it.
@@ -98,11 +101,11 @@ def _run(config: PretrainConfig, run: RunDirectory) -> int:
     return 0
 
 
-def _train(training: "Training", attempt: int) -> bool:
+def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
     from peerlearn.progress import progress
     from pretrain.metrics import MetricsLog
     from pretrain.summary import print_summary
-    from pretrain.train import measure_untrained, stop_signals, train
+    from pretrain.train import measure_untrained, train
 
     config, run, dataset = training.config, training.run, training.dataset
     run.event(
@@ -124,10 +127,7 @@ def _train(training: "Training", attempt: int) -> bool:
         steps_per_epoch=training.steps_per_epoch,
         batch_size=config.batch_size,
     )
-    with (
-        stop_signals() as stop,
-        progress(training.total_steps, "step", done=training.step) as report,
-    ):
+    with progress(training.total_steps, "step", done=training.step) as report:
         if training.step == 0:
             measure_untrained(training, log, report)
         finished = train(training, log, report, stop)

@@ -1,6 +1,6 @@
 """What is watched while a cohort trains: kNN accuracy, and figures that show a collapse early.
 
-Nothing here touches training: networks run in eval mode, and every random view comes from counters of its own.
+Nothing here touches training: networks run in eval mode, and random views come from counters, not from a generator.
 """
 
 import dataclasses
