@@ -11,12 +11,10 @@ The first word is one of the streams below, so that draws for different purposes
 import torch
 from torch import Tensor
 
+# A stream keeps its number for ever: another one would change every run.
 VIEWS = 1
 PERMUTATION = 2
-CLASS_DRAWS = 3
 SHUFFLE_BN = 4
-NEGATIVES = 5
-EPISODES = 6
 INITIAL_WEIGHTS = 7
 MODULE_NOISE = 8
 

@@ -85,10 +85,6 @@ class RunDirectory:
         return self.root / "export"
 
     @property
-    def results(self) -> Path:
-        return self.root / "results"
-
-    @property
     def done(self) -> bool:
         return (self.root / "DONE").exists()
 

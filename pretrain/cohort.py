@@ -10,14 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlearn.backbones import (
-    create_backbone,
-    default_share_stages,
-    forward_shared,
-    share_low_stages,
-)
+from peerlearn.backbones import create_backbone
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.errors import UserError
+from peerlearn.shared_stages import default_share_stages, forward_shared, share_low_stages
 from pretrain.batch_norm import split_batch_norm
 from pretrain.config import CohortConfig
 

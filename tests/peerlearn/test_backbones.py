@@ -17,17 +17,15 @@ from torch import nn
 from torchvision.models import densenet as torchvision_densenet
 
 import peerlearn
-from peerlearn.backbones import (
-    BasicBlock,
-    DenseLayer,
-    PreActivationBlock,
-    create_backbone,
+from peerlearn.backbones import create_backbone
+from peerlearn.cifar_networks import BasicBlock, DenseLayer, PreActivationBlock
+from peerlearn.errors import UserError
+from peerlearn.shared_stages import (
     default_share_stages,
     forward_shared,
     share_low_stages,
     stage_names,
 )
-from peerlearn.errors import UserError
 
 # Features only, with a 100-class classifier, with a linear projection to 128.
 PARAMETERS = {

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 import peerlearn.run_dir
-from peerlearn.backbones import create_backbone, share_low_stages
+from peerlearn.backbones import create_backbone
 from peerlearn.errors import UserError
 from peerlearn.export import export_hash, load_export, save_export
+from peerlearn.shared_stages import share_low_stages
 
 # Name, in_chans, small_images, image_size.
 NETWORKS = [
