@@ -23,6 +23,7 @@ from peerlearn.run_dir import replace_folder
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 
 
 def save_export(
@@ -36,6 +37,7 @@ def save_export(
     mean: Sequence[float],
     std: Sequence[float],
     provenance: Mapping[str, object],
+    origin: str = "pretrained by peerlearn",
 ) -> str:
     """Write `folder` as a whole; an older one of that name is replaced.
 
@@ -50,6 +52,7 @@ def save_export(
         mean: per channel, what the training images were normalised with.
         std: likewise.
         provenance: name -> value, told in README.md alone; no times or paths.
+        origin: for README.md's title, after the network's name.
 
     Returns:
         `export_hash(folder)`.
@@ -59,19 +62,29 @@ def save_export(
         f"create_backbone({architecture!r}, in_chans={in_chans}, small_images={small_images}, "
         f"image_size={image_size})"
     )
-    card = _model_card(config["architecture"], call, provenance)
+    card = _model_card(config["architecture"], origin, call, provenance)
     # Not save_file, whose files none but their owner can read. One entry of metadata, because the
     # order of several would differ from run to run.
     weights = safetensors.torch.save(_stored_tensors(backbone), metadata={"format": "pt"})
+    write_folder(
+        folder,
+        {
+            WEIGHTS_FILE: weights,
+            CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+            CARD_FILE: card.encode(),
+        },
+    )
+    return export_hash(folder)
 
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `folder` with these files as a whole; an older one of that name is replaced, parents are made."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / WEIGHTS_FILE).write_bytes(weights)
-    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    for name, content in files.items():
+        (temporary / name).write_bytes(content)
     replace_folder(temporary, folder)
-    return export_hash(folder)
 
 
 def export_hash(folder: Path) -> str:
@@ -119,7 +132,7 @@ def load_export(folder: Path | str) -> nn.Module:
         raise _unreadable(weights_file, error) from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{weights_file}: damaged ({error}); export the network again") from error
-    misfits = _misfits(backbone.state_dict(), weights)
+    misfits = state_misfits(backbone.state_dict(), weights)
     if misfits:
         raise UserError(
             f"{weights_file}: does not fit {architecture}: {misfits[0]}"
@@ -140,8 +153,8 @@ def _unreadable(file: Path, error: OSError) -> UserError:
     )
 
 
-def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """One line per tensor that is missing, too many or of another shape."""
+def state_misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """One line per tensor of a state dict that is missing, too many or of another shape; none if it fits."""
     lines = [f"{name!r} is missing" for name in expected if name not in found]
     lines += [f"{name!r} is not part of it" for name in found if name not in expected]
     return lines + [
@@ -189,7 +202,7 @@ def _config(
     }
 
 
-def _model_card(timm_name: str, call: str, provenance: Mapping[str, object]) -> str:
+def _model_card(timm_name: str, origin: str, call: str, provenance: Mapping[str, object]) -> str:
     registration = "import peerlearn  # timm learns of this network by it\n"
     rows = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
     return f"""\
@@ -197,10 +210,10 @@ def _model_card(timm_name: str, call: str, provenance: Mapping[str, object]) -> 
 library_name: timm
 pipeline_tag: image-feature-extraction
 ---
-# {timm_name}, pretrained by peerlearn
+# {timm_name}, {origin}
 
-One network of a cohort: its features, without projection head and classifier. `config.json` holds
-the image size, mean and standard deviation that it expects.
+The features of one network, without projection head and classifier. `config.json` holds the image
+size, mean and standard deviation that it expects.
 
 With timm:
 
@@ -220,7 +233,7 @@ from peerlearn.export import load_export
 backbone = load_export(Path("FOLDER"))
 ```
 
-| training | |
+| origin | |
 |---|---|
 {rows}
 """

@@ -1,0 +1,163 @@
+"""`peerlearn export`: any network of a run, or an export, as files for timm, torchvision or Detectron2."""
+
+import argparse
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peerlearn.arguments import ArgumentParser
+from peerlearn.config import load_config
+from peerlearn.errors import UsageError, UserError
+from peerlearn.network_selection import ENSEMBLE, select_networks
+from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`peerlearn export CHECKPOINT [--format F] [--network N] [--step N] [--output DIR]`. Returns the exit code."""
+    arguments = _parse(argv)
+    checkpoint: Path = arguments.checkpoint
+    if arguments.network == ENSEMBLE:
+        raise UsageError(
+            "--network ensemble: an export is one network: choose 0, key-0, ... or all"
+        )
+    # Imported here: --help should not wait for torch.
+    from peerlearn.export_formats import convert_export, how_to_load, write_export
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if (checkpoint / "config.yaml").is_file():
+            exports = _rebuild_exports(checkpoint, arguments.network, arguments.step, Path(scratch))
+            home = checkpoint / "export" / exports[0].parent.name
+        else:
+            exports = _select_exports(checkpoint, arguments.network, arguments.step)
+            home = exports[0].parent
+        # All of them before anything is written.
+        converted = {export.name: convert_export(export, arguments.format) for export in exports}
+    suffix = "" if arguments.format == "timm" else f"-{arguments.format}"
+    folders = [(arguments.output or home) / f"{name}{suffix}" for name in converted]
+    for folder, files in zip(folders, converted.values(), strict=True):
+        try:
+            written = write_export(folder, files)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}): choose another place by --output"
+            ) from error
+        print(f"{folder}{'' if written else ': is there already, the same'}")
+    print(f"to load one: {how_to_load(folders[0], arguments.format)}")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="peerlearn export",
+        description="Write networks as files for timm, torchvision or Detectron2, each with a model card. "
+        "Example: peerlearn export runs/demo --format timm --network key-0",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run, a folder of exports, or one export")
+    parser.add_argument("--format", choices=("timm", "torchvision", "detectron2"), default="timm")
+    parser.add_argument(
+        "--network",
+        default="all",
+        help="0, 1, ..., key-0 (momentum network of 0), ..., or all query networks (default)",
+    )
+    parser.add_argument("--step", type=int, help="of the save (default: the newest whole one)")
+    parser.add_argument(
+        "--output", type=Path, help="folder to write into (default: RUN/export/step-N, or beside)"
+    )
+    return parser.parse_args(argv)
+
+
+def _select_exports(checkpoint: Path, network: str, step: int | None) -> list[Path]:
+    if step is not None:
+        raise UsageError(f"--step {step}: {checkpoint} is no run, and only runs have steps")
+    return list(select_networks(checkpoint, network).folders.values())
+
+
+def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -> list[Path]:
+    """Write the exports of a save's networks below ``scratch``, as training would.
+
+    Returns:
+        ``scratch/step-N/net-M``, or ``net-M-key``, of the networks asked for.
+
+    Raises:
+        UserError: no such save, or none that is whole, or it is not of the run's networks.
+        UsageError: no such network.
+    """
+    from peerlearn.checkpoint import step_folder
+    from pretrain.cohort import build_cohort, load_named_state
+    from pretrain.exports import TrainingImages, export_cohort
+
+    config = load_config(PretrainConfig, run / "config.yaml")
+    numbers, group, suffix = _find_networks(config, run, network)
+    save, tensors, state = _read_save(run, step)
+    # How training parts its batches for batch norm is not part of the networks.
+    cohort_config = dataclasses.replace(config.cohort, batch_norm_splits=1)
+    try:
+        images = TrainingImages(**state["images"])
+        cohort = build_cohort(
+            cohort_config, in_chans=images.channels, image_size=images.image_size, seed=config.seed
+        )
+        load_named_state(cohort, tensors[group])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{save} lacks what an export needs ({error}): is it of this run?"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{save}: {error}") from error
+    folder = scratch / step_folder(state["step"])
+    export_cohort(cohort, folder, config=config, images=images, step=state["step"], suffix=suffix)
+    return [folder / f"net-{number}{suffix}" for number in numbers]
+
+
+def _find_networks(config: PretrainConfig, run: Path, network: str) -> tuple[list[int], str, str]:
+    """The numbers of the networks, the group of the save's tensors that holds them, and their folders' suffix."""
+    count = config.cohort.networks
+    if network == "all":
+        return list(range(count)), "networks", ""
+    if network.startswith("key-") and config.method != "moco":
+        raise UsageError(
+            f"--network {network}: {run} was trained by {config.method}, which has no momentum networks"
+        )
+    names = {str(number): ([number], "networks", "") for number in range(count)}
+    if config.method == "moco":
+        names |= {f"key-{number}": ([number], "key_networks", "-key") for number in range(count)}
+    if network not in names:
+        raise UsageError(
+            f"--network {network}: {run} has no such network; choose from {', '.join(names)}, all"
+        )
+    return names[network]
+
+
+def _read_save(
+    run: Path, step: int | None
+) -> tuple[Path, dict[str, dict[str, "Tensor"]], dict[str, Any]]:
+    """The save of a step, or the newest that is whole: its folder, tensors and state."""
+    from peerlearn.checkpoint import load_checkpoint, saved_step, saved_steps, step_folder
+
+    folders = saved_steps(run / "checkpoints")
+    if step is not None:
+        steps = ", ".join(str(saved_step(folder)) for folder in folders)
+        folders = [folder for folder in folders if folder.name == step_folder(step)]
+        if not folders:
+            exported = run / "export" / step_folder(step)
+            instead = f"; its exports can be given instead: {exported}" if exported.is_dir() else ""
+            raise UsageError(
+                f"--step {step}: no such save in {run / 'checkpoints'}, which has {steps or 'none'}{instead}"
+            )
+    for folder in folders:
+        try:
+            return folder, *load_checkpoint(folder)
+        except UserError as error:
+            if step is not None:
+                raise
+            logger.warning("passed over a damaged checkpoint: %s", error)
+    raise UserError(
+        f"{run / 'checkpoints'}: no checkpoint is whole; exports can be given instead, as {run}/export/step-N"
+    )

@@ -1,0 +1,89 @@
+"""Writing a cohort's networks as exports: folders that timm loads."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peerlearn.datasets import ImageDataset
+from peerlearn.export import save_export
+from pretrain.cohort import Cohort
+from pretrain.config import PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingImages:
+    """What an export has to tell of the images its networks were trained on.
+
+    Attributes:
+        dataset: its name.
+        split: of the dataset.
+        images: how many.
+        channels: of each image.
+        image_size: side of the views in pixels.
+        mean: per channel, what views were normalised with.
+        std: likewise.
+    """
+
+    dataset: str
+    split: str
+    images: int
+    channels: int
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @classmethod
+    def of(cls, dataset: ImageDataset, image_size: int) -> "TrainingImages":
+        """The facts of a dataset whose views are ``image_size`` pixels wide."""
+        return cls(
+            dataset=dataset.name,
+            split=dataset.split,
+            images=len(dataset),
+            channels=dataset.channels,
+            image_size=image_size,
+            mean=dataset.mean,
+            std=dataset.std,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; ``TrainingImages(**values)`` reads them back."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def export_cohort(
+    cohort: Cohort,
+    folder: Path,
+    *,
+    config: PretrainConfig,
+    images: TrainingImages,
+    step: int,
+    suffix: str = "",
+) -> None:
+    """Write every network's backbone as ``folder/net-M`` and the suffix (``-key``: momentum networks)."""
+    names = config.cohort.architectures()
+    for m, (backbone, name) in enumerate(zip(cohort.backbones, names, strict=True)):
+        save_export(
+            backbone,
+            folder / f"net-{m}{suffix}",
+            architecture=name,
+            in_chans=images.channels,
+            small_images=config.cohort.small_images,
+            image_size=images.image_size,
+            mean=images.mean,
+            std=images.std,
+            provenance={
+                "method": config.method,
+                "networks": config.cohort.networks,
+                "network": m,
+                "dataset": images.dataset,
+                "split": images.split,
+                "images": images.images,
+                "step": step,
+                "epochs": config.epochs,
+                "seed": config.seed,
+            },
+        )
