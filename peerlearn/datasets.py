@@ -42,6 +42,11 @@ class ImageDataset:
         return len(self.images)
 
     @property
+    def has_files(self) -> bool:
+        """Whether the images are files, which may turn out unreadable."""
+        return not isinstance(self.images, Tensor)
+
+    @property
     def channels(self) -> int:
         return len(self.mean)
 

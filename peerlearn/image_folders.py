@@ -6,12 +6,14 @@ Images are uint8 (3, height, width).
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from peerlearn.dataset_files import Content, read_lines, unreadable
@@ -21,6 +23,16 @@ from peerlearn.errors import UserError
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 )
+# Pillow looks at the content, not the name, and would hand some formats (EPS) to another program.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+
+
+class DecodeError(UserError):
+    """An image file that cannot be decoded; ``reason`` says why, in a few words on one line."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot decode {path} ({reason}): replace or remove the file")
+        self.reason = reason
 
 
 def decode_image(path: Path) -> Tensor:
@@ -29,15 +41,43 @@ def decode_image(path: Path) -> Tensor:
     As in torchvision: palette, CMYK and grey images are converted to RGB, an alpha channel is
     dropped, the EXIF orientation is ignored, and of several frames the first is taken.
     16-bit grey images keep their high byte (Pillow alone would saturate them).
-    Raises UserError, naming the file, for whatever cannot be decoded: a damaged file, 32-bit or
-    float pixels, an image beyond Pillow's limit against decompression bombs (179 million pixels).
+    Raises DecodeError for whatever cannot be decoded: a damaged file, 32-bit or float pixels, an
+    image beyond Pillow's limit against decompression bombs (89 million pixels; Pillow alone would
+    warn, and refuse only twice as many). Nothing is printed, whatever the file holds.
     """
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(_rgb(image)).permute(2, 0, 1).contiguous()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image, _silenced(image):
+                return torch.from_numpy(_rgb(image)).permute(2, 0, 1).contiguous()
     except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot decode {path} ({reason}): replace or remove the file") from error
+        raise DecodeError(path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Without the path, which Pillow repeats in some of its messages."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image in any known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _silenced(image: Image.Image) -> Iterator[None]:
+    """Keep from stderr what libtiff, past all of Python, writes there about a damaged TIFF file."""
+    if image.format != "TIFF":
+        yield
+        return
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

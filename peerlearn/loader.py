@@ -1,7 +1,9 @@
 """Batches of random views for training, and of evaluation views in order.
 
 What a training batch holds is a function of (dataset, recipe, seed, epoch, step) and of nothing
-else: neither the number of workers nor of ranks, nor where an epoch is taken up again.
+else: neither the number of workers nor of ranks, nor where an epoch is taken up again. The dataset
+includes which of its files can be decoded: another image, drawn by counters too, takes the place of
+one that cannot.
 
 Dimension letters: N images, B batch per rank. Image tensors are (B, channels, height, width).
 """
@@ -9,7 +11,7 @@ Dimension letters: N images, B batch per rank. Image tensors are (B, channels, h
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import tee
 from pathlib import Path
@@ -32,7 +34,15 @@ from peerlearn.augment import (
 from peerlearn.counter_random import PERMUTATION, permutation
 from peerlearn.datasets import ImageDataset
 from peerlearn.errors import UserError
-from peerlearn.image_folders import decode_image
+from peerlearn.image_folders import DecodeError
+from peerlearn.unreadable import (
+    Decoded,
+    Unreadable,
+    check_unreadable_rate,
+    decode_images,
+    read_substitute,
+    substitutes,
+)
 from peerlearn.workers import Jobs, results, worker_pool
 
 # Of the device memory free at the start; the rest belongs to the networks.
@@ -46,14 +56,17 @@ logger = logging.getLogger(__name__)
 class ViewBatch(NamedTuple):
     """What one rank trains on in one step.
 
-    index: int64 (B,) on the CPU, each image's number in the dataset.
+    index: int64 (B,) on the CPU, the number in the dataset of each image drawn.
     labels: int64 (B,) on the device, None for a dataset without labels.
     views: one float32 (B, channels, size, size) per view, on the device, normalised.
+    unreadable: those of ``index`` that cannot be decoded, in the batch's order: labels and views in
+        their rows are a substitute's (``peerlearn.unreadable.substitutes``).
     """
 
     index: Tensor  # type: ignore[assignment]  # not tuple.index
     labels: Tensor | None
     views: tuple[Tensor, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
 class ViewLoader:
@@ -61,7 +74,8 @@ class ViewLoader:
 
     An epoch is the permutation of (seed, epoch), cut into global batches, the last incomplete one
     dropped; of each, rank r takes the r-th contiguous block. Views are those of
-    ``draw_view_parameters`` with draw number 0, for no image comes twice in an epoch.
+    ``draw_view_parameters`` with draw number 0, for no image comes twice in an epoch. Those of a
+    substitute are drawn by the number of the image it stands for, so that its two uses differ.
 
     ``backend`` says where crops are cut:
     memory   on the device, from images held in memory, image files being decoded once at the
@@ -71,9 +85,14 @@ class ViewLoader:
              each epoch and hand over crops rounded to uint8: up to 1/510 away from memory's.
     Flips and colours follow on the device in both.
 
+    ``unreadable`` are the images that memory could not decode at the start, the whole dataset's;
+    folder learns of them batch by batch.
+
     Raises UserError if the ranks cannot share ``batch_size_global`` evenly, if the dataset is
-    smaller than that, if memory meets images of several sizes and, also while an epoch runs, for an
-    image that cannot be decoded, naming its file.
+    smaller than that and if memory meets images of several sizes or cannot decode more than
+    ``max_unreadable_percent`` of the dataset. Folder leaves it to its caller to count, over an epoch
+    and all ranks, and to call ``check_unreadable_rate``; it raises UserError, while an epoch runs,
+    only for an image of which no substitute can be decoded either.
     """
 
     def __init__(
@@ -90,6 +109,7 @@ class ViewLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        max_unreadable_percent: float = 1.0,
     ) -> None:
         if batch_size_global < 1 or batch_size_global % world_size:
             raise UserError(
@@ -109,11 +129,14 @@ class ViewLoader:
         self._recipe = _Recipe(
             augmentation=augmentation, views=views, image_size=image_size, seed=seed
         )
+        self.unreadable: tuple[Unreadable, ...] = ()
         self._cropper: _Cropper
         if backend == "memory":
-            images = held_in_memory(dataset, workers=workers).images
-            assert isinstance(images, Tensor)
-            self._cropper = _MemoryCropper(images, self._recipe, device)
+            held = held_in_memory(
+                dataset, seed=seed, max_unreadable_percent=max_unreadable_percent, workers=workers
+            )
+            self.unreadable = tuple(held.unreadable.values())
+            self._cropper = _MemoryCropper(held, self._recipe, device)
         elif backend == "folder":
             self._cropper = _FolderCropper(dataset.images, self._recipe, device, workers)
         else:
@@ -133,10 +156,11 @@ class ViewLoader:
                 index=batch.index,
                 labels=None if dataset.labels is None else self._to_device(dataset.labels, batch),
                 views=tuple(normalise(view, dataset.mean, dataset.std) for view in views),
+                unreadable=batch.unreadable,
             )
 
     def _to_device(self, labels: Tensor, batch: "_CroppedBatch") -> Tensor:
-        return labels[batch.index].to(self._device, non_blocking=True)
+        return labels[batch.source].to(self._device, non_blocking=True)
 
     def _draws(self, epoch: int, start_step: int) -> Iterator["_Draws"]:
         order = permutation(len(self._dataset), PERMUTATION, self._recipe.seed, epoch)
@@ -156,16 +180,19 @@ def evaluation_batches(
     workers: int = 0,
     start: int = 0,
     stop: int | None = None,
+    unreadable: list[Unreadable] | None = None,
 ) -> Iterator[Tensor]:
     """The evaluation views of images start..stop-1 in order, normalised, on the device.
 
     Yields float32 (batch_size, channels, image_size, image_size); the last may be smaller.
     ``workers`` processes decode image files and round their views to uint8; images in memory are
-    viewed on the device. Raises UserError for an image that cannot be decoded.
+    viewed on the device. An image that cannot be decoded raises UserError or, where a list
+    ``unreadable`` is given, is appended to it and seen as black.
     """
     positions = range(len(dataset))[start:stop]
     cuts = [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
     images = dataset.images
+    views: Iterator[Tensor]
     if isinstance(images, Tensor):
         batches = (images[cut.start : cut.stop].to(device) for cut in cuts)
         views = (evaluation_view(batch, size=image_size) for batch in batches)
@@ -173,41 +200,94 @@ def evaluation_batches(
         function = partial(_evaluation_views, size=image_size)
         jobs = [images[cut.start : cut.stop] for cut in cuts]
         pool = worker_pool(function, jobs, workers=workers, device=device)
-        views = (_pixels(result, device) for result in results(pool))
+        noted = _noting_unreadable(results(pool), cuts, images, unreadable)
+        views = (_pixels(batch, device) for batch in noted)
     for view in views:
         yield normalise(view, dataset.mean, dataset.std)
 
 
-def held_in_memory(dataset: ImageDataset, *, workers: int = 0) -> ImageDataset:
-    """The dataset with its image files decoded, by ``workers`` processes (0: by this one).
+def _noting_unreadable(
+    evaluated: Iterator["_EvaluationResult"],
+    cuts: Sequence[range],
+    files: tuple[Path, ...],
+    unreadable: list[Unreadable] | None,
+) -> Iterator[Tensor]:
+    for cut, result in zip(cuts, evaluated, strict=True):
+        for position, reason in result.failures.items():
+            file = files[cut[position]]
+            if unreadable is None:
+                raise DecodeError(file, reason)
+            unreadable.append(Unreadable(cut[position], str(file), reason))
+        yield result.views
 
-    Raises UserError for a file that cannot be decoded and for images of several sizes.
+
+class HeldImages(NamedTuple):
+    """A dataset's images in main memory.
+
+    images: uint8 (N, channels, height, width); what it holds for an unreadable image is undefined.
+    source: int64 (N,), the image to take for each: itself, or its substitute if it is unreadable.
+    unreadable: those that could not be decoded, by their number, in its order.
     """
+
+    images: Tensor
+    source: Tensor
+    unreadable: dict[int, Unreadable]
+
+
+def held_in_memory(
+    dataset: ImageDataset, *, seed: int, max_unreadable_percent: float, workers: int = 0
+) -> HeldImages:
+    """Decode the image files of a dataset, by ``workers`` processes (0: by this one).
+
+    Raises UserError if more than ``max_unreadable_percent`` of them cannot be decoded, and for
+    images of several sizes.
+    """
+    source = torch.arange(len(dataset))
     if isinstance(dataset.images, Tensor):
-        return dataset
-    files = dataset.images
+        return HeldImages(dataset.images, source, {})
+    images, unreadable = _decoded_files(dataset.images, dataset.name, workers)
+    check_unreadable_rate(
+        len(unreadable), len(dataset), max_unreadable_percent, list(unreadable.values())
+    )
+    for index, image in unreadable.items():
+        drawn = substitutes(image, images=len(dataset), seed=seed)
+        source[index] = next(other for other in drawn if other not in unreadable)
+    return HeldImages(images, source, unreadable)
+
+
+def _decoded_files(
+    files: tuple[Path, ...], name: str, workers: int
+) -> tuple[Tensor, dict[int, Unreadable]]:
+    """uint8 (N, 3, height, width), all of the size of the first image that can be decoded."""
     chunks = [files[first : first + _DECODE_CHUNK] for first in range(0, len(files), _DECODE_CHUNK)]
-    size = decode_image(files[0]).shape
-    images = torch.empty((len(files), *size), dtype=torch.uint8)
+    images, model = torch.empty(0, dtype=torch.uint8), None
+    unreadable: dict[int, Unreadable] = {}
     done, reported = 0, time.monotonic()
-    pool = worker_pool(_decoded, chunks, workers=workers, device=torch.device("cpu"))
-    for chunk, decoded in zip(chunks, results(pool), strict=True):
-        for file, image in zip(chunk, decoded, strict=True):
-            if image.shape != size:
+    pool = worker_pool(decode_images, chunks, workers=workers, device=torch.device("cpu"))
+    for decoded in results(pool):
+        for position, reason in decoded.failures.items():
+            index = done + position
+            unreadable[index] = Unreadable(index, str(files[index]), reason)
+        for index, image in enumerate(decoded.images, done):
+            if index in unreadable:
+                continue
+            if model is None:
+                model, images = files[index], images.new_empty((len(files), *image.shape))
+            if image.shape != images.shape[1:]:
                 raise UserError(
-                    f"{file} is {_extent(image.shape)} and {files[0]} is {_extent(size)} pixels: "
+                    f"{files[index]} is {_extent(image)} and {model} is {_extent(images)} pixels: "
                     "images of several sizes need data.backend folder"
                 )
-            images[done] = image
-            done += 1
+            images[index] = image
+        done += len(decoded.images)
         if time.monotonic() - reported > _PROGRESS_INTERVAL_SECONDS:
             reported = time.monotonic()
-            logger.info("decoded %d of %d images of %s", done, len(files), dataset.name)
-    return replace(dataset, images=images)
+            logger.info("decoded %d of %d images of %s", done, len(files), name)
+    return images, unreadable
 
 
-def _extent(shape: torch.Size) -> str:
-    return f"{shape[2]}x{shape[1]}"
+def _extent(image: Tensor) -> str:
+    return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +327,15 @@ class _Draws:
 
 @dataclass(frozen=True, kw_only=True)
 class _CroppedBatch:
-    """``crops``: per view (B, channels, size, size), uint8 or float32 in [0, 1], on any device."""
+    """``crops``: per view (B, channels, size, size), uint8 or float32 in [0, 1], on any device.
+
+    ``source`` (B,) is the image whose pixels and labels each of ``index`` has: itself, or the
+    substitute of one of ``unreadable``.
+    """
 
     index: Tensor
+    source: Tensor
+    unreadable: tuple[Unreadable, ...]
     parameters: tuple[ViewParameters, ...]
     crops: tuple[Tensor, ...]
 
@@ -259,17 +345,27 @@ class _Cropper(Protocol):
 
 
 class _MemoryCropper:
-    def __init__(self, images: Tensor, recipe: _Recipe, device: torch.device) -> None:
+    def __init__(self, held: HeldImages, recipe: _Recipe, device: torch.device) -> None:
         self._recipe, self._device = recipe, device
-        self._images = images.to(device) if _fits(images, device) else images
+        self._images = held.images.to(device) if _fits(held.images, device) else held.images
+        self._source, self._unreadable = held.source, held.unreadable
 
     def cut(self, batches: Iterator[_Draws]) -> Iterator[_CroppedBatch]:
         height, width = self._images.shape[2:]
         for draws in batches:
             parameters = self._recipe.parameters(draws, height=height, width=width)
-            images = self._images[draws.index.to(self._images.device)].to(self._device)
+            source = self._source[draws.index]
+            images = self._images[source.to(self._images.device)].to(self._device)
             crops = (resized_crop(images, one.box, self._recipe.image_size) for one in parameters)
-            yield _CroppedBatch(index=draws.index, parameters=parameters, crops=tuple(crops))
+            yield _CroppedBatch(
+                index=draws.index,
+                source=source,
+                unreadable=tuple(
+                    self._unreadable[i] for i in draws.index.tolist() if i in self._unreadable
+                ),
+                parameters=parameters,
+                crops=tuple(crops),
+            )
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
@@ -290,6 +386,9 @@ class _CropJob:
 
 
 class _CropResult(NamedTuple):
+    """``failures``: why those at these positions could not be decoded; their rows are black."""
+
+    failures: dict[int, str]
     height: Tensor
     width: Tensor
     crops: tuple[Tensor, ...]
@@ -314,9 +413,20 @@ class _FolderCropper:
         # Not a method of this object: the cycle would keep the workers until a garbage collection.
         self._jobs.pending = map(partial(_crop_job, self._images), sent)
         for draws, result in zip(awaited, results(self._pool), strict=True):
+            source: Tensor = draws.index
+            unreadable: tuple[Unreadable, ...] = ()
+            if result.failures:
+                assert not isinstance(self._images, Tensor)
+                source, unreadable = _substitute(result, draws, self._images, self._recipe)
             # Cheaper to draw again than to carry eleven small tensors out of the worker.
             parameters = self._recipe.parameters(draws, height=result.height, width=result.width)
-            yield _CroppedBatch(index=draws.index, parameters=parameters, crops=result.crops)
+            yield _CroppedBatch(
+                index=draws.index,
+                source=source,
+                unreadable=unreadable,
+                parameters=parameters,
+                crops=result.crops,
+            )
 
 
 def _crop_job(all_images: Tensor | tuple[Path, ...], draws: _Draws) -> _CropJob:
@@ -332,10 +442,10 @@ def _crop_job(all_images: Tensor | tuple[Path, ...], draws: _Draws) -> _CropJob:
 
 
 def _cut(job: _CropJob, *, recipe: _Recipe) -> _CropResult:
-    images = list(
-        torch.from_numpy(job.images)
+    images, failures = (
+        Decoded(list(torch.from_numpy(job.images)), {})
         if isinstance(job.images, np.ndarray)
-        else map(decode_image, job.images)
+        else decode_images(job.images)
     )
     draws = _Draws(
         epoch=job.epoch, index=torch.from_numpy(job.index), draw=torch.from_numpy(job.draw)
@@ -351,7 +461,34 @@ def _cut(job: _CropJob, *, recipe: _Recipe) -> _CropResult:
         )
         for parameters in recipe.parameters(draws, height=height, width=width)
     )
-    return _CropResult(height, width, tuple(crops))
+    return _CropResult(failures, height, width, tuple(crops))
+
+
+def _substitute(
+    result: _CropResult, draws: _Draws, files: Sequence[Path], recipe: _Recipe
+) -> tuple[Tensor, tuple[Unreadable, ...]]:
+    """Fill the black rows of a result; returns ``source`` and ``unreadable`` of its batch.
+
+    For the main process, which alone has every path: the images that cannot be decoded are few.
+    """
+    source, unreadable = draws.index.clone(), []
+    for position, reason in result.failures.items():
+        row = slice(position, position + 1)
+        index = int(draws.index[position])
+        image = Unreadable(index, str(files[index]), reason)
+        unreadable.append(image)
+        source[position], pixels = read_substitute(image, files, seed=recipe.seed)
+        job = _CropJob(
+            epoch=draws.epoch,
+            index=draws.index[row].numpy(),
+            draw=draws.draw[row].numpy(),
+            images=pixels[None].numpy(),
+        )
+        cut = _cut(job, recipe=recipe)
+        result.height[row], result.width[row] = cut.height, cut.width
+        for crops, crop in zip(result.crops, cut.crops, strict=True):
+            crops[row] = crop
+    return source, tuple(unreadable)
 
 
 def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
@@ -365,13 +502,15 @@ def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
     return resized[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _evaluation_views(files: Sequence[Path], *, size: int) -> Tensor:
-    views = [evaluation_view(decode_image(file)[None], size=size) for file in files]
-    return torch.cat(views).mul_(255).round_().to(torch.uint8)
+class _EvaluationResult(NamedTuple):
+    failures: dict[int, str]
+    views: Tensor
 
 
-def _decoded(files: Sequence[Path]) -> list[Tensor]:
-    return [decode_image(file) for file in files]
+def _evaluation_views(files: Sequence[Path], *, size: int) -> _EvaluationResult:
+    images, failures = decode_images(files)
+    views = [evaluation_view(image[None], size=size) for image in images]
+    return _EvaluationResult(failures, torch.cat(views).mul_(255).round_().to(torch.uint8))
 
 
 def _pixels(images: Tensor, device: torch.device) -> Tensor:

@@ -17,7 +17,9 @@ from PIL import Image
 from peerlearn.augment import AUGMENTATIONS
 from peerlearn.datasets import ImageDataset, load_dataset
 from peerlearn.errors import UserError
+from peerlearn.image_folders import decode_image
 from peerlearn.loader import ViewLoader, _fits, held_in_memory
+from peerlearn.workers import results, worker_pool
 
 CPU = torch.device("cpu")
 
@@ -89,10 +91,27 @@ def test_memory_refuses_images_of_several_sizes(tmp_path: Path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_are_held_in_memory_in_order(workers: int, tmp_path: Path):
     dataset = image_folder(tmp_path, *[(3, 4)] * 150)
-    held = held_in_memory(dataset, workers=workers)
+    held = held_in_memory(dataset, seed=0, max_unreadable_percent=0, workers=workers)
     assert held.images.shape == (150, 3, 3, 4)
-    assert held.images[:, 0, 0, 0].tolist() == list(range(150))
-    assert held_in_memory(held) is held
+    assert held.images[:, 0, 0, 0].tolist() == held.source.tolist() == list(range(150))
+    assert held.unreadable == {}
+
+
+def test_images_in_memory_stay_where_they_are():
+    dataset = load_dataset("digits")
+    held = held_in_memory(dataset, seed=0, max_unreadable_percent=0)
+    assert held.images is dataset.images
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_user_error_of_a_job_is_raised_as_it_is(workers: int, tmp_path: Path):
+    dataset = image_folder(tmp_path, *[(3, 4)] * 5)
+    dataset.images[3].write_bytes(b"")
+    pool = worker_pool(decode_image, dataset.images, workers=workers, device=CPU)
+    done = results(pool)
+    assert [next(done)[0, 0, 0].item() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match=r"\Acannot decode [^\n]*003.png [^\n]*\Z"):
+        next(done)
 
 
 def test_unknown_backend(tmp_path: Path):
