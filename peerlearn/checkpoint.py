@@ -3,23 +3,31 @@
     checkpoints/step-00001000/{NAME.safetensors ..., state.json, manifest.json}   checkpoints/latest
 
 The manifest holds the SHA-256 of every other file and is written last: a folder without a valid one is no save.
+A save that turns out damaged is set aside as ``step-00001000.bad``.
 """
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peerlearn.errors import UserError
 from peerlearn.run_dir import replace_folder, write_text
 
 FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+
+
+class DamagedSaveError(UserError):
+    """A save that is not whole: a file is missing, cut short or changed."""
 
 
 def step_folder(step: int) -> str:
@@ -32,21 +40,30 @@ def save_checkpoint(
 ) -> Path:
     """Save a step: every group of tensors in a file of its own, ``state`` as JSON, then ``latest``.
 
-    The folder appears under its name only when every file in it is on the disk.
+    The folder appears under its name only when every file in it is on the disk. Where the disk does not take it, what
+    was written of it is removed and the older saves stay.
+
+    Raises:
+        OSError: the disk is full, or fails otherwise.
     """
     final = root / step_folder(step)
     temporary = root / f".tmp-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, group in tensors.items():
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-        save_file(contiguous, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    replace_folder(temporary, final)
-    write_text(root / "latest", final.name + "\n")
+    try:
+        temporary.mkdir(parents=True)
+        for name, group in tensors.items():
+            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+            # Not save_file, whose files none but their owner can read and whose errors have no number.
+            (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(contiguous))
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        replace_folder(temporary, final)
+        write_text(root / "latest", final.name + "\n")
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
@@ -54,14 +71,33 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     """The tensors and the state of one save, every file checked against the manifest.
 
     Raises:
-        UserError: a file is missing or its bytes are not those that were saved.
+        DamagedSaveError: a file is missing or its bytes are not those that were saved.
+        UserError: a newer program wrote it.
+    """
+    check_whole(folder)
+    try:
+        tensors = {
+            file.stem: safetensors.torch.load_file(file)
+            for file in sorted(folder.glob("*.safetensors"))
+        }
+        return tensors, json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedSaveError(f"{folder}: {error}") from error
+
+
+def check_whole(folder: Path) -> None:
+    """Check every file of a save against its manifest, without loading it.
+
+    Raises:
+        DamagedSaveError: a file is missing or its bytes are not those that were saved.
+        UserError: a newer program wrote it.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        version, hashes = manifest["format_version"], manifest["sha256"]
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}: no readable manifest.json, so this save is not whole"
+        raise DamagedSaveError(
+            f"{folder}: no readable {_MANIFEST}, so this save is not whole"
         ) from error
     if version > FORMAT_VERSION:
         raise UserError(
@@ -70,24 +106,47 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         )
     for name, sha256 in hashes.items():
         file = folder / name
-        if not file.is_file() or _sha256(file) != sha256:
-            raise UserError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
-    try:
-        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    except SafetensorError as error:
-        raise UserError(f"{folder}: {error}") from error
-    return tensors, json.loads((folder / "state.json").read_text())
+        if file.parent != folder or not file.is_file() or _sha256(file) != sha256:
+            raise DamagedSaveError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
+    if "state.json" not in hashes:
+        raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no state.json")
 
 
 def saved_steps(root: Path) -> list[Path]:
-    """The folders of all saves, the newest first, whole or not."""
-    return sorted(root.glob("step-*"), reverse=True)
+    """The folders of all saves, the newest first, whole or not; those set aside are left out."""
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=saved_step, reverse=True)
 
 
-def drop_old_checkpoints(root: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` saves."""
+def saved_step(folder: Path) -> int:
+    """The step of a save's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a save so that it is never taken for one again; returns the new path."""
+    bad = folder.with_name(f"{folder.name}.bad")
+    number = 1
+    while bad.exists():
+        number += 1
+        bad = folder.with_name(f"{folder.name}.bad{number}")
+    os.rename(folder, bad)
+    return bad
+
+
+def drop_old_checkpoints(
+    root: Path, *, keep_last: int, keep_every_steps: int | None = None
+) -> None:
+    """Delete all saves but the newest ``keep_last`` and those of every ``keep_every_steps``-th step."""
     for folder in saved_steps(root)[keep_last:]:
-        shutil.rmtree(folder)
+        if keep_every_steps is None or saved_step(folder) % keep_every_steps:
+            shutil.rmtree(folder)
+
+
+def remove_stumps(root: Path) -> None:
+    """Delete what saves that were killed midway have left."""
+    for stump in root.glob(".tmp-*"):
+        shutil.rmtree(stump, ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from peerlearn import PACKAGES
 from peerlearn.config import nearest
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import SaidByMainError, UsageError, UserError
 
 DONE, FAILURE, USAGE = 0, 1, 2
 
@@ -26,12 +27,13 @@ VERBS = {
     "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks"),
     "resume": Verb("pretrain.command", "resume", "continue a run from its latest checkpoint"),
     "knn": Verb("peerlearn.knn_command", "main", "score exported networks by weighted kNN"),
+    "export": Verb(
+        "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
+    ),
+    "import": Verb("peerlearn.import_command", "main", "read another program's checkpoint"),
     "configs": Verb("peerlearn.configs_command", "main", "list the shipped configs"),
     "doctor": Verb("peerlearn.doctor", "main", "check what is installed and what is missing"),
 }
-
-# Folders beside peerlearn/ whose generic names any stray file could take.
-_SIBLINGS = ("pretrain",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UsageError as error:
-        return _complain(error, USAGE)
+        # Every process of a job reads the same words: one complaint is enough.
+        return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
+    except SaidByMainError:
+        return FAILURE
     except UserError as error:
         return _complain(error, FAILURE)
     except KeyboardInterrupt:
@@ -95,7 +100,7 @@ def check_siblings() -> None:
         UserError: one does not; the message names the file in the way.
     """
     home = Path(__file__).resolve().parent.parent
-    for name in _SIBLINGS:
+    for name in PACKAGES[1:]:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None
         if origin != home / name / "__init__.py":

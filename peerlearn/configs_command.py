@@ -1,9 +1,10 @@
 """`peerlearn configs`: the shipped configs and what their headers say."""
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+
+from peerlearn.arguments import ArgumentParser
 
 # verb -> the package whose configs/ folder holds its shipped configs
 CONFIG_PACKAGES = {"pretrain": "pretrain"}
@@ -12,7 +13,7 @@ HEADER_FIELDS = ("source", "command", "hardware", "hours", "expected metric")
 
 def main(argv: Sequence[str]) -> int:
     """List the configs of every verb, one line each, or print one whole. Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="peerlearn configs",
         description="List the shipped configs, or print one. Example: peerlearn configs mcl_fashion_mnist_demo",
     )

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+from peerlearn.arguments import ArgumentParser
+
 CPU_INFO = Path("/proc/cpuinfo")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -152,9 +154,18 @@ def check_cuda() -> Check:
     )
 
 
+# Names of the instructions in /proc/cpuinfo, x86's and Arm's.
+BF16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
+FP16_UNITS = frozenset(("avx512_fp16", "amx_fp16", "asimdhp"))
+
+
+def cpu_flags() -> set[str]:
+    """What the processor can do, by Linux' names; empty on other systems."""
+    return set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
+
+
 def check_cpu_bf16() -> Check:
-    flags = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
-    units = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    units = sorted(cpu_flags() & BF16_UNITS)
     return Check(
         name="CPU bf16 units",
         ok=bool(units),
@@ -297,7 +308,7 @@ CHECKS: Sequence[Callable[[], Check]] = (
 
 def main(argv: list[str]) -> int:
     """Prints the table, or JSON, and returns 0 if nothing required is missing, else 1."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="peerlearn doctor",
         description="Show what this machine has, what is missing and how to install it.",
         epilog="examples:\n  peerlearn doctor\n  peerlearn doctor --json > doctor.json\n\n"

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A command line or a config that cannot be read. Exit code 2."""
+
+
+class SaidByMainError(UserError):
+    """A failure that the main rank reports; the other ranks end by it in silence. Exit code 1."""

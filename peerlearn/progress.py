@@ -23,8 +23,11 @@ _PLAIN_INTERVAL_SECONDS = 10.0
 class Reporter:
     """Counts work done; made by `progress`."""
 
-    def __init__(self, total: int, unit: str, done: int, bar: Progress | None) -> None:
+    def __init__(
+        self, total: int, unit: str, done: int, bar: Progress | None, *, quiet: bool = False
+    ) -> None:
         self._bar = bar
+        self._quiet = quiet
         self._task: TaskID | None = bar.add_task("", total=total, completed=done) if bar else None
         self._total, self._unit, self._done, self._at_start = total, unit, done, done
         self._start = self._last_line = time.monotonic()
@@ -44,6 +47,8 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
+        if self._quiet:
+            return
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
             return
@@ -55,11 +60,11 @@ class Reporter:
 
 
 @contextmanager
-def progress(total: int, unit: str, *, done: int = 0) -> Iterator[Reporter]:
-    """Report the progress of ``total`` units of work, of which ``done`` were done before."""
+def progress(total: int, unit: str, *, done: int = 0, quiet: bool = False) -> Iterator[Reporter]:
+    """Report the progress of ``total`` units of work, of which ``done`` were done before; ``quiet``: say nothing."""
     console = Console()
-    if not console.is_terminal:
-        yield Reporter(total, unit, done, None)
+    if quiet or not console.is_terminal:
+        yield Reporter(total, unit, done, None, quiet=quiet)
         return
     columns = (
         TextColumn(unit),

@@ -5,17 +5,24 @@ RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/ra
 """
 
 import datetime
+import errno
+import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from peerlearn import PACKAGES
 from peerlearn.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("peerlearn", "torch", "torchvision", "timm", "numpy", "faiss-gpu")
 
@@ -29,6 +36,8 @@ class RunDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        # Lines that a full disk has not taken yet, by file.
+        self._unwritten: dict[Path, list[str]] = {}
 
     def check_new(self) -> None:
         """Make sure that a run can be started here.
@@ -41,23 +50,39 @@ class RunDirectory:
                 f"{self.root} holds a run already: `peerlearn resume {self.root}` continues it, "
                 "--run names another folder"
             )
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        if self.root.exists() and (not self.root.is_dir() or self._holds_anything()):
             raise UserError(f"{self.root} is there and no run: choose another folder by --run")
 
-    def create(self, config_yaml: str) -> None:
-        """Start a new run: the folder and its config.yaml.
+    def _holds_anything(self) -> bool:
+        # A start that was refused or killed early may have left its lock behind.
+        return any(path.name not in (".lock", "owner.json") for path in self.root.iterdir())
+
+    def create_folder(self) -> None:
+        """Make the folder of a new run.
 
         Raises:
-            UserError: as `check_new`, or the folder cannot be written.
+            UserError: it cannot be made.
         """
-        self.check_new()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def write_config(self, config_yaml: str) -> None:
+        """Write config.yaml, which makes the folder a run.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
             write_text(self.config, config_yaml)
         except OSError as error:
-            raise UserError(
-                f"{self.root}: cannot be written ({error.strerror}): choose another folder by --run"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.root}: cannot be written ({error.strerror}): choose another folder by --run"
+        )
 
     def check_exists(self) -> None:
         """Make sure that this is a run.
@@ -88,30 +113,34 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.root / "DONE").exists()
 
-    def start_attempt(self, facts: Mapping[str, Any], rank: int = 0) -> tuple[int, Path]:
-        """Number this start of the program, counted from 1, and make its log file's folder.
+    def start_attempt(self, facts: Mapping[str, Any]) -> int:
+        """Number this start of the program, counted from 1, and make its log folder.
 
-        Also writes env.json and clears an earlier FAILED.
+        Also writes env.json and clears an earlier DONE or FAILED.
 
         Args:
             facts: what evaluators need to know of the training; goes into env.json.
-
-        Returns:
-            The attempt's number and the path of this rank's log.
         """
         logs = self.root / "logs"
         names = (folder.name.removeprefix("attempt-") for folder in logs.glob("attempt-*"))
         attempt = max((int(name) for name in names if name.isdigit()), default=0) + 1
-        folder = logs / f"attempt-{attempt}"
-        folder.mkdir(parents=True)
-        env = {**environment(), "training": facts}
-        write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
-        (self.root / "FAILED").unlink(missing_ok=True)
-        return attempt, folder / f"rank-{rank}.log"
+        try:
+            self.logs(attempt).mkdir(parents=True)
+            env = {**environment(), "training": facts}
+            write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        for mark in ("DONE", "FAILED"):
+            (self.root / mark).unlink(missing_ok=True)
+        return attempt
+
+    def logs(self, attempt: int) -> Path:
+        """The folder of an attempt's logs and heartbeats, one of each per rank."""
+        return self.root / "logs" / f"attempt-{attempt}"
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one logged step to metrics.jsonl; NaN and Inf, which JSON does not know, become null."""
-        _append_line(self.metrics, {key: _json_number(value) for key, value in row.items()})
+        self._append_line(self.metrics, {key: _json_number(value) for key, value in row.items()})
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
         """The logged steps; a last line cut short by a crash is left out.
@@ -135,10 +164,33 @@ class RunDirectory:
         kept = [json.dumps(row) + "\n" for row in self.metric_rows() if 0 < step >= row["step"]]
         write_text(self.metrics, "".join(kept))
 
+    def sync_metrics(self) -> None:
+        """Wait until the rows so far are on the disk, so that no save is ahead of them."""
+        if self.metrics.exists():
+            _sync(self.metrics)
+
     def event(self, name: str, **fields: Any) -> None:
         """Add one line to events.jsonl: what happened, when, and its facts."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        _append_line(self.root / "events.jsonl", {"time": now, "event": name, **fields})
+        self._append_line(self.root / "events.jsonl", {"time": now_text(), "event": name, **fields})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events so far; lines that cannot be read are left out."""
+        file = self.root / "events.jsonl"
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError):
+                continue
+
+    def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Add a line; one that a full disk does not take is kept and written with the next."""
+        lines = [*self._unwritten.pop(path, []), json.dumps(row) + "\n"]
+        try:
+            _append_text(path, "".join(lines))
+        except OSError as error:
+            self._unwritten[path] = lines
+            if len(lines) == 1:
+                logger.warning("%s cannot be written (%s): keeping its lines", path, error.strerror)
 
     def mark_done(self) -> None:
         """Leave DONE: the run has finished and its last step is saved and exported."""
@@ -161,17 +213,42 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda_devices": devices,
+        "code_sha256": _code_sha256(),
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole: it is either the old or the new text, never half of it."""
+@cache
+def _code_sha256() -> str:
+    """Of this project's Python files as they were when the process first asked: those it runs."""
+    home = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((home / package).rglob("*.py")):
+            digest.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def now_text() -> str:
+    """The time, for people: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace a small file as a whole: it is either the old or the new text, never half of it.
+
+    ``durable`` waits until it is on the disk.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -196,9 +273,30 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _append_line(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def _append_text(path: Path, text: str) -> None:
+    """All of it or, if the disk does not take it, nothing.
+
+    A last line that a crash cut short is first ended, so that it does not swallow this one.
+    """
+    # Unbuffered: a buffer would try again when it is closed, and write the rest of a line whose start is gone.
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode()
+        try:
+            written = file.write(content)
+            if written < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+
+
+def _lacks_newline(path: Path, size: int) -> bool:
+    if size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) != b"\n"
 
 
 def _version(distribution: str) -> str | None:

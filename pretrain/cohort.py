@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from peerlearn.backbones import create_backbone
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
+from peerlearn.dist import Ranks
 from peerlearn.errors import UserError
 from peerlearn.shared_stages import default_share_stages, forward_shared, share_low_stages
-from pretrain.batch_norm import split_batch_norm
+from pretrain.batch_norm import split_batch_norm, sync_batch_norm
 from pretrain.config import CohortConfig
+from pretrain.losses import widen
 
 
 class Cohort(nn.Module):
@@ -39,11 +41,27 @@ class Cohort(nn.Module):
         """Images (B, channels, H, W) to L2-normalised embeddings (M, B, D)."""
         features = forward_shared(list(self.backbones), images, self.shared_stages)
         projected = (head(f) for head, f in zip(self.heads, features, strict=True))
-        return torch.stack([F.normalize(embedding, dim=-1) for embedding in projected])
+        # Widened first: unit vectors of bf16 are off by a percent.
+        return torch.stack([F.normalize(widen(embedding), dim=-1) for embedding in projected])
 
 
-def build_cohort(config: CohortConfig, *, in_chans: int, image_size: int, seed: int) -> Cohort:
+def build_cohort(
+    config: CohortConfig,
+    *,
+    in_chans: int,
+    image_size: int,
+    seed: int,
+    ranks: Ranks | None = None,
+) -> Cohort:
     """Create the networks, each with initial weights of its own drawn from (seed, network).
+
+    Args:
+        config: what networks.
+        in_chans: channels of the images.
+        image_size: side of the images in pixels.
+        seed: of the initial weights.
+        ranks: the processes that train it together, over which batch norms are split or synchronised; None = this
+            one alone.
 
     Raises:
         UserError: an unknown backbone, or one that the config's other keys do not fit.
@@ -61,12 +79,26 @@ def build_cohort(config: CohortConfig, *, in_chans: int, image_size: int, seed: 
     if shared is None:
         shared = default_share_stages(backbones)
     cohort = Cohort(backbones, heads, shared_stages=shared)
-    if config.batch_norm_splits > 1:
-        try:
-            split_batch_norm(cohort, config.batch_norm_splits)
-        except ValueError as error:
-            raise UserError(f"cohort.batch_norm_splits must be 1 here: {error}") from error
+    _set_up_batch_norm(cohort, config, ranks)
     return cohort.to(memory_format=torch.channels_last)
+
+
+def _set_up_batch_norm(cohort: Cohort, config: CohortConfig, ranks: Ranks | None) -> None:
+    world_size = ranks.world_size if ranks else 1
+    if config.batch_norm_splits > 1 and config.batch_norm_splits % world_size:
+        raise UserError(
+            f"cohort.batch_norm_splits {config.batch_norm_splits} cannot be shared by {world_size} "
+            f"processes: make it 1 or a multiple of {world_size}"
+        )
+    try:
+        if config.batch_norm_splits > world_size:
+            split_batch_norm(cohort, config.batch_norm_splits // world_size)
+        if config.sync_batch_norm and ranks:
+            sync_batch_norm(cohort, ranks)
+    except ValueError as error:
+        raise UserError(
+            f"cohort.batch_norm_splits must be 1 and cohort.sync_batch_norm false here: {error}"
+        ) from error
 
 
 def _build_head(config: CohortConfig, num_features: int) -> nn.Module:
@@ -94,6 +126,11 @@ def update_momentum(peers: Cohort, cohort: Cohort, momentum: float) -> None:
     queries: list[Tensor] = list(cohort.parameters())
     torch._foreach_mul_(keys, momentum)
     torch._foreach_add_(keys, queries, alpha=1.0 - momentum)
+
+
+def statistics(module: nn.Module) -> list[Tensor]:
+    """The running means and variances of the batch norms, each once."""
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
 
 
 def named_state(module: nn.Module) -> dict[str, Tensor]:

@@ -1,19 +1,22 @@
 """`peerlearn pretrain` and `peerlearn resume`."""
 
-import argparse
 import contextlib
+import faulthandler
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peerlearn.config import config_to_yaml, load_config, parse_config
-from peerlearn.errors import UserError
+from peerlearn.errors import SaidByMainError, UserError
 from peerlearn.run_dir import RunDirectory
+from peerlearn.run_lock import run_lock
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
+    from peerlearn.dist import Ranks
     from pretrain.state import Training
     from pretrain.train import Stop
 
@@ -41,18 +44,41 @@ def main(argv: Sequence[str]) -> int:
 
 
 def resume(argv: Sequence[str]) -> int:
-    """`peerlearn resume RUN`. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="peerlearn resume",
-        description="Continue a run from its latest checkpoint. Example: peerlearn resume runs/demo",
-    )
-    parser.add_argument("run", type=Path, help="the run directory")
-    run = RunDirectory(parser.parse_args(argv).run)
+    """`peerlearn resume RUN [--allow_elastic] [--key value ...]`. Returns the exit code."""
+    words = list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_RESUME_HELP)
+        return 0 if words else 2
+    run = RunDirectory(Path(words.pop(0)))
     run.check_exists()
-    if run.done:
-        print(f"{run.root} is done already")
+    allow_elastic = "--allow_elastic" in words
+    words = [word for word in words if word != "--allow_elastic"]
+    config, dry_run = parse_config(
+        PretrainConfig,
+        [str(run.config), *words],
+        verb="resume",
+        description="Continue a run.",
+        example="peerlearn resume runs/demo",
+    )
+    if dry_run:
+        print(config_to_yaml(config), end="")
         return 0
-    return _run(load_config(PretrainConfig, run.config), run)
+    if run.done and config == load_config(PretrainConfig, run.config):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{run.root} is done already; more epochs: --epochs N")
+        return 0
+    return _run(config, run, resumes=True, allow_elastic=allow_elastic)
+
+
+_RESUME_HELP = """\
+usage: peerlearn resume RUN [--allow_elastic] [--key value ...]
+
+Continue a run from its newest whole checkpoint, as if it had never stopped.
+Example: peerlearn resume runs/demo
+
+  --allow_elastic  go on with another number of processes: valid, but not bit for bit the same run
+  --key value      a key that may change: more --epochs, --monitor.every_epochs, --checkpoint.*,
+                   --data.root, --data.workers, --device; any other change is refused"""
 
 
 def _default_name(argv: Sequence[str]) -> str:
@@ -61,93 +87,209 @@ def _default_name(argv: Sequence[str]) -> str:
     return Path(argv[0]).stem if named else "pretrain"
 
 
-def _run(config: PretrainConfig, run: RunDirectory) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not supported yet: start a single one")
+def _run(
+    config: PretrainConfig, run: RunDirectory, *, resumes: bool = False, allow_elastic: bool = False
+) -> int:
     # Imported here: a wrong key should not wait for torch.
-    from pretrain.state import build, resume_latest
+    from peerlearn.dist import start_ranks
     from pretrain.train import stop_signals
 
-    # Before anything is written: data or networks that cannot be had leave no run behind.
-    training = build(config, run)
-    if not run.config.exists():
-        run.create(config_to_yaml(config))
-    attempt, log_file = run.start_attempt(
-        {
-            "dataset": training.dataset.name,
-            "data_root": training.data_root,
-            "images": len(training.dataset),
-            "seed": config.seed,
-            "lr": config.lr,
-        }
-    )
-    log_to(log_file)
-    try:
-        with stop_signals() as stop:
-            resume_latest(training)
-            finished = _train(training, attempt, stop)
-    except Exception as error:
-        logging.getLogger(__name__).exception("the run failed")
-        # A full disk may be what failed; then these fail too, and must not hide it.
-        with contextlib.suppress(OSError):
-            run.event("failed", attempt=attempt, reason=str(error))
-            run.mark_failed(str(error))
-        if isinstance(error, UserError):
+    with stop_signals() as stop:
+        ranks = start_ranks(config.device, timeout_seconds=config.rank_timeout_seconds)
+        failed: str | None = "it was interrupted"
+        try:
+            with contextlib.ExitStack() as held:
+                finished = _train_locked(
+                    config, run, ranks, stop, held, resumes=resumes, allow_elastic=allow_elastic
+                )
+            failed = None
+        except Exception as error:
+            failed = " ".join(str(error).split())
             raise
-        raise UserError(f"{type(error).__name__}: {error} (traceback in {log_file})") from error
+        finally:
+            ranks.close(failed)
     if not finished:
-        print(f"saved; `peerlearn resume {run.root}` continues")
+        if ranks.main:
+            print(f"saved; `peerlearn resume {run.root}` continues")
         return SAVED_RUN_AGAIN
     return 0
 
 
-def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
-    from peerlearn.progress import progress
-    from pretrain.metrics import MetricsLog
-    from pretrain.summary import print_summary
-    from pretrain.train import measure_untrained, train
+def _train_locked(
+    config: PretrainConfig,
+    run: RunDirectory,
+    ranks: "Ranks",
+    stop: "Stop",
+    held: contextlib.ExitStack,
+    *,
+    resumes: bool,
+    allow_elastic: bool,
+) -> bool:
+    """Take the run directory, build, train. True if training came to its end, False if a signal stopped it."""
+    from pretrain.restore import RefusedResumeError, resume_latest
+    from pretrain.state import build, check_room
 
-    config, run, dataset = training.config, training.run, training.dataset
+    log_to_terminal(ranks)
+    taken_from: str | None = None
+    if resumes:
+        taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
+    # Before a new run is written: what cannot be had leaves nothing behind.
+    training = build(config, run, ranks)
+    ranks.from_main(lambda: check_room(training))
+    attempt = None
+    try:
+        if resumes:
+            resume_latest(training, allow_elastic=allow_elastic)
+        attempt = ranks.from_main(lambda: _start(training, held, taken_from, resumes=resumes))
+        logs = run.logs(attempt)
+        log_to(logs / f"rank-{ranks.rank}.log")
+        ranks.start_heartbeat(logs)
+        return _train(training, attempt, stop)
+    except (SaidByMainError, RefusedResumeError):
+        raise
+    except Exception as error:
+        _note_failure(error, run, ranks, attempt)
+        if isinstance(error, UserError):
+            raise
+        where = f" (traceback in {run.logs(attempt) / f'rank-{ranks.rank}.log'})" if attempt else ""
+        raise UserError(f"{type(error).__name__}: {error}{where}") from error
+
+
+def _start(
+    training: "Training", held: contextlib.ExitStack, taken_from: str | None, *, resumes: bool
+) -> int:
+    """Write what belongs to this start of the run; returns its attempt's number."""
+    run, config = training.run, training.config
+    if not resumes:
+        run.check_new()
+        run.create_folder()
+        taken_from = held.enter_context(run_lock(run.root))
+        # Another start may have been faster than this one's lock.
+        run.check_new()
+    if not resumes or config != load_config(PretrainConfig, run.config):
+        run.write_config(config_to_yaml(config))
+    attempt = run.start_attempt(_facts(training))
+    if taken_from:
+        run.event("lock_taken_over", attempt=attempt, owner=taken_from)
+    return attempt
+
+
+def _note_failure(error: Exception, run: RunDirectory, ranks: "Ranks", attempt: int | None) -> None:
+    logging.getLogger(__name__).exception("the run failed")
+    if not run.config.exists():
+        return
+    # A full disk may be what failed; then these fail too, and must not hide it.
+    with contextlib.suppress(OSError):
+        run.event("failed", attempt=attempt, rank=ranks.rank, reason=str(error))
+        run.mark_failed(str(error))
+
+
+def _facts(training: "Training") -> dict[str, Any]:
+    """What evaluators need to know of the training."""
+    return {
+        "dataset": training.dataset.name,
+        "data_root": training.data_root,
+        "images": len(training.dataset),
+        "seed": training.config.seed,
+        "lr": training.config.lr,
+        "processes": training.ranks.world_size,
+    }
+
+
+def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
+    from pretrain.guards import DivergedError
+    from pretrain.restore import roll_back
+    from pretrain.summary import print_summary
+
+    run, ranks = training.run, training.ranks
+    if ranks.main:
+        _announce(training, attempt)
+    try:
+        finished = _train_on(training, attempt, stop)
+    except DivergedError as error:
+        # Once, for a fault that was the machine's: what the data or the learning rate did comes back.
+        logging.getLogger(__name__).warning("%s: going back to the save before them", error)
+        roll_back(training, before_step=error.first_step, reason=str(error))
+        try:
+            finished = _train_on(training, attempt, stop)
+        except DivergedError as again:
+            raise UserError(
+                f"{again}, again after going back to a save: lower base_lr, and look at the images of the "
+                f"step_skipped events in {run.root / 'events.jsonl'}"
+            ) from again
+    if ranks.main:
+        run.event("done" if finished else "stopped", attempt=attempt, step=training.step)
+        if finished:
+            run.mark_done()
+            print_summary(run, training.dataset.name)
+    return finished
+
+
+def _announce(training: "Training", attempt: int) -> None:
+    config, run, ranks = training.config, training.run, training.ranks
     run.event(
         "started",
         attempt=attempt,
         step=training.step,
         total_steps=training.total_steps,
+        processes=ranks.world_size,
     )
+    processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
     print(
         f"{run.root}: {config.method}, {config.cohort.networks} x {config.cohort.backbones} on "
-        f"{len(dataset):,} images of {dataset.name}, {training.device}, "
+        f"{len(training.dataset):,} images of {training.dataset.name}, {processes}{training.device}, "
         f"steps {training.step} to {training.total_steps}",
         flush=True,
     )
-    log = MetricsLog(
-        run,
-        attempt=attempt,
-        step=training.step,
-        steps_per_epoch=training.steps_per_epoch,
-        batch_size=config.batch_size,
-    )
-    with progress(training.total_steps, "step", done=training.step) as report:
+    if attempt > 1 and training.step == 0:
+        print("nothing had been saved yet: training starts over at step 0", flush=True)
+
+
+def _train_on(training: "Training", attempt: int, stop: "Stop") -> bool:
+    from peerlearn.progress import progress
+    from pretrain.metrics import MetricsLog
+    from pretrain.train import measure_untrained, train
+
+    log = MetricsLog(training, attempt=attempt)
+    quiet = not training.ranks.main
+    with progress(training.total_steps, "step", done=training.step, quiet=quiet) as report:
         if training.step == 0:
             measure_untrained(training, log, report)
         finished = train(training, log, report, stop)
     log.close()
-    run.event("done" if finished else "stopped", attempt=attempt, step=training.step)
-    if finished:
-        run.mark_done()
-        print_summary(run, dataset.name)
     return finished
 
 
-def log_to(file: Path) -> None:
-    """Send every log record to the file, and warnings to the terminal, where no traceback belongs."""
+def log_to_terminal(ranks: "Ranks") -> None:
+    """Show warnings on the main rank's terminal, where no traceback belongs."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    to_file = logging.FileHandler(file)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_terminal = logging.StreamHandler()
-    to_terminal.setLevel(logging.WARNING)
-    to_terminal.addFilter(lambda record: not record.exc_info)
-    to_terminal.setFormatter(logging.Formatter("%(message)s"))
-    root.handlers = [to_file, to_terminal]
+    terminal = logging.StreamHandler() if ranks.main else logging.NullHandler()
+    terminal.setLevel(logging.WARNING)
+    terminal.addFilter(lambda record: not record.exc_info)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    root.handlers = [terminal]
     logging.captureWarnings(True)
+
+
+def log_to(file: Path) -> None:
+    """Send every log record to the rank's file too, and the stacks of a crash in a library's own code."""
+    to_file = _LogFile(file)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(to_file)
+    assert to_file.stream is not None
+    faulthandler.enable(to_file.stream)
+    threading.excepthook = _log_thread_failure
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk is full loses lines, and says nothing of it: the run itself goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        return
+
+
+def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """A thread of a library died (TensorBoard's, on a full disk): its traceback belongs to the log."""
+    if failure.exc_value is not None:
+        logging.getLogger(__name__).error("a thread failed", exc_info=failure.exc_value)

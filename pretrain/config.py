@@ -23,7 +23,9 @@ class CohortConfig:
         embedding_dim: D, size of the embedding the losses compare.
         projection: linear, or mlp (two layers with a ReLU between).
         small_images: give ResNets a 3x3 stem without max-pool.
-        batch_norm_splits: normalise the batch in this many parts of their own, as several GPUs would; 1 = plain.
+        batch_norm_splits: normalise the global batch in this many parts of their own, as so many GPUs would;
+            1 = plain: one part per process.
+        sync_batch_norm: statistics of the whole global batch, over all processes.
     """
 
     networks: int = 2
@@ -33,6 +35,7 @@ class CohortConfig:
     projection: Literal["linear", "mlp"] = "linear"
     small_images: bool = False
     batch_norm_splits: int = 1
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         _require(self.networks >= 1, f"cohort.networks must be at least 1, got {self.networks}")
@@ -52,6 +55,11 @@ class CohortConfig:
         _require(
             self.batch_norm_splits >= 1,
             f"cohort.batch_norm_splits must be at least 1, got {self.batch_norm_splits}",
+        )
+        _require(
+            not (self.sync_batch_norm and self.batch_norm_splits > 1),
+            "cohort.sync_batch_norm and cohort.batch_norm_splits exclude each other: the one joins "
+            "what the other parts",
         )
 
     def architectures(self) -> list[str]:
@@ -93,7 +101,9 @@ class DataConfig:
         augmentation: moco_v1, moco_v2, moco_cifar or crop_flip.
         crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
         image_size: side of the views in pixels; null = the dataset's own, 224 for image files.
-        workers: processes (folder) or threads that read images.
+        workers: processes that read images.
+        max_unreadable_percent: of the images; an unreadable one is replaced by another and listed in
+            events.jsonl, more than this share stops the run.
     """
 
     name: str = "fashion_mnist"
@@ -106,6 +116,7 @@ class DataConfig:
     crop_scale: list[float] | None = None
     image_size: int | None = None
     workers: int = 2
+    max_unreadable_percent: float = 1.0
 
     def __post_init__(self) -> None:
         scale = self.crop_scale
@@ -122,6 +133,10 @@ class DataConfig:
             f"data.image_size must be at least 1, got {self.image_size}",
         )
         _require(self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
+        _require(
+            0 <= self.max_unreadable_percent <= 100,
+            f"data.max_unreadable_percent must be within 0..100, got {self.max_unreadable_percent}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +200,17 @@ class CheckpointConfig:
 
     Attributes:
         every_steps: save after this many steps; null = after every epoch. The last step is always saved.
-        keep_last: how many saves stay.
+        keep_last: how many of the newest saves stay.
+        keep_every_steps: saves of every multiple of this many steps stay too; null = none.
+        max_missed: stop after this many saves in a row that the disk did not take.
         export_every_epochs: export the networks after this many epochs. The last step is always exported.
         export_key_networks: export the momentum networks too.
     """
 
     every_steps: int | None = None
     keep_last: int = 2
+    keep_every_steps: int | None = None
+    max_missed: int = 3
     export_every_epochs: int = 10
     export_key_networks: bool = False
 
@@ -199,6 +218,14 @@ class CheckpointConfig:
         _require(
             self.every_steps is None or self.every_steps >= 1,
             f"checkpoint.every_steps must be at least 1, got {self.every_steps}",
+        )
+        _require(
+            self.keep_every_steps is None or self.keep_every_steps >= 1,
+            f"checkpoint.keep_every_steps must be null or at least 1, got {self.keep_every_steps}",
+        )
+        _require(
+            self.max_missed >= 1,
+            f"checkpoint.max_missed must be at least 1, got {self.max_missed}",
         )
         _require(
             self.keep_last >= 2,
@@ -267,6 +294,11 @@ class PretrainConfig:
         terms: the loss terms that train; the others are logged only.
         symmetric: also swap the two views and add both losses (moco only).
         device: auto = a GPU where there is one, or cpu, cuda, cuda:1, ...
+        precision: of the networks' passes: fp32, bf16 or fp16 (with loss scaling); losses are always fp32.
+        tf32: let CUDA multiply float32 with 10-bit mantissas.
+        max_skipped_steps: a step with NaN or Inf is skipped; after this many in a row the run goes back to the
+            save before them, once, and then stops.
+        rank_timeout_seconds: how long a process waits for the others before it gives them up.
     """
 
     run: str | None = None
@@ -287,6 +319,10 @@ class PretrainConfig:
     )
     symmetric: bool = False
     device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool = False
+    max_skipped_steps: int = 3
+    rank_timeout_seconds: float = 600.0
     cohort: CohortConfig = field(default_factory=CohortConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -296,7 +332,12 @@ class PretrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulation_steps", "base_lr_batch_size"):
+        for name in (
+            "epochs",
+            "accumulation_steps",
+            "base_lr_batch_size",
+            "max_skipped_steps",
+        ):
             _require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )
@@ -304,7 +345,7 @@ class PretrainConfig:
             self.batch_size >= 2,
             f"batch_size must be at least 2, for batch norm, got {self.batch_size}",
         )
-        for name in ("base_lr", "temperature", "soft_temperature"):
+        for name in ("base_lr", "temperature", "soft_temperature", "rank_timeout_seconds"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("alpha", "beta"):
             _require(

@@ -113,7 +113,7 @@ def queue_terms_by_network(
     # Rows never written are sliced away rather than masked: they have no logit at all.
     rows = queue[:, :filled]
     with full_float32(query.device):
-        query, key, rows = _widen(query), _widen(key.detach()), _widen(rows.detach())
+        query, key, rows = widen(query), widen(key.detach()), widen(rows.detach())
         for name, tensor in (("query", query), ("key", key), ("queue", rows)):
             _require_finite(name, tensor)
         # Index order: network of the anchor, network of the candidates, anchor, candidate.
@@ -211,7 +211,7 @@ def batch_terms_by_network(
         return label_hard(log_q) - log_q.diagonal().mean()
 
     with full_float32(embedding.device):
-        embedding = _widen(embedding)
+        embedding = widen(embedding)
         _require_finite("embedding", embedding)
         logits = torch.einsum("abd,ckd->acbk", embedding, embedding) / temperature
         own_candidates = positive | negative
@@ -386,7 +386,8 @@ def _check_temperatures(temperature: float, soft_temperature: float) -> None:
         )
 
 
-def _widen(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
+    """float32, or float64 as it is: what losses are computed in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peerlearn.counter_random import SHUFFLE_BN, permutation
+from peerlearn.dist import Ranks
 from pretrain.cohort import (
     Cohort,
     load_named_state,
@@ -30,14 +31,19 @@ class MoCo:
         queue: the keys of earlier batches.
     """
 
-    def __init__(self, cohort: Cohort, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, cohort: Cohort, config: PretrainConfig, ranks: Ranks) -> None:
         self.cohort = cohort
         self.config = config
+        self.ranks = ranks
         self.peers = momentum_peers(cohort)
         self.queue = KeyQueue(
-            config.cohort.networks, config.queue.size, config.cohort.embedding_dim, device=device
+            config.cohort.networks,
+            config.queue.size,
+            config.cohort.embedding_dim,
+            device=ranks.device,
         )
-        self._fresh_keys: list[Tensor] = []
+        # Of the step's micro-batches, each (M, ranks, B, D); those of the swapped views apart.
+        self._fresh_keys: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def begin_step(self, step: int) -> None:
         """Move the key networks, before they encode anything."""
@@ -51,19 +57,19 @@ class MoCo:
         recipe.
         """
         first, second = views
-        terms = self._one_way(first, second)
+        terms = self._one_way(first, second, self._fresh_keys[0])
         if self.config.symmetric:
-            swapped = self._one_way(second, first)
+            swapped = self._one_way(second, first, self._fresh_keys[1])
             terms = MCLTerms(*(a + b for a, b in zip(terms, swapped, strict=True)))
         return terms
 
-    def _one_way(self, query_view: Tensor, key_view: Tensor) -> MCLTerms:
+    def _one_way(self, query_view: Tensor, key_view: Tensor, fresh_keys: list[Tensor]) -> MCLTerms:
         query = self.cohort(query_view)
-        key = self._encode_keys(key_view)
-        self._fresh_keys.append(key)
+        keys = self._encode_keys(key_view)
+        fresh_keys.append(keys)
         return queue_terms_by_network(
             query,
-            key,
+            keys[:, self.ranks.rank],
             self.queue.keys,
             temperature=self.config.temperature,
             soft_temperature=self.config.soft_temperature,
@@ -73,20 +79,47 @@ class MoCo:
 
     @torch.no_grad()
     def _encode_keys(self, view: Tensor) -> Tensor:
-        if self.config.cohort.batch_norm_splits == 1:
-            keys: Tensor = self.peers(view)
-            return keys
-        # Shuffled, so that no query shares its part's statistics with its key (shuffle-BN, MoCo section 3.3).
+        """Every rank's keys (M, ranks, B, D) of its view (B, channels, S, S), gathered in one collective.
+
+        Where batch norm has parts, they are shuffled over all ranks, so that no query shares its part's statistics
+        with its key (shuffle-BN, MoCo section 3.3).
+        """
+        ranks, size = self.ranks, len(view)
+        if not self._shuffles:
+            return ranks.gather(self.peers(view).unsqueeze(1), dim=1)
         order = permutation(
-            len(view), SHUFFLE_BN, self.config.seed, self._step, len(self._fresh_keys)
+            ranks.world_size * size,
+            SHUFFLE_BN,
+            self.config.seed,
+            self._step,
+            sum(map(len, self._fresh_keys)),
         ).to(view.device)
-        shuffled: Tensor = self.peers(view[order])
-        return shuffled[:, order.argsort()]
+        own = order[ranks.rank * size : (ranks.rank + 1) * size]
+        images = ranks.gather(view)[own].contiguous(memory_format=torch.channels_last)
+        shuffled = ranks.gather(self.peers(images), dim=1)
+        in_order: Tensor = shuffled[:, order.argsort()].unflatten(1, (ranks.world_size, size))
+        return in_order
+
+    @property
+    def _shuffles(self) -> bool:
+        cohort = self.config.cohort
+        parts = self.ranks.world_size > 1 or cohort.batch_norm_splits > 1
+        return parts and not cohort.sync_batch_norm
 
     def end_step(self) -> None:
-        """Put the step's keys into the queue, after every loss has seen it without them."""
-        self.queue.enqueue(torch.cat(self._fresh_keys, dim=1))
-        self._fresh_keys.clear()
+        """Put the step's keys of all ranks into the queue, after every loss has seen it without them.
+
+        In the order of the global batch, of which each rank has a contiguous block: the same at any world size and
+        however many micro-batches. The keys of the swapped views follow.
+        """
+        for keys in filter(None, self._fresh_keys):
+            self.queue.enqueue(torch.cat(keys, dim=2).flatten(1, 2))
+        self.drop_step()
+
+    def drop_step(self) -> None:
+        """Forget the step's keys."""
+        for keys in self._fresh_keys:
+            keys.clear()
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps beside the cohort."""
@@ -107,19 +140,24 @@ class SimCLR:
 
     peers = None
 
-    def __init__(self, cohort: Cohort, config: PretrainConfig) -> None:
+    def __init__(self, cohort: Cohort, config: PretrainConfig, ranks: Ranks) -> None:
         self.cohort = cohort
         self.config = config
+        self.ranks = ranks
 
     def begin_step(self, step: int) -> None:
         """Nothing moves but the cohort itself."""
 
     def terms(self, views: tuple[Tensor, Tensor]) -> MCLTerms:
         """The terms of one batch, two views (B, channels, S, S) of each image: four (M,) vectors."""
-        # One forward of both views: batch norm sees all 2B images, as in the published code.
-        embedding = self.cohort(torch.cat(views))
+        # One forward of both views: batch norm sees all 2B images, as in the published code. Its parts, if any, and
+        # every rank have both views of their own images.
+        parts = max(self.config.cohort.batch_norm_splits // self.ranks.world_size, 1)
+        images = torch.stack([view.unflatten(0, (parts, -1)) for view in views], dim=1)
+        embedding = self.cohort(images.flatten(0, 2).contiguous(memory_format=torch.channels_last))
+        by_view = embedding.unflatten(1, (parts, 2, -1)).transpose(1, 2).flatten(2, 3)
         return view_terms_by_network(
-            embedding.unflatten(1, (2, -1)),
+            self.ranks.gather_with_gradient(by_view, dim=2),
             temperature=self.config.temperature,
             soft_temperature=self.config.soft_temperature,
             same_sample_positive=self.config.same_sample_positive,
@@ -127,6 +165,9 @@ class SimCLR:
 
     def end_step(self) -> None:
         """Nothing to keep."""
+
+    def drop_step(self) -> None:
+        """Nothing to forget."""
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Nothing beside the cohort."""
@@ -143,9 +184,9 @@ class SimCLR:
 Method = MoCo | SimCLR
 
 
-def build_method(cohort: Cohort, config: PretrainConfig, device: torch.device) -> Method:
-    """The method that ``config.method`` names, on the cohort's device."""
-    return MoCo(cohort, config, device) if config.method == "moco" else SimCLR(cohort, config)
+def build_method(cohort: Cohort, config: PretrainConfig, ranks: Ranks) -> Method:
+    """The method that ``config.method`` names, for one of the ranks that train the cohort together."""
+    return MoCo(cohort, config, ranks) if config.method == "moco" else SimCLR(cohort, config, ranks)
 
 
 def objective(terms: MCLTerms, config: PretrainConfig) -> Tensor:

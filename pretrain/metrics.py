@@ -1,40 +1,46 @@
 """The rows of metrics.jsonl, the same in TensorBoard, and the line beside the progress bar."""
 
+import contextlib
+import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peerlearn.run_dir import RunDirectory
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.losses import MCLTerms
 from pretrain.methods import objective
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from pretrain.state import Training
+
 # Fields that a run and its resumed twin may differ in carry one of these in their names, or are "attempt".
 CLOCK_WORDS = ("seconds", "per_second", "memory")
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsLog:
-    """Writes rows; knows the clock and how far this attempt has come.
+    """Builds rows on every rank and writes them on the main one; knows the clock and how far this attempt has come.
 
     Attributes:
+        attempt: which start of the run this is, counted from 1.
         text: a short summary of the latest row.
     """
 
-    def __init__(
-        self, run: RunDirectory, *, attempt: int, step: int, steps_per_epoch: int, batch_size: int
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, training: "Training", *, attempt: int) -> None:
+        self.attempt = attempt
         self.text = ""
-        self._run = run
-        self._attempt = attempt
-        self._steps_per_epoch = steps_per_epoch
-        self._batch_size = batch_size
+        self._run = training.run
+        self._writes = training.ranks.main
+        self._steps_per_epoch = training.steps_per_epoch
+        self._batch_size = training.config.batch_size
         self._start = self._last = time.monotonic()
-        self._last_step = step
-        self._board = SummaryWriter(run.root / "tb", purge_step=step + 1 if step else 0)
+        self._last_step = training.step
+        self._board = _open_board(training) if self._writes else None
 
     def losses(self, step: int, terms: MCLTerms, config: PretrainConfig) -> dict[str, float]:
         """The loss, every network's own terms and the rate since the last row, from four (M,) vectors."""
@@ -54,16 +60,27 @@ class MetricsLog:
             "step": step,
             "epoch": epoch,
             "seconds": round(time.monotonic() - self._start, 3),
-            "attempt": self._attempt,
+            "attempt": self.attempt,
         }
-        self._run.append_metrics(header | row)
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+        if self._writes:
+            self._run.append_metrics(header | row)
+            self._show(step, row)
         if "loss" in row:
             rate = row["images_per_second"]
             self.text = f"epoch {epoch:.2f}  loss {row['loss']:.3f}  {rate:,.0f} images/s"
         # What the monitor and the writing took is no training time.
         self._last, self._last_step = time.monotonic(), step
+
+    def _show(self, step: int, row: dict[str, float]) -> None:
+        """Tell TensorBoard, whose failures (a full disk) must not end training."""
+        if self._board is None:
+            return
+        try:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+        except Exception as error:
+            logger.warning("TensorBoard is off from step %d on: %s", step, error)
+            self._board = None
 
     def _rate(self, step: int) -> float:
         images = (step - self._last_step) * self._batch_size
@@ -71,7 +88,21 @@ class MetricsLog:
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""
-        self._board.close()
+        if self._board is not None:
+            # Its thread hands on whatever a full disk made of it.
+            with contextlib.suppress(Exception):
+                self._board.close()
+
+
+def _open_board(training: "Training") -> "SummaryWriter | None":
+    from torch.utils.tensorboard import SummaryWriter
+
+    purged = training.step + 1 if training.step else 0
+    try:
+        return SummaryWriter(training.run.root / "tb", purge_step=purged)
+    except OSError as error:
+        logger.warning("TensorBoard is off: %s", error)
+        return None
 
 
 def gradient_norms(cohort: Cohort) -> dict[str, float]:

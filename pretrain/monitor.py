@@ -5,7 +5,6 @@ Nothing here touches training: networks run in eval mode, and random views come 
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,8 @@ from peerlearn.representation import (
     rankme,
     uniformity,
 )
+from peerlearn.run_dir import RunDirectory
+from peerlearn.unreadable import Unreadable
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 
@@ -31,6 +32,14 @@ _RANKME_IMAGES = 4096
 _PROBE_IMAGES = 512
 # Beyond small images, raw pixels are too wide to search and no baseline anyone quotes.
 _LARGEST_PIXEL_COUNT = 4096
+
+# A mean deviation or an effective rank below these, or a uniformity above: all images have become alike.
+_COLLAPSED_STD = 1e-3
+_COLLAPSED_RANKME = 1.5
+_COLLAPSED_UNIFORMITY = -0.05
+
+# Features by network, and the images' labels.
+_Encoded = tuple[dict[str, Tensor], Tensor | None]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +70,8 @@ class Monitor:
             seed=config.seed,
             device=device,
             workers=config.data.workers,
+            # Training counts them; these few may well be the bad ones.
+            max_unreadable_percent=100.0,
         )
 
     def measure(self, cohort: Cohort, peers: Cohort | None = None) -> dict[str, float]:
@@ -74,15 +85,14 @@ class Monitor:
         networks = {f"net/{m}": backbone for m, backbone in enumerate(cohort.backbones)}
         if peers is not None and self.config.monitor.key_networks:
             networks |= {f"net/key-{m}": backbone for m, backbone in enumerate(peers.backbones)}
-        test = dict(zip(networks, self._features(self.test, list(networks.values())), strict=True))
+        test, test_labels = self._features(self.test, networks)
         for name, features in test.items():
             row[f"{name}/rankme"] = rankme(features[:_RANKME_IMAGES])
             row[f"{name}/feature_std"] = feature_std(features)
         if self.train is not None:
-            train = dict(
-                zip(networks, self._features(self.train, list(networks.values())), strict=True)
-            )
-            row |= self._knn(train, test, cohort_names=list(networks)[: len(cohort.backbones)])
+            train, train_labels = self._features(self.train, networks)
+            names = list(networks)[: len(cohort.backbones)]
+            row |= self._knn((train, train_labels), (test, test_labels), cohort_names=names)
         return row | self._probe_figures(cohort)
 
     def pixels_top1(self) -> float | None:
@@ -94,54 +104,79 @@ class Monitor:
             return None
         if train[0].numel() > _LARGEST_PIXEL_COUNT:
             return None
-        return self._top1(self._scores(train.flatten(1).float(), test.flatten(1).float()))
+        assert self.train.labels is not None
+        assert self.test.labels is not None
+        scores = self._scores(train.flatten(1).float(), self.train.labels, test.flatten(1).float())
+        return knn_top1(scores, self.test.labels)
 
-    def _features(self, dataset: ImageDataset, backbones: Sequence[nn.Module]) -> list[Tensor]:
-        return extract_features(
-            backbones,
+    def _features(
+        self, dataset: ImageDataset, networks: dict[str, nn.Module]
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Every network's features of the images that can be read, and their labels."""
+        unreadable: list[Unreadable] = []
+        found = extract_features(
+            list(networks.values()),
             dataset,
             image_size=self.image_size,
             batch_size=self.config.batch_size,
             device=self.device,
             workers=self.config.data.workers,
+            unreadable=unreadable,
         )
+        readable = torch.ones(len(dataset), dtype=torch.bool)
+        readable[[image.index for image in unreadable]] = False
+        if unreadable:
+            logger.warning(
+                "%d of %d images of %s %s cannot be read and are left out of the monitor, the first is %s",
+                len(unreadable),
+                len(dataset),
+                dataset.name,
+                dataset.split,
+                unreadable[0].path,
+            )
+        labels = None if dataset.labels is None else dataset.labels[readable]
+        features = [rows[readable.to(rows.device)] for rows in found]
+        return dict(zip(networks, features, strict=True)), labels
 
-    def _knn(
-        self, train: dict[str, Tensor], test: dict[str, Tensor], *, cohort_names: list[str]
-    ) -> dict[str, float]:
-        scores = {name: self._scores(train[name], test[name]) for name in train}
-        row = {f"{name}/knn_top1": self._top1(found) for name, found in scores.items()}
-        joint = [ensemble_features([side[name] for name in cohort_names]) for side in (train, test)]
-        row["ensemble/knn_top1"] = self._top1(self._scores(*joint))
+    def _knn(self, train: _Encoded, test: _Encoded, *, cohort_names: list[str]) -> dict[str, float]:
+        (train_features, train_labels), (test_features, test_labels) = train, test
+        assert train_labels is not None
+        assert test_labels is not None
+        scores = {
+            name: self._scores(train_features[name], train_labels, test_features[name])
+            for name in train_features
+        }
+        row = {f"{name}/knn_top1": knn_top1(found, test_labels) for name, found in scores.items()}
+        joint = [
+            ensemble_features([features[name] for name in cohort_names])
+            for features in (train_features, test_features)
+        ]
+        row["ensemble/knn_top1"] = knn_top1(
+            self._scores(joint[0], train_labels, joint[1]), test_labels
+        )
         if len(cohort_names) > 1:
             row["cohort/agreement"] = peer_agreement(
                 torch.stack([scores[name].argmax(-1) for name in cohort_names])
             )
         monitor = self.config.monitor
-        assert self.train is not None
         protocol = {
-            "knn/k": min(monitor.k, len(self.train)),
+            "knn/k": min(monitor.k, len(train_labels)),
             "knn/temperature": monitor.temperature,
-            "knn/train_images": len(self.train),
-            "knn/test_images": len(self.test),
+            "knn/train_images": len(train_labels),
+            "knn/test_images": len(test_labels),
         }
         return row | protocol
 
-    def _scores(self, train: Tensor, test: Tensor) -> Tensor:
+    def _scores(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
         assert self.train is not None
-        assert self.train.labels is not None
         return knn_scores(
             train,
-            self.train.labels,
+            labels,
             test,
             k=self.config.monitor.k,
             temperature=self.config.monitor.temperature,
             num_classes=self.train.num_classes,
         )
-
-    def _top1(self, scores: Tensor) -> float:
-        assert self.test.labels is not None
-        return knn_top1(scores, self.test.labels)
 
     @torch.no_grad()
     def _probe_figures(self, cohort: Cohort) -> dict[str, float]:
@@ -154,6 +189,25 @@ class Monitor:
             row[f"net/{m}/alignment"] = alignment(first[m], second[m])
             row[f"net/{m}/uniformity"] = uniformity(first[m])
         return row
+
+
+def warn_of_collapse(run: RunDirectory, step: int, row: dict[str, float]) -> None:
+    """Say, and leave an event, where a network's features or embeddings have become the same for all images."""
+    networks = sorted({key.rpartition("/")[0] for key in row if key.endswith("/feature_std")})
+    for network in networks:
+        signs = {
+            name: row[f"{network}/{name}"]
+            for name, collapsed in (
+                ("feature_std", lambda value: value < _COLLAPSED_STD),
+                ("rankme", lambda value: value < _COLLAPSED_RANKME),
+                ("uniformity", lambda value: value > _COLLAPSED_UNIFORMITY),
+            )
+            if f"{network}/{name}" in row and collapsed(row[f"{network}/{name}"])
+        }
+        if signs:
+            figures = ", ".join(f"{name} {value:.2g}" for name, value in signs.items())
+            logger.warning("%s has collapsed at step %d: %s", network, step, figures)
+            run.event("collapse", step=step, network=network, **signs)
 
 
 def _labelled_splits(

@@ -5,15 +5,21 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from peerlearn.counter_random import MODULE_NOISE, random_bits
+from peerlearn.dist import Ranks
+from peerlearn.loader import ViewBatch
 from peerlearn.progress import Reporter
+from pretrain.cohort import statistics
+from pretrain.guards import checked_terms, gradient_fault
 from pretrain.losses import MCLTerms
 from pretrain.methods import objective
 from pretrain.metrics import MetricsLog, gradient_norms
+from pretrain.monitor import warn_of_collapse
 from pretrain.schedules import learning_rate
 from pretrain.state import Training, export, save
 
@@ -28,73 +34,147 @@ class Stop:
 
 
 def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> bool:
-    """Train from ``training.step`` to the end, or to the first step after ``stop`` is requested.
+    """Train from ``training.step`` to the end, or to the first step after ``stop`` is requested on any rank.
 
     The order within a step matters:
         1. views      one global batch, two random views of every image; dropout and the like are
                       seeded by the step, so that they too continue exactly
         2. momentum   the key networks move, before they encode anything
         3. terms      per micro-batch: queries, keys, the loss terms, backward; the queue stands still
-        4. step       the optimiser, at this step's learning rate
+        4. step       gradients are averaged over the ranks; the optimiser, at this step's learning rate
         5. enqueue    this step's keys become negatives of the next
         6. log        losses, and at the end of an epoch what the monitor measures
         7. export     before the save, or a run killed between the two would never export this step
         8. save       everything that steps 1 to 5 have changed
+    A step with NaN or Inf in its terms or gradients leaves 4 and 5 out, on all ranks.
 
     Returns:
         True at the end of training, False if a signal asked to stop: the state is saved either way.
+
+    Raises:
+        DivergedError: too many steps in a row had NaN or Inf.
+        UserError: a rank is lost, images or the disk fail too often.
     """
     config, cohort, method = training.config, training.cohort, training.method
+    ranks, guard, precision = training.ranks, training.guard, training.precision
+    optimizer = training.optimizer
     cohort.train()
     while training.step < training.total_steps:
         epoch, start_step = divmod(training.step, training.steps_per_epoch)
         for batch in training.loader.epoch(epoch, start_step):  # 1
+            if training.dataset.has_files:
+                training.unreadable.note(
+                    batch.unreadable, epoch=epoch, ranks=ranks, run=training.run
+                )
             _seed_modules(training)
             lr = _set_learning_rate(training)
+            guard.remember()
             method.begin_step(training.step)  # 2
 
-            training.optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             parts: list[MCLTerms] = []
             for views in _micro_batches(batch.views, config.accumulation_steps):  # 3
-                terms = method.terms(views)
-                (objective(terms, config) / config.accumulation_steps).backward()
+                with precision.autocast():
+                    terms, fault = checked_terms(partial(method.terms, views))
+                fault = _agreed_fault(training, fault, batch)
+                if fault or terms is None:
+                    break
+                precision.backward(objective(terms, config) / config.accumulation_steps)
                 parts.append(MCLTerms(*(term.detach() for term in terms)))
+            else:
+                ranks.average_([p.grad for p in cohort.parameters() if p.grad is not None])
+                precision.unscale(optimizer)
+                if not precision.overflow_is_normal:
+                    fault = _agreed_fault(training, gradient_fault(cohort), batch)
 
-            training.optimizer.step()  # 4
-            method.end_step()  # 5
+            if fault:
+                precision.leave_out_step()
+                method.drop_step()
+                guard.skip(training.step, fault)
+            else:
+                precision.step(optimizer)  # 4
+                ranks.average_(_statistics(training))
+                method.end_step()  # 5
+                guard.passed()
             training.step += 1
 
             epoch_ends = training.step % training.steps_per_epoch == 0
             if epoch_ends or training.step % config.monitor.log_every_steps == 0:  # 6
-                row = log.losses(training.step, _mean(parts), config) | gradient_norms(cohort)
-                row |= {"lr": lr} | method.metrics()
-                if training.monitor and _monitor_due(training):
-                    row |= training.monitor.measure(cohort, method.peers)
+                row = {"lr": lr, "skipped_steps": guard.skipped} | method.metrics()
+                if not fault:
+                    row = log.losses(training.step, _mean(parts, ranks), config) | row
+                    row |= gradient_norms(cohort) | precision.metrics()
+                if training.dataset.has_files:
+                    row["unreadable_images"] = training.unreadable.in_epoch
+                if _monitor_due(training):
+                    row |= _measure(training)
                 log.write(training.step, row)
                 if epoch_ends:
                     report.say(f"{scores_text(row, epoch=epoch + 1)}  {log.text}")
             report.advance(1, log.text)
 
             ended = training.step == training.total_steps
+            stopping = ranks.any(stop.requested)
             if _export_due(training):  # 7
-                export(training)
-            if _save_due(training) or stop.requested or ended:  # 8
-                save(training)
-            if stop.requested and not ended:
+                ranks.from_main(partial(export, training, must=ended))
+            # Not among skipped steps: such saves would push out the last good one.
+            if (_save_due(training) and not guard.in_a_row) or stopping or ended:  # 8
+                save(training, attempt=log.attempt, must=stopping or ended)
+            if stopping and not ended:
                 return False
     return True
 
 
 def measure_untrained(training: Training, log: MetricsLog, report: Reporter) -> None:
     """The row of step 0: what random networks and raw pixels score."""
-    if training.monitor is None:
+    if not training.config.monitor.every_epochs:
         return
-    row = training.monitor.measure(training.cohort, training.method.peers)
-    pixels = training.monitor.pixels_top1()
-    if pixels is not None:
-        row["pixels/knn_top1"] = pixels
+    row = _measure(training, pixels=True)
     log.write(training.step, row)
     report.say(scores_text(row, epoch=0))
+
+
+def _measure(training: Training, *, pixels: bool = False) -> dict[str, float]:
+    """What the monitor sees, measured by the main rank and told to all."""
+
+    def measure() -> dict[str, float]:
+        assert training.monitor is not None
+        row = training.monitor.measure(training.cohort, training.method.peers)
+        if pixels and (top1 := training.monitor.pixels_top1()) is not None:
+            row["pixels/knn_top1"] = top1
+        return row
+
+    row = training.ranks.from_main(measure)
+    if training.ranks.main:
+        warn_of_collapse(training.run, training.step, row)
+    return row
+
+
+def _agreed_fault(training: Training, fault: str | None, batch: ViewBatch) -> str | None:
+    """What is wrong on any rank, or None; the event names the images of those ranks."""
+    ranks = training.ranks
+    if not ranks.any(fault is not None):
+        return None
+    found = ranks.collect(fault and {"reason": fault, "images": batch.index.tolist()})
+    faults = {rank: item for rank, item in enumerate(found) if item}
+    reason = "; ".join(f"rank {rank}: {item['reason']}" for rank, item in faults.items())
+    if ranks.main:
+        logger.warning("step %d is skipped: %s", training.step, reason)
+        training.run.event(
+            "step_skipped",
+            step=training.step,
+            epoch=training.step // training.steps_per_epoch,
+            batch=training.step % training.steps_per_epoch,
+            reason=reason,
+            images=[index for item in faults.values() for index in item["images"]],
+        )
+    return reason
+
+
+def _statistics(training: Training) -> list[Tensor]:
+    """Every batch-norm statistic of the query and the key networks, which each rank has moved by its own batch."""
+    peers = training.method.peers
+    return statistics(training.cohort) + (statistics(peers) if peers else [])
 
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:
@@ -109,7 +189,8 @@ def scores_text(row: dict[str, float], *, epoch: int) -> str:
 
 def _seed_modules(training: Training) -> None:
     """Seed torch's own generators, which dropout and stochastic depth draw from, by the step."""
-    torch.manual_seed(int(random_bits(MODULE_NOISE, training.config.seed, training.step)))
+    rank = training.ranks.rank
+    torch.manual_seed(int(random_bits(MODULE_NOISE, training.config.seed, training.step, rank)))
 
 
 def _set_learning_rate(training: Training) -> float:
@@ -134,12 +215,17 @@ def _micro_batches(views: tuple[Tensor, ...], parts: int) -> Iterator[tuple[Tens
         )
 
 
-def _mean(parts: list[MCLTerms]) -> MCLTerms:
-    return MCLTerms(*(torch.stack(term).mean(0) for term in zip(*parts, strict=True)))
+def _mean(parts: list[MCLTerms], ranks: Ranks) -> MCLTerms:
+    """Over micro-batches and ranks."""
+    terms = torch.stack([torch.stack(part) for part in parts]).mean(0)
+    ranks.average_([terms])
+    return MCLTerms(*terms)
 
 
 def _epoch_due(training: Training, every_epochs: int) -> bool:
-    """After every so many epochs, and at the end."""
+    """After every so many epochs, and at the end; 0 = never."""
+    if not every_epochs:
+        return False
     epochs, rest = divmod(training.step, training.steps_per_epoch)
     return rest == 0 and (epochs % every_epochs == 0 or epochs == training.config.epochs)
 

@@ -1,12 +1,7 @@
 """Whole runs of the command, small ones, on scikit-learn's digits."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,30 +15,7 @@ from peerlearn.checkpoint import load_checkpoint, saved_steps
 from peerlearn.cli import main
 from peerlearn.export import load_export
 from peerlearn.run_dir import RunDirectory
-from pretrain.metrics import CLOCK_WORDS
-
-SMALL = [
-    *("--data.name", "digits", "--data.image_size", "16", "--data.limit", "200"),
-    *("--data.augmentation", "crop_flip", "--batch_size", "32", "--epochs", "2"),
-    *("--cohort.backbones", "conv4", "--cohort.embedding_dim", "16", "--queue.size", "80"),
-    *("--base_lr", "0.1", "--monitor.k", "5", "--monitor.log_every_steps", "1", "--device", "cpu"),
-]
-
-
-def pretrain(run: Path, *more: str) -> int:
-    return main(["pretrain", *SMALL, "--run", str(run), *more])
-
-
-def rows(run: Path) -> list[dict]:
-    return list(RunDirectory(run).metric_rows())
-
-
-def without_clocks(row: dict) -> dict:
-    return {
-        key: value
-        for key, value in row.items()
-        if key != "attempt" and not any(word in key for word in CLOCK_WORDS)
-    }
+from tests.e2e.runs import SMALL, pretrain, rows, without_clocks
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +39,7 @@ def test_the_run_directory_holds_what_the_contract_names(finished):
         "networks.safetensors",
         "optimizer.safetensors",
         "queue.safetensors",
+        "rng.safetensors",
         "state.json",
     ]
     assert sorted(p.name for p in (finished / "export" / last).iterdir()) == [
@@ -163,32 +136,6 @@ def test_the_same_run_twice_is_the_same_to_the_bit(finished, tmp_path):
             assert twin.read_bytes() == file.read_bytes(), file
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_stopped_midway_and_resumed_equals_the_undisturbed_one(finished, tmp_path, kind):
-    """SIGTERM saves and exits 75; SIGKILL falls back on the last save. Both end byte-equal."""
-    run = tmp_path / "c"
-    words = ["pretrain", *SMALL, "--run", str(run), "--checkpoint.export_key_networks", "true"]
-    # A slow run: the saves after every step leave time to hit it between two of them.
-    words += ["--checkpoint.every_steps", "1", "--checkpoint.keep_last", "3"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peerlearn", *words], stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (run / "checkpoints/step-00000003").exists():
-        time.sleep(0.01)
-    os.kill(process.pid, kind)
-    assert process.wait(60) == (75 if kind == signal.SIGTERM else -kind)
-    assert not (run / "DONE").exists()
-    assert main(["resume", str(run)]) == 0
-    assert [without_clocks(row) for row in rows(run)] == [
-        without_clocks(row) for row in rows(finished)
-    ]
-    ours, theirs = (load_checkpoint(saved_steps(r / "checkpoints")[0])[0] for r in (run, finished))
-    for group, tensors in theirs.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(ours[group][name], tensor), (group, name)
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -235,13 +182,6 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_several_processes_are_refused_rather_than_trained_apart(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert pretrain(tmp_path / "w") == 1
-    assert "several processes is not supported yet" in capsys.readouterr().err
-    assert not (tmp_path / "w").exists()
-
-
 def test_an_existing_run_is_never_overwritten(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert pretrain(finished) == 1
@@ -251,92 +191,23 @@ def test_an_existing_run_is_never_overwritten(finished, capsys):
     assert "done already" in capsys.readouterr().out
 
 
-@pytest.fixture
-def half_done(finished, tmp_path) -> Path:
-    """A run killed after the save of step 9; step 6's folder is a copy of it, to be told apart by its name."""
-    run = tmp_path / "d"
-    words = ["--checkpoint.every_steps", "3", "--checkpoint.export_key_networks", "true"]
-    assert pretrain(run, *words) == 0
-    for trace in ("DONE", "checkpoints/latest"):
-        (run / trace).unlink()
-    shutil.rmtree(run / "checkpoints/step-00000012")
-    save = run / "checkpoints/step-00000009"
-    older = run / "checkpoints/step-00000006"
-    shutil.copytree(save, older)
-    return run
-
-
-def flip_last_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-def test_without_the_latest_file_the_newest_save_is_taken(finished, half_done):
-    shutil.rmtree(half_done / "checkpoints/step-00000006")
-    assert main(["resume", str(half_done)]) == 0
-    events = [json.loads(line) for line in (half_done / "events.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events if e["event"] == "started"] == [0, 9]
-    assert [without_clocks(row) for row in rows(half_done)] == [
-        without_clocks(row) for row in rows(finished)
-    ]
-
-
-def test_a_damaged_save_is_passed_over_and_said(half_done, capsys):
-    flip_last_byte(half_done / "checkpoints/step-00000009/queue.safetensors")
-    assert main(["resume", str(half_done)]) == 0
-    assert "passed over a damaged checkpoint" in capsys.readouterr().err
-    events = [json.loads(line) for line in (half_done / "events.jsonl").read_text().splitlines()]
-    assert [e["folder"] for e in events if e["event"] == "checkpoint_damaged"] == ["step-00000009"]
-    assert (half_done / "DONE").exists()
-
-
-def test_with_every_save_damaged_nothing_starts_over(half_done, capsys):
-    before = (half_done / "metrics.jsonl").read_bytes()
-    for save in (half_done / "checkpoints").glob("step-*"):
-        flip_last_byte(save / "networks.safetensors")
-    assert main(["resume", str(half_done)]) == 1
-    assert "no checkpoint is whole" in capsys.readouterr().err
-    assert (half_done / "metrics.jsonl").read_bytes() == before
-    assert (half_done / "FAILED").read_text().endswith("start a new run\n")
-
-
-def test_other_data_is_not_trained_on_after_a_resume(half_done, capsys):
-    config = half_done / "config.yaml"
-    config.write_text(config.read_text().replace("limit: 200", "limit: 201"))
-    assert main(["resume", str(half_done)]) == 1
-    error = capsys.readouterr().err
-    assert "other images than digits holds now" in error
-    assert "Traceback" not in error
-
-
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(finished, tmp_path, poison):
     from peerlearn.config import load_config
+    from peerlearn.dist import Ranks
     from pretrain.config import PretrainConfig
     from pretrain.losses import NonFiniteError
     from pretrain.state import build, export, save
 
     run = RunDirectory(tmp_path / "n")
-    training = build(load_config(PretrainConfig, finished / "config.yaml"), run)
+    config = load_config(PretrainConfig, finished / "config.yaml")
+    training = build(config, run, Ranks(torch.device("cpu")))
     with torch.no_grad():
         training.cohort.heads[1].weight[0, 0] = poison
-    for write in (save, export):
+    for write in (partial(save, attempt=1, must=True), partial(export, must=True)):
         with pytest.raises(NonFiniteError, match=r"heads\.1\.weight holds NaN or Inf"):
             write(training)
     assert not run.root.exists()
-
-
-def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_first_step(tmp_path):
-    run = tmp_path / "s"
-    words = [sys.executable, "-m", "peerlearn", "pretrain", *SMALL, "--run", str(run)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        # The line comes before TensorBoard is imported and the networks are measured.
-        assert "steps 0 to 12" in process.stdout.readline()
-        process.terminate()
-        assert process.wait(60) == 75
-    assert saved_steps(run / "checkpoints")
-    assert main(["resume", str(run)]) == 0
 
 
 def test_dropout_is_seeded_by_the_step(tmp_path):
@@ -344,7 +215,8 @@ def test_dropout_is_seeded_by_the_step(tmp_path):
     from pretrain.train import _seed_modules
 
     def draw(seed: int, step: int) -> torch.Tensor:
-        _seed_modules(SimpleNamespace(config=PretrainConfig(seed=seed), step=step))
+        ranks = SimpleNamespace(rank=0)
+        _seed_modules(SimpleNamespace(config=PretrainConfig(seed=seed), step=step, ranks=ranks))
         return torch.nn.functional.dropout(torch.ones(64))
 
     assert torch.equal(draw(0, 3), draw(0, 3))

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerlearn.dist import Ranks
 from pretrain.cohort import Cohort
 from pretrain.config import CohortConfig, PretrainConfig, QueueConfig
 from pretrain.losses import MCLTerms, queue_terms, view_terms
 from pretrain.methods import MoCo, SimCLR, build_method, objective
 
-CPU = torch.device("cpu")
+ALONE = Ranks(torch.device("cpu"))
 
 
 def config(**settings) -> PretrainConfig:
@@ -42,7 +43,7 @@ def test_moco_steps_equal_the_algorithm_written_out():
     reference = copy.deepcopy(cohort)
     key_networks = copy.deepcopy(cohort)
     queue: list[Tensor] = []
-    method = build_method(cohort, settings, CPU)
+    method = build_method(cohort, settings, ALONE)
     optimizer = torch.optim.SGD(cohort.parameters(), lr=0.5)
     plain = torch.optim.SGD(reference.parameters(), lr=0.5)
     for step in range(3):
@@ -83,7 +84,7 @@ def test_moco_steps_equal_the_algorithm_written_out():
 def test_accumulation_gives_the_same_gradient_and_queue(parts):
     settings = config()
     whole, cut = toy_cohort(), toy_cohort()
-    methods = [build_method(c, settings, CPU) for c in (whole, cut)]
+    methods = [build_method(c, settings, ALONE) for c in (whole, cut)]
     for step in range(2):
         for method, count in zip(methods, (1, parts), strict=True):
             method.begin_step(step)
@@ -100,7 +101,7 @@ def test_the_symmetric_loss_is_the_sum_of_both_directions_and_enqueues_both_view
     one_way, both = config(), config(symmetric=True)
     first, second = views(0)
     plain, swapped, symmetric = (
-        MoCo(toy_cohort(), settings, CPU) for settings in (one_way, one_way, both)
+        MoCo(toy_cohort(), settings, ALONE) for settings in (one_way, one_way, both)
     )
     for method in (plain, swapped, symmetric):
         method.begin_step(0)
@@ -122,10 +123,10 @@ def test_shuffled_keys_come_back_in_the_images_order_with_other_partners():
     """Shuffle-BN: without batch norm the shuffle is invisible; with it, a key's part is another one."""
     settings = config(cohort=CohortConfig(networks=2, embedding_dim=5, batch_norm_splits=2))
     cohort = toy_cohort()
-    method = MoCo(cohort, settings, CPU)
+    method = MoCo(cohort, settings, ALONE)
     method.begin_step(0)
     _, second = views(0)
-    torch.testing.assert_close(method._encode_keys(second), cohort(second))
+    torch.testing.assert_close(method._encode_keys(second)[:, 0], cohort(second))
     orders = []
     method.peers.forward = lambda x: orders.append(x) or torch.zeros(2, len(x), 5)
     for step in (1, 1, 2):
@@ -139,7 +140,7 @@ def test_shuffled_keys_come_back_in_the_images_order_with_other_partners():
 def test_simclr_is_the_view_form_of_both_views():
     settings = config(method="simclr")
     cohort = toy_cohort()
-    method = build_method(cohort, settings, CPU)
+    method = build_method(cohort, settings, ALONE)
     assert isinstance(method, SimCLR)
     first, second = views(0)
     expected = view_terms(torch.stack([cohort(first), cohort(second)], 1), temperature=0.2)
@@ -157,7 +158,7 @@ def test_terms_switched_off_do_not_train():
 
 def test_moco_state_round_trip():
     settings = config()
-    method, twin = MoCo(toy_cohort(), settings, CPU), MoCo(toy_cohort(seed=1), settings, CPU)
+    method, twin = MoCo(toy_cohort(), settings, ALONE), MoCo(toy_cohort(seed=1), settings, ALONE)
     method.begin_step(0)
     method.terms(views(0))
     method.end_step()

@@ -1,0 +1,203 @@
+"""Resuming: which save a run goes on from, and whether what it finds is still the run that was saved."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peerlearn.checkpoint import (
+    DamagedSaveError,
+    check_whole,
+    load_checkpoint,
+    remove_stumps,
+    saved_step,
+    saved_steps,
+    set_aside,
+)
+from peerlearn.errors import UserError
+from peerlearn.run_dir import RunDirectory, environment
+from pretrain.cohort import load_named_state
+from pretrain.generators import load_generator_states
+from pretrain.optimizers import load_optimizer_tensors
+from pretrain.state import Training
+
+# What may change between a save and its resumption without making it another run. More epochs are checked apart.
+_SAFE_KEYS = (
+    "run",
+    "device",
+    "rank_timeout_seconds",
+    "data.root",
+    "data.fallback",
+    "data.workers",
+    "data.max_unreadable_percent",
+    "monitor.every_epochs",
+    "monitor.log_every_steps",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RefusedResumeError(UserError):
+    """The run is sound, but what it is asked to go on with would make it another run."""
+
+
+def resume_latest(training: Training, *, allow_elastic: bool = False) -> None:
+    """Continue from the newest save that is whole, from step 0 if nothing was ever saved.
+
+    A damaged save is set aside with a warning and an event. Rows of metrics.jsonl after the step are cut.
+
+    Raises:
+        UserError: there were saves, but none is whole.
+        RefusedResumeError: the config, the data or the number of processes is another.
+    """
+    run, ranks = training.run, training.ranks
+    name = ranks.from_main(lambda: _newest_whole_save(run))
+    if name is not None:
+        _restore(training, run.checkpoints / name, allow_elastic=allow_elastic)
+    ranks.from_main(lambda: run.cut_metrics(training.step))
+
+
+def roll_back(training: Training, *, before_step: int, reason: str) -> None:
+    """Go back to the newest save of a step up to ``before_step``; later ones are set aside.
+
+    Raises:
+        UserError: there is none; the message begins with the reason.
+    """
+    run, ranks = training.run, training.ranks
+
+    def choose() -> str:
+        for folder in saved_steps(run.checkpoints):
+            if saved_step(folder) > before_step:
+                set_aside(folder)
+        name = _newest_whole_save(run) if saved_steps(run.checkpoints) else None
+        if name is None:
+            raise UserError(f"{reason}; there is no save from before to go back to: lower base_lr")
+        return name
+
+    _restore(training, run.checkpoints / ranks.from_main(choose), allow_elastic=False)
+    ranks.from_main(lambda: run.cut_metrics(training.step))
+    if ranks.main:
+        run.event("rolled_back", step=training.step, before_step=before_step, reason=reason)
+
+
+def _newest_whole_save(run: RunDirectory) -> str | None:
+    """The folder's name; None if this run has never saved. Damaged saves on the way are set aside."""
+    remove_stumps(run.checkpoints)
+    for folder in saved_steps(run.checkpoints):
+        try:
+            check_whole(folder)
+        except DamagedSaveError as error:
+            bad = set_aside(folder)
+            logger.warning("set aside a damaged checkpoint as %s: %s", bad.name, error)
+            run.event(
+                "checkpoint_damaged", folder=folder.name, moved_to=bad.name, reason=str(error)
+            )
+        else:
+            return folder.name
+    if any(event["event"] in ("saved", "checkpoint_damaged") for event in run.events()):
+        raise UserError(
+            f"{run.checkpoints}: no checkpoint is whole: restore one from a backup, or start a new run"
+        )
+    return None
+
+
+def _restore(training: Training, folder: Path, *, allow_elastic: bool) -> None:
+    tensors, state = load_checkpoint(folder)
+    try:
+        training.ranks.from_main(
+            lambda: _check_same_run(training, folder, state, allow_elastic=allow_elastic)
+        )
+        load_named_state(training.cohort, tensors["networks"])
+        training.method.load_state_tensors(tensors)
+        load_optimizer_tensors(training.optimizer, tensors["optimizer"])
+        training.precision.load_state(state["loss_scaling"])
+        training.guard.load_state(state["guard"])
+        training.unreadable.load_state(state["unreadable"])
+        if state["world_size"] == training.ranks.world_size:
+            _restore_generators(training, tensors["rng"])
+        training.step = state["step"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder} was written by another version of peerlearn, or by no peerlearn at all ({error!r})"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def _check_same_run(
+    training: Training, folder: Path, state: Mapping[str, Any], *, allow_elastic: bool
+) -> None:
+    _check_config(training, state["config"])
+    if state["dataset"] != training.dataset_fingerprint:
+        raise RefusedResumeError(
+            f"{folder}: was trained on other images than {training.dataset.name} holds now: "
+            "restore the data, or start a new run"
+        )
+    _check_world_size(training, state["world_size"], allow_elastic=allow_elastic)
+    _note_environment(training, state["environment"])
+
+
+def _restore_generators(training: Training, tensors: Mapping[str, Tensor]) -> None:
+    own = f"rank-{training.ranks.rank}."
+    states = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
+    load_generator_states(states, training.device)
+
+
+def _check_config(training: Training, saved: Mapping[str, Any]) -> None:
+    """Refuse a config that would make this another run; note changes that are safe."""
+    changes = dict(config_changes(saved, asdict(training.config)))
+    unsafe = {key: change for key, change in changes.items() if not _is_safe(key, change)}
+    if unsafe:
+        raise RefusedResumeError(
+            f"{training.run.config}: changed since the last save: {_listed(unsafe)}; "
+            "change it back, or start a new run with it"
+        )
+    if changes:
+        logger.warning("the config has changed: %s", _listed(changes))
+        training.run.event("config_changed", changes={k: list(v) for k, v in changes.items()})
+
+
+def config_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Every dotted key whose value differs, with the old and the new value; None for a missing one."""
+    for name in dict.fromkeys([*old, *new]):
+        key, before, after = prefix + name, old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from config_changes(before, after, key + ".")
+        elif before != after:
+            yield key, (before, after)
+
+
+def _is_safe(key: str, change: tuple[Any, Any]) -> bool:
+    if key == "epochs":
+        return bool(change[1] > change[0])
+    return key in _SAFE_KEYS or key.startswith("checkpoint.")
+
+
+def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
+
+
+def _check_world_size(training: Training, saved: int, *, allow_elastic: bool) -> None:
+    ranks = training.ranks
+    if saved == ranks.world_size:
+        return
+    if not allow_elastic:
+        raise RefusedResumeError(
+            f"{training.run.root} was trained by {saved} processes and this are {ranks.world_size}: start as many, or "
+            "accept a valid run that is not bit for bit the same with `peerlearn resume --allow_elastic`"
+        )
+    logger.warning("%d processes go on with what %d began", ranks.world_size, saved)
+    training.run.event("world_size_changed", before=saved, now=ranks.world_size)
+
+
+def _note_environment(training: Training, saved: Mapping[str, Any]) -> None:
+    """Warn where another code, library or machine goes on; bit-equality is then not promised."""
+    changes = dict(config_changes(saved, environment()))
+    if changes:
+        logger.warning("resumed in another environment: %s", _listed(changes))
+        training.run.event("environment_changed", changes={k: list(v) for k, v in changes.items()})

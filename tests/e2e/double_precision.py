@@ -1,0 +1,24 @@
+"""Runs the command with networks, queue and views in float64, where only the last bits depend on the order of sums."""
+
+import sys
+from functools import partial
+
+import torch
+
+import pretrain.methods
+import pretrain.state
+from peerlearn.cli import main
+from peerlearn.loader import ViewLoader
+
+build_cohort, epoch = pretrain.state.build_cohort, ViewLoader.epoch
+
+
+def double_views(loader, *position):
+    for batch in epoch(loader, *position):
+        yield batch._replace(views=tuple(view.double() for view in batch.views))
+
+
+pretrain.methods.KeyQueue = partial(pretrain.methods.KeyQueue, dtype=torch.float64)
+pretrain.state.build_cohort = lambda *args, **named: build_cohort(*args, **named).double()
+ViewLoader.epoch = double_views
+sys.exit(main(sys.argv[1:]))

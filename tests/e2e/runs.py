@@ -1,0 +1,138 @@
+"""Small whole runs on scikit-learn's digits, and what to read from them."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from peerlearn.checkpoint import load_checkpoint, saved_steps
+from peerlearn.cli import main
+from peerlearn.run_dir import RunDirectory
+from pretrain.metrics import CLOCK_WORDS
+
+SMALL = [
+    *("--data.name", "digits", "--data.image_size", "16", "--data.limit", "200"),
+    *("--data.augmentation", "crop_flip", "--batch_size", "32", "--epochs", "2"),
+    *("--cohort.backbones", "conv4", "--cohort.embedding_dim", "16", "--queue.size", "80"),
+    *("--base_lr", "0.1", "--monitor.k", "5", "--monitor.log_every_steps", "1", "--device", "cpu"),
+]
+STEPS = 12
+
+
+def pretrain(run: Path, *more: str) -> int:
+    return main(["pretrain", *SMALL, "--run", str(run), *more])
+
+
+def rows(run: Path) -> list[dict]:
+    return list(RunDirectory(run).metric_rows())
+
+
+def events(run: Path, name: str) -> list[dict]:
+    return [event for event in RunDirectory(run).events() if event["event"] == name]
+
+
+def without_clocks(row: dict) -> dict:
+    return {
+        key: value
+        for key, value in row.items()
+        if key != "attempt" and not any(word in key for word in CLOCK_WORDS)
+    }
+
+
+def newest_tensors(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return load_checkpoint(saved_steps(run / "checkpoints")[0])[0]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Byte for byte: metrics (clocks apart), every saved tensor, every file of every export."""
+    assert [without_clocks(row) for row in rows(ours)] == [
+        without_clocks(row) for row in rows(theirs)
+    ]
+    mine, expected = newest_tensors(ours), newest_tensors(theirs)
+    assert mine.keys() == expected.keys()
+    for group, tensors in expected.items():
+        assert mine[group].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            same = torch.equal(mine[group][name].nan_to_num(), tensor.nan_to_num())
+            assert same, (group, name)
+    assert exported_files(ours) == exported_files(theirs)
+
+
+def exported_files(run: Path) -> dict[str, bytes]:
+    folder = run / "export"
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread each: the sums of a layer are then added in one order, whoever runs beside."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def command(*words: str, driver: Path | None = None) -> list[str]:
+    """A process of its own that runs the command, or a script that prepares something and then does."""
+    start = [str(driver)] if driver else ["-m", "peerlearn"]
+    return [sys.executable, *start, *words]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launch(
+    processes: int, *words: str, driver: Path | None = None, **more: str
+) -> list[subprocess.Popen]:
+    """Start the ranks of a job by hand, each process ours to watch and to kill."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            command(*words, driver=driver),
+            env=environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(processes),
+                LOCAL_WORLD_SIZE=str(processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                **more,
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def ends(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str]]:
+    """Exit code and output of each; none outlives the test."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, output) for process, output in zip(processes, outputs, strict=True)
+    ]
+
+
+def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+    """Until it holds; at once if a process ends before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert all(process.poll() is None for process in processes), "a process ended early"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def flip_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)

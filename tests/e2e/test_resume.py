@@ -1,0 +1,407 @@
+"""Runs that are killed, damaged or changed, and then resumed."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from peerlearn.checkpoint import saved_steps
+from peerlearn.cli import main
+from tests.e2e.runs import (
+    SMALL,
+    STEPS,
+    assert_same_run,
+    command,
+    environment,
+    events,
+    flip_last_byte,
+    pretrain,
+    rows,
+    wait_for,
+    without_clocks,
+)
+
+KEYS = ["--checkpoint.export_key_networks", "true"]
+KILLER = Path(__file__).parent / "killed_at_a_file_operation.py"
+
+
+def run_command(*words: str, driver: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*words, driver=driver), env=environment(), capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "a"
+    found = run_command("pretrain", *SMALL, "--run", str(run), *KEYS)
+    assert found.returncode == 0, found.stderr
+    return run
+
+
+def resume(run: Path, *more: str) -> subprocess.CompletedProcess:
+    return run_command("resume", str(run), *more)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sigkill_at_any_moment_then_resume_equals_the_undisturbed_run(undisturbed, tmp_path, seed):
+    """Killed again and again after random waits, in start-up and in mid-epoch too, until it gets through."""
+    wait = random.Random(seed)
+    run = tmp_path / "c"
+    words = ["pretrain", *SMALL, "--run", str(run), *KEYS, "--checkpoint.every_steps", "1"]
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        before = len(saved_steps(run / "checkpoints"))
+        if wait.random() < 0.7:
+            # To hit training itself and not only the seconds that imports take.
+            while process.poll() is None and len(saved_steps(run / "checkpoints")) == before:
+                time.sleep(0.005)
+        time.sleep(wait.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        if (run / "config.yaml").exists():
+            words = ["resume", str(run)]
+    found = run_command(*words)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert_same_run(run, undisturbed)
+
+
+def test_sigterm_saves_exits_75_and_resume_equals_the_undisturbed_run(undisturbed, tmp_path):
+    run = tmp_path / "c"
+    words = ["pretrain", *SMALL, "--run", str(run), *KEYS, "--checkpoint.every_steps", "2"]
+    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.PIPE)
+    wait_for(lambda: (run / "checkpoints/step-00000002").exists(), [process])
+    process.terminate()
+    # A second one while it saves changes nothing.
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert not (run / "DONE").exists()
+    assert resume(run).returncode == 0
+    assert_same_run(run, undisturbed)
+
+
+def killed_in_save(run: Path, operation: int, step: int, *more: str) -> str:
+    """Run until that file operation of the save of that step, 0 = to the end; returns what was printed."""
+    words = ["pretrain", *SMALL, "--run", str(run), *KEYS, *more]
+    place = [str(operation), str(run / "checkpoints"), str(step)]
+    found = run_command(*place, *words, driver=KILLER)
+    assert found.returncode == (-signal.SIGKILL if operation else 0), found.stderr
+    return found.stdout
+
+
+def test_sigkill_at_every_step_of_a_save(undisturbed, tmp_path, capsys):
+    """Temporary folder, each file, each fsync, manifest, renames, `latest`, removal of the oldest save."""
+    often = ["--checkpoint.every_steps", "3"]
+    printed = killed_in_save(tmp_path / "counted", 0, 9, *often)
+    operations = int(re.search(r"file operations: (\d+)", printed)[1])
+    assert operations > 20
+    # Every fourth of them, and the last ones one by one.
+    for number in (*range(1, operations - 3, 4), *range(operations - 3, operations + 1)):
+        run = tmp_path / str(number)
+        killed_in_save(run, number, 9, *often)
+        assert main(["resume", str(run)]) == 0, (number, capsys.readouterr().err)
+        assert not events(run, "checkpoint_damaged"), number
+        assert not list((run / "checkpoints").glob(".tmp*")), number
+        assert_same_run(run, undisturbed)
+
+
+def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_first_step(tmp_path):
+    run = tmp_path / "s"
+    words = command("pretrain", *SMALL, "--run", str(run))
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        # The line comes before TensorBoard is imported and the networks are measured.
+        assert "steps 0 to 12" in process.stdout.readline()
+        process.terminate()
+        assert process.wait(60) == 75
+    assert saved_steps(run / "checkpoints")
+    assert main(["resume", str(run)]) == 0
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A run killed after the save of step 9, with that of step 6 beside it."""
+    run = tmp_path_factory.mktemp("runs") / "k"
+    killed_in_save(run, 1, 12, "--checkpoint.every_steps", "3")
+    assert [p.name for p in saved_steps(run / "checkpoints")] == ["step-00000009", "step-00000006"]
+    return run
+
+
+@pytest.fixture
+def half_done(killed, tmp_path) -> Path:
+    run = tmp_path / "d"
+    shutil.copytree(killed, run)
+    return run
+
+
+def damage(file: Path, kind: str) -> None:
+    if kind == "flip":
+        flip_last_byte(file)
+    elif kind == "truncate":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("networks.safetensors", "flip"),
+        ("queue.safetensors", "truncate"),
+        ("rng.safetensors", "delete"),
+        ("state.json", "flip"),
+        ("manifest.json", "empty"),
+        ("manifest.json", "delete"),
+    ],
+)
+def test_a_damaged_save_is_set_aside_and_the_one_before_it_taken(
+    undisturbed, half_done, name, kind
+):
+    damage(half_done / "checkpoints/step-00000009" / name, kind)
+    found = resume(half_done)
+    assert found.returncode == 0, found.stderr
+    assert "set aside a damaged checkpoint as step-00000009.bad" in found.stderr
+    (event,) = events(half_done, "checkpoint_damaged")
+    assert event["folder"] == "step-00000009"
+    assert name in event["reason"]
+    assert (half_done / "checkpoints/step-00000009.bad").is_dir()
+    assert [e["step"] for e in events(half_done, "started")] == [0, 6]
+    assert_same_run(half_done, undisturbed)
+
+
+@pytest.mark.parametrize("content", [None, "", "step-00000001\n", "../../x\n"])
+def test_the_latest_file_is_for_people_and_not_relied_on(undisturbed, half_done, content):
+    latest = half_done / "checkpoints/latest"
+    latest.unlink() if content is None else latest.write_text(content)
+    assert resume(half_done).returncode == 0
+    assert [e["step"] for e in events(half_done, "started")] == [0, 9]
+    assert latest.read_text() == "step-00000012\n"
+    assert_same_run(half_done, undisturbed)
+
+
+@pytest.mark.parametrize("how", ["damaged", "deleted", "damaged twice"])
+def test_without_a_whole_save_nothing_starts_over(half_done, how, capsys):
+    before = (half_done / "metrics.jsonl").read_bytes()
+    for save in saved_steps(half_done / "checkpoints"):
+        flip_last_byte(save / "networks.safetensors")
+    if how == "deleted":
+        shutil.rmtree(half_done / "checkpoints")
+    if how == "damaged twice":
+        assert main(["resume", str(half_done)]) == 1
+    assert main(["resume", str(half_done)]) == 1
+    assert "no checkpoint is whole" in capsys.readouterr().err
+    assert (half_done / "metrics.jsonl").read_bytes() == before
+    assert (half_done / "FAILED").read_text().endswith("start a new run\n")
+
+
+def test_a_run_killed_before_its_first_save_starts_over_and_says_so(undisturbed, tmp_path):
+    run = tmp_path / "e"
+    killed_in_save(run, 1, 6)
+    found = resume(run)
+    assert found.returncode == 0
+    assert "nothing had been saved yet: training starts over at step 0" in found.stdout
+    assert_same_run(run, undisturbed)
+
+
+def edit_config(run: Path, old: str, new: str) -> None:
+    text = (run / "config.yaml").read_text()
+    assert old in text
+    (run / "config.yaml").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "diff"),
+    [
+        ("base_lr: 0.1", "base_lr: 0.2", "base_lr 0.1 -> 0.2"),
+        ("size: 80", "size: 81", "queue.size 80 -> 81"),
+        ("epochs: 2", "epochs: 1", "epochs 2 -> 1"),
+        ("limit: 200", "limit: 201", "data.limit 200 -> 201"),
+        ("temperature: 0.07", "temperature: 0.08", "temperature 0.07 -> 0.08"),
+    ],
+)
+def test_a_changed_config_is_refused_with_a_diff(half_done, old, new, diff, capsys):
+    edit_config(half_done, old, new)
+    before = (half_done / "metrics.jsonl").read_bytes()
+    assert main(["resume", str(half_done)]) == 1
+    error = capsys.readouterr().err
+    assert f"changed since the last save: {diff};" in error
+    assert "Traceback" not in error
+    assert (half_done / "metrics.jsonl").read_bytes() == before
+    assert not (half_done / "FAILED").exists()
+    edit_config(half_done, new, old)
+    assert main(["resume", str(half_done)]) == 0
+
+
+def test_a_refused_word_on_the_command_line_changes_nothing(half_done, capsys):
+    def contents() -> dict[Path, bytes]:
+        files = (path for path in half_done.rglob("*") if path.is_file())
+        # The killed owner's record goes, once its lock has been taken.
+        return {p: p.read_bytes() for p in files if p.name not in (".lock", "owner.json")}
+
+    before = contents()
+    assert main(["resume", str(half_done), "--base_lr", "0.2"]) == 1
+    assert "base_lr 0.1 -> 0.2" in capsys.readouterr().err
+    assert contents() == before
+    assert main(["resume", str(half_done)]) == 0
+
+
+def test_safe_keys_may_change_and_are_noted(half_done):
+    words = ["--epochs", "3", "--monitor.every_epochs", "3", "--checkpoint.keep_last", "5"]
+    found = resume(half_done, *words)
+    assert found.returncode == 0, found.stderr
+    (event,) = events(half_done, "config_changed")
+    assert event["changes"] == {
+        "epochs": [2, 3],
+        "checkpoint.keep_last": [2, 5],
+        "monitor.every_epochs": [1, 3],
+    }
+    assert "epochs 2 -> 3" in found.stderr
+    assert rows(half_done)[-1]["step"] == 18
+    assert "epochs: 3" in (half_done / "config.yaml").read_text()
+
+
+def test_a_run_that_is_done_goes_on_with_more_epochs_and_only_then(tmp_path, capsys):
+    run = tmp_path / "m"
+    assert pretrain(run, "--monitor.every_epochs", "0") == 0
+    assert main(["resume", str(run)]) == 0
+    assert "done already; more epochs: --epochs N" in capsys.readouterr().out
+    assert len(events(run, "started")) == 1
+    assert main(["resume", str(run), "--epochs", "3"]) == 0
+    assert (run / "DONE").exists()
+    assert [e["step"] for e in events(run, "started")] == [0, STEPS]
+    assert [row["step"] for row in rows(run)] == list(range(1, 19))
+
+
+def test_other_data_under_the_same_config_is_refused(half_done, capsys):
+    """As where a file was replaced: the save's fingerprint is another."""
+    save = half_done / "checkpoints/step-00000009"
+    rewrite_state(save, lambda state: state.update(dataset="0" * 64))
+    assert main(["resume", str(half_done)]) == 1
+    assert "other images than digits holds now" in capsys.readouterr().err
+
+
+def rewrite_state(save: Path, change) -> None:
+    """Change state.json and make the manifest agree."""
+    import hashlib
+
+    state = json.loads((save / "state.json").read_text())
+    change(state)
+    (save / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((save / "manifest.json").read_text())
+    digest = hashlib.sha256((save / "state.json").read_bytes()).hexdigest()
+    manifest["sha256"]["state.json"] = digest
+    (save / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_other_code_or_libraries_are_a_warning_and_an_event(undisturbed, half_done):
+    def older(state: dict) -> None:
+        state["environment"]["versions"]["torch"] = "2.10.0"
+        state["environment"]["code_sha256"] = "0" * 64
+
+    rewrite_state(half_done / "checkpoints/step-00000009", older)
+    found = resume(half_done)
+    assert found.returncode == 0
+    (event,) = events(half_done, "environment_changed")
+    assert event["changes"]["versions.torch"][0] == "2.10.0"
+    assert set(event["changes"]) == {"versions.torch", "code_sha256"}
+    assert "resumed in another environment: versions.torch '2.10.0' ->" in found.stderr
+    assert_same_run(half_done, undisturbed)
+
+
+def test_a_save_of_a_newer_format_is_refused_and_not_set_aside(half_done, capsys):
+    save = half_done / "checkpoints/step-00000009"
+    manifest = json.loads((save / "manifest.json").read_text())
+    (save / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    assert main(["resume", str(half_done)]) == 1
+    assert "format 99 is newer than this program's" in capsys.readouterr().err
+    assert save.is_dir()
+
+
+def test_a_run_in_use_is_refused_and_the_owner_named(tmp_path, capsys):
+    run = tmp_path / "u"
+    words = command(
+        *("pretrain", *SMALL, "--epochs", "50", "--monitor.every_epochs", "0", "--run", str(run))
+    )
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE)
+    try:
+        wait_for(lambda: (run / "checkpoints").exists(), [process])
+        assert main(["resume", str(run)]) == 1
+        error = capsys.readouterr().err
+        assert f"{run} is in use by process {process.pid} on {socket.gethostname()}" in error
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    assert (run / "owner.json").exists()
+    assert main(["resume", str(run), "--epochs", "51"]) == 0
+    (event,) = events(run, "lock_taken_over")
+    assert f"process {process.pid} on" in event["owner"]
+    assert not (run / "owner.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("age", "job", "refused"), [(5, None, True), (300, None, False), (5, "77", False)]
+)
+def test_the_lock_of_another_machine(half_done, monkeypatch, capsys, age, job, refused):
+    """Where flock does not reach, the owner's beat decides; a requeued SLURM job may take over its own."""
+    owner = {"host": "elsewhere", "pid": 4, "job": job, "since": "then"}
+    owner["time_seconds"] = time.time() - age
+    (half_done / "owner.json").write_text(json.dumps(owner))
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    assert main(["resume", str(half_done)]) == (1 if refused else 0)
+    assert ("in use by process 4 on elsewhere" in capsys.readouterr().err) == refused
+
+
+def test_every_kth_save_stays_beside_the_newest(tmp_path):
+    run = tmp_path / "k"
+    words = ["--checkpoint.every_steps", "2", "--checkpoint.keep_every_steps", "4"]
+    assert pretrain(run, *words, "--monitor.every_epochs", "0") == 0
+    kept = [int(path.name.removeprefix("step-")) for path in saved_steps(run / "checkpoints")]
+    assert kept == [12, 10, 8, 4]
+
+
+def test_a_torn_last_row_of_metrics_is_dropped(undisturbed, half_done):
+    with (half_done / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')
+    assert resume(half_done).returncode == 0
+    assert_same_run(half_done, undisturbed)
+
+
+def test_a_line_follows_a_torn_one_on_a_line_of_its_own(tmp_path):
+    from peerlearn.run_dir import RunDirectory
+
+    run = RunDirectory(tmp_path)
+    (tmp_path / "events.jsonl").write_text('{"event": "a"}\n{"event": "b')
+    run.event("c")
+    assert [event["event"] for event in run.events()] == ["a", "c"]
+
+
+def test_metrics_equal_also_where_only_the_first_epoch_was_killed(undisturbed, tmp_path):
+    """SIGTERM in the first epoch, before the first periodic save: the save is its own."""
+    run = tmp_path / "f"
+    process = subprocess.Popen(
+        command("pretrain", *SMALL, "--run", str(run), *KEYS),
+        env=environment(),
+        stdout=subprocess.PIPE,
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists(), [process])
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert resume(run).returncode == 0
+    assert [without_clocks(row) for row in rows(run)] == [
+        without_clocks(row) for row in rows(undisturbed)
+    ]
