@@ -7,7 +7,9 @@ recognised by the environment it sets; accelerate picks the device and the backe
 import datetime
 import json
 import logging
+import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +22,15 @@ from torch import Tensor
 
 from peerlearn.device import choose_device
 from peerlearn.errors import SaidByMainError, UserError
-from peerlearn.heartbeat import Heartbeat, name_culprits
+from peerlearn.heartbeat import Heartbeat, SilenceWatch, name_culprits
 
 # How long the others wait while the main rank evaluates or writes to slow storage.
 _PATIENCE_SECONDS = 2 * 3600.0
+_POLL_SECONDS = 0.01
 # Elements of one all-reduce: enough to fill a network, little enough to bound the copy.
 _BUCKET_ELEMENTS = 2**25
+# Newer torch has renamed it, and warns of the older name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 T = TypeVar("T")
 
@@ -47,11 +52,13 @@ class Ranks:
         *,
         rank: int = 0,
         world_size: int = 1,
+        timeout_seconds: float = math.inf,
         patient_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.device = device
         self.rank = rank
         self.world_size = world_size
+        self._timeout_seconds = timeout_seconds
         self._patient_group = patient_group
         self._heartbeat: Heartbeat | None = None
 
@@ -75,7 +82,7 @@ class Ranks:
         part = tensor.detach().movedim(dim, 0).contiguous()
         whole = part.new_empty((self.world_size * part.shape[0], *part.shape[1:]))
         with self._collective("gather"):
-            dist.all_gather_into_tensor(whole, part)
+            _all_gather(whole, part)
         return whole.movedim(0, dim)
 
     def gather_with_gradient(self, tensor: Tensor, dim: int = 0) -> Tensor:
@@ -133,7 +140,8 @@ class Ranks:
     def from_main(self, function: Callable[[], T]) -> T:
         """Call on the main rank alone; every rank gets the result, which JSON must know.
 
-        The others wait as long as an evaluation or a slow save may take, not only the ranks' timeout.
+        The others wait as long as an evaluation or a slow save may take, not only the ranks' timeout, while the main
+        rank gives signs of life.
 
         Raises:
             UserError: the main rank raised one, there.
@@ -182,11 +190,21 @@ class Ranks:
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         with self._collective("wait for rank 0"):
             size = torch.tensor([len(text)])
-            dist.broadcast(size, 0, group=self._patient_group)
+            self._send_from_main(size)
             content = text if self.main else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(content, 0, group=self._patient_group)
+            self._send_from_main(content)
         answer: dict[str, Any] = json.loads(content.numpy().tobytes())
         return answer
+
+    def _send_from_main(self, tensor: Tensor) -> None:
+        work: Any = dist.broadcast(tensor, 0, group=self._patient_group, async_op=True)
+        if self._heartbeat and not self.main:
+            silence = SilenceWatch(self._heartbeat.folder, 0)
+            while not work.is_completed():
+                if silence.seconds() > self._timeout_seconds:
+                    raise RuntimeError("rank 0 gives no sign of life")
+                time.sleep(_POLL_SECONDS)
+        work.wait()
 
     @contextmanager
     def _collective(self, name: str) -> Iterator[None]:
@@ -238,12 +256,14 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
             f"the {os.environ['WORLD_SIZE']} processes did not find each other ({reason}): start all of them "
             "by torchrun or accelerate launch, and see that MASTER_ADDR and MASTER_PORT can be reached"
         ) from error
-    patience = datetime.timedelta(seconds=max(timeout_seconds, _PATIENCE_SECONDS))
-    group: Any = dist.new_group(backend="gloo", timeout=patience)
+    # Only the others are patient: the main rank never waits for one of them longer than anywhere else.
+    patience = timeout_seconds if state.is_main_process else max(timeout_seconds, _PATIENCE_SECONDS)
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
     return Ranks(
         state.device,
         rank=state.process_index,
         world_size=state.num_processes,
+        timeout_seconds=timeout_seconds,
         patient_group=group,
     )
 

@@ -110,6 +110,26 @@ def read_beat(folder: Path, rank: int) -> Beat | None:
         return None
 
 
+class SilenceWatch:
+    """For how long a rank has not beaten, by this process's own clock: those of two machines may differ."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._beat = read_beat(folder, rank)
+        self._heard = self._looked = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since its last new beat, or since the watch began; the file is read once per beat interval."""
+        now = time.monotonic()
+        if now - self._looked >= INTERVAL_SECONDS:
+            self._looked = now
+            beat = read_beat(self._folder, self._rank)
+            if beat is not None and beat != self._beat:
+                self._beat, self._heard = beat, now
+        return now - self._heard
+
+
 def name_culprits(folder: Path, *, rank: int, world_size: int) -> str:
     """Which other ranks a failed collective is due to, by their last beats.
 

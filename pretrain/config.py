@@ -1,5 +1,6 @@
 """The config of a pretraining run. Every key of a YAML file and of the command line is a field here."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -346,11 +347,11 @@ class PretrainConfig:
             f"batch_size must be at least 2, for batch norm, got {self.batch_size}",
         )
         for name in ("base_lr", "temperature", "soft_temperature", "rank_timeout_seconds"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name} must be positive and finite, got {value}")
         for name in ("alpha", "beta"):
-            _require(
-                getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}"
-            )
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
         _require(bool(self.terms), "terms must name at least one loss term")
         _require(
             self.cohort.networks > 1 or "scl_hard" in self.terms,

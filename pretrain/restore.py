@@ -97,11 +97,18 @@ def _newest_whole_save(run: RunDirectory) -> str | None:
             )
         else:
             return folder.name
-    if any(event["event"] in ("saved", "checkpoint_damaged") for event in run.events()):
+    if _has_ever_saved(run):
         raise UserError(
             f"{run.checkpoints}: no checkpoint is whole: restore one from a backup, or start a new run"
         )
     return None
+
+
+def _has_ever_saved(run: RunDirectory) -> bool:
+    """By what is left of it: the events, the file `latest`, saves that were set aside."""
+    named = any(event["event"] in ("saved", "checkpoint_damaged") for event in run.events())
+    left = (run.checkpoints / "latest", *run.checkpoints.glob("step-*.bad*"))
+    return named or any(path.exists() for path in left)
 
 
 def _restore(training: Training, folder: Path, *, allow_elastic: bool) -> None:

@@ -127,6 +127,14 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
             device=device,
         )
     method = build_method(cohort, config, ranks)
+    if config.method == "moco" and config.queue.size >= len(dataset):
+        logger.warning(
+            "queue.size %d is more than the other images of %s there are (%d in all): images will meet keys of "
+            "their own as negatives; lower queue.size",
+            config.queue.size,
+            dataset.name,
+            len(dataset),
+        )
     seed_generators(config.seed, ranks.rank)
     return Training(
         config=config,

@@ -45,13 +45,13 @@ def test_a_dataset_that_cannot_be_had_falls_back_where_the_config_says_so(tmp_pa
     assert list((run / "results").glob("knn-digits-*-0-*.json"))
 
 
-def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, caplog):
+def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, capsys):
     write_images(tmp_path / "images", 40)
     run = tmp_path / "run"
     more = ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
     more += ["--data.backend", "folder", "--data.workers", "0"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
-    assert "kNN is off" in caplog.text
+    assert "kNN is off" in capsys.readouterr().err
     last = rows(run)[-1]
     assert not [key for key in last if "knn" in key]
     assert last["net/0/rankme"] >= 1

@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import peerlearn  # noqa: F401  timm learns our networks' names from it
@@ -166,6 +168,31 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
         (["pretrain", *SMALL, "--cohort.backbones", "resnet33"], 1, "resnet32"),
         (["pretrain", *SMALL, "--batch_size", "256"], 1, "batch_size"),
         (["pretrain", *SMALL, "--device", "cuda:9"], 1, "device 'cuda:9' is not available"),
+        (["pretrain", *SMALL, "--epochs", "two"], 2, "epochs: expected int, got 'two'"),
+        (["pretrain", *SMALL, "--batch_size", "1"], 2, "batch_size must be at least 2"),
+        (["pretrain", *SMALL, "--data.limit", "8"], 1, "lower batch_size (32) or raise data.limit"),
+        (["pretrain", *SMALL, "--data.image_size", "4"], 1, "image_size 4 is below 16"),
+        (
+            ["pretrain", *SMALL, "--cohort.embedding_dim", "[8, 16]"],
+            2,
+            "cohort.embedding_dim: expected int",
+        ),
+        (
+            ["pretrain", *SMALL, "--cohort.backbones", "[conv4]", "--cohort.networks", "0"],
+            2,
+            "cohort.networks",
+        ),
+        (
+            [
+                *("pretrain", *SMALL, "--cohort.backbones", "[conv4, resnet32]"),
+                "--cohort.share_stages",
+                "1",
+            ],
+            *(1, "set cohort.share_stages to 0"),
+        ),
+        (["pretrain", *SMALL, "--run", "/dev/null/run"], 1, "cannot be written (Not a directory)"),
+        (["pretrain", *SMALL, "--data.name", "folder"], 1, "folder needs data.root"),
+        (["pretrain", "nothing.yaml"], 2, "nothing.yaml: no such config file"),
         (["resume", "nowhere"], 1, "nowhere is not a run directory"),
         (["knn", "--checkpoint", "nowhere"], 1, "no exported networks"),
         (["knn"], 2, "checkpoint"),
@@ -180,6 +207,26 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_data_folder_and_one_without_labels_say_what_they_lack(finished, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    words = ["--data.name", "folder", "--data.root", str(tmp_path / "data")]
+    assert pretrain(tmp_path / "run", *words) == 1
+    assert f"below {tmp_path / 'data'}: mend data.root" in capsys.readouterr().err
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "data" / split / "0.png")
+    assert main(["knn", "--checkpoint", str(finished), *words]) == 1
+    assert "folder has no labels: kNN needs them" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("size", "warned"), [(199, False), (200, True)])
+def test_a_queue_of_more_keys_than_other_images_is_warned_of(size, warned, tmp_path, capsys):
+    words = ["--queue.size", str(size), "--epochs", "1", "--monitor.every_epochs", "0"]
+    assert pretrain(tmp_path / "run", *words) == 0
+    assert ("lower queue.size" in capsys.readouterr().err) == warned
 
 
 def test_an_existing_run_is_never_overwritten(finished, capsys):

@@ -161,6 +161,46 @@ def test_a_rank_that_is_stopped_is_named_after_the_timeout(tmp_path):
     assert re.search(rf"rank 1 has been silent for \d+ s \(process {ranks[1].pid} on", output)
 
 
+STOPPED_WHILE_MAIN_SAVES = """
+import os, signal, sys
+import pretrain.state, pretrain.train
+from peerlearn.cli import main
+from peerlearn.dist import Ranks
+rank, victim = os.environ["RANK"], os.environ["VICTIM"]
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+if rank == victim == "0":
+    pretrain.state.save_checkpoint = lambda *arguments: stop()
+if rank == victim == "1":
+    save = pretrain.state.save
+    def save_after_stop(*arguments, **named):
+        Ranks.from_main = lambda *ignored: stop()
+        save(*arguments, **named)
+    pretrain.train.save = save_after_stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped_while_the_main_rank_saves_is_named_too(victim, tmp_path):
+    """Ranks wait for hours for a main rank that evaluates or saves, but not for one that gives no sign of life."""
+    driver = tmp_path / "stopped.py"
+    driver.write_text(STOPPED_WHILE_MAIN_SAVES)
+    words = ["pretrain", *SMALL, *QUIET, "--rank_timeout_seconds", "12"]
+    ranks = launch(2, *words, "--run", str(tmp_path / "s"), driver=driver, VICTIM=str(victim))
+    other = ranks[1 - victim]
+    try:
+        output, _ = other.communicate(timeout=90)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert other.returncode == 1
+    stopped = f"rank {victim} has been silent for"
+    assert stopped in output
+    assert f"(process {ranks[victim].pid} on" in output
+
+
 def test_another_number_of_processes_needs_allow_elastic(undisturbed, tmp_path, capsys):
     from peerlearn.cli import main
 

@@ -191,13 +191,17 @@ def test_the_latest_file_is_for_people_and_not_relied_on(undisturbed, half_done,
     assert_same_run(half_done, undisturbed)
 
 
-@pytest.mark.parametrize("how", ["damaged", "deleted", "damaged twice"])
+@pytest.mark.parametrize("how", ["damaged", "deleted", "damaged twice", "without events"])
 def test_without_a_whole_save_nothing_starts_over(half_done, how, capsys):
     before = (half_done / "metrics.jsonl").read_bytes()
     for save in saved_steps(half_done / "checkpoints"):
         flip_last_byte(save / "networks.safetensors")
     if how == "deleted":
         shutil.rmtree(half_done / "checkpoints")
+    if how == "without events":
+        (half_done / "events.jsonl").unlink()
+        for save in saved_steps(half_done / "checkpoints"):
+            shutil.rmtree(save)
     if how == "damaged twice":
         assert main(["resume", str(half_done)]) == 1
     assert main(["resume", str(half_done)]) == 1

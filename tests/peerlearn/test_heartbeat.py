@@ -16,7 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerlearn import heartbeat
-from peerlearn.heartbeat import Beat, Heartbeat, name_culprits, process_exists, read_beat
+from peerlearn.heartbeat import (
+    Beat,
+    Heartbeat,
+    SilenceWatch,
+    name_culprits,
+    process_exists,
+    read_beat,
+)
 
 HOST = socket.gethostname()
 # Linux numbers processes below 2**22.
@@ -147,6 +154,28 @@ def test_beats_are_read_only_after_those_of_before_the_failure_have_been_replace
     write_beat(tmp_path, 1)
     assert name_culprits(tmp_path, rank=0, world_size=2) == "rank 1 failed (only now)"
     assert waited == [4.0]
+
+
+def test_silence_is_counted_from_the_last_new_beat_by_this_process_own_clock(tmp_path, monkeypatch):
+    """A beat that stays the same is no beat, whatever its time says: the clocks of machines differ."""
+    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 2.0)
+    now = 100.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    write_beat(tmp_path, 0, age=5000)
+    watch = SilenceWatch(tmp_path, 0)
+    assert watch.seconds() == 0.0
+    now += 3
+    assert watch.seconds() == 3.0
+    write_beat(tmp_path, 0, age=-5000)
+    now += 1
+    assert watch.seconds() == 4.0  # read last 1 s ago
+    now += 1
+    assert watch.seconds() == 0.0
+    now += 50
+    assert watch.seconds() == 50.0
+    (tmp_path / "rank-0.heartbeat.json").unlink()
+    now += 2
+    assert watch.seconds() == 52.0
 
 
 # Real processes
