@@ -2,7 +2,8 @@
 
     FOLDER/  model.safetensors (timm's key names)   config.json (timm's local-dir layout)   README.md
 
-Nothing in it depends on when, where or in which attempt it was written, and nothing is unpickled.
+Nothing in it depends on when, where or in which attempt it was written, and nothing is unpickled. config.json holds
+the SHA-256 of the weights and of its own other entries: safetensors alone would load a flipped byte in silence.
 """
 
 import hashlib
@@ -24,6 +25,8 @@ from peerlearn.run_dir import replace_folder
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+# The key of config.json that holds the hashes.
+_SEAL = "sha256"
 
 
 def save_export(
@@ -70,7 +73,7 @@ def save_export(
         folder,
         {
             WEIGHTS_FILE: weights,
-            CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+            CONFIG_FILE: (json.dumps(_sealed(config, weights), indent=2) + "\n").encode(),
             CARD_FILE: card.encode(),
         },
     )
@@ -93,13 +96,7 @@ def export_hash(folder: Path) -> str:
     Raises:
         UserError: one of the two cannot be read.
     """
-    digests = []
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        try:
-            with (folder / name).open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        except OSError as error:
-            raise _unreadable(folder / name, error) from error
+    digests = [_file_sha256(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -138,12 +135,49 @@ def load_export(folder: Path | str) -> nn.Module:
             f"{weights_file}: does not fit {architecture}: {misfits[0]}"
             + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")
         )
+    # Last: what does not fit is told more plainly than by a hash.
+    _check_seal(folder, config)
     backbone.load_state_dict(weights)
     backbone.pretrained_cfg = {  # type: ignore[assignment]
         **pretrained_cfg,
         "architecture": architecture,
     }
     return backbone.eval()
+
+
+def _sealed(config: dict[str, Any], weights: bytes) -> dict[str, Any]:
+    """The config with the SHA-256 of the weights and of the config itself."""
+    hashes = {WEIGHTS_FILE: hashlib.sha256(weights).hexdigest(), CONFIG_FILE: _digest(config)}
+    return {**config, _SEAL: hashes}
+
+
+def _check_seal(folder: Path, config: dict[str, Any]) -> None:
+    """Make sure that both files are as they were written. An export by another program has no hashes to compare."""
+    if _SEAL not in config:
+        return
+    hashes = config[_SEAL] if isinstance(config[_SEAL], dict) else {}
+    rest = {key: value for key, value in config.items() if key != _SEAL}
+    if hashes.get(CONFIG_FILE) != _digest(rest):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: its SHA-256 is not the one it was written with: export the network again, or "
+            f"remove {_SEAL!r} from it if the change is meant"
+        )
+    if hashes.get(WEIGHTS_FILE) != _file_sha256(folder / WEIGHTS_FILE):
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: damaged, its SHA-256 is not that of {CONFIG_FILE}: export the network again"
+        )
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _file_sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def _unreadable(file: Path, error: OSError) -> UserError:

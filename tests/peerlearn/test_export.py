@@ -17,6 +17,8 @@ import safetensors.torch
 import timm
 import timm.data
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import peerlearn.run_dir
@@ -351,6 +353,50 @@ def test_truncated_weights_are_named(keep: int, small_export: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:keep])
     with pytest.raises(UserError, match=re.escape(f"{weights}: damaged")):
         load_export(small_export)
+
+
+@given(
+    place=st.integers(min_value=0),
+    bit=st.integers(0, 7),
+    name=st.sampled_from(["model.safetensors", "config.json"]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_flipped_bit_passes(place: int, bit: int, name: str, small_export: Path) -> None:
+    """In config.json, all that JSON reads; but an export of another program has no hashes, so their key can be lost."""
+    file = small_export / name
+    whole = file.read_bytes()
+    spoilt = bytearray(whole)
+    place %= len(whole)
+    spoilt[place] ^= 1 << bit
+    file.write_bytes(spoilt)
+    try:
+        if name == "config.json" and _reads_alike_or_unsealed(whole, bytes(spoilt)):
+            load_export(small_export)
+        else:
+            with pytest.raises(UserError, match=re.escape(name)):
+                load_export(small_export)
+    finally:
+        file.write_bytes(whole)
+
+
+def _reads_alike_or_unsealed(one: bytes, other: bytes) -> bool:
+    try:
+        found = json.loads(other)
+    except ValueError:
+        return False
+    return found == json.loads(one) or "sha256" not in found
+
+
+def test_a_changed_config_says_what_to_do_if_it_was_meant(small_export: Path) -> None:
+    file = small_export / "config.json"
+    config = json.loads(file.read_text())
+    config["pretrained_cfg"]["mean"] = [0.5]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="remove 'sha256' from it if the change is meant"):
+        load_export(small_export)
+    del config["sha256"]
+    file.write_text(json.dumps(config))
+    assert load_export(small_export).pretrained_cfg["mean"] == [0.5]
 
 
 def rewrite(folder: Path, change: str) -> None:
