@@ -442,6 +442,13 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return batch_norm(images, means, variances, eps=0.0)
 
 
+# `evaluation_view` in words, for protocols and for the keys of kept features: another view needs other words.
+EVALUATION_VIEW = (
+    "images of the network's size as they are; with a shorter side of 64 pixels or more resized to 256/224 of it and "
+    "centre-cropped; smaller ones resized whole; bilinear with antialias"
+)
+
+
 def evaluation_view(images: Tensor, *, size: int) -> Tensor:
     """The view that evaluations see: float32 (B, channels, size, size) in [0, 1].
 

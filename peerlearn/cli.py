@@ -27,6 +27,7 @@ VERBS = {
     "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks"),
     "resume": Verb("pretrain.command", "resume", "continue a run from its latest checkpoint"),
     "knn": Verb("peerlearn.knn_command", "main", "score exported networks by weighted kNN"),
+    "linear": Verb("linear_eval.command", "main", "train linear classifiers on exported networks"),
     "export": Verb(
         "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
     ),

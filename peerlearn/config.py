@@ -5,6 +5,7 @@ An unknown key is an error that names the nearest one; a value out of range is r
 
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,8 @@ def parse_config(
 
     Args:
         config_class: a frozen dataclass; nested dataclasses become dotted keys.
-        argv: the words after the verb. CONFIG is a path, or the name of a file of ``shipped``.
+        argv: the words after the verb. CONFIG is a path, or the name of a file of ``shipped``. Several words after a
+            key are a list: ``--checkpoint runs/a runs/b``.
         verb, description, example: for ``--help``.
         shipped: the folder of shipped configs.
 
@@ -51,6 +53,7 @@ def parse_config(
     dry_run = "--dry_run" in words
     words = [word for word in words if word != "--dry_run"]
     _check_word_keys(words, config_class, verb)
+    words = _join_lists(words, config_class)
     parser = _build_parser(config_class, verb, description, example)
     return _parse(parser, config_class, [*sources, *words]), dry_run
 
@@ -88,6 +91,12 @@ def find_config(name: str, shipped: Path | None) -> Path:
         f"{name!r} is neither a file nor a shipped config{nearest(name, names)}; "
         "`peerlearn configs` lists them"
     )
+
+
+def require(condition: bool, message: str) -> None:
+    """For ``__post_init__`` of a config: refuse values that make no sense, by a message that begins with the key."""
+    if not condition:
+        raise ValueError(message)
 
 
 def nearest(name: str, known: Any) -> str:
@@ -145,6 +154,40 @@ def _check_word_keys(words: Sequence[str], config_class: Any, verb: str) -> None
             raise UsageError(
                 f"unknown key --{key}{nearest(key, keys)} (`peerlearn {verb} --help` lists them all)"
             )
+
+
+def _join_lists(words: Sequence[str], config_class: Any) -> list[str]:
+    """``--key a b`` as ``--key [a, b]``; a key that is always a list takes one word too."""
+    hints = dict(_hints(config_class, ""))
+    joined: list[str] = []
+    key, values = "", []
+    for word in [*words, "--"]:
+        # -1 is a value.
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        joined += _joined(values, hints.get(key))
+        key, values = word.removeprefix("--"), []
+        joined.append(word)
+    return joined[:-1]
+
+
+def _joined(values: list[str], hint: Any) -> list[str]:
+    lists = [each for each in (hint, *typing.get_args(hint)) if typing.get_origin(each) is list]
+    always = typing.get_origin(hint) is list
+    bracketed = values[:1] and values[0].startswith(("[", "null"))
+    if len(values) < 2 and (not always or not values or bracketed):
+        return values
+    holds_text = bool(lists) and typing.get_args(lists[0]) == (str,)
+    return [f"[{', '.join(map(json.dumps, values) if holds_text else values)}]"]
+
+
+def _hints(config_class: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The type of every dotted key."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        yield prefix + name, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _hints(hint, f"{prefix}{name}.")
 
 
 def _build_parser(config_class: Any, verb: str, description: str, example: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from peerlearn.arguments import ArgumentParser
 
 # verb -> the package whose configs/ folder holds its shipped configs
-CONFIG_PACKAGES = {"pretrain": "pretrain"}
+CONFIG_PACKAGES = {"pretrain": "pretrain", "linear": "linear_eval"}
 HEADER_FIELDS = ("source", "command", "hardware", "hours", "expected metric")
 
 

@@ -141,6 +141,18 @@ def first_images(dataset: ImageDataset, limit: int) -> ImageDataset:
     )
 
 
+def select_images(dataset: ImageDataset, index: Tensor) -> ImageDataset:
+    """The images of these numbers, int64 (n,), in their order."""
+    images, labels = dataset.images, dataset.labels
+    return replace(
+        dataset,
+        images=images[index]
+        if isinstance(images, Tensor)
+        else tuple(images[i] for i in index.tolist()),
+        labels=None if labels is None else labels[index],
+    )
+
+
 def _existing(root: str) -> Path:
     folder = Path(os.path.expanduser(root))
     if not os.path.isdir(folder):

@@ -27,6 +27,7 @@ from peerlearn.heartbeat import Heartbeat, SilenceWatch, name_culprits
 # How long the others wait while the main rank evaluates or writes to slow storage.
 _PATIENCE_SECONDS = 2 * 3600.0
 _POLL_SECONDS = 0.01
+_EVALUATION_TIMEOUT_SECONDS = 600.0
 # Elements of one all-reduce: enough to fill a network, little enough to bound the copy.
 _BUCKET_ELEMENTS = 2**25
 # Newer torch has renamed it, and warns of the older name.
@@ -266,6 +267,18 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
         timeout_seconds=timeout_seconds,
         patient_group=group,
     )
+
+
+@contextmanager
+def evaluating_ranks(device: str) -> Iterator[Ranks]:
+    """`start_ranks` for an evaluation: leave the group together at the end, or in disorder after a failure."""
+    ranks = start_ranks(device, timeout_seconds=_EVALUATION_TIMEOUT_SECONDS)
+    failed: str | None = "it was interrupted"
+    try:
+        yield ranks
+        failed = None
+    finally:
+        ranks.close(failed)
 
 
 class _Gather(torch.autograd.Function):

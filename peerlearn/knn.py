@@ -101,7 +101,36 @@ def knn_scores(
         ValueError: for an empty training set, sizes that do not match, labels out of range,
             features that are not finite, and what `KNNProtocol` refuses.
     """
-    protocol = KNNProtocol(k=k, temperature=temperature)
+    (scores,) = knn_sweep(
+        train_features,
+        train_labels,
+        features,
+        protocols=[KNNProtocol(k=k, temperature=temperature)],
+        num_classes=num_classes,
+    )
+    return scores
+
+
+def knn_sweep(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    *,
+    protocols: Sequence[KNNProtocol],
+    num_classes: int,
+) -> list[Tensor]:
+    """`knn_scores` under every protocol, by one search for the largest k.
+
+    Args:
+        protocols: at least one.
+
+    Returns:
+        One (Q, C) per protocol, each as `knn_scores` gives it, but for the choice among training images of exactly
+        the k-th similarity.
+
+    Raises:
+        ValueError: as `knn_scores`.
+    """
     train = unit_rows(train_features, "train_features").float()
     queries = unit_rows(features, "features").float().to(train.device)
     if len(train) == 0:
@@ -113,13 +142,19 @@ def knn_scores(
     _check_labels("train_labels", train_labels, len(train), num_classes)
 
     # The votes are added on the CPU: there the sum has one order, on CUDA scatter_add_ has none.
+    largest_k = min(max(protocol.k for protocol in protocols), len(train))
     search = _search_for(train.device)
-    similarities, neighbours = (each.cpu() for each in search(train, queries, min(k, len(train))))
+    similarities, neighbours = (each.cpu() for each in search(train, queries, largest_k))
     # Rounding may leave a cosine above 1, and KNNProtocol bounds the score by k exp(1 / T).
-    weights = (similarities.double().clamp_(-1, 1) / temperature).exp_()
-    votes = torch.zeros(len(queries), num_classes, dtype=torch.float64)
-    votes.scatter_add_(1, train_labels.cpu().long()[neighbours], weights)
-    return votes.to(features.device, protocol.score_dtype)
+    similarities = similarities.double().clamp_(-1, 1)
+    classes = train_labels.cpu().long()[neighbours]
+    scores = []
+    for protocol in protocols:
+        votes = torch.zeros(len(queries), num_classes, dtype=torch.float64)
+        weights = (similarities[:, : protocol.k] / protocol.temperature).exp_()
+        votes.scatter_add_(1, classes[:, : protocol.k], weights)
+        scores.append(votes.to(features.device, protocol.score_dtype))
+    return scores
 
 
 def knn_top1(scores: Tensor, labels: Tensor) -> float:

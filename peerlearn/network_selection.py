@@ -19,6 +19,7 @@ class Selection:
         folders: the export folder of each network, by its name: "0", "1", "key-0", ...
         ensemble: also (or only) score the networks together.
         alone: score each network on its own.
+        exports: the folder that holds them.
         run: the run directory they come from, None for an export that stands alone.
         step: the training step they were exported at, 0 if unknown.
     """
@@ -26,6 +27,7 @@ class Selection:
     folders: dict[str, Path]
     ensemble: bool
     alone: bool
+    exports: Path
     run: Path | None
     step: int
 
@@ -62,6 +64,7 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
         folders={name: folder for name, folder in chosen.items() if folder},
         ensemble=network == ENSEMBLE or (network == "all" and len(cohort) > 1),
         alone=network != ENSEMBLE,
+        exports=exports,
         run=_run_of(exports),
         step=_step(exports),
     )
@@ -77,6 +80,7 @@ def _select_export(folder: Path, network: str) -> Selection:
         folders={name: folder},
         ensemble=False,
         alone=True,
+        exports=exports,
         run=_run_of(exports),
         step=_step(exports),
     )
@@ -115,6 +119,11 @@ def _network_name(folder_name: str) -> str | None:
 def _step(exports: Path) -> int:
     digits = exports.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else 0
+
+
+def results_folder(asked: str | None, selection: Selection) -> Path:
+    """Where result files go: the folder asked for, else the run's, else results/ here."""
+    return Path(asked) if asked else (selection.run or Path()) / "results"
 
 
 def run_setting(run: Path | None, name: str, default: Any) -> Any:

@@ -4,12 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peerlearn.config import require
+from peerlearn.schedules import ScheduleConfig
+
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +37,25 @@ class CohortConfig:
     sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.networks >= 1, f"cohort.networks must be at least 1, got {self.networks}")
-        _require(
+        require(self.networks >= 1, f"cohort.networks must be at least 1, got {self.networks}")
+        require(
             isinstance(self.backbones, str) or len(self.backbones) in (1, self.networks),
             f"cohort.backbones must be one name or cohort.networks = {self.networks} names, "
             f"got {self.backbones}",
         )
-        _require(
+        require(
             self.share_stages is None or self.share_stages >= 0,
             f"cohort.share_stages must be null or at least 0, got {self.share_stages}",
         )
-        _require(
+        require(
             self.embedding_dim >= 1,
             f"cohort.embedding_dim must be at least 1, got {self.embedding_dim}",
         )
-        _require(
+        require(
             self.batch_norm_splits >= 1,
             f"cohort.batch_norm_splits must be at least 1, got {self.batch_norm_splits}",
         )
-        _require(
+        require(
             not (self.sync_batch_norm and self.batch_norm_splits > 1),
             "cohort.sync_batch_norm and cohort.batch_norm_splits exclude each other: the one joins "
             "what the other parts",
@@ -82,10 +80,8 @@ class QueueConfig:
     momentum: float = 0.999
 
     def __post_init__(self) -> None:
-        _require(self.size >= 1, f"queue.size must be at least 1, got {self.size}")
-        _require(
-            0 <= self.momentum <= 1, f"queue.momentum must be within 0..1, got {self.momentum}"
-        )
+        require(self.size >= 1, f"queue.size must be at least 1, got {self.size}")
+        require(0 <= self.momentum <= 1, f"queue.momentum must be within 0..1, got {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,20 +117,20 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         scale = self.crop_scale
-        _require(
+        require(
             scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
             f"data.crop_scale must be two rising shares within 0..1, got {scale}",
         )
-        _require(
+        require(
             self.limit is None or self.limit >= 1,
             f"data.limit must be at least 1, got {self.limit}",
         )
-        _require(
+        require(
             self.image_size is None or self.image_size >= 1,
             f"data.image_size must be at least 1, got {self.image_size}",
         )
-        _require(self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
-        _require(
+        require(self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
+        require(
             0 <= self.max_unreadable_percent <= 100,
             f"data.max_unreadable_percent must be within 0..100, got {self.max_unreadable_percent}",
         )
@@ -159,39 +155,12 @@ class OptimizerConfig:
     decay_norm_and_bias: bool = True
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.momentum < 1, f"optimizer.momentum must be within 0..1, got {self.momentum}"
         )
-        _require(
+        require(
             self.weight_decay >= 0,
             f"optimizer.weight_decay must be at least 0, got {self.weight_decay}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """How the learning rate moves, per step.
-
-    Attributes:
-        name: cosine (to 0), step (times gamma at each milestone) or constant.
-        warmup_epochs: linear rise from 0 before the schedule proper.
-        milestones_epochs: where step falls.
-        gamma: by what factor step falls.
-    """
-
-    name: Literal["cosine", "step", "constant"] = "cosine"
-    warmup_epochs: float = 0.0
-    milestones_epochs: list[int] = field(default_factory=list)
-    gamma: float = 0.1
-
-    def __post_init__(self) -> None:
-        _require(
-            self.warmup_epochs >= 0,
-            f"schedule.warmup_epochs must be at least 0, got {self.warmup_epochs}",
-        )
-        _require(
-            self.milestones_epochs == sorted(self.milestones_epochs),
-            f"schedule.milestones_epochs must rise, got {self.milestones_epochs}",
         )
 
 
@@ -216,24 +185,24 @@ class CheckpointConfig:
     export_key_networks: bool = False
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.every_steps is None or self.every_steps >= 1,
             f"checkpoint.every_steps must be at least 1, got {self.every_steps}",
         )
-        _require(
+        require(
             self.keep_every_steps is None or self.keep_every_steps >= 1,
             f"checkpoint.keep_every_steps must be null or at least 1, got {self.keep_every_steps}",
         )
-        _require(
+        require(
             self.max_missed >= 1,
             f"checkpoint.max_missed must be at least 1, got {self.max_missed}",
         )
-        _require(
+        require(
             self.keep_last >= 2,
             f"checkpoint.keep_last must be at least 2, so that one save stands while the next is "
             f"written, got {self.keep_last}",
         )
-        _require(
+        require(
             self.export_every_epochs >= 1,
             f"checkpoint.export_every_epochs must be at least 1, got {self.export_every_epochs}",
         )
@@ -264,12 +233,12 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         for name in ("k", "train_limit", "test_limit", "log_every_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"monitor.{name} must be at least 1, got {value}")
-        _require(
+            require(value is None or value >= 1, f"monitor.{name} must be at least 1, got {value}")
+        require(
             self.every_epochs >= 0,
             f"monitor.every_epochs must be at least 0, got {self.every_epochs}",
         )
-        _require(
+        require(
             self.temperature > 0, f"monitor.temperature must be positive, got {self.temperature}"
         )
 
@@ -339,45 +308,43 @@ class PretrainConfig:
             "base_lr_batch_size",
             "max_skipped_steps",
         ):
-            _require(
+            require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )
-        _require(
+        require(
             self.batch_size >= 2,
             f"batch_size must be at least 2, for batch norm, got {self.batch_size}",
         )
         for name in ("base_lr", "temperature", "soft_temperature", "rank_timeout_seconds"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name} must be positive and finite, got {value}")
+            require(0 < value < math.inf, f"{name} must be positive and finite, got {value}")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
-        _require(bool(self.terms), "terms must name at least one loss term")
-        _require(
+            require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
+        require(bool(self.terms), "terms must name at least one loss term")
+        require(
             self.cohort.networks > 1 or "scl_hard" in self.terms,
             f"terms must hold scl_hard where cohort.networks is 1: the others need peers, got {self.terms}",
         )
         weights = {"scl": self.alpha, "icl": self.beta if self.cohort.networks > 1 else 0.0}
-        _require(
+        require(
             any(weights[term[:3]] > 0 for term in self.terms),
             f"alpha {self.alpha}, beta {self.beta} and terms {self.terms} leave nothing to train "
             f"{self.cohort.networks} networks by",
         )
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
-        _require(
+        require(
             self.batch_size % parts == 0 and self.batch_size // parts >= 2,
             f"batch_size {self.batch_size} must divide into accumulation_steps x "
             f"cohort.batch_norm_splits = {parts} parts of at least 2 images",
         )
         if self.method == "simclr":
-            _require(
+            require(
                 self.accumulation_steps == 1,
                 "accumulation_steps must be 1 with method simclr: its batch is its negatives, "
                 "so parts of it would be another loss",
             )
-            _require(
-                not self.symmetric, "symmetric must be false with method simclr: it already is"
-            )
+            require(not self.symmetric, "symmetric must be false with method simclr: it already is")
 
     @property
     def lr(self) -> float:

@@ -14,13 +14,13 @@ from peerlearn.counter_random import MODULE_NOISE, random_bits
 from peerlearn.dist import Ranks
 from peerlearn.loader import ViewBatch
 from peerlearn.progress import Reporter
+from peerlearn.schedules import learning_rate
 from pretrain.cohort import statistics
 from pretrain.guards import checked_terms, gradient_fault
 from pretrain.losses import MCLTerms
 from pretrain.methods import objective
 from pretrain.metrics import MetricsLog, gradient_norms
 from pretrain.monitor import warn_of_collapse
-from pretrain.schedules import learning_rate
 from pretrain.state import Training, export, save
 
 logger = logging.getLogger(__name__)

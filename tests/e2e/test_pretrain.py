@@ -218,7 +218,7 @@ def test_an_empty_data_folder_and_one_without_labels_say_what_they_lack(finished
         (tmp_path / "data" / split).mkdir()
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "data" / split / "0.png")
     assert main(["knn", "--checkpoint", str(finished), *words]) == 1
-    assert "folder has no labels: kNN needs them" in capsys.readouterr().err
+    assert "folder has no labels: evaluation needs them" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from peerlearn.config import config_to_yaml, load_config
 from peerlearn.configs_command import HEADER_FIELDS, main, read_header
+from peerlearn.schedules import ScheduleConfig
 from pretrain.cohort import build_cohort
 from pretrain.command import SHIPPED
 from pretrain.config import (
@@ -14,7 +15,6 @@ from pretrain.config import (
     OptimizerConfig,
     PretrainConfig,
     QueueConfig,
-    ScheduleConfig,
 )
 
 CONFIGS = sorted(SHIPPED.glob("*.yaml"))

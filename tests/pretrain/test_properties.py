@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from peerlearn.schedules import ScheduleConfig, learning_rate
 from pretrain.cohort import Cohort, momentum_peers, update_momentum
-from pretrain.config import ScheduleConfig
 from pretrain.generators import generator_states, load_generator_states, seed_generators
 from pretrain.guards import DivergedError, StepGuard, checked_terms, gradient_fault
 from pretrain.key_queue import KeyQueue
 from pretrain.losses import MCLTerms, NonFiniteError
 from pretrain.restore import config_changes
-from pretrain.schedules import learning_rate
 
 CPU = torch.device("cpu")
 NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import ScheduleConfig
-from pretrain.schedules import learning_rate
+from peerlearn.schedules import ScheduleConfig, learning_rate
 
 
 def rates(schedule: ScheduleConfig, *, epochs: int, steps_per_epoch: int, lr: float = 0.3):

@@ -1,8 +1,37 @@
 """Learning rates as pure functions of the step."""
 
 import math
+from dataclasses import dataclass, field
+from typing import Literal
 
-from pretrain.config import ScheduleConfig
+from peerlearn.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves, per step.
+
+    Attributes:
+        name: cosine (to 0), step (times gamma at each milestone) or constant.
+        warmup_epochs: linear rise from 0 before the schedule proper.
+        milestones_epochs: where step falls.
+        gamma: by what factor step falls.
+    """
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    milestones_epochs: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(
+            self.warmup_epochs >= 0,
+            f"schedule.warmup_epochs must be at least 0, got {self.warmup_epochs}",
+        )
+        require(
+            self.milestones_epochs == sorted(self.milestones_epochs),
+            f"schedule.milestones_epochs must rise, got {self.milestones_epochs}",
+        )
 
 
 def learning_rate(

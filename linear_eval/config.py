@@ -1,0 +1,136 @@
+"""The config of a linear evaluation. Every key of a YAML file and of the command line is a field here."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peerlearn.config import require
+from peerlearn.evaluation_data import EvaluationDataConfig
+from peerlearn.schedules import ScheduleConfig
+
+Inputs = Literal["raw", "standardised", "unit"]
+
+
+def _moco_schedule() -> ScheduleConfig:
+    return ScheduleConfig(name="step", milestones_epochs=[60, 80])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """A classifier on exported networks; the defaults are MoCo's linear protocol.
+
+    Attributes:
+        checkpoint: a run (its latest exports), RUN/export/step-N, or one export; several, say one per seed: their
+            scores are averaged.
+        network: 0, 1, ..., key-0, ..., all, or ensemble (one classifier on all networks' features, and the mean of the
+            networks' logits).
+        method: sgd (linear heads), logistic_regression (the same by L-BFGS, with an L2 penalty), or finetune (the
+            whole network learns).
+        inputs: what linear heads see: raw features, standardised by their mean and deviation over the training
+            images, or of unit length; several are all tried.
+        epochs: passes over the training images (sgd, finetune).
+        batch_size: images per step, over all processes; all of them where there are fewer.
+        base_lrs: learning rates at `base_lr_batch_size` images per step; lr = base_lr * batch_size / that. Several
+            heads are trained at once, one for each.
+        base_lr_batch_size: the batch size `base_lrs` were published for.
+        momentum: of sgd and finetune.
+        nesterov: of sgd and finetune.
+        weight_decay: L2 penalty of sgd and finetune.
+        schedule: how the learning rate moves.
+        augmentation: crop_flip (random resized crop and flip, each epoch anew), or none, when sgd trains on kept
+            features.
+        crop_scale: smallest and largest share of the image's area that a crop keeps.
+        penalties_c: inverse strengths C of logistic_regression's penalty, as in scikit-learn; several are all tried.
+        max_iterations: of logistic_regression, for each C.
+        tolerance: of logistic_regression: the largest entry of the mean loss's gradient at which it has converged.
+        held_out_percent: of each class's training images, by which the best of several base_lrs, inputs or C is
+            chosen; with a single candidate none are held out.
+        seed: of initial weights, order, crops and what is held out.
+        encoding_batch_size: images encoded at once for kept features.
+        device: auto = a GPU where there is one, or cpu, cuda, ...
+        results: folder of the result files; null = the run's results/, or results/ here for a lone export.
+        cache: keep features on disk and take those that are there.
+        data: the images.
+    """
+
+    checkpoint: str | list[str]
+    network: str = "all"
+    method: Literal["sgd", "logistic_regression", "finetune"] = "sgd"
+    inputs: list[Inputs] = field(default_factory=lambda: ["raw"])
+    epochs: int = 100
+    batch_size: int = 256
+    base_lrs: list[float] = field(default_factory=lambda: [30.0])
+    base_lr_batch_size: int = 256
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    schedule: ScheduleConfig = field(default_factory=_moco_schedule)
+    augmentation: Literal["crop_flip", "none"] = "crop_flip"
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    penalties_c: list[float] = field(default_factory=lambda: [1.0])
+    max_iterations: int = 1000
+    tolerance: float = 1e-4
+    held_out_percent: float = 10.0
+    seed: int = 0
+    encoding_batch_size: int = 256
+    device: str = "auto"
+    results: str | None = None
+    cache: bool = True
+    data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_size",
+            "base_lr_batch_size",
+            "max_iterations",
+            "encoding_batch_size",
+        ):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} must be at least 1, got {value}")
+        for name in ("base_lrs", "penalties_c"):
+            values = getattr(self, name)
+            require(bool(values), f"{name} must hold at least one number")
+            require(
+                all(0 < value < math.inf for value in values),
+                f"{name} must be positive and finite, got {values}",
+            )
+            require(len(set(values)) == len(values), f"{name} holds a number twice: {values}")
+        require(
+            bool(self.inputs) and len(set(self.inputs)) == len(self.inputs),
+            f"inputs must name each kind once, and at least one, got {self.inputs}",
+        )
+        require(bool(self.checkpoints()), "checkpoint must name at least one run or export")
+        require(self.tolerance > 0, f"tolerance must be positive, got {self.tolerance}")
+        require(0 <= self.momentum < 1, f"momentum must be within 0..1, got {self.momentum}")
+        require(
+            not self.nesterov or self.momentum > 0,
+            "nesterov needs a momentum above 0: set momentum, or nesterov to false",
+        )
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay must be at least 0 and finite, got {self.weight_decay}",
+        )
+        scale = self.crop_scale
+        require(
+            len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
+            f"crop_scale must be two rising shares within 0..1, got {scale}",
+        )
+        require(
+            0 < self.held_out_percent < 100,
+            f"held_out_percent must be within 0..100, got {self.held_out_percent}",
+        )
+        require(
+            self.method != "finetune" or (len(self.base_lrs) == 1 and self.inputs == ["raw"]),
+            "method finetune takes one learning rate and raw inputs: leave a single number in base_lrs, and inputs raw",
+        )
+
+    def checkpoints(self) -> list[str]:
+        """One or several."""
+        return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
+
+    @property
+    def candidates(self) -> int:
+        """How many classifiers are trained on each network's features, of which the best is chosen."""
+        settings = self.penalties_c if self.method == "logistic_regression" else self.base_lrs
+        return len(settings) * len(self.inputs)

@@ -1,0 +1,234 @@
+"""One checkpoint's networks, scored by a linear protocol: from the config to result.json files."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from linear_eval.classifiers import (
+    Classified,
+    FeatureSet,
+    Problem,
+    classify_by_logistic_regression,
+    classify_by_sgd,
+    kept_batches,
+    mean_of_logits,
+)
+from linear_eval.config import LinearConfig
+from linear_eval.finetune import finetune
+from linear_eval.streams import step_size, streamed_batches
+from peerlearn.augment import EVALUATION_VIEW
+from peerlearn.classification import ClassificationScores, classification_scores
+from peerlearn.datasets import ImageDataset, select_images
+from peerlearn.dist import Ranks
+from peerlearn.evaluation_data import load_splits
+from peerlearn.export import export_hash
+from peerlearn.exported_networks import frozen, load_backbones
+from peerlearn.feature_cache import Extraction, load_features
+from peerlearn.knn import ensemble_features
+from peerlearn.network_selection import ENSEMBLE, Selection, results_folder
+from peerlearn.plots import plot_confusion
+from peerlearn.results import write_result
+from peerlearn.subsets import hold_out
+from peerlearn.uncertainty import accuracy_metrics
+
+# The mean of the networks' logits, beside ENSEMBLE, one classifier on the features of all.
+ENSEMBLE_LOGITS = "ensemble-logits"
+
+
+def evaluate(config: LinearConfig, selection: Selection, ranks: Ranks) -> dict[str, Path]:
+    """Classify the test images by every selected network, and write a result.json and a confusion matrix for each.
+
+    All ranks call it together; the main one writes.
+
+    Returns:
+        The result files by the networks' names; empty on the other ranks.
+
+    Raises:
+        UserError: a dataset or an export that cannot be had, or that do not fit each other; a classifier that diverges.
+    """
+    start = time.monotonic()
+    train, test = ranks.main_first(lambda: load_splits(config.data, selection))
+    found = _classify(config, selection, train, test, ranks)
+    if not ranks.main:
+        return {}
+    cohort = {name: each for name, each in found.items() if name != ENSEMBLE}
+    if selection.ensemble:
+        found[ENSEMBLE_LOGITS] = Classified(logits=mean_of_logits(cohort), choice={})
+    assert test.labels is not None
+    protocol = _protocol(config, train, test, ranks)
+    paths = {}
+    for name, classified in found.items():
+        if name in selection.folders and not selection.alone:
+            continue
+        scores = classification_scores(classified.logits, test.labels)
+        paths[name] = _write(
+            config, selection, name, scores, classified.choice, train, protocol, start
+        )
+    return paths
+
+
+def _classify(
+    config: LinearConfig,
+    selection: Selection,
+    train: ImageDataset,
+    test: ImageDataset,
+    ranks: Ranks,
+) -> dict[str, Classified]:
+    if config.method == "finetune":
+        return finetune(config, load_backbones(selection.folders, train), train, test, ranks)
+    how = Extraction(
+        ranks=ranks,
+        batch_size=config.encoding_batch_size,
+        workers=config.data.workers,
+        cached=config.cache,
+    )
+    fit_index, problem = _build_problem(config, selection, train, test, how)
+    quiet = not ranks.main
+    if config.method == "logistic_regression":
+        if not ranks.main:
+            return {}
+        return classify_by_logistic_regression(config, problem, device=ranks.device, quiet=quiet)
+    if config.augmentation == "none":
+        if not ranks.main:
+            return {}
+        batches = kept_batches(
+            problem.fit,
+            batch_size=min(config.batch_size, len(problem.fit.labels)),
+            seed=config.seed,
+            device=ranks.device,
+        )
+        return classify_by_sgd(config, problem, batches, device=ranks.device, quiet=quiet)
+    backbones = {
+        name: backbone.to(ranks.device)
+        for name, backbone in load_backbones(selection.folders, train).items()
+    }
+    images = train if fit_index is None else select_images(train, fit_index)
+    with frozen(list(backbones.values())):
+        batches = streamed_batches(config, images, backbones, ranks)
+        if selection.ensemble:
+            batches = batches._replace(epoch=_with_ensemble(batches.epoch))
+        return classify_by_sgd(config, problem, batches, device=ranks.device, quiet=quiet)
+
+
+def _build_problem(
+    config: LinearConfig,
+    selection: Selection,
+    train: ImageDataset,
+    test: ImageDataset,
+    how: Extraction,
+) -> tuple[Tensor | None, Problem]:
+    """The features of both splits; and which training images are not held out, None for all."""
+    train_set, test_set = (
+        _feature_set(load_features(selection.folders, split, how), split, selection)
+        for split in (train, test)
+    )
+    fit_index = None
+    fit, held_out = train_set, None
+    if config.candidates > 1:
+        fit_index, held_index = hold_out(
+            train_set.labels, config.held_out_percent, seed=config.seed
+        )
+        fit, held_out = train_set.part(fit_index), train_set.part(held_index)
+    return fit_index, Problem(
+        train=train_set, fit=fit, held_out=held_out, test=test_set, classes=train.num_classes
+    )
+
+
+def _feature_set(
+    features: dict[str, Tensor], dataset: ImageDataset, selection: Selection
+) -> FeatureSet:
+    assert dataset.labels is not None
+    if selection.ensemble:
+        features = {**features, ENSEMBLE: ensemble_features(list(features.values()))}
+    return FeatureSet(features=features, labels=dataset.labels)
+
+
+def _with_ensemble(epoch: Any) -> Any:
+    """Add the joint features to every batch."""
+
+    def joined(number: int) -> Any:
+        for features, labels in epoch(number):
+            yield {**features, ENSEMBLE: ensemble_features(list(features.values()))}, labels
+
+    return joined
+
+
+def _write(
+    config: LinearConfig,
+    selection: Selection,
+    name: str,
+    scores: ClassificationScores,
+    choice: dict[str, Any],
+    train: ImageDataset,
+    protocol: dict[str, Any],
+    start: float,
+) -> Path:
+    hashes = {each: export_hash(folder) for each, folder in selection.folders.items()}
+    metrics = {
+        **accuracy_metrics(scores.top1, scores.n),
+        "top5": scores.top5,
+        "calibration_error": scores.calibration_error,
+        "per_class_top1": dict(zip(train.class_names, scores.per_class_top1, strict=True)),
+        **choice,
+    }
+    file = write_result(
+        results_folder(config.results, selection),
+        task="linear",
+        dataset=train.name,
+        step=selection.step,
+        network=name,
+        metrics=metrics,
+        protocol=protocol,
+        export_hash=hashes.get(name, hashes),
+        seed=config.seed,
+        seconds=round(time.monotonic() - start, 3),
+    )
+    plot_confusion(
+        file.with_suffix(".png"),
+        scores.confusion,
+        train.class_names,
+        title=f"{train.name}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
+    )
+    return file
+
+
+# What a method does not use is no part of its protocol.
+_SGD_KEYS = (
+    *("epochs", "batch_size", "base_lrs", "base_lr_batch_size", "momentum", "nesterov"),
+    *("weight_decay", "schedule"),
+)
+_METHOD_KEYS = {
+    "sgd": (*_SGD_KEYS, "augmentation"),
+    "finetune": (*_SGD_KEYS, "crop_scale"),
+    "logistic_regression": ("penalties_c", "max_iterations", "tolerance"),
+}
+
+
+def _protocol(
+    config: LinearConfig, train: ImageDataset, test: ImageDataset, ranks: Ranks
+) -> dict[str, Any]:
+    """All that decides a score beside the networks."""
+    every = asdict(config)
+    protocol = {key: every[key] for key in ("method", "inputs", *_METHOD_KEYS[config.method])}
+    if config.method == "sgd" and config.augmentation == "crop_flip":
+        protocol["crop_scale"] = config.crop_scale
+    if config.candidates > 1:
+        protocol["held_out_percent"] = config.held_out_percent
+    if config.method != "logistic_regression":
+        size = step_size(config, len(train), ranks)
+        protocol["lrs"] = [base * size / config.base_lr_batch_size for base in config.base_lrs]
+    return {
+        **protocol,
+        "features": "pooled backbone output",
+        "test_view": EVALUATION_VIEW,
+        "shots": config.data.shots,
+        "train_percent": config.data.train_percent,
+        "subset_seed": config.data.subset_seed,
+        "train_images": len(train),
+        "test_images": len(test),
+        "train_fingerprint": train.fingerprint(),
+        "test_fingerprint": test.fingerprint(),
+    }

@@ -1,0 +1,80 @@
+"""Training images with random crops and flips, on their way through frozen networks, shared by all ranks.
+
+Dimension letters: B batch, D feature dimensions.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from linear_eval.classifiers import Batches
+from linear_eval.config import LinearConfig
+from peerlearn.augment import Augmentation
+from peerlearn.datasets import ImageDataset
+from peerlearn.dist import Ranks
+from peerlearn.errors import UserError
+from peerlearn.exported_networks import by_input
+from peerlearn.loader import ViewLoader
+
+
+def view_loader(
+    config: LinearConfig, dataset: ImageDataset, *, image_size: int, batch_size: int, ranks: Ranks
+) -> ViewLoader:
+    """One random crop, and a flip, of every training image per epoch, this rank's part of each batch.
+
+    NOTE: the last incomplete batch of an epoch is dropped; MoCo's linear protocol takes it.
+    """
+    low, high = config.crop_scale
+    return ViewLoader(
+        dataset,
+        Augmentation(crop_scale=(low, high)),
+        backend="folder" if dataset.has_files else "memory",
+        image_size=image_size,
+        batch_size_global=batch_size,
+        seed=config.seed,
+        device=ranks.device,
+        views=1,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=config.data.workers,
+    )
+
+
+def step_size(config: LinearConfig, images: int, ranks: Ranks) -> int:
+    """Images per step: those asked for, or as many as there are, in equal parts for all ranks.
+
+    Raises:
+        UserError: the ranks cannot share the batch that was asked for, or there is not an image for each.
+    """
+    if config.batch_size % ranks.world_size or images < ranks.world_size:
+        raise UserError(
+            f"batch_size {config.batch_size} of {images} images cannot be shared by {ranks.world_size} processes: "
+            f"make it a multiple of {ranks.world_size}, or start fewer"
+        )
+    return min(config.batch_size, images - images % ranks.world_size)
+
+
+def streamed_batches(
+    config: LinearConfig, dataset: ImageDataset, backbones: Mapping[str, nn.Module], ranks: Ranks
+) -> Batches:
+    """Batches of features of augmented images: every rank encodes its part, and all get the whole batch."""
+    batch_size = step_size(config, len(dataset), ranks)
+    loaders = [
+        (view_loader(config, view, image_size=size, batch_size=batch_size, ranks=ranks), names)
+        for view, size, names in by_input(backbones, dataset)
+    ]
+
+    def epoch(number: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        for batches in zip(*(loader.epoch(number) for loader, _ in loaders), strict=True):
+            features: dict[str, Tensor] = {}
+            with torch.no_grad():
+                for batch, (_, names) in zip(batches, loaders, strict=True):
+                    images = batch.views[0].contiguous(memory_format=torch.channels_last)
+                    for name in names:
+                        features[name] = ranks.gather(backbones[name](images).float())
+            labels = batches[0].labels
+            assert labels is not None
+            yield features, ranks.gather(labels)
+
+    return Batches(epoch, batch_size, loaders[0][0].steps_per_epoch)

@@ -1,0 +1,77 @@
+"""How well class scores agree with labels. Dimension letters: N images, C classes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Guo et al. 2017 bin confidences by 15 equal widths.
+_CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationScores:
+    """Of one classifier on N test images; shares in percent.
+
+    Attributes:
+        top1: accuracy.
+        top5: share of images whose class is among the five highest; None up to five classes.
+        per_class_top1: accuracy within each class; None for a class without test images.
+        calibration_error: expected calibration error, 0..100: by how much confidence and accuracy differ, over 15 bins
+            (Guo et al. 2017, Eq. 5).
+        confusion: int64 (C, C), how many images of the row's class were taken for the column's.
+        n: how many test images.
+    """
+
+    top1: float
+    top5: float | None
+    per_class_top1: list[float | None]
+    calibration_error: float
+    confusion: Tensor
+    n: int
+
+
+def classification_scores(logits: Tensor, labels: Tensor) -> ClassificationScores:
+    """Score logits (N, C) against labels (N,), N >= 1; of several highest classes the lowest is the prediction.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("logits has entries that are not finite")
+    # Imported here: it brings seconds of imports of its own.
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    n, classes = logits.shape
+    logits, labels = logits.cpu().double(), labels.cpu().long()
+    predicted = logits.argmax(dim=1)
+    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2)
+    confusion = confusion.view(classes, classes)
+    correct, sizes = confusion.diagonal(), confusion.sum(1)
+    calibration_error = multiclass_calibration_error(
+        logits.softmax(dim=1), labels, num_classes=classes, n_bins=_CALIBRATION_BINS
+    )
+    return ClassificationScores(
+        top1=100 * int(correct.sum()) / n,
+        top5=_top5(logits, labels) if classes > 5 else None,
+        per_class_top1=[
+            100 * right / size if size else None
+            for right, size in zip(correct.tolist(), sizes.tolist(), strict=True)
+        ],
+        calibration_error=100 * float(calibration_error),
+        confusion=confusion,
+        n=n,
+    )
+
+
+def _top5(logits: Tensor, labels: Tensor) -> float:
+    # A stable order, so that equal logits do not leave the answer to the sort.
+    highest = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
+    return 100 * float((highest == labels.view(-1, 1)).any(dim=1).double().mean())
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy in percent of (N, C) logits; 0 where they are not finite."""
+    if not logits.isfinite().all():
+        return 0.0
+    return 100 * float((logits.argmax(dim=1) == labels).double().mean())

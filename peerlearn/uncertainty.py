@@ -1,0 +1,56 @@
+"""How far a score can be trusted: over test images, and over runs."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Spread(NamedTuple):
+    """A score over several runs, each with a seed of its own.
+
+    mean: over the runs.
+    std: the sample's, with n - 1; NaN for one run.
+    ci95: half the width of the 95 % interval of the mean, by Student's t; NaN for one run.
+    runs: n.
+    """
+
+    mean: float
+    std: float
+    ci95: float
+    runs: int
+
+
+def spread_over_runs(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation and 95 % interval of the mean of at least one score."""
+    runs = len(values)
+    if runs < 2:
+        return Spread(values[0], math.nan, math.nan, runs)
+    from scipy.stats import t
+
+    std = statistics.stdev(values)
+    return Spread(
+        statistics.fmean(values), std, float(t.ppf(0.975, runs - 1)) * std / math.sqrt(runs), runs
+    )
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, in percent (Wilson 1927): ``correct`` of ``n`` >= 1 test images.
+
+    Unlike mean +- 1.96 standard errors it stays within 0..100 and has a width at 0 and at 100.
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return 100 * float(interval.low), 100 * float(interval.high)
+
+
+def accuracy_metrics(top1: float, n: int) -> dict[str, Any]:
+    """What a result file tells of an accuracy, ``top1`` in percent of ``n`` test images."""
+    share = top1 / 100
+    return {
+        "top1": top1,
+        "n": n,
+        "top1_standard_error": 100 * math.sqrt(share * (1 - share) / n),
+        "top1_wilson95": wilson_interval(round(share * n), n),
+    }

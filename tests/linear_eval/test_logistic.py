@@ -1,0 +1,61 @@
+"""Logistic regression against scikit-learn's, and against the conditions of an optimum."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from linear_eval.logistic import fit_logistic
+
+GRID = [1.0, 0.001, 0.1]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pixels, labels = load_digits(return_X_y=True)
+    features = torch.from_numpy(pixels / 16).float()
+    return features[:900], torch.from_numpy(labels[:900]), features[900:], labels[900:]
+
+
+def test_coefficients_and_accuracy_are_scikit_learns(digits):
+    features, labels, others, other_labels = digits
+    fits = fit_logistic(
+        features, labels, classes=10, penalties_c=GRID, max_iterations=5000, tolerance=1e-8
+    )
+    for c, fit in zip(GRID, fits, strict=True):
+        oracle = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(features.double(), labels)
+        assert fit.converged
+        # Adding a constant to every class's bias changes nothing; scikit-learn's sum to 0.
+        bias = fit.bias - fit.bias.mean()
+        np.testing.assert_allclose(fit.weight.T, oracle.coef_, atol=2e-4)
+        np.testing.assert_allclose(bias, oracle.intercept_ - oracle.intercept_.mean(), atol=2e-4)
+        ours = (fit.logits(others).argmax(1).numpy() == other_labels).mean()
+        assert ours == pytest.approx(oracle.score(others.double(), other_labels), abs=1e-9)
+
+
+def test_the_gradient_of_the_stated_objective_vanishes(digits):
+    """By autograd, from the formula of the docstring."""
+    features, labels, _, _ = digits
+    for c, fit in zip(
+        GRID,
+        fit_logistic(
+            features, labels, classes=10, penalties_c=GRID, max_iterations=5000, tolerance=1e-7
+        ),
+        strict=True,
+    ):
+        weight, bias = fit.weight.clone().requires_grad_(), fit.bias.clone().requires_grad_()
+        logits = features.double() @ weight + bias
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        (c * loss + 0.5 * weight.square().sum()).backward()
+        scale = c * len(features)
+        assert float(weight.grad.abs().max()) < 2e-7 * scale
+        assert float(bias.grad.abs().max()) < 2e-7 * scale
+
+
+def test_too_few_iterations_are_told(digits):
+    features, labels, _, _ = digits
+    (fit,) = fit_logistic(
+        features, labels, classes=10, penalties_c=[10.0], max_iterations=3, tolerance=1e-6
+    )
+    assert not fit.converged
