@@ -84,7 +84,8 @@ def _gather_rows(part: Tensor, total: int, ranks: Ranks) -> Tensor:
     # A rank without an image does not know the width.
     width = max(ranks.collect(part.shape[-1] if len(part) else 0))
     padded = part.new_zeros((max(sizes), width))
-    padded[: len(part)] = part
+    if len(part):
+        padded[: len(part)] = part
     gathered = [
         ranks.gather(rows.unsqueeze(0).to(ranks.device)).cpu()
         for rows in padded.split(_GATHERED_ROWS)
