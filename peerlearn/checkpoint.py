@@ -8,6 +8,7 @@ A save that turns out damaged is set aside as ``step-00001000.bad``.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from peerlearn.run_dir import replace_folder, write_text
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
 
 
 class DamagedSaveError(UserError):
@@ -74,19 +77,24 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         DamagedSaveError: a file is missing or its bytes are not those that were saved.
         UserError: a newer program wrote it.
     """
-    check_whole(folder)
+    names = check_whole(folder)
     try:
+        # What the manifest does not name was not saved with it.
         tensors = {
-            file.stem: safetensors.torch.load_file(file)
-            for file in sorted(folder.glob("*.safetensors"))
+            name.removesuffix(".safetensors"): safetensors.torch.load_file(folder / name)
+            for name in names
+            if name.endswith(".safetensors")
         }
         return tensors, json.loads((folder / "state.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedSaveError(f"{folder}: {error}") from error
 
 
-def check_whole(folder: Path) -> None:
+def check_whole(folder: Path) -> list[str]:
     """Check every file of a save against its manifest, without loading it.
+
+    Returns:
+        The names of the files.
 
     Raises:
         DamagedSaveError: a file is missing or its bytes are not those that were saved.
@@ -95,21 +103,25 @@ def check_whole(folder: Path) -> None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step = int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedSaveError(
             f"{folder}: no readable {_MANIFEST}, so this save is not whole"
         ) from error
     if version > FORMAT_VERSION:
         raise UserError(
             f"{folder}: format {version} is newer than this program's "
-            f"{FORMAT_VERSION}: update peerlearn"
+            f"{FORMAT_VERSION}: update peerlearn, or move that folder away to go on from an older save"
         )
+    if step_folder(step) != folder.name:
+        raise DamagedSaveError(f"{folder}: its {_MANIFEST} is that of step {step}")
     for name, sha256 in hashes.items():
         file = folder / name
         if file.parent != folder or not file.is_file() or _sha256(file) != sha256:
             raise DamagedSaveError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
     if "state.json" not in hashes:
         raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no state.json")
+    return sorted(hashes)
 
 
 def saved_steps(root: Path) -> list[Path]:
@@ -137,10 +149,16 @@ def set_aside(folder: Path) -> Path:
 def drop_old_checkpoints(
     root: Path, *, keep_last: int, keep_every_steps: int | None = None
 ) -> None:
-    """Delete all saves but the newest ``keep_last`` and those of every ``keep_every_steps``-th step."""
+    """Delete all saves but the newest ``keep_last`` and those of every ``keep_every_steps``-th step.
+
+    One that cannot be deleted stays, with a warning: that is no reason to stop.
+    """
     for folder in saved_steps(root)[keep_last:]:
         if keep_every_steps is None or saved_step(folder) % keep_every_steps:
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", folder, error)
 
 
 def remove_stumps(root: Path) -> None:

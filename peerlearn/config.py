@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from peerlearn.errors import UsageError
+from peerlearn.errors import UsageError, UserError
 
 Config = TypeVar("Config")
 
@@ -65,6 +65,23 @@ def load_config(config_class: type[Config], path: Path) -> Config:
     _check_file_keys(path, config_class)
     parser = _build_parser(config_class, path.name, "", "")
     return _parse(parser, config_class, ["--config", str(path)])
+
+
+def check_complete(config_class: Any, path: Path) -> None:
+    """Make sure that a file of `config_to_yaml` still holds every key.
+
+    Raises:
+        UserError: it was cut short, or emptied.
+    """
+    _check_file_keys(path, config_class)
+    present = dict(_flatten(yaml.safe_load(path.read_text()), ""))
+    missing = [key for key in config_keys(config_class) if key not in present]
+    if missing:
+        raise UserError(
+            f"{path}: lacks {missing[0]!r}"
+            + (f" and {len(missing) - 1} more keys" if len(missing) > 1 else "")
+            + ": the file was cut short; restore it"
+        )
 
 
 def config_to_yaml(config: Any) -> str:
@@ -126,7 +143,7 @@ def _check_file_keys(path: Path, config_class: Any) -> None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
     if content is None:
-        return
+        raise UsageError(f"{path}: holds no keys")
     if not isinstance(content, Mapping):
         raise UsageError(f"{path}: a config file holds `key: value` lines")
     keys = config_keys(config_class)

@@ -135,6 +135,12 @@ def load_export(folder: Path | str) -> nn.Module:
             f"{weights_file}: does not fit {architecture}: {misfits[0]}"
             + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")
         )
+    for name in ("mean", "std"):
+        values = pretrained_cfg.get(name)
+        if not isinstance(values, list) or len(values) != in_chans:
+            raise UserError(
+                f"{config_file}: its {name} is {values!r}, not {in_chans} numbers; export the network again"
+            )
     # Last: what does not fit is told more plainly than by a hash.
     _check_seal(folder, config)
     backbone.load_state_dict(weights)
@@ -166,6 +172,16 @@ def _check_seal(folder: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{folder / WEIGHTS_FILE}: damaged, its SHA-256 is not that of {CONFIG_FILE}: export the network again"
         )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an export of this project is there, with the bytes it was written with."""
+    try:
+        config = dict(json.loads((folder / CONFIG_FILE).read_text()))
+        _check_seal(folder, config)
+    except (OSError, ValueError, TypeError, UserError):
+        return False
+    return _SEAL in config
 
 
 def _digest(config: dict[str, Any]) -> str:

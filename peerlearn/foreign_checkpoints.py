@@ -26,6 +26,11 @@ from peerlearn.errors import UserError
 from peerlearn.export import state_misfits
 from peerlearn.export_formats import RESNETS, ResNetShape
 
+# torch does not compress; half-precision zeros may have been, by hand.
+_MOST_EXPANSION = 20
+# More channels than any camera has would make networks of any size.
+_MOST_CHANNELS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignNetwork:
@@ -104,13 +109,33 @@ def _load(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
+        _check_archive(file)
         with warnings.catch_warnings():
             # Of unusual pickles; what cannot be read is an error in any case.
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     # A file made to break the reader can raise anything.
     except Exception as error:
         _refuse(file, error)
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse what torch would read without a word: records that are damaged, or that grow when they are unpacked."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        size = sum(record.file_size for record in archive.infolist())
+        if size > _MOST_EXPANSION * file.stat().st_size + 2**20:
+            raise UserError(
+                f"{file}: {file.stat().st_size:,} bytes unpack to {size:,}: refused; save it again uncompressed"
+            )
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(
+            f"{file} is damaged: the checksum of {_printable(damaged)} does not match; get it again"
+        )
 
 
 def _refuse(file: Path, error: Exception) -> NoReturn:
@@ -220,6 +245,8 @@ def _unwrap(file: Path, content: Any) -> tuple[dict[str, Tensor], tuple[str, ...
         raise UserError(
             f"{file} holds no state dict: no tensors by name, bare or under state_dict, model or net"
         )
+    if any(tensor.is_nested for tensor in tensors.values()):
+        raise UserError(f"{file}: holds nested tensors, which no network here has")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors, beside
@@ -349,10 +376,11 @@ def _build(file: Path, name: str, part: _Part) -> ForeignNetwork:
     if not counted:
         found |= {key: tensor for key, tensor in expected.items() if _is_counter(key)}
     _check_fit(where, plan.architecture, expected, found)
-    for key, tensor in found.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{where}: {key!r} holds NaN or Inf: refused")
     backbone.load_state_dict({own: found[plan.foreign_name(own)] for own in state})
+    # As they are now: float64 can hold what float32 cannot.
+    for own, tensor in backbone.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: {plan.foreign_name(own)!r} holds NaN or Inf: refused")
     return ForeignNetwork(
         name=name,
         source=part.source,
@@ -464,4 +492,6 @@ def _conv_shape(where: str, body: Mapping[str, Tensor], name: str) -> tuple[int,
         raise UserError(
             f"{where}: {name} is {shape or 'missing'}, not the weights of a convolution"
         )
+    if shape[1] > _MOST_CHANNELS:
+        raise UserError(f"{where}: {name} is of {shape[1]} channels, more than {_MOST_CHANNELS}")
     return shape[0], shape[1], shape[2]

@@ -2,12 +2,15 @@
 
 import argparse
 import hashlib
+import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UsageError, UserError
+from peerlearn.run_dir import replace_folder
 
 if TYPE_CHECKING:
     from peerlearn.foreign_checkpoints import ForeignCheckpoint, ForeignNetwork
@@ -22,6 +25,7 @@ class _Images(NamedTuple):
     source: str
 
 
+_LARGEST_SIZE = 8192
 _IMAGENET = _Images(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's, assumed")
 # The numbers of the MCL authors' main_cifar.py.
 _CIFAR100 = _Images(
@@ -43,8 +47,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} is there already: choose another folder by --output")
-        for network, expected in zip(checkpoint.networks, images, strict=True):
-            _save(output / _folder_name(network.name), file, sha256, checkpoint, network, expected)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".import-") as scratch:
+            whole = Path(scratch) / output.name
+            for network, expected in zip(checkpoint.networks, images, strict=True):
+                folder = whole / _folder_name(network.name)
+                _save(folder, file, sha256, checkpoint, network, expected)
+            # All networks at once, or none: a part would pass for the whole.
+            replace_folder(whole, output)
     except OSError as error:
         raise UserError(
             f"{output}: cannot be written ({error.strerror}): choose another folder by --output"
@@ -88,8 +98,10 @@ def _expected_images(network: "ForeignNetwork", arguments: argparse.Namespace) -
     small = network.small_images or network.architecture in CIFAR_NETWORKS
     images = _CIFAR100 if small else _IMAGENET
     if arguments.image_size is not None:
-        if arguments.image_size < 1:
-            raise UsageError(f"--image_size must be at least 1, got {arguments.image_size}")
+        if not 1 <= arguments.image_size <= _LARGEST_SIZE:
+            raise UsageError(
+                f"--image_size must be within 1..{_LARGEST_SIZE}, got {arguments.image_size}"
+            )
         images = images._replace(size=arguments.image_size)
     if (arguments.mean is None) != (arguments.std is None):
         raise UsageError("--mean and --std belong together: give both, or neither")
@@ -101,8 +113,10 @@ def _expected_images(network: "ForeignNetwork", arguments: argparse.Namespace) -
         raise UsageError(
             f"{network.source} takes {network.in_chans} channels: give as many numbers by --mean and --std"
         )
-    if min(images.std) <= 0:
-        raise UsageError(f"--std must be positive, got {arguments.std}")
+    if not all(0 < value < math.inf for value in images.std):
+        raise UsageError(f"--std must be positive and finite, got {arguments.std}")
+    if not all(map(math.isfinite, images.mean)):
+        raise UsageError(f"--mean must be finite, got {arguments.mean}")
     return images
 
 

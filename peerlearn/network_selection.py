@@ -92,10 +92,16 @@ def _run_of(exports: Path) -> Path | None:
 
 
 def _latest(run: Path) -> Path:
+    """The folder that `latest` names, or the newest where that file is missing or spoilt."""
+    exports = run / "export"
+    steps = {folder.name: folder for folder in exports.glob("step-*") if _step(folder)}
+    if not steps:
+        raise UserError(f"{run}: nothing has been exported yet")
     try:
-        return run / "export" / (run / "export" / "latest").read_text().strip()
-    except OSError as error:
-        raise UserError(f"{run}: nothing has been exported yet") from error
+        named = (exports / "latest").read_text().strip()
+    except (OSError, ValueError):
+        named = ""
+    return steps.get(named) or max(steps.values(), key=_step)
 
 
 def _named_exports(folder: Path) -> dict[str, Path]:

@@ -32,10 +32,12 @@ class RunDirectory:
 
     Attributes:
         root: the folder.
+        metrics_count: how many rows metrics.jsonl has, or will have once the disk takes them.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.metrics_count = 0
         # Lines that a full disk has not taken yet, by file.
         self._unwritten: dict[Path, list[str]] = {}
 
@@ -109,6 +111,17 @@ class RunDirectory:
     def exports(self) -> Path:
         return self.root / "export"
 
+    def check_there(self) -> None:
+        """Make sure that the run directory has not been moved or removed while it is in use.
+
+        Raises:
+            UserError: it has.
+        """
+        if not self.config.is_file():
+            raise UserError(
+                f"{self.root} is gone: moved or removed while training; `peerlearn resume` goes on where it is now"
+            )
+
     @property
     def done(self) -> bool:
         return (self.root / "DONE").exists()
@@ -123,7 +136,7 @@ class RunDirectory:
         """
         logs = self.root / "logs"
         names = (folder.name.removeprefix("attempt-") for folder in logs.glob("attempt-*"))
-        attempt = max((int(name) for name in names if name.isdigit()), default=0) + 1
+        attempt = max((int(name) for name in names if name.isdecimal()), default=0) + 1
         try:
             self.logs(attempt).mkdir(parents=True)
             env = {**environment(), "training": facts}
@@ -140,6 +153,7 @@ class RunDirectory:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one logged step to metrics.jsonl; NaN and Inf, which JSON does not know, become null."""
+        self.metrics_count += 1
         self._append_line(self.metrics, {key: _json_number(value) for key, value in row.items()})
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
@@ -148,21 +162,30 @@ class RunDirectory:
         Raises:
             UserError: another line is damaged.
         """
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
         for number, line in enumerate(lines, start=1):
             try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+                row = dict(json.loads(line))
+                if not isinstance(row.get("step"), int):
+                    raise ValueError("it has no step")
+                yield row
+            except (ValueError, TypeError, RecursionError) as error:
                 if number == len(lines):
                     return
                 raise UserError(
                     f"{self.metrics}: line {number} is damaged: mend or remove it"
                 ) from error
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the rows that training from ``step`` on writes anew: those after it, at step 0 all of them."""
+    def cut_metrics(self, step: int) -> int:
+        """Drop the rows that training from ``step`` on writes anew: those after it, at step 0 all of them.
+
+        Returns:
+            How many are left.
+        """
         kept = [json.dumps(row) + "\n" for row in self.metric_rows() if 0 < step >= row["step"]]
         write_text(self.metrics, "".join(kept))
+        self.metrics_count = len(kept)
+        return len(kept)
 
     def sync_metrics(self) -> None:
         """Wait until the rows so far are on the disk, so that no save is ahead of them."""
@@ -176,11 +199,13 @@ class RunDirectory:
     def events(self) -> Iterator[dict[str, Any]]:
         """The events so far; lines that cannot be read are left out."""
         file = self.root / "events.jsonl"
-        for line in file.read_text().splitlines() if file.exists() else []:
+        for line in file.read_bytes().splitlines() if file.is_file() else []:
             try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError):
+                event = dict(json.loads(line))
+            except (ValueError, TypeError, RecursionError):
                 continue
+            if "event" in event:
+                yield event
 
     def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
         """Add a line; one that a full disk does not take is kept and written with the next."""

@@ -6,6 +6,7 @@ The lock (flock) ends with its process, however that dies, but some network file
 there the record's beat decides.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -73,7 +74,9 @@ def _recorded(root: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        file.unlink(missing_ok=True)
+        # What stands in its place by somebody else's doing may stay.
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def _write_owner(file: Path, since: str) -> None:
@@ -106,7 +109,8 @@ def _alive_elsewhere(owner: dict[str, Any]) -> bool:
         return False
     if owner.get("host") == socket.gethostname():
         return False
-    return time.time() - float(owner.get("time_seconds", 0.0)) < _DEAD_SECONDS
+    beat = owner.get("time_seconds")
+    return isinstance(beat, int | float) and time.time() - beat < _DEAD_SECONDS
 
 
 def _name(owner: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peerlearn.config import config_to_yaml, load_config, parse_config
-from peerlearn.errors import SaidByMainError, UserError
+from peerlearn.config import check_complete, config_to_yaml, load_config, parse_config
+from peerlearn.errors import SaidByMainError, UsageError, UserError
 from peerlearn.run_dir import RunDirectory
 from peerlearn.run_lock import run_lock
 from pretrain.config import PretrainConfig
@@ -46,11 +46,18 @@ def main(argv: Sequence[str]) -> int:
 def resume(argv: Sequence[str]) -> int:
     """`peerlearn resume RUN [--allow_elastic] [--key value ...]`. Returns the exit code."""
     words = list(argv)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & set(words):
         print(_RESUME_HELP)
         return 0 if words else 2
+    if words[0].startswith("-"):
+        raise UsageError(f"RUN comes before {words[0]}: peerlearn resume RUN {' '.join(words)}")
     run = RunDirectory(Path(words.pop(0)))
     run.check_exists()
+    if any(word.split("=")[0] == "--run" for word in words):
+        raise UsageError(
+            "--run: a run goes on where it lies; for a run of its own copy the folder, then resume the copy"
+        )
+    check_complete(PretrainConfig, run.config)
     allow_elastic = "--allow_elastic" in words
     words = [word for word in words if word != "--allow_elastic"]
     config, dry_run = parse_config(

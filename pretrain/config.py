@@ -311,6 +311,7 @@ class PretrainConfig:
             require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )
+        require(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits, got {self.seed}")
         require(
             self.batch_size >= 2,
             f"batch_size must be at least 2, for batch norm, got {self.batch_size}",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from peerlearn.arguments import ArgumentParser
 from peerlearn.config import load_config
 from peerlearn.errors import UsageError, UserError
@@ -94,9 +96,10 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
     from pretrain.cohort import build_cohort, load_named_state
     from pretrain.exports import TrainingImages, export_cohort
 
-    config = load_config(PretrainConfig, run / "config.yaml")
-    numbers, group, suffix = _find_networks(config, run, network)
     save, tensors, state = _read_save(run, step)
+    # config.yaml may have been changed since.
+    config = _saved_config(state, save, scratch)
+    numbers, group, suffix = _find_networks(config, run, network)
     # How training parts its batches for batch norm is not part of the networks.
     cohort_config = dataclasses.replace(config.cohort, batch_norm_splits=1)
     try:
@@ -114,6 +117,18 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
     folder = scratch / step_folder(state["step"])
     export_cohort(cohort, folder, config=config, images=images, step=state["step"], suffix=suffix)
     return [folder / f"net-{number}{suffix}" for number in numbers]
+
+
+def _saved_config(state: dict[str, Any], save: Path, scratch: Path) -> PretrainConfig:
+    """The config that the save's networks were trained by."""
+    file = scratch / "config.yaml"
+    try:
+        file.write_text(yaml.safe_dump(state["config"]))
+        return load_config(PretrainConfig, file)
+    except (KeyError, UserError) as error:
+        raise UserError(
+            f"{save}: holds no config of this version of peerlearn ({error})"
+        ) from error
 
 
 def _find_networks(config: PretrainConfig, run: Path, network: str) -> tuple[list[int], str, str]:

@@ -1,5 +1,6 @@
 """Resuming: which save a run goes on from, and whether what it finds is still the run that was saved."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -17,9 +18,11 @@ from peerlearn.checkpoint import (
     saved_steps,
     set_aside,
 )
+from peerlearn.config import load_config
 from peerlearn.errors import UserError
-from peerlearn.run_dir import RunDirectory, environment
+from peerlearn.run_dir import environment
 from pretrain.cohort import load_named_state
+from pretrain.config import PretrainConfig
 from pretrain.generators import load_generator_states
 from pretrain.optimizers import load_optimizer_tensors
 from pretrain.state import Training
@@ -54,10 +57,35 @@ def resume_latest(training: Training, *, allow_elastic: bool = False) -> None:
         RefusedResumeError: the config, the data or the number of processes is another.
     """
     run, ranks = training.run, training.ranks
-    name = ranks.from_main(lambda: _newest_whole_save(run))
-    if name is not None:
-        _restore(training, run.checkpoints / name, allow_elastic=allow_elastic)
-    ranks.from_main(lambda: run.cut_metrics(training.step))
+    name = ranks.from_main(lambda: _newest_whole_save(training))
+    if name is None:
+        # Nothing but config.yaml tells what run this was to be.
+        ranks.from_main(
+            lambda: _check_config(training, _plain(load_config(PretrainConfig, run.config)))
+        )
+        ranks.from_main(lambda: run.cut_metrics(0))
+        return
+    rows = _restore(training, run.checkpoints / name, allow_elastic=allow_elastic)
+    ranks.from_main(lambda: _cut_metrics(training, rows))
+
+
+def _plain(config: PretrainConfig) -> dict[str, Any]:
+    """As a save holds it."""
+    return dict(json.loads(json.dumps(asdict(config))))
+
+
+def _cut_metrics(training: Training, rows: int) -> None:
+    """Cut what is trained anew, and say so if rows from before the save are missing."""
+    found = training.run.cut_metrics(training.step)
+    if found < rows:
+        logger.warning(
+            "%s has lost %d of the %d rows up to step %d",
+            training.run.metrics,
+            rows - found,
+            rows,
+            training.step,
+        )
+        training.run.event("metrics_missing", step=training.step, rows=rows, found=found)
 
 
 def roll_back(training: Training, *, before_step: int, reason: str) -> None:
@@ -72,7 +100,7 @@ def roll_back(training: Training, *, before_step: int, reason: str) -> None:
         for folder in saved_steps(run.checkpoints):
             if saved_step(folder) > before_step:
                 set_aside(folder)
-        name = _newest_whole_save(run) if saved_steps(run.checkpoints) else None
+        name = _newest_whole_save(training) if saved_steps(run.checkpoints) else None
         if name is None:
             raise UserError(f"{reason}; there is no save from before to go back to: lower base_lr")
         return name
@@ -83,8 +111,9 @@ def roll_back(training: Training, *, before_step: int, reason: str) -> None:
         run.event("rolled_back", step=training.step, before_step=before_step, reason=reason)
 
 
-def _newest_whole_save(run: RunDirectory) -> str | None:
+def _newest_whole_save(training: Training) -> str | None:
     """The folder's name; None if this run has never saved. Damaged saves on the way are set aside."""
+    run = training.run
     remove_stumps(run.checkpoints)
     for folder in saved_steps(run.checkpoints):
         try:
@@ -97,21 +126,29 @@ def _newest_whole_save(run: RunDirectory) -> str | None:
             )
         else:
             return folder.name
-    if _has_ever_saved(run):
+    if _has_ever_saved(training):
         raise UserError(
             f"{run.checkpoints}: no checkpoint is whole: restore one from a backup, or start a new run"
         )
     return None
 
 
-def _has_ever_saved(run: RunDirectory) -> bool:
-    """By what is left of it: the events, the file `latest`, saves that were set aside."""
-    named = any(event["event"] in ("saved", "checkpoint_damaged") for event in run.events())
+def _has_ever_saved(training: Training) -> bool:
+    """By what is left of it: events, the file `latest`, saves that were set aside, rows of later steps."""
+    run = training.run
+    events = {event["event"] for event in run.events()}
+    if events & {"saved", "checkpoint_damaged"}:
+        return True
     left = (run.checkpoints / "latest", *run.checkpoints.glob("step-*.bad*"))
-    return named or any(path.exists() for path in left)
+    if any(path.exists() for path in left):
+        return True
+    first_save = training.config.checkpoint.every_steps or training.steps_per_epoch
+    last_row = max((row["step"] for row in run.metric_rows()), default=0)
+    return last_row > first_save and "save_missed" not in events
 
 
-def _restore(training: Training, folder: Path, *, allow_elastic: bool) -> None:
+def _restore(training: Training, folder: Path, *, allow_elastic: bool) -> int:
+    """Put a save's state in place; returns how many rows of metrics there were."""
     tensors, state = load_checkpoint(folder)
     try:
         training.ranks.from_main(
@@ -126,6 +163,7 @@ def _restore(training: Training, folder: Path, *, allow_elastic: bool) -> None:
         if state["world_size"] == training.ranks.world_size:
             _restore_generators(training, tensors["rng"])
         training.step = state["step"]
+        return int(state["metrics_rows"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} was written by another version of peerlearn, or by no peerlearn at all ({error!r})"

@@ -21,6 +21,7 @@ from peerlearn.checkpoint import (
 from peerlearn.datasets import ImageDataset, load_dataset
 from peerlearn.dist import Ranks
 from peerlearn.errors import UserError
+from peerlearn.export import is_whole
 from peerlearn.loader import ViewLoader
 from peerlearn.run_dir import RunDirectory, environment, write_text
 from pretrain.bad_images import UnreadableImages
@@ -221,6 +222,7 @@ def save(training: Training, *, attempt: int, must: bool) -> None:
 
     def write() -> str | None:
         start = time.monotonic()
+        run.check_there()
         try:
             run.sync_metrics()
             save_checkpoint(
@@ -300,7 +302,16 @@ def _state(training: Training) -> dict[str, Any]:
         "environment": environment(),
         "loss_scaling": training.precision.state(),
         "guard": training.guard.state(),
+        "metrics_rows": training.run.metrics_count,
     }
+
+
+def export_last_again(training: Training) -> None:
+    """Where a run that was killed, or tampered with, lacks the exports of its last step, or they are damaged."""
+    folder = training.run.exports / step_folder(training.step)
+    networks = range(training.config.cohort.networks)
+    if not all(is_whole(folder / f"net-{m}") for m in networks):
+        export(training, must=True)
 
 
 def export(training: Training, *, must: bool) -> None:
@@ -314,6 +325,7 @@ def export(training: Training, *, must: bool) -> None:
     """
     require_finite_weights(training.cohort)
     run, config = training.run, training.config
+    run.check_there()
     folder = run.exports / step_folder(training.step)
     groups = {"": training.cohort}
     if config.checkpoint.export_key_networks and training.method.peers is not None:

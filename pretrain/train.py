@@ -21,7 +21,7 @@ from pretrain.losses import MCLTerms
 from pretrain.methods import objective
 from pretrain.metrics import MetricsLog, gradient_norms
 from pretrain.monitor import warn_of_collapse
-from pretrain.state import Training, export, save
+from pretrain.state import Training, export, export_last_again, save
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> 
     ranks, guard, precision = training.ranks, training.guard, training.precision
     optimizer = training.optimizer
     cohort.train()
+    if training.step == training.total_steps:
+        ranks.from_main(lambda: export_last_again(training))
     while training.step < training.total_steps:
         epoch, start_step = divmod(training.step, training.steps_per_epoch)
         for batch in training.loader.epoch(epoch, start_step):  # 1

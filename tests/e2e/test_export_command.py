@@ -1,5 +1,6 @@
 """`peerlearn export` of whole runs, trained here, and of exports that stand alone."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import peerlearn  # noqa: F401  timm learns our networks' names from it
-from peerlearn.checkpoint import load_checkpoint
+from peerlearn.checkpoint import load_checkpoint, saved_steps
 from peerlearn.cli import main
 from peerlearn.export import load_export
 from peerlearn.network_selection import select_networks
@@ -202,15 +203,37 @@ def test_a_damaged_save_is_passed_over_unless_it_was_asked_for(
     assert f"which has none; its exports can be given instead: {run / 'export' / LAST}" in err
 
 
-def test_a_save_of_other_networks_is_one_line(shared_run, tmp_path, capsys):
+def test_the_config_that_counts_is_the_saves_own(shared_run, tmp_path, capsys):
+    """config.yaml may have been changed since: the card tells what the networks were trained by."""
     run = tmp_path / "run"
     shutil.copytree(shared_run, run)
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("embedding_dim: 8", "embedding_dim: 9"))
+    text = config.read_text()
+    config.write_text(
+        text.replace("embedding_dim: 8", "embedding_dim: 9").replace("seed: 0", "seed: 7")
+    )
+    assert config.read_text() != text
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    for net in ("net-0", "net-1"):
+        for file in (tmp_path / "out" / net).iterdir():
+            trained = shared_run / "export" / LAST / net / file.name
+            assert file.read_bytes() == trained.read_bytes()
+
+
+def test_a_save_that_lacks_what_it_needs_is_one_line(shared_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(shared_run, run)
+    (save,) = [path for path in saved_steps(run / "checkpoints") if path.name == LAST]
+    state = json.loads((save / "state.json").read_text())
+    state["config"]["cohort"]["embedding_dim"] = 9
+    (save / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((save / "manifest.json").read_text())
+    digest = hashlib.sha256((save / "state.json").read_bytes()).hexdigest()
+    manifest["sha256"]["state.json"] = digest
+    (save / "manifest.json").write_text(json.dumps(manifest))
     code, err = refused(capsys, str(run))
     assert code == 1
-    assert f"{run / 'checkpoints' / LAST}: " in err
-    assert "was saved as (8, 64), is (9, 64)" in err
+    assert "was saved as" in err
 
 
 def test_other_bytes_at_the_same_place_are_not_overwritten(shared_run, tmp_path, capsys):

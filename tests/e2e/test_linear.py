@@ -374,9 +374,8 @@ def test_results_that_cannot_be_written_are_one_line(runs, tmp_path, capsys):
 
 
 def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(tmp_path):
-    """Linear accuracy of both networks of a cohort, three seeds: each trained one beats its own start."""
-    gains = []
-    words = [
+    """Linear accuracy, n = 2000, standard error 0.9: MoCo of a minute against its own start, three seeds."""
+    data = [
         "--data.name",
         "fashion_mnist",
         "--data.train_limit",
@@ -384,9 +383,12 @@ def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(tmp_path):
         "--data.test_limit",
         "2000",
     ]
+    protocol = ["--method", "logistic_regression", "--inputs", "standardised"]
+    gains = []
     for seed in range(3):
         run, start = tmp_path / f"run-{seed}", tmp_path / f"start-{seed}"
-        training = ["mcl_fashion_mnist_demo", "--data.limit", "4000", "--epochs", "4"]
+        training = ["mcl_fashion_mnist_demo", "--data.limit", "4000", "--epochs", "6"]
+        training += ["--cohort.networks", "1", "--alpha", "1", "--beta", "0"]
         training += ["--seed", str(seed), "--monitor.every_epochs", "0", "--run", str(run)]
         assert main(["pretrain", *training, *CPU]) == 0
         config = load_config(PretrainConfig, run / "config.yaml")
@@ -396,7 +398,8 @@ def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(tmp_path):
         scores = []
         for checkpoint in (run, start):
             folder = tmp_path / "results" / checkpoint.name
-            assert linear(*LOGISTIC, *words, "--checkpoint", checkpoint, "--results", folder) == 0
-            scores.append({name: each["metrics"]["top1"] for name, each in results(folder).items()})
-        gains += [scores[0][network] - scores[1][network] for network in ("0", "1")]
-    assert min(gains) > MARGIN
+            words = ["--checkpoint", checkpoint, "--network", "0", "--results", folder]
+            assert linear(*protocol, *data, *words) == 0
+            scores.append(results(folder)["0"]["metrics"]["top1"])
+        gains.append(scores[0] - scores[1])
+    assert min(gains) > 2.5, gains

@@ -210,6 +210,168 @@ def test_without_a_whole_save_nothing_starts_over(half_done, how, capsys):
     assert (half_done / "FAILED").read_text().endswith("start a new run\n")
 
 
+def test_rows_of_later_steps_tell_that_there_were_saves(half_done, capsys):
+    """Everything that names a save is gone, but metrics.jsonl is past the step of the first one."""
+    shutil.rmtree(half_done / "checkpoints")
+    (half_done / "events.jsonl").unlink()
+    before = (half_done / "metrics.jsonl").read_bytes()
+    assert main(["resume", str(half_done)]) == 1
+    assert "no checkpoint is whole" in capsys.readouterr().err
+    assert (half_done / "metrics.jsonl").read_bytes() == before
+
+
+def test_before_the_first_save_too_a_changed_config_is_refused(tmp_path, capsys):
+    run = tmp_path / "e"
+    killed_in_save(run, 1, 6)
+    before = (run / "config.yaml").read_bytes()
+    assert main(["resume", str(run), "--seed", "3"]) == 1
+    assert "changed since the last save: seed 0 -> 3" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+    assert main(["resume", str(run), "--epochs", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--run", "elsewhere"], "--run: a run goes on where it lies"),
+        (["--run=elsewhere"], "--run: a run goes on where it lies"),
+        (["--epocs", "3"], "did you mean 'epochs'?"),
+    ],
+)
+def test_words_that_resume_does_not_take(half_done, words, message, capsys):
+    assert main(["resume", str(half_done), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["resume", "--allow_elastic"]) == 2
+    assert "RUN comes before --allow_elastic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied"])
+def test_a_save_under_another_steps_name_is_set_aside(undisturbed, half_done, how):
+    saves = half_done / "checkpoints"
+    if how == "renamed":
+        (saves / "step-00000009").rename(saves / "step-00000011")
+    else:
+        shutil.copytree(saves / "step-00000006", saves / "step-00000011")
+    found = resume(half_done)
+    assert found.returncode == 0, found.stderr
+    (event,) = events(half_done, "checkpoint_damaged")
+    assert event["folder"] == "step-00000011"
+    assert [e["step"] for e in events(half_done, "started")] == [0, 6 if how == "renamed" else 9]
+    assert_same_run(half_done, undisturbed)
+
+
+def test_a_file_that_the_manifest_does_not_name_is_not_read(undisturbed, half_done):
+    (half_done / "checkpoints/step-00000009/evil.safetensors").write_bytes(b"\x80\x04K\x01.")
+    assert resume(half_done).returncode == 0
+    assert [e["step"] for e in events(half_done, "started")] == [0, 9]
+    assert_same_run(half_done, undisturbed)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"format_version": 1e999}', "[]", "7"])
+def test_a_manifest_of_nonsense_is_a_damaged_save(undisturbed, half_done, content):
+    (half_done / "checkpoints/step-00000009/manifest.json").write_text(content)
+    assert resume(half_done).returncode == 0
+    assert [e["folder"] for e in events(half_done, "checkpoint_damaged")] == ["step-00000009"]
+    assert_same_run(half_done, undisturbed)
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_rows_lost_from_before_the_save_are_told(half_done, left):
+    lines = (half_done / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (half_done / "metrics.jsonl").write_text("".join(lines[:left]))
+    found = resume(half_done)
+    assert found.returncode == 0
+    # The untrained networks' row and one for each step.
+    assert f"has lost {10 - left} of the 10 rows up to step 9" in found.stderr
+    (event,) = events(half_done, "metrics_missing")
+    assert (event["rows"], event["found"]) == (10, left)
+
+
+@pytest.mark.parametrize(
+    "spoil", [(b'"step": 5', b'"stdp": 5'), (b'"step": 5', b'"step":"5"'), (b"loss", b"lo\xb3s")]
+)
+def test_a_spoilt_row_of_metrics_is_named(half_done, spoil, capsys):
+    file = half_done / "metrics.jsonl"
+    content = file.read_bytes()
+    assert spoil[0] in content
+    file.write_bytes(content.replace(*spoil, 1))
+    assert main(["resume", str(half_done)]) == 1
+    error = capsys.readouterr().err
+    assert f"{file}: line " in error
+    assert "is damaged: mend or remove it" in error
+
+
+def test_spoilt_events_are_left_out(undisturbed, half_done):
+    with (half_done / "events.jsonl").open("ab") as file:
+        file.write(b'\xb3\n{"time": 1}\n[]\n')
+    assert resume(half_done).returncode == 0
+    assert_same_run(half_done, undisturbed)
+
+
+def test_a_config_that_was_cut_short_is_not_filled_with_defaults(half_done, capsys):
+    file = half_done / "config.yaml"
+    whole = file.read_text()
+    for content, message in (
+        (whole.replace("epochs: 2\n", "", 1), "lacks 'epochs': the file was cut short"),
+        (whole[: whole.index("optimizer:")], "more keys: the file was cut short"),
+        ("", "holds no keys"),
+    ):
+        file.write_text(content)
+        assert main(["resume", str(half_done)]) != 0
+        assert message in capsys.readouterr().err
+
+
+def test_a_save_that_cannot_be_deleted_stays_and_the_run_goes_on(half_done, tmp_path):
+    """A link, which rmtree refuses."""
+    old = half_done / "checkpoints/step-00000006"
+    old.rename(tmp_path / "elsewhere")
+    old.symlink_to(tmp_path / "elsewhere")
+    found = resume(half_done)
+    assert found.returncode == 0, found.stderr
+    assert f"{old} could not be deleted" in found.stderr
+    assert (half_done / "DONE").exists()
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_run_at_its_last_step_exports_again_what_is_not_whole(undisturbed, tmp_path, how):
+    run = tmp_path / "x"
+    shutil.copytree(undisturbed, run)
+    (run / "DONE").unlink()
+    if how == "gone":
+        shutil.rmtree(run / "export")
+    else:
+        flip_last_byte(run / f"export/step-{STEPS:08d}/net-1/model.safetensors")
+    assert main(["resume", str(run)]) == 0
+    assert (run / "DONE").exists()
+    assert_same_run(run, undisturbed)
+
+
+def test_a_run_directory_that_is_moved_away_ends_the_run_and_is_not_made_anew(tmp_path):
+    run, moved = tmp_path / "m", tmp_path / "moved"
+    words = ["pretrain", *SMALL, "--epochs", "60", "--monitor.every_epochs", "0"]
+    with subprocess.Popen(
+        command(*words, "--run", str(run)),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for(lambda: (run / "checkpoints/latest").exists(), [process])
+        run.rename(moved)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{run} is gone: moved or removed while training" in error.splitlines()[-1]
+    assert not run.exists()
+    assert main(["resume", str(moved), "--monitor.every_epochs", "0"]) == 0
+
+
+@pytest.mark.parametrize("content", ["abc", None, [1]])
+def test_an_owner_whose_beat_makes_no_sense_is_dead(half_done, content):
+    owner = {"host": "elsewhere", "pid": 4, "job": None, "since": "then", "time_seconds": content}
+    (half_done / "owner.json").write_text(json.dumps(owner))
+    assert main(["resume", str(half_done)]) == 0
+
+
 def test_a_run_killed_before_its_first_save_starts_over_and_says_so(undisturbed, tmp_path):
     run = tmp_path / "e"
     killed_in_save(run, 1, 6)

@@ -440,6 +440,7 @@ def test_weights_that_do_not_fit_are_an_error(
         ({"pretrained_cfg": {}}, "not the config of an export .*input_size"),
         ({"pretrained_cfg": {"input_size": [3, 32]}}, "not the config of an export"),
         ({"pretrained_cfg": {"input_size": ["1", 28, 28]}}, "cannot be built"),
+        ({"pretrained_cfg": {"input_size": [1, 28, 28]}}, "its mean is None, not 1 numbers"),
     ],
 )
 def test_a_spoilt_config_is_named(

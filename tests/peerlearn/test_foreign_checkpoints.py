@@ -490,7 +490,10 @@ def test_a_small_stem_of_other_channels_needs_its_normalisation(
         (["--mean", "0.5"], "--mean and --std belong together"),
         (["--mean", "0.5", "--std", "0.5"], "takes 3 channels: give as many numbers"),
         (["--mean", "0", "0", "0", "--std", "1", "0", "1"], "--std must be positive"),
-        (["--image_size", "0"], "--image_size must be at least 1"),
+        (["--mean", "0", "0", "0", "--std", "1", "nan", "1"], "--std must be positive and finite"),
+        (["--mean", "0", "nan", "0", "--std", "1", "1", "1"], "--mean must be finite"),
+        (["--image_size", "999999999"], "--image_size must be within"),
+        (["--image_size", "0"], "--image_size must be within 1..8192"),
     ],
 )
 def test_numbers_that_cannot_be_meant_are_usage_errors(
@@ -779,6 +782,87 @@ def spoil(state: State) -> Iterator[tuple[State, str]]:
         poisoned = {k: v.clone() for k, v in state.items()}
         poisoned["encoder_q.layer4.0.bn2.running_var"][3] = value
         yield poisoned, "encoder_q: 'layer4.0.bn2.running_var' holds NaN or Inf: refused"
+
+
+def test_what_float32_cannot_hold_is_refused(run: Callable[..., tuple[int, str, str]]) -> None:
+    state = {name: tensor.double() for name, tensor in resnet().state_dict().items()}
+    state["bn1.weight"] *= 1e200
+    code, _, err = run(state)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "'bn1.weight' holds NaN or Inf: refused" in err
+
+
+def test_a_flipped_byte_in_the_archive_is_found_by_its_checksum(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    torch.save(resnet().state_dict(), tmp_path / "whole.pth")
+    content = bytearray((tmp_path / "whole.pth").read_bytes())
+    content[len(content) // 2] ^= 0x40
+    code, _, err = run(bytes(content))
+    assert (code, err.count("\n")) == (1, 1)
+    assert re.search(r"is damaged: the checksum of \S+ does not match; get it again", err)
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    torch.save({"conv1.weight": torch.zeros(2**22)}, tmp_path / "zeros.pth")
+    packed = tmp_path / "packed.pth"
+    with (
+        zipfile.ZipFile(tmp_path / "zeros.pth") as plain,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for record in plain.namelist():
+            archive.writestr(record, plain.read(record))
+    code, _, err = run(packed.read_bytes())
+    assert (code, err.count("\n")) == (1, 1)
+    assert "unpack to 16,77" in err
+
+
+def test_a_stem_of_absurdly_many_channels_builds_no_network(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    state = resnet().state_dict()
+    state["conv1.weight"] = torch.zeros(1).expand(64, 100_000, 7, 7)
+    code, _, err = run(state)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "conv1.weight is of 100000 channels, more than 1024" in err
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="this torch has no float8")
+def test_float8_is_read_and_nested_tensors_are_refused(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    state = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.is_floating_point() else tensor
+        for name, tensor in resnet().state_dict().items()
+    }
+    code, _, err = run(state)
+    assert (code, err) == (0, "")
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    code, _, err = run({**resnet().state_dict(), "conv1.weight": nested}, name="nested.pth")
+    assert (code, err.count("\n")) == (1, 1)
+
+
+def test_an_import_that_fails_midway_leaves_nothing(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peerlearn import import_command
+
+    plain, saved = import_command._save, []
+
+    def save_one(folder: Path, *rest: object) -> None:
+        saved.append(folder)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        plain(folder, *rest)
+
+    monkeypatch.setattr(import_command, "_save", save_one)
+    state = {**prefixed("encoder_q.", resnet(seed=1)), **prefixed("encoder_k.", resnet(seed=2))}
+    code, _, err = run({"state_dict": state})
+    assert (code, len(saved)) == (1, 2)
+    assert "No space left on device" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["moco.pth.tar"]
 
 
 def test_a_backbone_that_is_not_whole_is_refused(
