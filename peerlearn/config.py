@@ -241,11 +241,23 @@ def _readable(error: Exception) -> str:
     found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
     if text.lower().startswith("unrecognized arguments"):
         return f"{text} (CONFIG comes before the --keys)"
-    if not found:
-        return text
-    key, expected, value = found.groups()
-    expected = re.sub(r"<class '([^']+)'>", r"\1", expected).replace("typing.", "")
-    return f"{key}: expected {expected}, got {value!r}"
+    if found:
+        key, expected, value = found.groups()
+        return f"{key}: expected {_type_names(expected)}, got {value!r}"
+    found = re.fullmatch(
+        r'Parser key "([^"]+)": Does not validate against any of the Union subtypes '
+        r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)",
+        text,
+    )
+    if found:
+        key, expected, value = found.groups()
+        return f"{key}: expected {_type_names(expected).replace(', ', ' or ')}, got {value!r}"
+    return text
+
+
+def _type_names(text: str) -> str:
+    text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
+    return text.replace("NoneType", "null")
 
 
 def _one_line(error: Exception) -> str:

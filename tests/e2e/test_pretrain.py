@@ -1,6 +1,7 @@
 """Whole runs of the command, small ones, on scikit-learn's digits."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,3 +294,32 @@ def test_dry_run_prints_a_config_that_reads_back_and_writes_nothing(tmp_path, mo
     (tmp_path / "c.yaml").write_text(printed)
     assert main(["pretrain", "c.yaml", "--dry_run"]) == 0
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"step-00000099\n", b"../.."])
+def test_a_spoilt_pointer_to_the_latest_exports_is_not_needed(finished, tmp_path, content, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    latest = run / "export/latest"
+    latest.unlink() if content is None else latest.write_bytes(content)
+    assert main(["knn", "--checkpoint", str(run), "--k", "9", "--network", "0"]) == 0
+    assert list((run / "results").glob("knn-digits-00000012-0-*.json"))
+
+
+def test_several_k_and_temperatures_are_scored_as_each_alone(finished, tmp_path, capsys):
+    words = ["knn", "--checkpoint", str(finished), "--device", "cpu"]
+    swept = ["--k", "3", "9", "--temperature", "0.05", "0.5", "--results", str(tmp_path / "all")]
+    assert main([*words, *swept]) == 0
+    table = capsys.readouterr().out
+    assert "ensemble, k 9, temperature 0.5" in table
+    files = sorted((tmp_path / "all").glob("*.json"))
+    assert len(files) == 12
+    for k in ("3", "9"):
+        alone = ["--k", k, "--temperature", "0.5", "--results", str(tmp_path / k)]
+        assert main([*words, *alone]) == 0
+        for file in (tmp_path / k).glob("*.json"):
+            ours, theirs = (
+                json.loads(path.read_text()) for path in (tmp_path / "all" / file.name, file)
+            )
+            assert ours["metrics"] == theirs["metrics"]
+            assert ours["protocol"] == theirs["protocol"]

@@ -12,7 +12,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from peerlearn import knn
-from peerlearn.knn import KNNProtocol, ensemble_features, knn_scores, knn_top1, unit_rows
+from peerlearn.knn import (
+    KNNProtocol,
+    ensemble_features,
+    knn_scores,
+    knn_sweep,
+    knn_top1,
+    unit_rows,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -453,3 +460,16 @@ class TestUnitRows:
         rows = unit_rows(features)
         assert rows.dtype == torch.float64
         torch.testing.assert_close(rows, features / features.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.usefixtures("search")
+def test_a_sweep_is_every_protocol_on_its_own():
+    train, labels, queries = random_problem(40, 5, 11, 4)
+    protocols = [KNNProtocol(k=k, temperature=t) for k in (1, 3, 100) for t in (0.05, 0.5)]
+    swept = knn_sweep(train, labels, queries, protocols=protocols, num_classes=4)
+    for protocol, scores in zip(protocols, swept, strict=True):
+        k, temperature = protocol.k, protocol.temperature
+        alone = knn_scores(train, labels, queries, k=k, temperature=temperature, num_classes=4)
+        torch.testing.assert_close(scores, alone)
+        expected = brute_force(train, labels, queries, k=k, temperature=temperature, num_classes=4)
+        np.testing.assert_allclose(scores, expected, rtol=1e-4)
