@@ -50,7 +50,7 @@ def _compare(first: Callable[[], object], second: Callable[[], object], rounds: 
 
 def _sweep(rounds: int) -> None:
     """One epoch of augmented Fashion-MNIST images through a network, and of kept features alone."""
-    config = LinearConfig(checkpoint="none", epochs=1, base_lrs=LRS)
+    config = LinearConfig(checkpoint="none", epochs=1, base_lr=LRS)
     ranks = Ranks(CPU)
     for name, limit in (("conv4", 2048), ("resnet18", 512)):
         images = load_dataset("fashion_mnist", "train", limit=limit)
@@ -92,7 +92,7 @@ def _run(
     few = kept.part(torch.arange(64))
     held_out = few if len(lrs) > 1 else None
     problem = Problem(train=kept, fit=kept, held_out=held_out, test=few, classes=CLASSES)
-    chosen = replace(config, base_lrs=lrs)
+    chosen = replace(config, base_lr=lrs)
     return lambda: classify_by_sgd(chosen, problem, batches, device=CPU, quiet=True)
 
 

@@ -193,7 +193,7 @@ def classify_by_sgd(
         logits = best.classify(problem.test.features[name])
         if not logits.isfinite().all():
             raise UserError(
-                f"the classifier of network {name} has diverged: lower base_lrs ({config.base_lrs}), or try "
+                f"the classifier of network {name} has diverged: lower base_lr ({config.base_lr}), or try "
                 "inputs standardised"
             )
         found[name] = Classified(logits=logits, choice=choice)

@@ -30,9 +30,9 @@ class LinearConfig:
             images, or of unit length; several are all tried.
         epochs: passes over the training images (sgd, finetune).
         batch_size: images per step, over all processes; all of them where there are fewer.
-        base_lrs: learning rates at `base_lr_batch_size` images per step; lr = base_lr * batch_size / that. Several
-            heads are trained at once, one for each.
-        base_lr_batch_size: the batch size `base_lrs` were published for.
+        base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / that. For several
+            numbers as many heads are trained at once.
+        base_lr_batch_size: the batch size `base_lr` was published for.
         momentum: of sgd and finetune.
         nesterov: of sgd and finetune.
         weight_decay: L2 penalty of sgd and finetune.
@@ -43,7 +43,7 @@ class LinearConfig:
         penalties_c: inverse strengths C of logistic_regression's penalty, as in scikit-learn; several are all tried.
         max_iterations: of logistic_regression, for each C.
         tolerance: of logistic_regression: the largest entry of the mean loss's gradient at which it has converged.
-        held_out_percent: of each class's training images, by which the best of several base_lrs, inputs or C is
+        held_out_percent: of each class's training images, by which the best of several base_lr, inputs or C is
             chosen; with a single candidate none are held out.
         seed: of initial weights, order, crops and what is held out.
         encoding_batch_size: images encoded at once for kept features.
@@ -59,7 +59,7 @@ class LinearConfig:
     inputs: list[Inputs] = field(default_factory=lambda: ["raw"])
     epochs: int = 100
     batch_size: int = 256
-    base_lrs: list[float] = field(default_factory=lambda: [30.0])
+    base_lr: float | list[float] = 30.0
     base_lr_batch_size: int = 256
     momentum: float = 0.9
     nesterov: bool = False
@@ -88,8 +88,7 @@ class LinearConfig:
         ):
             value = getattr(self, name)
             require(value >= 1, f"{name} must be at least 1, got {value}")
-        for name in ("base_lrs", "penalties_c"):
-            values = getattr(self, name)
+        for name, values in (("base_lr", self.base_lrs), ("penalties_c", self.penalties_c)):
             require(bool(values), f"{name} must hold at least one number")
             require(
                 all(0 < value < math.inf for value in values),
@@ -101,7 +100,12 @@ class LinearConfig:
             f"inputs must name each kind once, and at least one, got {self.inputs}",
         )
         require(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits, got {self.seed}")
-        require(bool(self.checkpoints()), "checkpoint must name at least one run or export")
+        checkpoints = self.checkpoints()
+        require(bool(checkpoints), "checkpoint must name at least one run or export")
+        require(
+            len(set(checkpoints)) == len(checkpoints),
+            f"checkpoint names a run twice: {checkpoints}",
+        )
         require(self.tolerance > 0, f"tolerance must be positive, got {self.tolerance}")
         require(0 <= self.momentum < 1, f"momentum must be within 0..1, got {self.momentum}")
         require(
@@ -123,12 +127,17 @@ class LinearConfig:
         )
         require(
             self.method != "finetune" or (len(self.base_lrs) == 1 and self.inputs == ["raw"]),
-            "method finetune takes one learning rate and raw inputs: leave a single number in base_lrs, and inputs raw",
+            "method finetune takes one learning rate and raw inputs: leave a single number in base_lr, and inputs raw",
         )
 
     def checkpoints(self) -> list[str]:
         """One or several."""
         return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
+
+    @property
+    def base_lrs(self) -> list[float]:
+        """One or several."""
+        return self.base_lr if isinstance(self.base_lr, list) else [self.base_lr]
 
     @property
     def candidates(self) -> int:

@@ -28,7 +28,7 @@ from peerlearn.export import export_hash
 from peerlearn.exported_networks import frozen, load_backbones
 from peerlearn.feature_cache import Extraction, load_features
 from peerlearn.knn import ensemble_features
-from peerlearn.network_selection import ENSEMBLE, Selection, results_folder
+from peerlearn.network_selection import ENSEMBLE, Selection, results_folder, run_setting
 from peerlearn.plots import plot_confusion
 from peerlearn.results import write_result
 from peerlearn.subsets import hold_out
@@ -183,7 +183,7 @@ def _write(
         metrics=metrics,
         protocol=protocol,
         export_hash=hashes.get(name, hashes),
-        seed=config.seed,
+        seed=run_setting(selection.run, "seed", None),
         seconds=round(time.monotonic() - start, 3),
     )
     plot_confusion(
@@ -197,7 +197,7 @@ def _write(
 
 # What a method does not use is no part of its protocol.
 _SGD_KEYS = (
-    *("epochs", "batch_size", "base_lrs", "base_lr_batch_size", "momentum", "nesterov"),
+    *("epochs", "batch_size", "base_lr", "base_lr_batch_size", "momentum", "nesterov"),
     *("weight_decay", "schedule"),
 )
 _METHOD_KEYS = {
@@ -212,7 +212,9 @@ def _protocol(
 ) -> dict[str, Any]:
     """All that decides a score beside the networks."""
     every = asdict(config)
-    protocol = {key: every[key] for key in ("method", "inputs", *_METHOD_KEYS[config.method])}
+    protocol = {
+        key: every[key] for key in ("method", "inputs", "seed", *_METHOD_KEYS[config.method])
+    }
     if config.method == "sgd" and config.augmentation == "crop_flip":
         protocol["crop_scale"] = config.crop_scale
     if config.candidates > 1:

@@ -134,6 +134,6 @@ def _classify(
     )
     if not logits.isfinite().all():
         raise ranks.told_once(
-            UserError(f"network {name} has diverged: lower base_lrs ({config.base_lrs[0]})")
+            UserError(f"network {name} has diverged: lower base_lr ({config.base_lr})")
         )
     return Classified(logits=logits, choice={})

@@ -90,7 +90,9 @@ def _minimise(
         error = log_probabilities.exp_()
         error.scatter_add_(1, target, error.new_full((), -1.0).expand(target.shape))
         error /= len(features)
-        gradient = torch.cat([features.T @ error + decay * weight, error.sum(0, keepdim=True)])
+        # In this order: the product with the transposed features takes three times as long.
+        weight_gradient = (error.T @ features).T + decay * weight
+        gradient = torch.cat([weight_gradient, error.sum(0, keepdim=True)])
         return float(loss), gradient.cpu().numpy().ravel()
 
     found = minimize(

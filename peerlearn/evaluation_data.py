@@ -18,8 +18,9 @@ class EvaluationDataConfig:
     Attributes:
         name: a dataset; null = the one the run was trained on.
         root: where it lies; null = the usual places.
-        train_limit: only the first n images of the train split.
-        test_limit: only the first n images of the test split.
+        limit: only the first n images of each split.
+        train_limit: of the train split, instead of limit.
+        test_limit: of the test split, instead of limit.
         shots: only so many training images of each class, drawn at random.
         train_percent: only so many percent of each class's training images, drawn at random.
         subset_seed: of shots and train_percent.
@@ -28,6 +29,7 @@ class EvaluationDataConfig:
 
     name: str | None = None
     root: str | None = None
+    limit: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
     shots: int | None = None
@@ -36,7 +38,7 @@ class EvaluationDataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("train_limit", "test_limit", "shots"):
+        for name in ("limit", "train_limit", "test_limit", "shots"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name} must be at least 1, got {value}")
         percent = self.train_percent
@@ -68,8 +70,8 @@ def load_splits(
     if name is None:
         raise UserError(f"{selection.exports} does not tell its dataset: give one by --data.name")
     root = data.root or (None if data.name else run_setting(selection.run, "data_root", None))
-    train = load_dataset(name, "train", root=root, limit=data.train_limit)
-    test = load_dataset(name, "test", root=root, limit=data.test_limit)
+    train = load_dataset(name, "train", root=root, limit=data.train_limit or data.limit)
+    test = load_dataset(name, "test", root=root, limit=data.test_limit or data.limit)
     _check_classes(train, test)
     return _subset(train, data), test
 
@@ -90,7 +92,7 @@ def _check_classes(train: "ImageDataset", test: "ImageDataset") -> None:
     if present < train.num_classes:
         raise UserError(
             f"{train.name}: the train split has images of only {present} of its {train.num_classes} classes: "
-            "raise data.train_limit"
+            "raise data.limit or data.train_limit"
         )
 
 

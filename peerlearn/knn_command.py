@@ -58,7 +58,12 @@ class KNNConfig:
             f"temperature must be positive and finite, got {self.temperature}",
         )
         require(bool(self.ks()) and bool(self.temperatures()), "k and temperature need a value")
-        require(bool(self.checkpoints()), "checkpoint needs a value")
+        checkpoints = self.checkpoints()
+        require(bool(checkpoints), "checkpoint must name at least one run or export")
+        require(
+            len(set(checkpoints)) == len(checkpoints),
+            f"checkpoint names a run twice: {checkpoints}",
+        )
 
     def checkpoints(self) -> list[str]:
         """One or several."""

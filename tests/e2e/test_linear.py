@@ -25,7 +25,7 @@ from tests.peerlearn.test_datasets import write_cifar10, write_tinyimagenet
 
 CPU = ["--device", "cpu"]
 LOGISTIC = ["--method", "logistic_regression", "--inputs", "standardised", "--penalties_c", "0.1"]
-QUICK_SGD = ["--epochs", "2", "--base_lrs", "0.1", "--inputs", "standardised", "--batch_size", "64"]
+QUICK_SGD = ["--epochs", "2", "--base_lr", "0.1", "--inputs", "standardised", "--batch_size", "64"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -145,11 +145,11 @@ def test_a_sweep_in_one_pass_is_its_members_one_by_one(runs, tmp_path):
     """Held-out accuracies of three learning rates, trained together, are those of each trained with one other."""
     lrs = ["0.01", "0.1", "1.0"]
     words = ["--epochs", "2", "--augmentation", "none", "--checkpoint", runs[0], "--network", "0"]
-    assert linear(*words, "--base_lrs", *lrs, "--results", tmp_path / "all") == 0
+    assert linear(*words, "--base_lr", *lrs, "--results", tmp_path / "all") == 0
     together = results(tmp_path / "all")["0"]["metrics"]["held_out_top1"]
     for lr in lrs:
         folder = tmp_path / lr
-        assert linear(*words, "--base_lrs", lr, "0.5", "--results", folder) == 0
+        assert linear(*words, "--base_lr", lr, "0.5", "--results", folder) == 0
         alone = results(folder)["0"]["metrics"]["held_out_top1"][0]
         assert alone in together
 
@@ -245,7 +245,7 @@ def test_few_shots_and_percent_take_so_many_images(runs, tmp_path):
 def test_finetuning_learns_and_leaves_the_export_alone(runs, tmp_path):
     export = runs[0] / "export/step-00000012/net-0"
     before = weights_hash([load_export(export)])
-    words = ["--epochs", "8", "--base_lrs", "0.2", "--batch_size", "64", "--crop_scale", "0.6", "1"]
+    words = ["--epochs", "8", "--base_lr", "0.2", "--batch_size", "64", "--crop_scale", "0.6", "1"]
     words += ["--checkpoint", str(runs[0]), "--results", str(tmp_path)]
     assert linear("finetune", *words) == 0
     found = results(tmp_path)
@@ -262,7 +262,7 @@ def test_several_processes_score_as_one_does(processes, runs, tmp_path):
     sgd = [
         "--epochs",
         "3",
-        "--base_lrs",
+        "--base_lr",
         "0.1",
         "1",
         "--batch_size",
@@ -347,9 +347,11 @@ def test_a_dataset_with_one_class_or_without_labels_is_one_line(tmp_path, capsys
 
 
 def test_a_train_split_without_some_class_is_one_line(runs, capsys):
-    words = ["--checkpoint", runs[0], "--data.train_limit", "7"]
+    words = ["--checkpoint", runs[0], "--data.limit", "7"]
     assert linear(*LOGISTIC, *words) == 1
-    assert "images of only 7 of its 10 classes: raise data.train_limit" in one_error(capsys)
+    assert "images of only 7 of its 10 classes: raise data.limit or data.train_limit" in one_error(
+        capsys
+    )
     words = ["--checkpoint", runs[0], "--data.shots", "1000"]
     assert linear(*LOGISTIC, *words) == 1
     assert "data.shots 1000: class" in one_error(capsys)

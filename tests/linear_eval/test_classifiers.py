@@ -53,11 +53,11 @@ def one_network(features: torch.Tensor, labels: torch.Tensor) -> FeatureSet:
     return FeatureSet(features={"0": features}, labels=labels)
 
 
-SGD = {"epochs": 10, "base_lrs": [0.5], "schedule": CONSTANT}
+SGD = {"epochs": 10, "base_lr": [0.5], "schedule": CONSTANT}
 LOGISTIC = {"method": "logistic_regression"}
 
 
-@pytest.mark.parametrize("settings", [SGD, LOGISTIC, {**SGD, "base_lrs": [1e-5, 0.5]}], ids=str)
+@pytest.mark.parametrize("settings", [SGD, LOGISTIC, {**SGD, "base_lr": [1e-5, 0.5]}], ids=str)
 def test_separable_classes_are_told_apart_without_an_error(settings):
     config = LinearConfig(checkpoint="x", **settings)
     test = one_network(*blobs(203, seed=1))
@@ -81,7 +81,7 @@ def test_the_best_candidate_is_chosen_on_held_out_images_and_all_are_told():
     """Learning rates far too small lose; the test images are not asked."""
     config = LinearConfig(
         checkpoint="x",
-        **{**SGD, "epochs": 3, "base_lrs": [1e-12, 0.5, 1e-11]},
+        **{**SGD, "epochs": 3, "base_lr": [1e-12, 0.5, 1e-11]},
         inputs=["raw", "unit"],
     )
     found = classify(config, one_network(*blobs(400, seed=0)), one_network(*blobs(64, seed=1)))
@@ -120,10 +120,10 @@ def test_the_chosen_c_is_fitted_again_on_all_training_images():
 
 
 def test_a_classifier_that_diverged_is_one_line():
-    config = LinearConfig(checkpoint="x", **{**SGD, "base_lrs": [1e38]})
+    config = LinearConfig(checkpoint="x", **{**SGD, "base_lr": [1e38]})
     features, labels = blobs(64, seed=0)
     images = one_network(1e6 * features, labels)
-    with pytest.raises(UserError, match=r"classifier of network 0 has diverged: lower base_lrs"):
+    with pytest.raises(UserError, match=r"classifier of network 0 has diverged: lower base_lr"):
         classify(config, images, images)
 
 

@@ -57,20 +57,20 @@ def test_the_sweep_has_thirteen_learning_rates(with_checkpoint):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--base_lrs", "[]"], "base_lrs must hold at least one number"),
-        (["--base_lrs", "0.1", "0.1"], "base_lrs holds a number twice"),
-        (["--base_lrs", "0.1", "-1"], "base_lrs must be positive"),
+        (["--base_lr", "[]"], "base_lr must hold at least one number"),
+        (["--base_lr", "0.1", "0.1"], "base_lr holds a number twice"),
+        (["--base_lr", "0.1", "-1"], "base_lr must be positive"),
         (["--inputs", "row"], "inputs"),
         (["--inputs", "raw", "raw"], "inputs must name each kind once"),
         (["--method", "svm"], "method: expected"),
-        (["--method", "finetune", "--base_lrs", "0.1", "0.2"], "finetune takes one learning rate"),
+        (["--method", "finetune", "--base_lr", "0.1", "0.2"], "finetune takes one learning rate"),
         (["--method", "logistic_regression", "--penalties_c", "0"], "penalties_c must be positive"),
         (["--held_out_percent", "100"], "held_out_percent must be within"),
         (["--data.shots", "0"], "data.shots must be at least 1"),
         (["--data.train_percent", "0"], "data.train_percent must be within"),
         (["--data.shots", "1", "--data.train_percent", "1"], "exclude each other"),
         (["--momentum", "0", "--nesterov", "true"], "nesterov needs a momentum"),
-        (["--base_lr", "0.1"], "did you mean 'base_lrs'?"),
+        (["--base_lrs", "0.1"], "did you mean 'base_lr'?"),
         (["--data.train_percnt", "1"], "did you mean 'data.train_percent'?"),
     ],
 )
@@ -82,8 +82,8 @@ def test_bad_values_name_their_key(words, message, capsys):
 
 
 def test_several_words_after_a_key_are_a_list(capsys):
-    words = ["--checkpoint", "runs/a", "runs/b, c", "7", "--base_lrs", "1", "0.5", "--epochs", "2"]
+    words = ["--checkpoint", "runs/a", "runs/b, c", "7", "--base_lr", "1", "0.5", "--epochs", "2"]
     assert main(["linear", "simclr_linear", *words, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "checkpoint:\n- runs/a\n- runs/b, c\n- '7'\n" in printed
-    assert "base_lrs:\n- 1.0\n- 0.5\n" in printed
+    assert "base_lr:\n- 1.0\n- 0.5\n" in printed
