@@ -23,7 +23,7 @@ from peerlearn.augment import EVALUATION_VIEW
 from peerlearn.classification import ClassificationScores, classification_scores
 from peerlearn.datasets import ImageDataset, select_images
 from peerlearn.dist import Ranks
-from peerlearn.evaluation_data import load_splits
+from peerlearn.evaluation_data import load_splits, warn_of_missing_classes
 from peerlearn.export import export_hash
 from peerlearn.exported_networks import frozen, load_backbones
 from peerlearn.feature_cache import Extraction, load_features
@@ -51,6 +51,8 @@ def evaluate(config: LinearConfig, selection: Selection, ranks: Ranks) -> dict[s
     """
     start = time.monotonic()
     train, test = ranks.main_first(lambda: load_splits(config.data, selection))
+    if ranks.main:
+        warn_of_missing_classes(train, test)
     found = _classify(config, selection, train, test, ranks)
     if not ranks.main:
         return {}

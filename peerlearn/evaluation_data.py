@@ -1,5 +1,6 @@
 """The labelled images that evaluators score networks on."""
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from peerlearn.network_selection import Selection, run_setting
 
 if TYPE_CHECKING:
     from peerlearn.datasets import ImageDataset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,7 @@ def load_splits(
     Of the dataset asked for, else of the one the run was trained on.
 
     Raises:
-        UserError: no dataset is named, it cannot be had, has no labels, a single class, or a class of which the
-            train split has no image.
+        UserError: no dataset is named, it cannot be had, has no labels, or a single class.
     """
     from peerlearn.datasets import load_dataset
 
@@ -88,12 +90,25 @@ def _check_classes(train: "ImageDataset", test: "ImageDataset") -> None:
         )
     if train.num_classes < 2:
         raise UserError(f"{train.name} has one class only: there is nothing to tell apart")
-    present = len(train.labels.unique())
-    if present < train.num_classes:
-        raise UserError(
-            f"{train.name}: the train split has images of only {present} of its {train.num_classes} classes: "
-            "raise data.limit or data.train_limit"
-        )
+
+
+def warn_of_missing_classes(train: "ImageDataset", test: "ImageDataset") -> None:
+    """Say where a split, or what limits have left of it, has no image of some class."""
+    for split, means in (
+        (train, "the others are never predicted"),
+        (test, "accuracy is that of these"),
+    ):
+        assert split.labels is not None
+        present = len(split.labels.unique())
+        if present < split.num_classes:
+            logger.warning(
+                "%s: the %s split has images of only %d of its %d classes: %s",
+                split.name,
+                split.split,
+                present,
+                split.num_classes,
+                means,
+            )
 
 
 def _subset(train: "ImageDataset", data: EvaluationDataConfig) -> "ImageDataset":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peerlearn.config import config_to_yaml, parse_config, require
-from peerlearn.evaluation_data import EvaluationDataConfig, load_splits
+from peerlearn.evaluation_data import EvaluationDataConfig, load_splits, warn_of_missing_classes
 from peerlearn.network_selection import (
     ENSEMBLE,
     Selection,
@@ -126,6 +126,8 @@ def evaluate(config: KNNConfig, selection: Selection, ranks: "Ranks") -> dict[st
 
     start = time.monotonic()
     train, test = ranks.main_first(lambda: load_splits(config.data, selection))
+    if ranks.main:
+        warn_of_missing_classes(train, test)
     assert train.labels is not None
     assert test.labels is not None
     how = Extraction(

@@ -346,12 +346,17 @@ def test_a_dataset_with_one_class_or_without_labels_is_one_line(tmp_path, capsys
     assert "folder has no labels" in one_error(capsys)
 
 
-def test_a_train_split_without_some_class_is_one_line(runs, capsys):
-    words = ["--checkpoint", runs[0], "--data.limit", "7"]
-    assert linear(*LOGISTIC, *words) == 1
-    assert "images of only 7 of its 10 classes: raise data.limit or data.train_limit" in one_error(
-        capsys
-    )
+def test_splits_without_some_class_are_told_and_scored(runs, tmp_path, caplog):
+    """The first seven digits are 0 to 6; the first two of the test split are of two classes."""
+    words = ["--checkpoint", runs[0], "--network", "0", "--results", tmp_path]
+    assert linear(*LOGISTIC, *words, "--data.limit", "7", "--data.test_limit", "2") == 0
+    assert "the train split has images of only 7 of its 10 classes" in caplog.text
+    assert "the test split has images of only 2 of its 10 classes" in caplog.text
+    per_class = results(tmp_path)["0"]["metrics"]["per_class_top1"]
+    assert sum(share is None for share in per_class.values()) == 8
+
+
+def test_more_shots_than_a_class_has_are_one_line(runs, capsys):
     words = ["--checkpoint", runs[0], "--data.shots", "1000"]
     assert linear(*LOGISTIC, *words) == 1
     assert "data.shots 1000: class" in one_error(capsys)
