@@ -59,3 +59,15 @@ def test_too_few_iterations_are_told(digits):
         features, labels, classes=10, penalties_c=[10.0], max_iterations=3, tolerance=1e-6
     )
     assert not fit.converged
+
+
+def test_correlated_repeated_and_constant_features_are_no_harder(digits):
+    """Scales over six decades, a feature twice, one that never varies: still at rest in few steps."""
+    features, labels, _, _ = digits
+    spoilt = features * torch.logspace(-3, 3, 64) + features[:, 20:21]
+    spoilt = torch.cat([spoilt, spoilt[:, :1], torch.full((900, 1), 7.0), torch.zeros(900, 1)], 1)
+    (fit,) = fit_logistic(
+        spoilt, labels, classes=10, penalties_c=[1.0], max_iterations=100, tolerance=1e-5
+    )
+    assert fit.converged
+    assert bool((fit.logits(spoilt).argmax(1) == labels).double().mean() > 0.99)
