@@ -62,12 +62,14 @@ def test_too_few_iterations_are_told(digits):
 
 
 def test_correlated_repeated_and_constant_features_are_no_harder(digits):
-    """Scales over six decades, a feature twice, one that never varies: still at rest in few steps."""
+    """Scales over two decades, a feature in all others, one twice, two that never vary: at rest in 60 steps, where
+    plain L-BFGS needs hundreds."""
     features, labels, _, _ = digits
-    spoilt = features * torch.logspace(-3, 3, 64) + features[:, 20:21]
+    spoilt = features * torch.logspace(-1, 1, 64) + features[:, 20:21]
     spoilt = torch.cat([spoilt, spoilt[:, :1], torch.full((900, 1), 7.0), torch.zeros(900, 1)], 1)
     (fit,) = fit_logistic(
-        spoilt, labels, classes=10, penalties_c=[1.0], max_iterations=100, tolerance=1e-5
+        spoilt, labels, classes=10, penalties_c=[0.01], max_iterations=60, tolerance=1e-5
     )
     assert fit.converged
-    assert bool((fit.logits(spoilt).argmax(1) == labels).double().mean() > 0.99)
+    oracle = LogisticRegression(C=0.01, tol=1e-6, max_iter=20_000).fit(spoilt.double(), labels)
+    np.testing.assert_allclose(fit.weight.T, oracle.coef_, atol=2e-3)
