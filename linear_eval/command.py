@@ -5,7 +5,7 @@ from pathlib import Path
 
 from linear_eval.config import LinearConfig
 from peerlearn.config import config_to_yaml, parse_config
-from peerlearn.network_selection import select_networks
+from peerlearn.network_selection import select_runs
 
 SHIPPED = Path(__file__).parent / "configs"
 _TITLES = {
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if dry_run:
         print(config_to_yaml(config), end="")
         return 0
-    selections = [select_networks(Path(each), config.network) for each in config.checkpoints()]
+    selections = select_runs(config.checkpoints(), config.network)
     # Imported here: a wrong key should not wait for torch.
     from linear_eval.evaluate import evaluate
     from peerlearn.dist import evaluating_ranks

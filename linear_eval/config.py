@@ -100,11 +100,9 @@ class LinearConfig:
             f"inputs must name each kind once, and at least one, got {self.inputs}",
         )
         require(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits, got {self.seed}")
-        checkpoints = self.checkpoints()
-        require(bool(checkpoints), "checkpoint must name at least one run or export")
         require(
-            len(set(checkpoints)) == len(checkpoints),
-            f"checkpoint names a run twice: {checkpoints}",
+            all(self.checkpoints()) and bool(self.checkpoints()),
+            "checkpoint must name at least one run or export",
         )
         require(self.tolerance > 0, f"tolerance must be positive, got {self.tolerance}")
         require(0 <= self.momentum < 1, f"momentum must be within 0..1, got {self.momentum}")

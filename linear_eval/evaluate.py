@@ -23,6 +23,7 @@ from peerlearn.augment import EVALUATION_VIEW
 from peerlearn.classification import ClassificationScores, classification_scores
 from peerlearn.datasets import ImageDataset, select_images
 from peerlearn.dist import Ranks
+from peerlearn.errors import UserError
 from peerlearn.evaluation_data import load_splits, warn_of_missing_classes
 from peerlearn.export import export_hash
 from peerlearn.exported_networks import frozen, load_backbones
@@ -133,9 +134,20 @@ def _build_problem(
         fit_index, held_index = hold_out(
             train_set.labels, config.held_out_percent, seed=config.seed
         )
+        if len(held_index) == 0:
+            raise how.ranks.told_once(_nothing_to_choose_by(config, train))
         fit, held_out = train_set.part(fit_index), train_set.part(held_index)
     return fit_index, Problem(
         train=train_set, fit=fit, held_out=held_out, test=test_set, classes=train.num_classes
+    )
+
+
+def _nothing_to_choose_by(config: LinearConfig, train: ImageDataset) -> UserError:
+    keys = "penalties_c" if config.method == "logistic_regression" else "base_lr"
+    return UserError(
+        f"{len(train)} training images of {train.num_classes} classes leave none to hold out, by which to choose among "
+        f"{config.candidates} candidates: take more (data.shots, data.train_percent), or leave one number in {keys} "
+        "and one kind in inputs"
     )
 
 
@@ -219,10 +231,13 @@ def _protocol(
     }
     if config.method == "sgd" and config.augmentation == "crop_flip":
         protocol["crop_scale"] = config.crop_scale
+    fitted = len(train)
     if config.candidates > 1:
+        assert train.labels is not None
         protocol["held_out_percent"] = config.held_out_percent
+        fitted = len(hold_out(train.labels, config.held_out_percent, seed=config.seed)[0])
     if config.method != "logistic_regression":
-        size = step_size(config, len(train), ranks)
+        size = step_size(config, fitted, ranks)
         protocol["lrs"] = [base * size / config.base_lr_batch_size for base in config.base_lrs]
     return {
         **protocol,

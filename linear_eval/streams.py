@@ -42,17 +42,20 @@ def view_loader(
 
 
 def step_size(config: LinearConfig, images: int, ranks: Ranks) -> int:
-    """Images per step: those asked for, or as many as there are, in equal parts for all ranks.
+    """Images per step: those asked for, or as many as there are.
 
     Raises:
-        UserError: the ranks cannot share the batch that was asked for, or there is not an image for each.
+        UserError: the ranks cannot share them in equal parts.
     """
-    if config.batch_size % ranks.world_size or images < ranks.world_size:
-        raise UserError(
-            f"batch_size {config.batch_size} of {images} images cannot be shared by {ranks.world_size} processes: "
-            f"make it a multiple of {ranks.world_size}, or start fewer"
+    size = min(config.batch_size, images)
+    if size % ranks.world_size:
+        raise ranks.told_once(
+            UserError(
+                f"{size} images per step cannot be shared by {ranks.world_size} processes: set batch_size to a "
+                f"multiple of {ranks.world_size} up to {images}"
+            )
         )
-    return min(config.batch_size, images - images % ranks.world_size)
+    return size
 
 
 def streamed_batches(

@@ -39,18 +39,12 @@ def classification_scores(logits: Tensor, labels: Tensor) -> ClassificationScore
     """
     if not logits.isfinite().all():
         raise ValueError("logits has entries that are not finite")
-    # Imported here: it brings seconds of imports of its own.
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     n, classes = logits.shape
     logits, labels = logits.cpu().double(), labels.cpu().long()
     predicted = logits.argmax(dim=1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2)
     confusion = confusion.view(classes, classes)
     correct, sizes = confusion.diagonal(), confusion.sum(1)
-    calibration_error = multiclass_calibration_error(
-        logits.softmax(dim=1), labels, num_classes=classes, n_bins=_CALIBRATION_BINS
-    )
     return ClassificationScores(
         top1=100 * int(correct.sum()) / n,
         top5=_top5(logits, labels) if classes > 5 else None,
@@ -58,10 +52,19 @@ def classification_scores(logits: Tensor, labels: Tensor) -> ClassificationScore
             100 * right / size if size else None
             for right, size in zip(correct.tolist(), sizes.tolist(), strict=True)
         ],
-        calibration_error=100 * float(calibration_error),
+        calibration_error=100 * _calibration_error(logits, predicted == labels),
         confusion=confusion,
         n=n,
     )
+
+
+def _calibration_error(logits: Tensor, correct: Tensor) -> float:
+    """Over bins (b / 15, (b + 1) / 15] of the confidence: the gap to the accuracy, weighted by the bin's share."""
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
+    gaps = torch.zeros(_CALIBRATION_BINS, dtype=torch.float64)
+    gaps.index_add_(0, bins, correct.double() - confidence)
+    return float(gaps.abs().sum()) / len(logits)
 
 
 def _top5(logits: Tensor, labels: Tensor) -> float:

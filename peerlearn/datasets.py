@@ -64,7 +64,8 @@ class ImageDataset:
         """A SHA-256 in hex that stays the same wherever the same data lies.
 
         It covers order, labels and class names, and the pixels of images held in memory; of image
-        files only the names below their common folder, so a file rewritten in place goes unnoticed.
+        files the names below their common folder and the sizes, and where all of them together have
+        no more than 256 MiB their bytes.
         """
         digest = hashlib.sha256(repr((self.name, self.split, self.class_names)).encode())
         if isinstance(self.images, Tensor):
@@ -74,9 +75,33 @@ class ImageDataset:
             base = os.path.commonpath([path.parent for path in self.images])
             names = (path.relative_to(base).as_posix() for path in self.images)
             digest.update("\0".join(names).encode(errors="surrogateescape"))
+            sizes = [_size(path) for path in self.images]
+            digest.update(repr(sizes).encode())
+            if sum(sizes) <= _HASHED_BYTES:
+                for path in self.images:
+                    digest.update(_content(path))
         if self.labels is not None:
             digest.update(self.labels.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+# Read to tell one set of image files from another; of more, names and sizes must do.
+_HASHED_BYTES = 2**28
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 for a file that is not there, which is told when it is decoded."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def load_dataset(

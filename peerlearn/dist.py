@@ -221,7 +221,7 @@ class Ranks:
 
     def _culprits(self) -> str:
         if self._heartbeat is None:
-            return "a rank was lost while the job started (see the other ranks' messages)"
+            return "another rank is gone (see the other ranks' messages)"
         return name_culprits(self._heartbeat.folder, rank=self.rank, world_size=self.world_size)
 
 

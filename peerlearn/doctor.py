@@ -40,7 +40,6 @@ OTHER_LIBRARIES = {
     "tensorboard": "2.18",
     "scikit-learn": "1.5",
     "scipy": "1.13",
-    "torchmetrics": "1.4",
     "matplotlib": "3.9",
     "filelock": "3.16",
     "safetensors": "0.5",

@@ -53,6 +53,10 @@ class EvaluationDataConfig:
             self.shots is None or percent is None,
             "data.shots and data.train_percent exclude each other: set one to null",
         )
+        require(
+            -(2**63) <= self.subset_seed < 2**63,
+            f"data.subset_seed must fit 64 bits, got {self.subset_seed}",
+        )
         require(self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
 
 

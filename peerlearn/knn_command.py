@@ -15,13 +15,17 @@ from peerlearn.network_selection import (
     Selection,
     results_folder,
     run_setting,
-    select_networks,
+    select_runs,
 )
 from peerlearn.uncertainty import accuracy_metrics
 
 if TYPE_CHECKING:
     from peerlearn.datasets import ImageDataset
     from peerlearn.dist import Ranks
+
+
+# exp of more than this exceeds float64.
+_LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +61,18 @@ class KNNConfig:
             all(0 < temperature < math.inf for temperature in self.temperatures()),
             f"temperature must be positive and finite, got {self.temperature}",
         )
-        require(bool(self.ks()) and bool(self.temperatures()), "k and temperature need a value")
-        checkpoints = self.checkpoints()
-        require(bool(checkpoints), "checkpoint must name at least one run or export")
         require(
-            len(set(checkpoints)) == len(checkpoints),
-            f"checkpoint names a run twice: {checkpoints}",
+            all(
+                1 / t + math.log(k) < _LARGEST_EXPONENT
+                for t in self.temperatures()
+                for k in self.ks()
+            ),
+            f"temperature {self.temperature} is too low for k {self.k}: k exp(1 / temperature) must fit float64",
+        )
+        require(bool(self.ks()) and bool(self.temperatures()), "k and temperature need a value")
+        require(
+            all(self.checkpoints()) and bool(self.checkpoints()),
+            "checkpoint must name at least one run or export",
         )
 
     def checkpoints(self) -> list[str]:
@@ -91,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     if dry_run:
         print(config_to_yaml(config), end="")
         return 0
-    selections = [select_networks(Path(each), config.network) for each in config.checkpoints()]
+    selections = select_runs(config.checkpoints(), config.network)
     # Imported here: a wrong key should not wait for torch.
     from peerlearn.dist import evaluating_ranks
     from peerlearn.score_table import report_scores

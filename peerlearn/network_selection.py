@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,25 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
         run=_run_of(exports),
         step=_step(exports),
     )
+
+
+def select_runs(checkpoints: Sequence[str], network: str) -> list[Selection]:
+    """`select_networks` of one checkpoint, or of several whose scores are to be averaged network by network.
+
+    Raises:
+        UsageError: two of them are the same, or do not have the same networks.
+    """
+    selections = [select_networks(Path(checkpoint), network) for checkpoint in checkpoints]
+    named = dict(zip(checkpoints, selections, strict=True))
+    places = [tuple(each.folders.values()) for each in selections]
+    if len(set(places)) < len(places):
+        raise UsageError(f"--checkpoint: two of {', '.join(checkpoints)} are the same networks")
+    if len({tuple(each.folders) for each in selections}) > 1:
+        have = "; ".join(f"{name} has {', '.join(each.folders)}" for name, each in named.items())
+        raise UsageError(
+            f"--checkpoint: only networks that all have can be averaged: {have}: choose one of those by --network"
+        )
+    return selections
 
 
 def _select_export(folder: Path, network: str) -> Selection:

@@ -55,7 +55,7 @@ def write_result(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(result, indent=2) + "\n")
+        write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}): choose another folder by --results"

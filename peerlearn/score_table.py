@@ -30,9 +30,7 @@ def report_scores(
         table.add_column(heading, justify="right")
         if heading == "top-1":
             table.add_column("95 % interval", justify="right")
-    in_all = [row for row in found[0] if all(row in each for each in found)]
-    left_out = sorted({row for each in found for row in each} - set(in_all))
-    for row in in_all:
+    for row in found[0]:
         paths = [each[row] for each in found]
         metrics = [read_result(path)["metrics"] for path in paths]
         n = metrics[0]["n"]
@@ -51,7 +49,4 @@ def report_scores(
         if len(found) > 1:
             write_mean_result(folder, paths)
     table.caption = f"n {n:,}" + (f", {len(found)} runs: mean +- std" if len(found) > 1 else "")
-    console = Console()
-    console.print(table)
-    if left_out:
-        console.print(f"not in every run, and left out: {', '.join(left_out)}", highlight=False)
+    Console().print(table)

@@ -123,6 +123,37 @@ def test_networks_can_be_chosen(runs, tmp_path, network):
     assert set(results(tmp_path)) == expected
 
 
+def test_runs_that_cannot_be_averaged_are_refused_before_any_work(runs, tmp_path, capsys):
+    assert linear(*LOGISTIC, "--checkpoint", runs[0], str(runs[0]) + "/") == 2
+    assert "are the same networks" in one_error(capsys)
+    alone = colour_export(tmp_path / "e")
+    for order in ((runs[0], alone), (alone, runs[0])):
+        assert linear(*LOGISTIC, "--checkpoint", *order) == 2
+        assert f"{runs[0]} has 0, 1" in (error := one_error(capsys))
+        assert "choose one of those by --network" in error
+    assert linear(*LOGISTIC, "--checkpoint", "") == 2
+    assert "checkpoint must name at least one" in one_error(capsys)
+
+
+@pytest.mark.parametrize("protocol", ["logistic_regression", "lr_sweep"])
+def test_one_image_of_each_class_leaves_nothing_to_choose_by(runs, protocol, tmp_path, capsys):
+    words = ["--checkpoint", runs[0], "--network", "0", "--results", tmp_path]
+    assert linear(protocol, *words, "--data.shots", "1") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "10 training images of 10 classes leave none to hold out" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_learning_rates_told_are_those_of_the_images_that_are_left_to_train_on(runs, tmp_path):
+    """Two shots of ten classes, one of each held out: steps of ten images."""
+    sgd = ["--epochs", "1", "--base_lr", "0.1", "1", "--data.shots", "2", "--augmentation", "none"]
+    words = ["--checkpoint", runs[0], "--network", "0", "--results", tmp_path]
+    assert linear(*sgd, *words) == 0
+    protocol = results(tmp_path)["0"]["protocol"]
+    assert protocol["lrs"] == pytest.approx([0.1 * 10 / 256, 10 / 256])
+    assert protocol["train_images"] == 20
+
+
 def test_several_runs_give_their_mean_and_spread(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert linear(*LOGISTIC, "--checkpoint", *runs) == 0

@@ -197,6 +197,13 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
         (["resume", "nowhere"], 1, "nowhere is not a run directory"),
         (["knn", "--checkpoint", "nowhere"], 1, "no exported networks"),
         (["knn"], 2, "checkpoint"),
+        (["knn", "--checkpoint", "x", "--temperature", "0.001", "0.1"], 2, "is too low for k"),
+        (
+            ["knn", "--checkpoint", "x", "--data.subset_seed", str(2**63)],
+            2,
+            "data.subset_seed must fit",
+        ),
+        (["pretrain", "--seed", str(2**63)], 2, "seed must fit 64 bits"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(

@@ -53,7 +53,19 @@ def test_calibration_error_is_its_definition():
             gap = abs(right[inside].mean() - confidence[inside].mean())
             expected += inside.mean() * gap
     scores = classification_scores(logits, labels)
-    assert scores.calibration_error == pytest.approx(100 * expected, abs=1e-4)
+    assert scores.calibration_error == pytest.approx(100 * expected)
+
+
+def test_full_confidence_belongs_to_the_last_bin():
+    """Half of the images at confidence 1, right but for 20; half at 0.965, all right: one bin, errors that offset."""
+    logits = torch.zeros(200, 3)
+    logits[:100, 0], logits[100:, 0] = 1000, 4
+    labels = torch.zeros(200, dtype=torch.int64)
+    labels[:20] = 1
+    confidence = logits.double().softmax(1)[:, 0].mean()
+    expected = 100 * abs(float(confidence) - 180 / 200)
+    found = classification_scores(logits, labels).calibration_error
+    assert found == pytest.approx(expected) == pytest.approx(8.233, abs=1e-3)
 
 
 def test_sure_and_right_is_calibrated_sure_and_wrong_is_not():

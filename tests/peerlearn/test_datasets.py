@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets.folder import default_loader
 
-from peerlearn import packed_datasets
+from peerlearn import datasets, packed_datasets
 from peerlearn.datasets import DATASET_NAMES, load_dataset
 from peerlearn.errors import UserError
 from peerlearn.image_folders import decode_image
@@ -641,3 +641,21 @@ def test_fingerprint_of_image_files(tmp_path: Path):
     (tmp_path / "second" / "a" / "1.png").rename(tmp_path / "second" / "a" / "3.png")
     assert load_dataset("folder", root=str(tmp_path / "second")).fingerprint() != reference
     assert len(reference) == 64
+
+
+@pytest.mark.parametrize("hashed_bytes", [2**28, 0])
+def test_fingerprint_of_image_files_that_change_in_place(
+    hashed_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another size always shows; the same size with another content in datasets that are small enough to read."""
+    monkeypatch.setattr(datasets, "_HASHED_BYTES", hashed_bytes)
+    for name in ("a/1.bmp", "b/2.bmp"):
+        save(tmp_path / name, random_bytes(4, 4, 3))
+    dataset = load_dataset("folder", root=str(tmp_path))
+    reference = dataset.fingerprint()
+    save(tmp_path / "a" / "1.bmp", random_bytes(4, 4, 3, seed=1))
+    assert (dataset.fingerprint() != reference) == bool(hashed_bytes)
+    save(tmp_path / "a" / "1.bmp", random_bytes(5, 5, 3))
+    assert dataset.fingerprint() != reference
+    (tmp_path / "a" / "1.bmp").unlink()
+    assert dataset.fingerprint() != reference
