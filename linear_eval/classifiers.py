@@ -60,15 +60,19 @@ class Problem:
     classes: int
 
 
+# From the number of an epoch to its batches: features (B, D) by network, and labels (B,).
+Epoch = Callable[[int], Iterator[tuple[Mapping[str, Tensor], Tensor]]]
+
+
 class Batches(NamedTuple):
     """Where a step's features come from.
 
-    epoch: from the number of an epoch to its batches, features (B, D) by network and labels (B,).
+    epoch: the batches of each epoch.
     batch_size: of a whole batch; the last of an epoch may be smaller.
     steps_per_epoch: how many there are.
     """
 
-    epoch: Callable[[int], Iterator[tuple[Mapping[str, Tensor], Tensor]]]
+    epoch: Epoch
     batch_size: int
     steps_per_epoch: int
 
@@ -249,16 +253,14 @@ def _fit_candidates(
     candidates = []
     for kind in inputs or config.inputs:
         transform = InputTransform(kind, features)
-        fits = list(
-            fit_logistic(
-                transform(features).to(device),
-                labels.to(device),
-                classes=classes,
-                penalties_c=penalties_c,
-                max_iterations=config.max_iterations,
-                tolerance=config.tolerance,
-                progress=report_fit,
-            )
+        fits = fit_logistic(
+            transform(features).to(device),
+            labels.to(device),
+            classes=classes,
+            penalties_c=penalties_c,
+            max_iterations=config.max_iterations,
+            tolerance=config.tolerance,
+            progress=report_fit,
         )
         for fit in fits:
             if not fit.converged:

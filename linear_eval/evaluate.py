@@ -1,6 +1,7 @@
 """One checkpoint's networks, scored by a linear protocol: from the config to result.json files."""
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from linear_eval.classifiers import (
     Classified,
+    Epoch,
     FeatureSet,
     Problem,
     classify_by_logistic_regression,
@@ -160,10 +162,10 @@ def _feature_set(
     return FeatureSet(features=features, labels=dataset.labels)
 
 
-def _with_ensemble(epoch: Any) -> Any:
+def _with_ensemble(epoch: Epoch) -> Epoch:
     """Add the joint features to every batch."""
 
-    def joined(number: int) -> Any:
+    def joined(number: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         for features, labels in epoch(number):
             yield {**features, ENSEMBLE: ensemble_features(list(features.values()))}, labels
 

@@ -4,7 +4,7 @@ Dimension letters: N images, D feature dimensions, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ def fit_logistic(
     max_iterations: int,
     tolerance: float,
     progress: Callable[[int], object] = lambda fits: None,
-) -> Iterator[LogisticFit]:
+) -> list[LogisticFit]:
     """Minimise ``C * sum_i cross_entropy_i + 0.5 * ||weight||^2`` for every C (scikit-learn's objective).
 
     By L-BFGS in float64, from the solution of the nearest smaller C on: along a grid each fit is a short way from the
@@ -54,7 +54,7 @@ def fit_logistic(
         tolerance: of the largest entry of the objective's gradient, divided by C N.
         progress: is told of each fit done.
 
-    Yields:
+    Returns:
         A fit per C, in the order of ``penalties_c``.
     """
     ones = features.new_ones((len(features), 1))
@@ -69,7 +69,7 @@ def fit_logistic(
         )
         fits[c] = LogisticFit(weights[:-1], weights[-1], c, converged)
         progress(1)
-    return iter([fits[c] for c in penalties_c])
+    return [fits[c] for c in penalties_c]
 
 
 def _minimise(
