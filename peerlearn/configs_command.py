@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.arguments import ArgumentParser
+from peerlearn.config import nearest
+from peerlearn.errors import UsageError
 
 # verb -> the package whose configs/ folder holds its shipped configs
 CONFIG_PACKAGES = {"pretrain": "pretrain", "linear": "linear_eval"}
@@ -19,19 +21,27 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("name", nargs="?", help="print this config instead of the list")
     name = parser.parse_args(argv).name
+    if name is not None:
+        print(_find(Path(name).stem).read_text(), end="")
+        return 0
     for verb, package in CONFIG_PACKAGES.items():
-        folder = config_folder(package)
-        if name is not None:
-            from peerlearn.config import find_config
-
-            print(find_config(Path(name).stem, folder).read_text(), end="")
-            continue
-        for path in sorted(folder.glob("*.yaml")):
+        for path in sorted(config_folder(package).glob("*.yaml")):
             header = read_header(path)
             print(
-                f"{verb}  {path.stem:<32} {header['source']}; expected: {header['expected metric']}"
+                f"{verb:<8}  {path.stem:<32} {header['source']}; expected: {header['expected metric']}"
             )
     return 0
+
+
+def _find(name: str) -> Path:
+    """The shipped config of that name, whichever verb's it is."""
+    folders = map(config_folder, CONFIG_PACKAGES.values())
+    shipped = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    if name not in shipped:
+        raise UsageError(
+            f"no shipped config is named {name!r}{nearest(name, shipped)}; `peerlearn configs` lists them"
+        )
+    return shipped[name]
 
 
 def config_folder(package: str) -> Path:

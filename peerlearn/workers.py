@@ -116,6 +116,17 @@ def _outlive_job_signals(worker: int) -> None:
     main = multiprocessing.parent_process()
     assert main is not None
     threading.Thread(target=_exit_when_told_by, args=(main.pid,), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(main,), daemon=True).start()
+
+
+def _exit_after(main: Any) -> None:
+    """Do not outlive the main process, however it dies.
+
+    DataLoader's own watch looks at a worker's parent, which is the process that forks the workers; and that one lives
+    as long as a worker does.
+    """
+    main.join()
+    os._exit(1)
 
 
 def _exit_when_told_by(process_id: int) -> None:

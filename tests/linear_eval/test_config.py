@@ -87,3 +87,20 @@ def test_several_words_after_a_key_are_a_list(capsys):
     printed = capsys.readouterr().out
     assert "checkpoint:\n- runs/a\n- runs/b, c\n- '7'\n" in printed
     assert "base_lr:\n- 1.0\n- 0.5\n" in printed
+
+
+def test_configs_verb_shows_those_of_every_verb(capsys):
+    assert main(["configs"]) == 0
+    listed = capsys.readouterr().out
+    assert all(path.stem in listed for path in CONFIGS)
+    for name in ("moco_linear", "moco_cifar10_resnet18"):
+        assert main(["configs", name]) == 0
+        assert capsys.readouterr().out.startswith("# source:")
+    assert main(["configs", "moco_liner"]) == 2
+    assert "did you mean 'moco_linear'?" in capsys.readouterr().err
+
+
+def test_no_two_verbs_have_a_config_of_one_name():
+    from pretrain.command import SHIPPED as OF_PRETRAIN
+
+    assert not {path.stem for path in CONFIGS} & {path.stem for path in OF_PRETRAIN.glob("*.yaml")}

@@ -1,10 +1,15 @@
 """Loading beyond the contract of the backends: ranks, processes and signals."""
 
+import gc
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,7 @@ from PIL import Image
 from peerlearn.augment import AUGMENTATIONS
 from peerlearn.datasets import ImageDataset, load_dataset
 from peerlearn.errors import UserError
+from peerlearn.heartbeat import process_exists
 from peerlearn.image_folders import decode_image
 from peerlearn.loader import ViewLoader, _fits, held_in_memory
 from peerlearn.workers import results, worker_pool
@@ -126,13 +132,21 @@ def test_images_stay_on_cuda_up_to_a_quarter_of_its_free_memory(monkeypatch: pyt
     assert _fits(torch.zeros(1001, dtype=torch.uint8), CPU)
 
 
-def test_workers_outlive_the_signals_of_a_job():
+@pytest.fixture
+def own_workers() -> Callable[[], list[BaseProcess]]:
+    """The worker processes that have come up since the test began: an earlier one's may wait for a collection."""
+    gc.collect()
+    before = multiprocessing.active_children()
+    return lambda: [child for child in multiprocessing.active_children() if child not in before]
+
+
+def test_workers_outlive_the_signals_of_a_job(own_workers: Callable[[], list[BaseProcess]]):
     dataset = load_dataset("digits")
     expected = list(make(dataset).epoch(0))
     loader = make(dataset, workers=2)
     epoch = loader.epoch(0)
     ours = [next(epoch)]
-    workers = multiprocessing.active_children()
+    workers = own_workers()
     assert len(workers) == 2
     # SLURM signals every process of a job step, the one that forks the workers too.
     server = int(Path(f"/proc/{workers[0].pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -153,17 +167,20 @@ def test_workers_outlive_the_signals_of_a_job():
         assert worker.exitcode == 0
 
 
-def test_killed_workers_are_an_error_and_no_hang():
+def test_killed_workers_are_an_error_and_no_hang(own_workers: Callable[[], list[BaseProcess]]):
     loader = make(load_dataset("digits"), workers=1)
     epoch = loader.epoch(0)
     next(epoch)
-    for worker in multiprocessing.active_children():
+    for worker in own_workers():
         worker.kill()
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         list(epoch)
 
 
 CRASH = """
+import multiprocessing
+import sys
+import time
 import torch
 from peerlearn.augment import AUGMENTATIONS
 from peerlearn.datasets import ImageDataset
@@ -180,8 +197,30 @@ if __name__ == "__main__":
     )
     epoch = loader.epoch(0)
     next(epoch)
+    if "wait" in sys.argv:
+        print([child.pid for child in multiprocessing.active_children()], flush=True)
+        time.sleep(600)
     raise RuntimeError("in the middle of an epoch")
 """
+
+
+def test_workers_do_not_outlive_a_killed_main_process(tmp_path: Path):
+    """Nor do the process that forks them and the tracker of their resources."""
+    script = tmp_path / "crash.py"
+    script.write_text(CRASH)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, str(script), "wait"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as main:
+        workers = json.loads(main.stdout.readline())
+        assert len(workers) == 2
+        server = Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1]
+        main.kill()
+    left = [*map(str, workers), server]
+    deadline = time.monotonic() + 30
+    while any(process_exists(int(pid)) for pid in left):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.05)
 
 
 def test_a_crash_in_the_middle_of_an_epoch_ends_the_process(tmp_path: Path):
