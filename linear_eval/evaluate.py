@@ -20,7 +20,7 @@ from linear_eval.classifiers import (
 )
 from linear_eval.config import LinearConfig
 from linear_eval.finetune import finetune
-from linear_eval.streams import step_size, streamed_batches
+from linear_eval.streams import streamed_batches
 from peerlearn.augment import EVALUATION_VIEW
 from peerlearn.classification import ClassificationScores, classification_scores
 from peerlearn.datasets import ImageDataset, select_images
@@ -63,7 +63,7 @@ def evaluate(config: LinearConfig, selection: Selection, ranks: Ranks) -> dict[s
     if selection.ensemble:
         found[ENSEMBLE_LOGITS] = Classified(logits=mean_of_logits(cohort), choice={})
     assert test.labels is not None
-    protocol = _protocol(config, train, test, ranks)
+    protocol = _protocol(config, train, test)
     paths = {}
     for name, classified in found.items():
         if name in selection.folders and not selection.alone:
@@ -223,9 +223,7 @@ _METHOD_KEYS = {
 }
 
 
-def _protocol(
-    config: LinearConfig, train: ImageDataset, test: ImageDataset, ranks: Ranks
-) -> dict[str, Any]:
+def _protocol(config: LinearConfig, train: ImageDataset, test: ImageDataset) -> dict[str, Any]:
     """All that decides a score beside the networks."""
     every = asdict(config)
     protocol = {
@@ -239,7 +237,7 @@ def _protocol(
         protocol["held_out_percent"] = config.held_out_percent
         fitted = len(hold_out(train.labels, config.held_out_percent, seed=config.seed)[0])
     if config.method != "logistic_regression":
-        size = step_size(config, fitted, ranks)
+        size = min(config.batch_size, fitted)
         protocol["lrs"] = [base * size / config.base_lr_batch_size for base in config.base_lrs]
     return {
         **protocol,

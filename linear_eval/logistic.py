@@ -134,7 +134,7 @@ def _to_weights(root: Tensor, flat: np.ndarray) -> Tensor:
 def _preconditioner(gram: Tensor, penalty: Tensor, classes: int) -> Tensor:
     """A root R, lower triangular, of R R^T close to the Hessian: its value for evenly spread probabilities."""
     hessian = gram / classes + torch.diag(penalty[:, 0])
-    # A trace of the largest entry keeps features that never vary, or repeat another, from making it singular.
+    # A little of the largest entry keeps features that never vary, or repeat another, from making it singular.
     hessian += 1e-10 * hessian.diagonal().max() * torch.eye(len(gram), device=gram.device)
     root: Tensor = torch.linalg.cholesky(hessian)
     return root
