@@ -5,7 +5,7 @@ from types import ModuleType
 import wrapt
 
 __version__ = "0.1.0"
-PACKAGES = ("peerlearn", "pretrain", "linear_eval")
+PACKAGES = ("peerlearn", "pretrain", "linear_eval", "slurm")
 
 
 @wrapt.when_imported("timm")

@@ -16,18 +16,26 @@ DONE, FAILURE, USAGE = 0, 1, 2
 
 
 class Verb(NamedTuple):
-    """Where a verb lives: a function from the words after the verb to an exit code."""
+    """Where a verb lives: a function from the words after the verb to an exit code.
+
+    Attributes:
+        dry_run: whether it knows --dry_run, by which it prints its resolved config.
+    """
 
     module: str
     function: str
     help: str
+    dry_run: bool = False
 
 
 VERBS = {
-    "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks"),
-    "resume": Verb("pretrain.command", "resume", "continue a run from its latest checkpoint"),
-    "knn": Verb("peerlearn.knn_command", "main", "score exported networks by weighted kNN"),
-    "linear": Verb("linear_eval.command", "main", "train linear classifiers on exported networks"),
+    "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks", True),
+    "resume": Verb("pretrain.command", "resume", "continue a run from its latest checkpoint", True),
+    "knn": Verb("peerlearn.knn_command", "main", "score exported networks by weighted kNN", True),
+    "linear": Verb(
+        "linear_eval.command", "main", "train linear classifiers on exported networks", True
+    ),
+    "submit": Verb("slurm.command", "main", "run any of these as a job, on a cluster or here"),
     "export": Verb(
         "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
     ),
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        return dispatch(words)
     except UsageError as error:
         # Every process of a job reads the same words: one complaint is enough.
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
@@ -68,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
-def _dispatch(words: list[str]) -> int:
+def dispatch(words: list[str]) -> int:
+    """Run one verb; returns its exit code.
+
+    Raises:
+        UserError: as the verb does; `main` makes one line of it.
+    """
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return DONE if words else USAGE

@@ -5,16 +5,18 @@ recognised by the environment it sets; accelerate picks the device and the backe
 """
 
 import datetime
+import faulthandler
 import json
 import logging
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -62,6 +64,7 @@ class Ranks:
         self._timeout_seconds = timeout_seconds
         self._patient_group = patient_group
         self._heartbeat: Heartbeat | None = None
+        self._stacks: TextIO | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         # A copied network still belongs to the same process.
@@ -72,9 +75,20 @@ class Ranks:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
-    def start_heartbeat(self, folder: Path) -> None:
-        """Let this rank leave signs of life in ``folder``, by which the others can name it if it dies."""
+    def start_heartbeat(self, folder: Path, stacks: TextIO) -> None:
+        """Let this rank leave signs of life in ``folder``, by which the others can name it if it dies.
+
+        Its threads' stacks are written to ``stacks`` once a step takes longer than the ranks' timeout.
+        """
         self._heartbeat = Heartbeat(folder, self.rank)
+        self._stacks = stacks
+
+    def at_step(self, step: int) -> None:
+        """The rank begins this step: for those who watch it, and for whoever asks where it died."""
+        if self._heartbeat:
+            self._heartbeat.at_step(step)
+        if self._stacks and self._timeout_seconds < threading.TIMEOUT_MAX:
+            faulthandler.dump_traceback_later(self._timeout_seconds, file=self._stacks)
 
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Every rank's tensor, of one shape, side by side along ``dim`` in rank order. No gradient passes."""
@@ -180,6 +194,7 @@ class Ranks:
 
     def close(self, failed: str | None = None) -> None:
         """End the heartbeat and, after a success, the process group."""
+        faulthandler.cancel_dump_traceback_later()
         if self._heartbeat:
             self._heartbeat.end(failed)
         if self.world_size > 1 and failed is None:
@@ -214,6 +229,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # what gloo raises; NCCL's errors are subclasses
+            if self._stacks:
+                faulthandler.dump_traceback(self._stacks)
             raise LostRankError(f"{self._culprits()}; rank {self.rank} stops too") from error
         finally:
             if self._heartbeat:
@@ -240,7 +257,7 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
         UserError: no such device, or the ranks do not find each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Ranks(choose_device(device))
+        return Ranks(choose_device(device), timeout_seconds=timeout_seconds)
     kind = choose_device(device).type
     # Imported here: a single process does not need it.
     from accelerate import PartialState

@@ -43,6 +43,7 @@ OTHER_LIBRARIES = {
     "matplotlib": "3.9",
     "filelock": "3.16",
     "safetensors": "0.5",
+    "submitit": "1.5",
     "pillow": "11",
     "numpy": "2",
     "pyyaml": "6",

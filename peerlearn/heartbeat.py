@@ -3,9 +3,11 @@
 A collective that fails says only that some peer is gone. These files say which one.
 
     RUN/logs/attempt-K/rank-R.heartbeat.json
-    {"rank", "host", "pid", "time_seconds", "collectives", "waiting", "failed"}
+    {"rank", "host", "pid", "time_seconds", "step", "collectives", "waiting", "failed"}
+    RUN/logs/attempt-K/rank-R.step      the step it is in, to the step: a beat is up to 2 s old when a rank dies
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -30,6 +32,7 @@ class Beat:
         host: its machine.
         pid: its process number there.
         time_seconds: when the beat was written, seconds since 1970.
+        step: the step it is in; None before the first one.
         collectives: how many collective operations the rank has entered.
         waiting: the collective it is in, or None.
         failed: why it ended; None while it runs.
@@ -39,6 +42,7 @@ class Beat:
     host: str
     pid: int
     time_seconds: float
+    step: int | None
     collectives: int
     waiting: str | None
     failed: str | None
@@ -61,6 +65,8 @@ class Heartbeat:
         self._file = folder / _file_name(rank)
         self._collectives = 0
         self._waiting: str | None = None
+        self._step: int | None = None
+        self._step_file: int | None = None
         self._failed: str | None = None
         self._ended = threading.Event()
         self.write()
@@ -75,6 +81,15 @@ class Heartbeat:
         """The rank has left it."""
         self._waiting = None
 
+    def at_step(self, step: int) -> None:
+        """The rank begins a step."""
+        self._step = step
+        with contextlib.suppress(OSError):
+            if self._step_file is None:
+                path = self.folder / _step_file_name(self.rank)
+                self._step_file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.pwrite(self._step_file, f"{step:012d}\n".encode(), 0)
+
     def end(self, failed: str | None = None) -> None:
         """Write a last beat, with the reason if the rank ends by an error."""
         self._failed = failed
@@ -88,6 +103,7 @@ class Heartbeat:
             host=socket.gethostname(),
             pid=os.getpid(),
             time_seconds=time.time(),
+            step=self._step,
             collectives=self._collectives,
             waiting=self._waiting,
             failed=self._failed,
@@ -108,6 +124,15 @@ def read_beat(folder: Path, rank: int) -> Beat | None:
         return Beat(**json.loads((folder / _file_name(rank)).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def read_step(folder: Path) -> int | None:
+    """The step an attempt has come to, whichever way it ended: the furthest of its ranks; None before the first."""
+    steps = []
+    for file in folder.glob("rank-*.step"):
+        with contextlib.suppress(OSError, ValueError):
+            steps.append(int(file.read_text()))
+    return max(steps, default=None)
 
 
 class SilenceWatch:
@@ -167,18 +192,33 @@ def process_exists(pid: int) -> bool:
     return not _is_zombie(pid)
 
 
+def process_started_at(pid: int) -> int | None:
+    """When this machine started the process, in its own ticks; with the number it names one process, for good."""
+    fields = _process_status(pid)
+    return int(fields[19]) if fields else None
+
+
 def _is_zombie(pid: int) -> bool:
     """Dead, but its parent has not taken note yet."""
+    return _process_status(pid)[:1] == ["Z"]
+
+
+def _process_status(pid: int) -> list[str]:
+    """The fields after the name, from the third (state) on; none where there is no /proc."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return []
 
 
 def _silence(beat: Beat | None) -> str:
     if beat is None:
         return "never gave a sign"
     return f"has been silent for {beat.age_seconds:.0f} s (process {beat.pid} on {beat.host})"
+
+
+def _step_file_name(rank: int) -> str:
+    return f"rank-{rank}.step"
 
 
 def _file_name(rank: int) -> str:

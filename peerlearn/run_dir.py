@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -56,8 +56,10 @@ class RunDirectory:
             raise UserError(f"{self.root} is there and no run: choose another folder by --run")
 
     def _holds_anything(self) -> bool:
-        # A start that was refused or killed early may have left its lock behind.
-        return any(path.name not in (".lock", "owner.json") for path in self.root.iterdir())
+        # A start that was refused or killed early may have left its lock behind, a submission is there before its run.
+        return any(
+            path.name not in (".lock", "owner.json", "slurm") for path in self.root.iterdir()
+        )
 
     def create_folder(self) -> None:
         """Make the folder of a new run.
@@ -134,9 +136,7 @@ class RunDirectory:
         Args:
             facts: what evaluators need to know of the training; goes into env.json.
         """
-        logs = self.root / "logs"
-        names = (folder.name.removeprefix("attempt-") for folder in logs.glob("attempt-*"))
-        attempt = max((int(name) for name in names if name.isdecimal()), default=0) + 1
+        attempt = self.newest_attempt() + 1
         try:
             self.logs(attempt).mkdir(parents=True)
             env = {**environment(), "training": facts}
@@ -146,6 +146,12 @@ class RunDirectory:
         for mark in ("DONE", "FAILED"):
             (self.root / mark).unlink(missing_ok=True)
         return attempt
+
+    def newest_attempt(self) -> int:
+        """The number of the latest start of the program; 0 before the first."""
+        folders = (self.root / "logs").glob("attempt-*")
+        names = (folder.name.removeprefix("attempt-") for folder in folders)
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def logs(self, attempt: int) -> Path:
         """The folder of an attempt's logs and heartbeats, one of each per rank."""
@@ -224,6 +230,16 @@ class RunDirectory:
     def mark_failed(self, reason: str) -> None:
         """Leave FAILED with the reason."""
         write_text(self.root / "FAILED", reason + "\n")
+
+
+def default_run(argv: Sequence[str]) -> Path:
+    """Where a run goes that was not told: runs/ and its config's name.
+
+    Args:
+        argv: the words after `pretrain`.
+    """
+    named = argv and not argv[0].startswith("-")
+    return Path("runs") / (Path(argv[0]).stem if named else "pretrain")
 
 
 def environment() -> dict[str, Any]:

@@ -7,11 +7,11 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from peerlearn.config import check_complete, config_to_yaml, load_config, parse_config
 from peerlearn.errors import SaidByMainError, UsageError, UserError
-from peerlearn.run_dir import RunDirectory
+from peerlearn.run_dir import RunDirectory, default_run
 from peerlearn.run_lock import run_lock
 from pretrain.config import PretrainConfig
 
@@ -22,25 +22,29 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "configs"
 SAVED_RUN_AGAIN = 75
+_AUTO_RESUME = "--auto_resume"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn pretrain [CONFIG] [--key value ...] [--dry_run]`. Returns the exit code."""
+    """`peerlearn pretrain [CONFIG] [--key value ...] [--auto_resume] [--dry_run]`. Returns the exit code."""
+    words = [word for word in argv if word != _AUTO_RESUME]
+    auto_resume = len(words) < len(argv)
     config, dry_run = parse_config(
         PretrainConfig,
-        argv,
+        words,
         verb="pretrain",
-        description="Pretrain a cohort of networks that teach each other.",
+        description="Pretrain a cohort of networks that teach each other. --auto_resume: go on with the run that is "
+        "there already, if there is one.",
         example="peerlearn pretrain mcl_fashion_mnist_demo --epochs 2 --run runs/try",
         shipped=SHIPPED,
     )
     if dry_run:
         print(config_to_yaml(config), end="")
         return 0
-    root = Path(config.run) if config.run else Path("runs") / _default_name(argv)
-    run = RunDirectory(root)
-    run.check_new()
-    return _run(config, run)
+    run = RunDirectory(Path(config.run) if config.run else default_run(words))
+    if not auto_resume:
+        run.check_new()
+    return _run(config, run, resumes=None if auto_resume else False)
 
 
 def resume(argv: Sequence[str]) -> int:
@@ -88,15 +92,10 @@ Example: peerlearn resume runs/demo
                    --data.root, --data.workers, --device; any other change is refused"""
 
 
-def _default_name(argv: Sequence[str]) -> str:
-    """The config's name, for a run that was given none."""
-    named = argv and not argv[0].startswith("-")
-    return Path(argv[0]).stem if named else "pretrain"
-
-
 def _run(
-    config: PretrainConfig, run: RunDirectory, *, resumes: bool = False, allow_elastic: bool = False
+    config: PretrainConfig, run: RunDirectory, *, resumes: bool | None, allow_elastic: bool = False
 ) -> int:
+    """Train, from the start or on from a save; None: on, if the run is there already."""
     # Imported here: a wrong key should not wait for torch.
     from peerlearn.dist import start_ranks
     from pretrain.train import stop_signals
@@ -129,7 +128,7 @@ def _train_locked(
     stop: "Stop",
     held: contextlib.ExitStack,
     *,
-    resumes: bool,
+    resumes: bool | None,
     allow_elastic: bool,
 ) -> bool:
     """Take the run directory, build, train. True if training came to its end, False if a signal stopped it."""
@@ -138,6 +137,9 @@ def _train_locked(
 
     log_to_terminal(ranks)
     taken_from: str | None = None
+    if resumes is None:
+        # Asked by the main rank alone: it may have begun to write the run before another asks.
+        resumes = ranks.from_main(run.config.exists)
     if resumes:
         taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
     # Before a new run is written: what cannot be had leaves nothing behind.
@@ -149,8 +151,8 @@ def _train_locked(
             resume_latest(training, allow_elastic=allow_elastic)
         attempt = ranks.from_main(lambda: _start(training, held, taken_from, resumes=resumes))
         logs = run.logs(attempt)
-        log_to(logs / f"rank-{ranks.rank}.log")
-        ranks.start_heartbeat(logs)
+        stacks = log_to(logs / f"rank-{ranks.rank}.log")
+        ranks.start_heartbeat(logs, stacks)
         return _train(training, attempt, stop)
     except (SaidByMainError, RefusedResumeError):
         raise
@@ -187,8 +189,23 @@ def _note_failure(error: Exception, run: RunDirectory, ranks: "Ranks", attempt: 
         return
     # A full disk may be what failed; then these fail too, and must not hide it.
     with contextlib.suppress(OSError):
-        run.event("failed", attempt=attempt, rank=ranks.rank, reason=str(error))
+        run.event(
+            "failed",
+            attempt=attempt,
+            rank=ranks.rank,
+            reason=str(error),
+            kind=_failure_kind(error),
+        )
         run.mark_failed(str(error))
+
+
+def _failure_kind(error: Exception) -> str:
+    """What a supervisor needs to know: only what the user must mend comes back when the run is started again."""
+    from peerlearn.dist import LostRankError
+
+    if isinstance(error, LostRankError):
+        return "lost_rank"
+    return "user" if isinstance(error, UserError) else "crash"
 
 
 def _facts(training: "Training") -> dict[str, Any]:
@@ -279,14 +296,18 @@ def log_to_terminal(ranks: "Ranks") -> None:
     logging.captureWarnings(True)
 
 
-def log_to(file: Path) -> None:
-    """Send every log record to the rank's file too, and the stacks of a crash in a library's own code."""
+def log_to(file: Path) -> TextIO:
+    """Send every log record to the rank's file too, and the stacks of a crash in a library's own code.
+
+    Returns the open file, for stacks at a standstill.
+    """
     to_file = _LogFile(file)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(to_file)
     assert to_file.stream is not None
     faulthandler.enable(to_file.stream)
     threading.excepthook = _log_thread_failure
+    return to_file.stream
 
 
 class _LogFile(logging.FileHandler):

@@ -1,6 +1,7 @@
 """The training loop. Dimensions: M networks, B batch."""
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from pretrain.methods import objective
 from pretrain.metrics import MetricsLog, gradient_norms
 from pretrain.monitor import warn_of_collapse
 from pretrain.state import Training, export, export_last_again, save
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> 
     while training.step < training.total_steps:
         epoch, start_step = divmod(training.step, training.steps_per_epoch)
         for batch in training.loader.epoch(epoch, start_step):  # 1
+            ranks.at_step(training.step)
             if training.dataset.has_files:
                 training.unreadable.note(
                     batch.unreadable, epoch=epoch, ranks=ranks, run=training.run
@@ -247,16 +251,21 @@ def _save_due(training: Training) -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request that the loop answers between two steps; a second SIGINT interrupts."""
+    """Turn the signals that end a job into a request that the loop answers between two steps.
+
+    SIGTERM, SIGUSR2 (SLURM's, near the time limit, where the job asked for it) and SIGINT, whose second interrupts.
+    """
     stop = Stop()
 
     def request(number: int, frame: object) -> None:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        logger.warning("%s: saving after this step", signal.Signals(number).name)
+        if not stop.requested:
+            # No logging here: it may be what the signal has interrupted.
+            os.write(2, f"{signal.Signals(number).name}: saving after this step\n".encode())
         stop.requested = True
 
-    earlier = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.signal(number, request) for number in _STOP_SIGNALS}
     try:
         yield stop
     finally:

@@ -42,6 +42,7 @@ def write_beat(folder: Path, rank: int, *, age: float = 0.0, **changes: object) 
         host=HOST,
         pid=os.getpid(),
         time_seconds=time.time() - age,
+        step=7,
         collectives=5,
         waiting="gather",
         failed=None,

@@ -1,0 +1,124 @@
+"""What Slurm's own programs are asked: squeue, sacct, scontrol, scancel. Their words reach the user unchanged."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peerlearn.errors import UserError
+
+_CALL_SECONDS = 60.0
+# States in which a job is, or will be, of this world.
+LIVE_STATES = frozenset(
+    {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
+    | {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """What Slurm knows of a job.
+
+    Attributes:
+        state: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, PREEMPTED, TIMEOUT, NODE_FAIL, ...
+        reason: why it waits or failed, in Slurm's word; "" if none.
+    """
+
+    state: str
+    reason: str = ""
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE_STATES
+
+
+def call(*words: str) -> str:
+    """Run one of Slurm's programs.
+
+    Returns:
+        What it printed.
+
+    Raises:
+        UserError: it is not here, does not answer, or refuses; with its own words.
+    """
+    if shutil.which(words[0]) is None:
+        raise UserError(
+            f"`{words[0]}` is not on this machine: submit from a login node of the cluster, or use --cluster local"
+        )
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=_CALL_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{words[0]} gave no answer for {_CALL_SECONDS:.0f} s") from error
+    if found.returncode != 0:
+        raise UserError(own_words(words[0], found.stderr or found.stdout))
+    return found.stdout
+
+
+def own_words(program: str, text: str) -> str:
+    """What a program said, on one line that begins with its name once."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = "; ".join(line.removeprefix(f"{program}: ").removeprefix("error: ") for line in lines)
+    return f"{program}: {said or 'it failed without a word'}"
+
+
+def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
+    """The states of jobs (123, or 123_4 of an array); those that Slurm has forgotten are left out.
+
+    Asks squeue, which knows of a job until some minutes after its end, then sacct, where there is accounting.
+    """
+    wanted = set(jobs)
+    if not wanted:
+        return {}
+    found = {job: state for job, state in _queued(_without_tasks(jobs)).items() if job in wanted}
+    missing = wanted - set(found)
+    if missing:
+        found |= {job: state for job, state in _accounted(missing).items() if job in missing}
+    return found
+
+
+def jobs_named(name: str) -> list[str]:
+    """The jobs of that name that Slurm remembers, the newest last."""
+    user = os.environ.get("USER") or str(os.getuid())
+    listed = call("squeue", "--noheader", "--states=all", f"--name={name}", "--format=%i")
+    jobs = set(listed.split())
+    try:
+        words = ("--noheader", "--parsable2", "--allocations", "--format=JobID", f"--name={name}")
+        jobs |= set(call("sacct", f"--user={user}", "--starttime=now-30days", *words).split())
+    except UserError:
+        pass  # No accounting.
+    return sorted(jobs, key=lambda job: int(job.split("_")[0]))
+
+
+def _without_tasks(jobs: Sequence[str]) -> list[str]:
+    """squeue takes the array, and then names each of its tasks."""
+    return sorted({job.split("_")[0] for job in jobs})
+
+
+def _queued(jobs: Sequence[str]) -> dict[str, JobState]:
+    words = ("--noheader", "--array", "--states=all", "--format=%i|%T|%r")
+    try:
+        listed = call("squeue", f"--jobs={','.join(jobs)}", *words)
+    except UserError as error:
+        if "Invalid job id" in str(error):  # It has forgotten the only one asked for.
+            return {}
+        raise
+    states = {}
+    for line in listed.splitlines():
+        job, state, reason = line.split("|", 2)
+        states[job] = JobState(state=state, reason="" if reason == "None" else reason)
+    return states
+
+
+def _accounted(jobs: set[str]) -> dict[str, JobState]:
+    words = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State,Reason")
+    try:
+        listed = call("sacct", f"--jobs={','.join(sorted(jobs))}", *words)
+    except UserError:
+        return {}  # No accounting here.
+    states = {}
+    for line in listed.splitlines():
+        job, state, reason = line.split("|", 2)
+        # CANCELLED by 1000
+        states[job] = JobState(state=state.split()[0], reason="" if reason == "None" else reason)
+    return states

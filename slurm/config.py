@@ -1,0 +1,109 @@
+"""The config of a submission: a cluster profile, and what one submission asks for beyond it."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peerlearn.config import require
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
+_OPTION = re.compile(r"[a-z][a-z0-9-]*(=.*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig:
+    """Where and how a command runs as a job.
+
+    Attributes:
+        executor: slurm; local = processes of this machine, in the background; debug = here, in the foreground.
+        partition: of the cluster; null = its default. So for account, qos and constraint.
+        account: who pays.
+        qos: quality of service.
+        constraint: features the nodes must have.
+        nodes: machines of one job.
+        tasks_per_node: processes on each, one per GPU where there are GPUs.
+        gpus_per_node: GPUs of each machine.
+        cpus_per_task: cores of each process; also its threads, unless OMP_NUM_THREADS is set.
+        memory_gb: of each machine; null = the cluster's default.
+        time_minutes: the time limit of one start; a job that needs more is requeued, as often as it takes.
+        signal_seconds: so long before the time limit the job is told to save; longer than a step, an evaluation and
+            a save together.
+        max_crashes: a job that crashes oftener than this is not started again.
+        setup: shell lines that prepare each start (`module load ...`).
+        environment: NAME=value, for the processes.
+        sbatch: further options for sbatch, as name=value without dashes: exclusive, mail-type=FAIL, ...
+        srun: further options for srun, with their dashes.
+        name: of the job; null = made from the verb and the run.
+        dependency: as sbatch takes it: afterok:123, ...
+        sweep: KEY=V1,V2,... for each key; every combination becomes a run of its own, in a folder of its own, all of
+            them one job array. `config=a,b` varies the config.
+        throttle: at most so many of a sweep at once; null = as many as the cluster gives.
+        wait: stay until the job has ended, and exit as it did.
+    """
+
+    executor: Literal["slurm", "local", "debug"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: int = 1
+    tasks_per_node: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 1
+    memory_gb: float | None = None
+    time_minutes: int = 60
+    signal_seconds: int = 120
+    max_crashes: int = 5
+    setup: list[str] = field(default_factory=list)
+    environment: list[str] = field(default_factory=list)
+    sbatch: list[str] = field(default_factory=list)
+    srun: list[str] = field(default_factory=list)
+    name: str | None = None
+    dependency: str | None = None
+    sweep: list[str] = field(default_factory=list)
+    throttle: int | None = None
+    wait: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("nodes", "tasks_per_node", "cpus_per_task", "time_minutes"):
+            require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("gpus_per_node", "signal_seconds", "max_crashes"):
+            require(getattr(self, key) >= 0, f"{key} must be at least 0, got {getattr(self, key)}")
+        require(
+            self.throttle is None or self.throttle >= 1,
+            f"throttle must be at least 1, got {self.throttle}",
+        )
+        require(
+            self.memory_gb is None or self.memory_gb > 0,
+            f"memory_gb must be positive, got {self.memory_gb}",
+        )
+        require(
+            self.signal_seconds < 60 * self.time_minutes,
+            f"signal_seconds {self.signal_seconds} must be less than time_minutes {self.time_minutes}",
+        )
+        require(
+            self.name is None or _NAME.fullmatch(self.name) is not None,
+            f"name may hold letters, digits, dots, dashes and underscores, got {self.name!r}",
+        )
+        for key, pattern, example in (
+            ("environment", _VARIABLE, "NAME=value"),
+            ("sbatch", _OPTION, "name=value, without dashes before it"),
+            ("sweep", re.compile(r"[A-Za-z_.]+=.+"), "KEY=VALUE,VALUE,..."),
+        ):
+            for word in getattr(self, key):
+                require(
+                    pattern.fullmatch(word) is not None, f"{key}: expected {example}, got {word!r}"
+                )
+        for line in [*self.setup, *self.environment, *self.sbatch]:
+            require("\n" not in line, f"setup, environment and sbatch take single lines: {line!r}")
+        require(
+            self.executor == "slurm" or self.nodes == 1,
+            f"nodes must be 1 with executor {self.executor}: it is this machine alone",
+        )
+
+    def variables(self) -> dict[str, str]:
+        """`environment` as a mapping."""
+        return {
+            name: value for name, _, value in (word.partition("=") for word in self.environment)
+        }

@@ -1,0 +1,210 @@
+"""Handing a submission to submitit: on a cluster, on this machine, or here and now."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peerlearn.errors import UserError
+from slurm.client import own_words
+from slurm.job import Job
+from slurm.submission import Submission, record_jobs, remove_submission
+
+# What tells a process that it is part of a job. SLURM_CONF only says where the cluster is.
+_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
+_RANK_VARIABLES = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+)
+
+
+def submit(submission: Submission, name: str) -> list[str]:
+    """Hand it over; on a refusal the submission is removed.
+
+    Returns:
+        The job of each task: Slurm's 123 or 123_4; of a local job the number of its process.
+
+    Raises:
+        UserError: sbatch is not here or refuses, with its own words.
+    """
+    import submitit
+
+    functions: list[Any] = [
+        Job(str(submission.folder.resolve()), task) for task in range(len(submission.tasks))
+    ]
+    try:
+        with _outside_any_job():
+            executor = _executor(submission, name)
+            if len(functions) == 1:
+                handed_over = [executor.submit(functions[0])]
+            elif submission.config.executor == "slurm":
+                handed_over = executor.submit_array(functions)
+            else:
+                handed_over = [executor.submit(function) for function in functions]
+    except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
+        remove_submission(submission)
+        raise UserError(own_words("sbatch", str(error))) from error
+    except BaseException:
+        remove_submission(submission)
+        raise
+    jobs = [job.job_id for job in handed_over]
+    record_jobs(submission, jobs)
+    if submission.config.executor == "debug":
+        for job in handed_over:
+            job.results()
+    return jobs
+
+
+def batch_script(submission: Submission, name: str) -> str:
+    """What sbatch is given."""
+    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+    arguments = _sbatch_parameters(submission, name)
+    if len(submission.tasks) > 1:
+        arguments["map_count"] = len(submission.tasks)
+    folder = submission.folder.resolve()
+    command = (
+        f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    )
+    arguments = SlurmExecutor._convert_parameters(SlurmExecutor.__new__(SlurmExecutor), arguments)
+    return str(_make_sbatch_string(command, folder, **arguments))
+
+
+def _executor(submission: Submission, name: str) -> Any:
+    import submitit
+
+    config, folder = submission.config, submission.folder.resolve()
+    if config.executor == "slurm":
+        if shutil.which("sbatch") is None:
+            raise UserError(
+                "`sbatch` is not on this machine: submit from a login node of the cluster, or use --cluster local"
+            )
+        executor: Any = submitit.SlurmExecutor(folder)
+        executor.update_parameters(**_sbatch_parameters(submission, name))
+        return executor
+    os.environ.update(_code_variables(submission) | config.variables())
+    if config.executor == "debug":
+        return submitit.DebugExecutor(folder)
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(
+        timeout_min=config.time_minutes,
+        tasks_per_node=config.tasks_per_node,
+        gpus_per_node=config.gpus_per_node or _gpus_here(),
+        signal_delay_s=config.signal_seconds,
+        stderr_to_stdout=True,
+    )
+    return executor
+
+
+def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
+    config = submission.config
+    folder = submission.folder.resolve()
+    python = f"{shlex.quote(sys.executable)} -P -m"
+    further = dict(word.partition("=")[::2] for word in config.sbatch)
+    parameters = {
+        "job_name": name,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "nodes": config.nodes,
+        "ntasks_per_node": config.tasks_per_node,
+        "cpus_per_task": config.cpus_per_task,
+        # Every process sees all GPUs of its machine and takes the one of its local rank: NCCL needs to see its peers'.
+        "gpus_per_node": config.gpus_per_node or None,
+        "mem": config.memory_gb,
+        "time": config.time_minutes,
+        "signal_delay_s": config.signal_seconds,
+        "dependency": config.dependency,
+        "array_parallelism": config.throttle or len(submission.tasks),
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "additional_parameters": {
+            "requeue": True,
+            **{key: value or True for key, value in further.items()},
+        },
+        # srun does not take the cores per task over from sbatch.
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            f"--cpus-per-task={config.cpus_per_task}",
+            *config.srun,
+        ],
+        "setup": [
+            *config.setup,
+            *(
+                f"export {variable}={shlex.quote(value)}"
+                for variable, value in (_code_variables(submission) | config.variables()).items()
+            ),
+        ],
+        "teardown": [
+            "rc=$?",
+            f'{python} slurm.after {shlex.quote(str(folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $rc',
+            "exit $?",
+        ],
+    }
+    return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+
+
+def _code_variables(submission: Submission) -> dict[str, str]:
+    """Let Python find the submission's copy of the program, and nothing in the working directory before it."""
+    earlier = os.environ.get("PYTHONPATH")
+    path = str(submission.code.resolve())
+    return {
+        "PYTHONPATH": f"{path}{os.pathsep}{earlier}" if earlier else path,
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+def _gpus_here() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Submit as from a login node, though this process may be part of a job; let what is started outlive a terminal."""
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if (name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF") or name in _RANK_VARIABLES
+    }
+    kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _silent_children():
+            yield
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+        os.environ.update(hidden)
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _silent_children() -> Iterator[None]:
+    """A job in the background must not hold on to the pipe or terminal of the command that submitted it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(number) for number in (1, 2)]
+    with contextlib.ExitStack() as stack:
+        nothing = stack.enter_context(open(os.devnull, "w"))
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, number)
+                os.close(original)

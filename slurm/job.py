@@ -1,0 +1,242 @@
+"""What runs on the nodes: one process of a job, which runs its command as a child and says how that ended.
+
+The child knows nothing of SLURM but RANK, WORLD_SIZE, MASTER_ADDR and their like. It saves when it is told to stop and
+exits with 75. Whether the job then goes on is decided at the end of the batch script (`slurm.after`), in ordinary code.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peerlearn.errors import UserError
+from peerlearn.heartbeat import read_step
+from peerlearn.run_dir import RunDirectory, write_text
+from slurm.outcome import Kind, Outcome, write_outcome
+from slurm.submission import Submission, read_submission
+
+_SAVED_RUN_AGAIN = 75
+_POLL_SECONDS = 0.1
+_RENDEZVOUS_SECONDS = 300.0
+# Below the ephemeral ports, which other programs' connections take at random.
+_FIRST_PORT, _PORTS = 15000, 15000
+_PR_SET_PDEATHSIG = 1
+
+
+class CommandFailedError(Exception):
+    """Makes submitit, and through it SLURM, see that the command failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit pickles: nothing but where to look.
+
+    Attributes:
+        folder: of the submission.
+        task: which of its commands.
+    """
+
+    folder: str
+    task: int
+
+    def __call__(self) -> int:
+        """Run the command in this process's place; returns its exit code.
+
+        Raises:
+            CommandFailedError: it is not 0, in a job.
+        """
+        import submitit
+
+        place = submitit.JobEnvironment()
+        submission = read_submission(Path(self.folder))
+        with _signals() as signals:
+            here = _Process(submission, self.task, place, signals)
+            outcome = here.run()
+        if outcome.code and place.cluster != "debug":
+            raise CommandFailedError(outcome.reason)
+        return outcome.code
+
+
+class _Signals:
+    """Those received so far, and the child they are passed on to."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def receive(self, number: int, frame: object) -> None:
+        """The handler: note it, and tell the child, which SLURM may have told itself."""
+        self.received.add(number)
+        if self.child is not None:
+            self.child.send_signal(number)
+
+    def watch(self, child: "subprocess.Popen[bytes]") -> None:
+        """Pass on from now on, and what came before."""
+        self.child = child
+        for number in self.received:
+            child.send_signal(number)
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Take SIGTERM and SIGUSR2 from submitit, whose handlers would ignore the one and requeue inside the other."""
+    signals = _Signals()
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    earlier = {number: signal.signal(number, signals.receive) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+class _Process:
+    """One process of one start of a job."""
+
+    def __init__(self, submission: Submission, task: int, place: Any, signals: _Signals) -> None:
+        self.submission = submission
+        self.task = task
+        self.place = place
+        self.signals = signals
+        self.in_slurm = place.cluster == "slurm"
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        run = submission.tasks[task].run
+        self.run_directory = RunDirectory(Path(submission.working_directory, run)) if run else None
+
+    def run(self) -> Outcome:
+        """Run the command and leave the outcome; where SLURM is about to end the job, wait for that."""
+        attempt = self._newest_attempt()
+        code = self._run_child()
+        if self.in_slurm and signal.SIGTERM in self.signals.received:
+            self._hold()
+        outcome = self._outcome(code, attempt_before=attempt)
+        write_outcome(
+            self.submission.folder,
+            task=self.task,
+            restart=self.restart,
+            rank=self.place.global_rank,
+            outcome=outcome,
+        )
+        return outcome
+
+    def _run_child(self) -> int:
+        words = self.submission.command(self.task)
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "peerlearn", *words],
+            cwd=self.submission.working_directory,
+            env=os.environ | self._variables(),
+            preexec_fn=_die_with_parent,
+        )
+        self.signals.watch(child)
+        return child.wait()
+
+    def _hold(self) -> None:
+        """After SIGTERM: preempted, cancelled or requeued by hand. SLURM knows which, and what comes next.
+
+        To exit now would look like a failure, to requeue would revive what a user has cancelled. Ended by SIGKILL; or
+        by SIGUSR2 if the SIGTERM meant nothing and the time limit comes.
+        """
+        print("SIGTERM: waiting for SLURM to end this job", flush=True)
+        while signal.SIGUSR2 not in self.signals.received:
+            time.sleep(_POLL_SECONDS)
+
+    def _variables(self) -> dict[str, str]:
+        """What torch.distributed and its libraries are told."""
+        place = self.place
+        variables = {
+            "RANK": str(place.global_rank),
+            "LOCAL_RANK": str(place.local_rank),
+            "WORLD_SIZE": str(place.num_tasks),
+            "LOCAL_WORLD_SIZE": str(place.num_tasks // place.num_nodes),
+        }
+        if place.num_tasks > 1:
+            variables |= self._rendezvous()
+        traces = self.submission.folder / "outcomes" / f"nccl-{self.task}-{self.restart}-rank-"
+        defaults = {
+            "OMP_NUM_THREADS": str(self.submission.config.cpus_per_task),
+            # NCCL's flight recorder: at a timeout the last collectives of every rank are written beside the outcomes.
+            "TORCH_FR_BUFFER_SIZE": "2000",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(traces),
+        }
+        return {k: v for k, v in defaults.items() if k not in os.environ} | variables
+
+    def _rendezvous(self) -> dict[str, str]:
+        """Where the processes meet: rank 0 finds a free port and tells the others by a file."""
+        place = self.place
+        name = f"rendezvous-{place.job_id}-{self.restart}.json"
+        file = self.submission.folder / "outcomes" / name
+        if place.global_rank == 0:
+            address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+            found = {
+                "MASTER_ADDR": address,
+                "MASTER_PORT": str(free_port(place.job_id, self.restart)),
+            }
+            write_text(file, json.dumps(found) + "\n")
+            return found
+        deadline = time.monotonic() + _RENDEZVOUS_SECONDS
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise UserError(f"rank 0 gave no address for {_RENDEZVOUS_SECONDS:.0f} s: {file}")
+            # To list the folder makes network file systems look again.
+            os.listdir(file.parent)
+            time.sleep(_POLL_SECONDS)
+        return dict(json.loads(file.read_text()))
+
+    def _newest_attempt(self) -> int:
+        return self.run_directory.newest_attempt() if self.run_directory else 0
+
+    def _outcome(self, code: int, *, attempt_before: int) -> Outcome:
+        step, events = None, []
+        attempt = self._newest_attempt()
+        if self.run_directory and attempt > attempt_before:
+            step = read_step(self.run_directory.logs(attempt))
+            events = [e for e in self.run_directory.events() if e.get("attempt") == attempt]
+        if code == 0:
+            return Outcome(kind="done", code=code, reason="done", step=step)
+        if code in (_SAVED_RUN_AGAIN, -signal.SIGUSR2):
+            # Not yet able to save, it had nothing to save.
+            return Outcome(kind="saved", code=code, reason="told to stop in time", step=step)
+        if code < 0:
+            name = signal.Signals(-code).name
+            return Outcome(kind="crashed", code=code, reason=f"died of {name}", step=step)
+        failures = [event for event in events if event["event"] == "failed"]
+        kinds = {event.get("kind") for event in failures}
+        reason = failures[-1]["reason"] if failures else f"it exited with {code}, see its log"
+        kind: Kind = (
+            "crashed" if kinds & {"crash", "lost_rank"} and "user" not in kinds else "failed"
+        )
+        return Outcome(kind=kind, code=code, reason=reason, step=step)
+
+
+def free_port(job: str, restart: int) -> int:
+    """A free TCP port of this machine; another for every job and start, so that late guests find a closed door.
+
+    Raises:
+        UserError: none is.
+    """
+    digits = int("".join(filter(str.isdigit, job)) or 0)
+    first = digits * 13 + restart * 101
+    for offset in range(_PORTS):
+        port = _FIRST_PORT + (first + offset) % _PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free")
+
+
+def _die_with_parent() -> None:
+    """Between fork and exec: have the kernel kill the command if this process is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,138 @@
+"""How a start of a job ended, as each of its processes saw it; and what is to be made of it.
+
+FOLDER/outcomes/TASK-RESTART-RANK.json    {"kind", "code", "reason", "attempt", "step"}
+FOLDER/outcomes.jsonl                     one line for each start, with the decision
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peerlearn.run_dir import write_text
+
+# done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
+Kind = Literal["done", "saved", "crashed", "failed"]
+Decision = Literal["done", "requeue", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One process's end, or that of a whole start.
+
+    Attributes:
+        kind: done, saved, crashed or failed.
+        code: the command's exit code, negative for the signal it died of.
+        reason: one line for people.
+        step: how far the run had come; None if no step began.
+    """
+
+    kind: Kind
+    code: int
+    reason: str
+    step: int | None = None
+
+
+def write_outcome(folder: Path, *, task: int, restart: int, rank: int, outcome: Outcome) -> None:
+    """Leave it for the end of the batch script."""
+    file = folder / "outcomes" / f"{task}-{restart}-{rank}.json"
+    write_text(file, json.dumps(asdict(outcome)) + "\n")
+
+
+def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome]:
+    """What the processes of one start have left, by rank."""
+    found = {}
+    for file in (folder / "outcomes").glob(f"{task}-{restart}-*.json"):
+        found[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
+    return found
+
+
+def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) -> Outcome:
+    """Of all processes together.
+
+    Args:
+        outcomes: of those that could leave one.
+        code: srun's.
+        processes: how many there were.
+    """
+    steps = [outcome.step for outcome in outcomes.values() if outcome.step is not None]
+    step = max(steps, default=None)
+
+    def first(kind: Kind) -> Outcome | None:
+        ranks = sorted(rank for rank, outcome in outcomes.items() if outcome.kind == kind)
+        # The one that died by itself says more than those that lost it.
+        died = [rank for rank in ranks if outcomes[rank].code < 0]
+        if not ranks:
+            return None
+        rank = (died or ranks)[0]
+        return Outcome(
+            kind=kind,
+            code=outcomes[rank].code,
+            reason=f"rank {rank}: {outcomes[rank].reason}"
+            if processes > 1
+            else outcomes[rank].reason,
+            step=step,
+        )
+
+    if code == 0:
+        return Outcome(kind="done", code=0, reason="done", step=step)
+    # A save is one of all processes: whoever tells of it speaks for all.
+    known = first("saved") or first("crashed") or first("failed")
+    if known:
+        return known
+    return Outcome(
+        kind="crashed",
+        code=code,
+        reason=f"srun ended with {code} and no process could say why",
+        step=step,
+    )
+
+
+def decide(
+    outcome: Outcome, earlier: list[dict[str, Any]], *, max_crashes: int
+) -> tuple[Decision, str]:
+    """What to do after a start that ended so.
+
+    Args:
+        outcome: of the start.
+        earlier: the lines of outcomes.jsonl before it, oldest first.
+        max_crashes: a job that crashes oftener is not started again.
+
+    Returns:
+        The decision, and its reason in one line.
+    """
+    if outcome.kind == "done":
+        return "done", outcome.reason
+    if outcome.kind == "failed":
+        return "failed", outcome.reason
+    stalled = 1 + _trailing(earlier, step=outcome.step)
+    if stalled > max_crashes + 1:
+        return (
+            "failed",
+            f"{stalled} starts in a row came no further than {_step(outcome.step)}: {outcome.reason}",
+        )
+    if outcome.kind == "saved":
+        return "requeue", outcome.reason
+    crashes = [line for line in earlier if line["kind"] == "crashed"]
+    if crashes and crashes[-1]["step"] == outcome.step:
+        return "failed", f"crashed twice in {_step(outcome.step)}: {outcome.reason}"
+    if len(crashes) >= max_crashes:
+        return (
+            "failed",
+            f"crashed {len(crashes) + 1} times, max_crashes is {max_crashes}: {outcome.reason}",
+        )
+    return "requeue", outcome.reason
+
+
+def _trailing(earlier: list[dict[str, Any]], *, step: int | None) -> int:
+    """How many starts just before came exactly so far."""
+    count = 0
+    for line in reversed(earlier):
+        if line["step"] != step:
+            break
+        count += 1
+    return count
+
+
+def _step(step: int | None) -> str:
+    return "start-up" if step is None else f"step {step}"

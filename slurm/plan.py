@@ -1,0 +1,120 @@
+"""What a submission is to run: its config resolved now, where a mistake costs seconds, and its sweep spelt out."""
+
+import contextlib
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peerlearn.cli import VERBS, dispatch
+from peerlearn.config import nearest
+from peerlearn.errors import UsageError, UserError
+from peerlearn.run_dir import RunDirectory, default_run
+from slurm.submission import Task
+
+_NOT_AS_JOBS = ("submit", "status", "cancel", "logs", "pipeline")
+
+
+def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[Task]]:
+    """Resolve a command, or each of a sweep's.
+
+    Args:
+        words: a verb and its words.
+        sweep: KEY=V1,V2,... for each key that varies; the key `config` stands for the word after the verb.
+
+    Returns:
+        The folder that the submission belongs in, and its tasks.
+
+    Raises:
+        UsageError: an unknown verb, a wrong key.
+        UserError: a run that cannot be started there.
+    """
+    if not words or words[0] not in VERBS or words[0] in _NOT_AS_JOBS:
+        verb = words[0] if words else ""
+        raise UsageError(
+            f"after -- comes a verb to run as a job, got {verb!r}{nearest(verb, VERBS)}: "
+            "peerlearn submit --cluster local -- pretrain mcl_fashion_mnist_demo --run runs/a"
+        )
+    if not sweep:
+        task = _task(list(words))
+        return _home(task), [task]
+    tasks = []
+    root = _sweep_root(words)
+    for chosen in itertools.product(*map(_values, sweep)):
+        name = "_".join(f"{key.rsplit('.', 1)[-1]}-{_short(value)}" for key, value in chosen)
+        varied = list(words)
+        for key, value in chosen:
+            if key == "config":
+                varied[1] = value
+            else:
+                varied += [f"--{key}", value]
+        if root is not None:
+            varied += ["--run", str(root / name)]
+        tasks.append(_task(varied))
+    runs = [task.run for task in tasks if task.run is not None]
+    if len(set(runs)) < len(runs):
+        raise UsageError(f"sweep: two of its runs have the same name: {sorted(runs)}")
+    return (root / "slurm" if root else _home(tasks[0])), tasks
+
+
+def _values(word: str) -> list[tuple[str, str]]:
+    key, _, values = word.partition("=")
+    return [(key, value) for value in values.split(",")]
+
+
+def _short(value: str) -> str:
+    """A value as a part of a folder's name."""
+    stem = Path(value).stem if value.endswith((".yaml", ".yml")) else value
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)
+
+
+def _sweep_root(words: Sequence[str]) -> Path | None:
+    """The folder of a sweep's runs; None for verbs that make none."""
+    if words[0] != "pretrain":
+        return None
+    if "--run" in words:
+        return Path(words[words.index("--run") + 1])
+    return default_run(words[1:])
+
+
+def _task(words: list[str]) -> Task:
+    verb = words[0]
+    if verb == "resume":
+        _dry_run(words)
+        return Task(words=words, run=words[1])
+    if not VERBS[verb].dry_run:
+        return Task(words=words)
+    text = _dry_run(words)
+    config: dict[str, Any] = yaml.safe_load(text)
+    if verb != "pretrain":
+        return Task(words=words, run=_run_of(config.get("checkpoint")), config_yaml=text)
+    run = Path(config["run"] or default_run(words[1:]))
+    RunDirectory(run).check_new()
+    return Task(words=words, run=str(run), config_yaml=text)
+
+
+def _dry_run(words: list[str]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = dispatch([*words, "--dry_run"])
+    if code != 0:
+        raise UserError(f"`peerlearn {' '.join(words)} --dry_run` ends with {code}")
+    return printed.getvalue()
+
+
+def _run_of(checkpoint: str | list[str] | None) -> str | None:
+    """The run that a checkpoint lies in."""
+    first = checkpoint[0] if isinstance(checkpoint, list) else checkpoint
+    if first is None:
+        return None
+    for folder in (Path(first), *Path(first).parents):
+        if (folder / "config.yaml").is_file() and (folder / "logs").is_dir():
+            return str(folder)
+    return None
+
+
+def _home(task: Task) -> Path:
+    return Path(task.run or "runs") / "slurm"

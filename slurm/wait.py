@@ -1,0 +1,60 @@
+"""Staying until jobs have ended."""
+
+import json
+import time
+from collections.abc import Sequence
+
+from slurm.outcome import Kind, Outcome, read_outcomes, whole_outcome
+from slurm.running import states_of
+from slurm.submission import Submission, local_identity
+
+_POLL_SECONDS = 2.0
+_SAVED_RUN_AGAIN = 75
+
+
+def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
+    """Wait for all of them, and say how each ended.
+
+    Returns:
+        0 if all have done what they were to do, 75 if some are saved and to be resumed, else 1.
+    """
+    executor = submission.config.executor
+    records = {job: {"job": job, "executor": executor, **_identity(job, executor)} for job in jobs}
+    codes = []
+    waiting = dict(records)
+    while waiting:
+        states = states_of(list(waiting.values()))
+        for job in list(waiting):
+            state = states.get(job)
+            if state is not None and state.live:
+                continue
+            del waiting[job]
+            outcome = _ended(submission, jobs.index(job), state.state if state else "gone")
+            print(f"job {job}: {outcome.kind} ({outcome.reason})", flush=True)
+            codes.append({"done": 0, "saved": _SAVED_RUN_AGAIN}.get(outcome.kind, 1))
+        if waiting:
+            time.sleep(_POLL_SECONDS)
+    return max(codes, key=lambda code: (code == 1, code))
+
+
+def _identity(job: str, executor: str) -> dict[str, object]:
+    return local_identity(int(job)) if executor == "local" else {}
+
+
+def _ended(submission: Submission, task: int, state: str) -> Outcome:
+    """How a job that is no more has ended, by what it left; else by Slurm's word."""
+    if submission.config.executor == "slurm":
+        file = submission.folder / "outcomes.jsonl"
+        lines = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
+        last = next((line for line in reversed(lines) if line["task"] == task), None)
+        if last and last["decision"] != "requeue":
+            kind: Kind = "done" if last["decision"] == "done" else "failed"
+            return Outcome(kind=kind, code=0, reason=last["reason"], step=last["step"])
+        return Outcome(kind="failed", code=1, reason=state)
+    found = read_outcomes(submission.folder, task=task, restart=0)
+    done = len(found) == submission.config.tasks_per_node and not any(
+        o.code for o in found.values()
+    )
+    return whole_outcome(found, code=0 if done else 1, processes=submission.config.tasks_per_node)
