@@ -14,6 +14,8 @@ demo: $(READY)
 	$(BIN)/peerlearn pretrain mcl_fashion_mnist_demo --run runs/demo
 
 test: $(READY) lint types
+	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
+		echo "no SLURM here: its tests are skipped; to have them run: sh scripts/system_packages.sh slurm"
 	$(BIN)/python -m pytest -n auto --dist loadscope --cov --cov-report=term:skip-covered
 
 lint: $(READY)

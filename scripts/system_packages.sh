@@ -1,8 +1,11 @@
 #!/bin/sh
 # Install the Debian packages that the demo and the tests use, where this user may; else say which they are.
+#   sh scripts/system_packages.sh          the demo's
+#   sh scripts/system_packages.sh slurm    also those of the tests that start a real SLURM (a database among them)
 set -eu
 
 packages="dataset-fashion-mnist"
+[ "${1:-}" != slurm ] || packages="$packages slurm-wlm munge slurmdbd mariadb-server"
 # Debian's python3 comes without the means to make a virtual environment; other builds of Python have them.
 "${PYTHON:-python3}" -c "import ensurepip" 2>/dev/null || packages="$packages python3-venv"
 

@@ -33,7 +33,7 @@ class SubmitConfig:
         setup: shell lines that prepare each start (`module load ...`).
         environment: NAME=value, for the processes.
         sbatch: further options for sbatch, as name=value without dashes: exclusive, mail-type=FAIL, ...
-        srun: further options for srun, with their dashes.
+        srun: further options for srun, likewise.
         name: of the job; null = made from the verb and the run.
         dependency: as sbatch takes it: afterok:123, ...
         sweep: KEY=V1,V2,... for each key; every combination becomes a run of its own, in a folder of its own, all of
@@ -89,14 +89,17 @@ class SubmitConfig:
         for key, pattern, example in (
             ("environment", _VARIABLE, "NAME=value"),
             ("sbatch", _OPTION, "name=value, without dashes before it"),
+            ("srun", _OPTION, "name=value, without dashes before it"),
             ("sweep", re.compile(r"[A-Za-z_.]+=.+"), "KEY=VALUE,VALUE,..."),
         ):
             for word in getattr(self, key):
                 require(
                     pattern.fullmatch(word) is not None, f"{key}: expected {example}, got {word!r}"
                 )
-        for line in [*self.setup, *self.environment, *self.sbatch]:
-            require("\n" not in line, f"setup, environment and sbatch take single lines: {line!r}")
+        for line in [*self.setup, *self.environment, *self.sbatch, *self.srun]:
+            require(
+                "\n" not in line, f"setup, environment, sbatch and srun take single lines: {line!r}"
+            )
         require(
             self.executor == "slurm" or self.nodes == 1,
             f"nodes must be 1 with executor {self.executor}: it is this machine alone",

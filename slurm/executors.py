@@ -92,7 +92,7 @@ def _executor(submission: Submission, name: str) -> Any:
         executor: Any = submitit.SlurmExecutor(folder)
         executor.update_parameters(**_sbatch_parameters(submission, name))
         return executor
-    os.environ.update(_code_variables(submission) | config.variables())
+    os.environ.update(_variables(submission))
     if config.executor == "debug":
         return submitit.DebugExecutor(folder)
     executor = submitit.LocalExecutor(folder)
@@ -137,13 +137,13 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
         "srun_args": [
             "--kill-on-bad-exit=1",
             f"--cpus-per-task={config.cpus_per_task}",
-            *config.srun,
+            *(f"--{word}" for word in config.srun),
         ],
         "setup": [
             *config.setup,
             *(
                 f"export {variable}={shlex.quote(value)}"
-                for variable, value in (_code_variables(submission) | config.variables()).items()
+                for variable, value in _variables(submission).items()
             ),
         ],
         "teardown": [
@@ -155,11 +155,13 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
 
 
-def _code_variables(submission: Submission) -> dict[str, str]:
-    """Let Python find the submission's copy of the program, and nothing in the working directory before it."""
-    earlier = os.environ.get("PYTHONPATH")
+def _variables(submission: Submission) -> dict[str, str]:
+    """Those asked for, and what lets Python find the submission's copy of the program before anything else."""
+    asked = submission.config.variables()
+    earlier = asked.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
     path = str(submission.code.resolve())
     return {
+        **asked,
         "PYTHONPATH": f"{path}{os.pathsep}{earlier}" if earlier else path,
         "PYTHONSAFEPATH": "1",
     }

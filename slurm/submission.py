@@ -53,12 +53,14 @@ class Submission:
         tasks: one per job; several are a job array.
         config: where and how they run.
         working_directory: of the commands; relative paths in them mean what they meant at submission.
+        made: the folders that were made for it, innermost first; known only to who made them.
     """
 
     folder: Path
     tasks: list[Task]
     config: SubmitConfig
     working_directory: str
+    made: tuple[Path, ...] = ()
 
     @property
     def code(self) -> Path:
@@ -86,9 +88,14 @@ def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Su
     Raises:
         UserError: it cannot be written, or the code cannot be copied; nothing is left behind.
     """
+    missing = [folder for folder in (home, *home.parents) if not folder.exists()]
     folder = _new_folder(home, tasks[0].words[0])
     submission = Submission(
-        folder=folder, tasks=tasks, config=config, working_directory=str(Path.cwd())
+        folder=folder,
+        tasks=tasks,
+        config=config,
+        working_directory=str(Path.cwd()),
+        made=(folder, *missing),
     )
     try:
         _copy_code(submission.code)
@@ -102,9 +109,9 @@ def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Su
 
 
 def remove_submission(submission: Submission) -> None:
-    """Take away what `create_submission` made, up to the first folder that holds anything else."""
+    """Take away what `create_submission` made, up to the first folder that holds anything else by now."""
     shutil.rmtree(submission.folder, ignore_errors=True)
-    for folder in submission.folder.parents:
+    for folder in submission.made[1:]:
         try:
             folder.rmdir()
         except OSError:

@@ -10,15 +10,19 @@ import pretrain.state
 from peerlearn.cli import main
 from peerlearn.loader import ViewLoader
 
-build_cohort, epoch = pretrain.state.build_cohort, ViewLoader.epoch
+
+def use_double_precision() -> None:
+    build_cohort, epoch = pretrain.state.build_cohort, ViewLoader.epoch
+
+    def double_views(loader, *position):
+        for batch in epoch(loader, *position):
+            yield batch._replace(views=tuple(view.double() for view in batch.views))
+
+    pretrain.methods.KeyQueue = partial(pretrain.methods.KeyQueue, dtype=torch.float64)
+    pretrain.state.build_cohort = lambda *args, **named: build_cohort(*args, **named).double()
+    ViewLoader.epoch = double_views
 
 
-def double_views(loader, *position):
-    for batch in epoch(loader, *position):
-        yield batch._replace(views=tuple(view.double() for view in batch.views))
-
-
-pretrain.methods.KeyQueue = partial(pretrain.methods.KeyQueue, dtype=torch.float64)
-pretrain.state.build_cohort = lambda *args, **named: build_cohort(*args, **named).double()
-ViewLoader.epoch = double_views
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    use_double_precision()
+    sys.exit(main(sys.argv[1:]))

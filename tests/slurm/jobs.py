@@ -1,0 +1,136 @@
+"""Small pretraining runs as jobs of the real cluster, and the faults that befall them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from peerlearn.heartbeat import read_beat, read_step
+from peerlearn.run_dir import RunDirectory
+from tests.e2e.runs import SMALL, ends, environment, launch
+from tests.slurm.cluster import Cluster
+
+# About ten seconds of training, a save after every 10 of its steps.
+KEYS = [
+    *SMALL,
+    *("--data.limit", "1000", "--epochs", "8", "--checkpoint.every_steps", "10"),
+    *("--monitor.every_epochs", "4", "--checkpoint.export_every_epochs", "4"),
+    *("--checkpoint.export_key_networks", "true"),
+]
+STEPS = 8 * 31
+PROFILE = [
+    *("--cluster", "slurm", "--partition", "main", "--cpus_per_task", "1", "--time_minutes", "10"),
+    *("--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"),
+]
+PATIENCE_SECONDS = 240.0
+
+
+def peerlearn(cluster: Cluster, *words: str) -> subprocess.CompletedProcess:
+    """The command, as on a login node."""
+    return subprocess.run(
+        [sys.executable, "-m", "peerlearn", *words],
+        env={**cluster.environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def submit_words(run: Path, verb: str = "pretrain") -> list[str]:
+    return ["resume", str(run)] if verb == "resume" else ["pretrain", *KEYS, "--run", str(run)]
+
+
+def submit(
+    cluster: Cluster,
+    run: Path,
+    *keys: str,
+    options: tuple[str, ...] = (),
+    verb: str = "pretrain",
+) -> str:
+    """Submit a run or its continuation; returns the job."""
+    words = ["submit", *PROFILE, *options, "--", *submit_words(run, verb), *keys]
+    found = peerlearn(cluster, *words)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.split("job ")[1].split(":")[0]
+
+
+def undisturbed(folder: Path, processes: int) -> Path:
+    """The run that nothing happens to, without SLURM."""
+    run = folder / f"undisturbed-{processes}"
+    words = submit_words(run)
+    if processes > 1:
+        found = ends(launch(processes, *words, GLOO_SOCKET_IFNAME="lo"))
+        assert [code for code, _ in found] == [0] * processes, found
+    else:
+        subprocess.run(
+            [sys.executable, "-m", "peerlearn", *words],
+            env=environment(),
+            check=True,
+            capture_output=True,
+        )
+    return run
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout_seconds: float = PATIENCE_SECONDS
+) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def step(run: Path) -> int:
+    """That the newest start has come to; -1 before its first."""
+    attempt = RunDirectory(run).newest_attempt()
+    found = read_step(RunDirectory(run).logs(attempt)) if attempt else None
+    return -1 if found is None else found
+
+
+def wait_for_step(run: Path, wanted: int, attempt: int | None = None) -> None:
+    directory = RunDirectory(run)
+    wait_until(
+        lambda: (attempt is None or directory.newest_attempt() >= attempt) and step(run) >= wanted,
+        f"step {wanted} of {run}",
+    )
+
+
+def pid(run: Path, rank: int) -> int:
+    """The training process of a rank of the newest start."""
+    beat = read_beat(RunDirectory(run).logs(RunDirectory(run).newest_attempt()), rank)
+    assert beat is not None
+    return beat.pid
+
+
+def kill(run: Path, rank: int, number: int = signal.SIGKILL) -> None:
+    os.kill(pid(run, rank), number)
+
+
+def wait_for_end(cluster: Cluster, job: str, run: Path, state: str = "COMPLETED") -> None:
+    found = cluster.wait_for_state(
+        job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_seconds=PATIENCE_SECONDS
+    )
+    assert found == state, logs(run)
+
+
+def logs(run: Path) -> str:
+    """All that the jobs of a run have printed, for a failing test's message."""
+    files = sorted((run / "slurm").glob("*/*_log.out"))
+    return "\n".join(f"--- {file}\n{file.read_text()[-4000:]}" for file in files)
+
+
+def attempts(run: Path) -> int:
+    return RunDirectory(run).newest_attempt()
+
+
+def started_at(run: Path) -> list[int]:
+    """The step that each start of the run went on from."""
+    return [event["step"] for event in RunDirectory(run).events() if event["event"] == "started"]
+
+
+def saved_when_told(run: Path) -> list[int]:
+    """The steps at which a signal made the run save."""
+    return [event["step"] for event in RunDirectory(run).events() if event["event"] == "stopped"]

@@ -1,0 +1,222 @@
+"""Crashes of the processes, the disk and the files themselves, in jobs of the real cluster."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from peerlearn.checkpoint import saved_steps
+from peerlearn.run_dir import RunDirectory
+from tests.e2e.runs import assert_same_run, events, flip_last_byte
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import (
+    STEPS,
+    attempts,
+    kill,
+    logs,
+    started_at,
+    submit,
+    undisturbed,
+    wait_for_end,
+    wait_for_step,
+    wait_until,
+)
+
+TWO_NODES = ("--nodes", "2")
+FAULTS = Path(__file__).parent / "faults"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed(tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed(tmp_path_factory.mktemp("together"), 2)
+
+
+def outcomes(run: Path) -> list[dict]:
+    """What was made of each start."""
+    file = next((run / "slurm").glob("*/outcomes.jsonl"))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_9_of_a_rank(cluster: Cluster, together: Path, tmp_path: Path, rank: int) -> None:
+    run = tmp_path / "a"
+    job = submit(cluster, run, options=TWO_NODES)
+    wait_for_step(run, 33)
+    kill(run, rank)
+    wait_for_end(cluster, job, run)
+    first, last = outcomes(run)
+    assert (first["kind"], first["decision"]) == ("crashed", "requeue")
+    assert first["reason"] == f"rank {rank}: died of SIGKILL"
+    assert first["step"] >= 33
+    assert last["kind"] == "done"
+    assert started_at(run)[1] == first["step"] // 10 * 10
+    assert_same_run(run, together)
+
+
+def test_killed_in_mid_save(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
+    """SIGKILL while the folder of a save has its temporary name; the stump is not taken for a save."""
+    run = tmp_path / "a"
+    job = submit(cluster, run, "--checkpoint.every_steps", "5")
+    wait_for_step(run, 60)
+    wait_until(lambda: any((run / "checkpoints").glob(".tmp-*")), "a save")
+    kill(run, 0)
+    wait_for_end(cluster, job, run)
+    assert [line["decision"] for line in outcomes(run)] == ["requeue", "done"]
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+    assert started_at(run)[1] % 5 == 0
+    assert_same_run(run, alone)
+
+
+def test_stuck_rank(cluster: Cluster, together: Path, tmp_path: Path) -> None:
+    """SIGSTOP: the other rank gives it up, writes its own stacks, names it, and the job is requeued."""
+    run = tmp_path / "a"
+    job = submit(cluster, run, "--rank_timeout_seconds", "6", options=TWO_NODES)
+    wait_for_step(run, 30)
+    kill(run, 1, signal.SIGSTOP)
+    wait_for_end(cluster, job, run)
+    failed = events(run, "failed")[0]
+    assert re.search(
+        r"rank 1 has been silent for \d+ s \(process \d+ on .*; rank 0 stops too", failed["reason"]
+    )
+    assert failed["kind"] == "lost_rank"
+    log = (RunDirectory(run).logs(1) / "rank-0.log").read_text()
+    assert "Current thread" in log
+    assert re.search(r"File .*peerlearn/dist.py., line \d+ in", log)
+    assert [line["decision"] for line in outcomes(run)] == ["requeue", "done"]
+    assert_same_run(run, together)
+
+
+def test_damaged_latest_while_the_job_waits(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
+    """One byte of the newest save flips between two starts: the one before it is taken."""
+    run = tmp_path / "a"
+    job = submit(cluster, run)
+    wait_for_step(run, 45)
+    cluster.call("scontrol", "requeue", job)
+    cluster.wait_for_state(job, "PENDING")
+    newest, before = saved_steps(run / "checkpoints")[:2]
+    flip_last_byte(next(newest.glob("*.safetensors")))
+    wait_for_end(cluster, job, run)
+    (damaged,) = events(run, "checkpoint_damaged")
+    assert damaged["folder"] == newest.name
+    assert started_at(run)[1] == int(before.name.removeprefix("step-"))
+    assert_same_run(run, alone)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    mounted = subprocess.run(words, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_full_disk(cluster: Cluster, alone: Path, small_disk: Path) -> None:
+    """It stays full: the run gives up and is not started again. With room, a new job goes on from the last save."""
+    run = small_disk / "a"
+    job = submit(cluster, run)
+    wait_for_step(run, 42)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        # Other writers take what one call leaves.
+        while shutil.disk_usage(small_disk).free:
+            try:
+                file.write(bytes(min(shutil.disk_usage(small_disk).free, 2**20)))
+                file.flush()
+            except OSError:
+                break
+    wait_for_end(cluster, job, run, "FAILED")
+    assert cluster.restarts(job) == 0
+    filler.unlink()
+    again = submit(cluster, run, verb="resume")
+    wait_for_end(cluster, again, run)
+    assert_same_run(run, alone)
+
+
+def faults(steps: str, *more: str) -> tuple[str, ...]:
+    return (
+        *("--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"),
+        *(f"PYTHONPATH={FAULTS}", f"CRASH_STEPS={steps}", *more),
+    )
+
+
+def test_the_same_step_crashing_twice_stops_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    job = submit(cluster, run, options=faults("47"))
+    wait_for_end(cluster, job, run, "FAILED")
+    assert cluster.restarts(job) == 1
+    assert [line["step"] for line in outcomes(run)] == [47, 47]
+    assert (run / "FAILED").read_text() == "crashed twice in step 47: died of SIGSEGV\n"
+    assert started_at(run) == [0, 40]
+
+
+def test_crashing_too_often_stops_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    options = (*faults("12,23,34", f"CRASH_ONCE={tmp_path}"), "--max_crashes", "2")
+    job = submit(cluster, run, options=options)
+    wait_for_end(cluster, job, run, "FAILED")
+    assert cluster.restarts(job) == 2
+    assert (run / "FAILED").read_text() == "crashed 3 times, max_crashes is 2: died of SIGSEGV\n"
+    # Whoever mends it goes on by hand.
+    again = submit(cluster, run, verb="resume")
+    wait_for_end(cluster, again, run)
+    assert started_at(run) == [0, 10, 20, 30]
+
+
+def usr2(cluster: Cluster, job: str, run: Path) -> None:
+    cluster.call("scancel", "--signal=USR2", job)
+
+
+def requeue(cluster: Cluster, job: str, run: Path) -> None:
+    cluster.call("scontrol", "requeue", job)
+
+
+def kill_main(cluster: Cluster, job: str, run: Path) -> None:
+    kill(run, 0)
+
+
+def kill_other(cluster: Cluster, job: str, run: Path) -> None:
+    kill(run, 1)
+
+
+def preempt(cluster: Cluster, job: str, run: Path) -> None:
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    cluster.call("sbatch", *words, "--wrap=true")
+
+
+def requeue_and_damage(cluster: Cluster, job: str, run: Path) -> None:
+    requeue(cluster, job, run)
+    cluster.wait_for_state(job, "PENDING")
+    flip_last_byte(next(saved_steps(run / "checkpoints")[0].glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_golden(cluster: Cluster, together: Path, tmp_path: Path, seed: int) -> None:
+    """Faults of every kind at random steps of one run on two nodes: nothing of it shows in the end."""
+    drawn = random.Random(seed)
+    faults = drawn.sample([usr2, requeue, kill_main, kill_other, preempt, requeue_and_damage], 4)
+    steps = sorted(drawn.sample(range(15, STEPS - 15), len(faults)))
+    run = tmp_path / "a"
+    job = submit(cluster, run, options=TWO_NODES)
+    for attempt, (fault, at) in enumerate(zip(faults, steps, strict=True), start=1):
+        wait_for_step(run, at, attempt=attempt)
+        fault(cluster, job, run)
+        wait_until(lambda: attempts(run) > attempt, f"a start after {fault.__name__}")  # noqa: B023
+    wait_for_end(cluster, job, run)
+    assert attempts(run) == 1 + len(faults), logs(run)
+    assert started_at(run) == sorted(started_at(run))
+    assert_same_run(run, together)

@@ -1,0 +1,471 @@
+"""Submissions: what sbatch is given, what a job finds, and what is refused before anything is left behind."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import slurm.submission
+from peerlearn import PACKAGES
+from peerlearn.cli import main
+from peerlearn.run_dir import RunDirectory
+from slurm.config import SubmitConfig
+from slurm.job import free_port
+from slurm.submission import jobs_of, read_submission
+from tests.e2e.runs import (
+    SMALL,
+    assert_same_run,
+    command,
+    environment,
+    events,
+    newest_tensors,
+    pretrain,
+    rows,
+)
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import PROFILE, logs, peerlearn, step, wait_until
+
+ROOT = Path(__file__).parents[2]
+FAULTS = Path(__file__).parent / "faults"
+
+
+def local(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*words), env=environment(), capture_output=True, text=True, cwd=cwd
+    )
+
+
+def submission_of(run: Path, name: str = "pretrain-1") -> Path:
+    return run / "slurm" / name
+
+
+def test_the_batch_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "a b"
+    options = [
+        *("--nodes", "2", "--tasks_per_node", "4", "--gpus_per_node", "4", "--cpus_per_task", "6"),
+        *("--memory_gb", "64", "--time_minutes", "90", "--signal_seconds", "300"),
+        *("--partition", "gpu", "--account", "lab", "--qos", "high", "--constraint", "a100"),
+        *("--sbatch", "exclusive", "mail-type=FAIL", "--srun", "mpi=none"),
+        *("--setup", "module load cuda", "--environment", "NCCL_DEBUG=INFO", "NOTE=two words"),
+        *("--dependency", "afterok:7", "--name", "mine"),
+    ]
+    words = ["--", "pretrain", *SMALL, "--run", str(run)]
+    assert main(["submit", "--cluster", "slurm", *options, "--dry_run", *words]) == 0
+    printed = capsys.readouterr().out
+    script = printed[printed.index("#!/bin/bash") :].splitlines()
+    asked = {
+        name: value
+        for name, _, value in (
+            line.removeprefix("#SBATCH --").partition("=")
+            for line in script
+            if line.startswith("#SBATCH")
+        )
+    }
+    folder = submission_of(run, "pretrain-N")
+    assert asked == {
+        "nodes": "2",
+        "ntasks-per-node": "4",
+        "gpus-per-node": "4",
+        "cpus-per-task": "6",
+        "mem": "64GB",
+        "time": "90",
+        "signal": "USR2@300",
+        "partition": "gpu",
+        "account": "lab",
+        "qos": "high",
+        "constraint": "a100",
+        "exclusive": "",
+        "mail-type": "FAIL",
+        "dependency": "afterok:7",
+        "job-name": "mine",
+        "open-mode": "append",
+        "requeue": "",
+        "output": f"'{folder}/%j_0_log.out'",
+    }
+    setup = script[script.index("# setup") + 1 : script.index("# command")]
+    assert setup[:3] == [
+        "module load cuda",
+        "export NCCL_DEBUG=INFO",
+        "export NOTE='two words'",
+    ]
+    assert any(line.startswith(f"export PYTHONPATH='{folder}/code") for line in setup)
+    (srun,) = (line for line in script if line.startswith("srun"))
+    assert "--kill-on-bad-exit=1 --cpus-per-task=6 --mpi=none" in srun
+    assert subprocess.run(["bash", "-n"], input="\n".join(script), text=True).returncode == 0
+    assert not run.exists()
+
+
+def test_a_job_on_this_machine(tmp_path: Path) -> None:
+    """The submission: private, whole, by path; the run: as without it; the command comes back at once."""
+    run, expected = tmp_path / "a", tmp_path / "b"
+    words = ["pretrain", *SMALL, "--run", "a"]
+    found = local("submit", "--cluster", "local", "--wait", "true", "--", *words, cwd=tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert local("pretrain", *SMALL, "--run", str(expected)).returncode == 0
+    assert_same_run(run, expected)
+    folder = submission_of(run)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert sorted(path.name for path in (folder / "code").iterdir()) == sorted(PACKAGES)
+    (record,) = jobs_of(run)
+    assert found.stdout.startswith(f"job {record['job']}: pretrain ")
+    assert f"job {record['job']}: done" in found.stdout
+    words = read_submission(folder).command(0)
+    assert words[0] == "pretrain"
+    assert Path(words[1]) == folder / "configs" / "task-0.yaml"
+    assert words[2:] == ["--run", "a", "--auto_resume"]
+    written = json.loads((folder / "submission.json").read_text())
+    assert re.fullmatch("[0-9a-f]{40}", written["git"]["commit"])
+    pickle = next(folder.glob("*_submitted.pkl"))
+    assert pickle.stat().st_size < 2000
+    assert events(run, "environment_changed") == []
+
+
+def test_other_verbs_are_jobs_too(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    assert pretrain(run) == 0
+    words = ["knn", "--checkpoint", str(run), "--k", "5"]
+    found = local("submit", "--cluster", "local", "--wait", "true", "--", *words)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert len(list((run / "results").glob("knn-digits-*-ensemble-*.json"))) == 1
+    failing = local(
+        *("submit", "--cluster", "local", "--wait", "true", "--"),
+        *("linear", "logistic_regression", "--checkpoint", str(run), "--data.shots", "100000"),
+    )
+    assert failing.returncode == 1
+    assert re.search(r"job \d+: failed \(it exited with [12], see its log\)", failing.stdout)
+
+
+def test_debug_runs_here_and_now(tmp_path: Path) -> None:
+    found = local("submit", "--cluster", "debug", "--", "pretrain", *SMALL, "--run", str(tmp_path / "a"))  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "kNN top-1" in found.stdout
+    assert (tmp_path / "a" / "DONE").exists()
+
+
+def test_two_local_processes_told_to_stop(tmp_path: Path) -> None:
+    """SIGTERM to the job: both save together, nothing holds on, and `resume` ends as one undisturbed pair would."""
+    run, expected = tmp_path / "a", tmp_path / "b"
+    keys = ["pretrain", *SMALL, "--epochs", "40", "--monitor.every_epochs", "0"]
+    options = ["submit", "--cluster", "local", "--tasks_per_node", "2"]
+    found = local(*options, "--", *keys, "--run", str(run))
+    assert found.returncode == 0, found.stderr
+    (record,) = jobs_of(run)
+    wait_until(lambda: step(run) >= 20, "step 20")
+    os.kill(int(record["job"]), signal.SIGTERM)
+    wait_until(lambda: bool(events(run, "stopped")), "a save")
+    wait_until(lambda: not Path(f"/proc/{record['job']}").exists(), "the end of the job")
+    for words in (["resume", str(run)], [*keys, "--run", str(expected)]):
+        found = local(*options, "--wait", "true", "--", *words)
+        assert found.returncode == 0, found.stdout + found.stderr
+    assert_same_run(run, expected)
+
+
+def test_a_sweep_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
+    """Two seeds x two rates, one at a time: a run each, in a folder of its own, with its own config."""
+    root = tmp_path / "s"
+    found = peerlearn(
+        cluster,
+        *("submit", *PROFILE, "--sweep", "seed=3,4", "base_lr=0.1,0.2", "--throttle", "1"),
+        *("--wait", "true", "--", "pretrain", *SMALL, "--epochs", "1", "--run", str(root)),
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    runs = sorted(path.name for path in root.iterdir() if path.name != "slurm")
+    assert runs == [f"seed-{s}_base_lr-{lr}" for s in (3, 4) for lr in (0.1, 0.2)]
+    for name in runs:
+        config = yaml.safe_load((root / name / "config.yaml").read_text())
+        assert name == f"seed-{config['seed']}_base_lr-{config['base_lr']}"
+        assert (root / name / "DONE").exists()
+    jobs = [next(jobs_of(root / name))["job"] for name in runs]
+    array = jobs[0].split("_")[0]
+    assert jobs == [f"{array}_{task}" for task in range(4)]
+    times = cluster.call("sacct", "-nP", "-X", "-j", array, "--format=Start,End").split()
+    spans = sorted(tuple(line.split("|")) for line in times)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """In float64 to 1e-9: losses, queues, weights, statistics."""
+    keys = ["--cohort.batch_norm_splits", "4", "--monitor.every_epochs", "0"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    driver = ROOT / "tests" / "e2e" / "double_precision.py"
+    words = ["pretrain", *SMALL, *keys]
+    done = subprocess.run(command(*words, "--run", str(alone), driver=driver), env=environment())
+    assert done.returncode == 0
+    options = ["--nodes", "2", "--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"]
+    options += [f"PYTHONPATH={FAULTS}:{ROOT}", "DOUBLE_PRECISION=1"]
+    found = peerlearn(
+        cluster,
+        "submit",
+        *PROFILE,
+        *options,
+        "--wait",
+        "true",
+        "--",
+        *words,
+        "--run",
+        str(together),
+    )
+    assert found.returncode == 0, logs(together)
+    started = events(together, "started")[0]
+    assert started["processes"] == 2
+    for mine, expected in zip(rows(together), rows(alone), strict=True):
+        for key in set(expected) - {"seconds", "images_per_second"}:
+            assert mine[key] == pytest.approx(expected[key], rel=1e-9, abs=1e-9), key
+    tensors, expected = newest_tensors(together), newest_tensors(alone)
+    for group in expected.keys() - {"rng"}:
+        for name, tensor in expected[group].items():
+            assert tensor.dtype not in (torch.float32,) or group == "rng", (group, name)
+            torch.testing.assert_close(tensors[group][name], tensor, rtol=1e-9, atol=1e-9)
+
+
+def test_a_taken_port_is_passed_over() -> None:
+    import socket
+
+    first = free_port("41", 0)
+    assert free_port("41", 0) == first
+    assert free_port("41", 1) != first
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        taken.listen()
+        assert free_port("41", 0) == first + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "message"),
+    [
+        (
+            ["--cluster", "slum"],
+            ["pretrain"],
+            "'slum' is neither a file nor a shipped config; did you mean 'slurm'?",
+        ),
+        (
+            [],
+            ["pretrain"],
+            "--cluster is missing: local, debug, slurm, or the YAML file",
+        ),
+        (
+            ["--cluster", "local"],
+            ["pretrian"],
+            "after -- comes a verb to run as a job, got 'pretrian'; did you mean 'pretrain'?",
+        ),
+        (
+            ["--cluster", "local"],
+            ["pretrain", "--sed", "1"],
+            "unknown key --sed; did you mean 'seed'",
+        ),
+        (
+            ["--cluster", "local", "--partitoin", "x"],
+            ["pretrain"],
+            "unknown key --partitoin; did you mean 'partition'?",
+        ),
+        (
+            ["--cluster", "local", "--nodes", "2"],
+            ["pretrain"],
+            "nodes must be 1 with executor local",
+        ),
+        (
+            ["--cluster", "slurm", "--time_minutes", "1"],
+            ["pretrain"],
+            "signal_seconds 120 must be less than time_minutes 1",
+        ),
+        (
+            ["--cluster", "slurm", "--environment", "A B"],
+            ["pretrain"],
+            "environment: expected NAME=value, got 'A B'",
+        ),
+        (
+            ["--cluster", "slurm", "--name", "a;b"],
+            ["pretrain"],
+            "name may hold letters, digits",
+        ),
+        (
+            ["--cluster", "slurm", "--sweep", "seed"],
+            ["pretrain"],
+            "sweep: expected KEY=VALUE,VALUE,..., got 'seed'",
+        ),
+    ],
+)
+def test_usage_errors(
+    options: list[str],
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", *options, "--", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_sbatch_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    run = tmp_path / "a"
+    assert main(["submit", "--cluster", "slurm", "--", "pretrain", *SMALL, "--run", str(run)]) == 1
+    assert capsys.readouterr().err == (
+        "peerlearn: `sbatch` is not on this machine: submit from a login node of the cluster, or use --cluster local\n"
+    )
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("--partition", "gpus"),
+            "sbatch: invalid partition specified: gpus; "
+            "Batch job submission failed: Invalid partition name specified",
+        ),
+        (
+            ("--gpus_per_node", "2"),
+            "sbatch: Batch job submission failed: Requested node configuration is not available",
+        ),
+        (("--sbatch", "begin=never"), "sbatch: Invalid time specification"),
+    ],
+)
+def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing(
+    cluster: Cluster, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    run = tmp_path / "a"
+    found = peerlearn(
+        cluster, "submit", *PROFILE, *options, "--", "pretrain", *SMALL, "--run", str(run)
+    )
+    assert found.returncode == 1
+    assert words in found.stderr
+    assert found.stderr.count("\n") == 1, found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_cluster_behind_the_programs(cluster: Cluster, tmp_path: Path) -> None:
+    wrong = tmp_path / "slurm.conf"
+    wrong.write_text("Nonsense=1\n")
+    words = [sys.executable, "-m", "peerlearn", "submit", *PROFILE, "--", "pretrain", *SMALL]
+    found = subprocess.run(
+        [*words, "--run", str(tmp_path / "a")],
+        env={**cluster.environment, "SLURM_CONF": str(wrong)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert found.stderr.startswith("peerlearn: sbatch: ")
+    assert "Parsing error at unrecognized key: Nonsense" in found.stderr
+    assert found.stderr.count("\n") == 1, found.stderr
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "file" / "a"
+    assert main(["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--run", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        f"peerlearn: {run}/slurm: cannot be written (Not a directory): choose another folder for the run by --run\n"
+    )
+
+
+def test_code_that_cannot_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(slurm.submission, "_HOME", tmp_path / "gone")
+    run = tmp_path / "runs" / "a"
+    assert main(["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--run", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert (
+        f"the submission cannot be written there (No such file or directory: {tmp_path}/gone/peerlearn)"
+        in error
+    )
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_there_is_not_submitted_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "a"
+    assert pretrain(run) == 0
+    capsys.readouterr()
+    assert main(["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--run", str(run)]) == 1
+    assert (
+        f"{run} holds a run already: `peerlearn resume {run}` continues it"
+        in capsys.readouterr().err
+    )
+    assert not (run / "slurm").exists()
+
+
+def test_a_sweep_of_configs_and_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`config` varies the word after the verb; names of folders are those of values that need not be names."""
+    own = tmp_path / "my own.yaml"
+    own.write_text("epochs: 3\n")
+    words = ["--", "pretrain", "mcl_fashion_mnist_demo", "--run", str(tmp_path / "s")]
+    sweep = ["--sweep", f"config=mcl_fashion_mnist_demo,{own}", "terms=[scl_hard]"]
+    assert main(["submit", "--cluster", "local", *sweep, "--dry_run", *words]) == 0
+    printed = capsys.readouterr().out
+    runs = re.findall(r"--run (\S+) --auto_resume", printed)
+    assert runs == [
+        f"{tmp_path}/s/config-mcl_fashion_mnist_demo_terms--scl_hard-",
+        f"{tmp_path}/s/config-my-own_terms--scl_hard-",
+    ]
+    assert printed.count("\nepochs: 3\n") == 1
+
+
+def test_auto_resume_starts_goes_on_and_is_content(tmp_path: Path) -> None:
+    run, expected = tmp_path / "a", tmp_path / "b"
+    words = ["pretrain", *SMALL, "--run", str(run), "--auto_resume"]
+    process = subprocess.Popen(command(*words, "--epochs", "20"), env=environment())
+    wait_until(lambda: step(run) >= 20, "step 20")
+    process.kill()
+    process.wait()
+    for _ in range(2):
+        done = subprocess.run(command(*words, "--epochs", "20"), env=environment())
+        assert done.returncode == 0
+    assert RunDirectory(run).newest_attempt() == 3
+    found = subprocess.run(
+        command("pretrain", *SMALL, "--epochs", "20", "--run", str(expected)), env=environment()
+    )
+    assert found.returncode == 0
+    assert_same_run(run, expected)
+    changed = subprocess.run(
+        command(*words, "--epochs", "20", "--seed", "9"), env=environment(), capture_output=True, text=True
+    )  # fmt: skip
+    assert changed.returncode == 1
+    assert "seed" in changed.stderr
+
+
+def test_every_shipped_profile_can_be_read() -> None:
+    from peerlearn.config import load_config
+    from slurm.command import CLUSTERS
+
+    profiles = {path.stem: load_config(SubmitConfig, path) for path in CLUSTERS.glob("*.yaml")}
+    assert set(profiles) == {"slurm", "gpu_node", "local", "debug"}
+    assert profiles["gpu_node"].tasks_per_node == profiles["gpu_node"].gpus_per_node == 8
+
+
+def test_a_command_that_waits_for_nothing_lets_go_of_its_pipe(tmp_path: Path) -> None:
+    """`peerlearn submit ... | tee` ends when the submission has, not when the job does."""
+    run = tmp_path / "a"
+    begun = time.monotonic()
+    words = ["pretrain", *SMALL, "--epochs", "300", "--run", str(run)]
+    found = local("submit", "--cluster", "local", "--", *words)
+    assert found.returncode == 0
+    assert not (run / "DONE").exists()
+    assert time.monotonic() - begun < 60
+    (record,) = jobs_of(run)
+    wait_until(lambda: step(run) >= 1, "step 1")
+    os.kill(int(record["job"]), signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{record['job']}").exists(), "the end of the job")
