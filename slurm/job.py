@@ -166,7 +166,7 @@ class _Process:
             # NCCL's flight recorder: at a timeout the last collectives of every rank are written beside the outcomes.
             "TORCH_FR_BUFFER_SIZE": "2000",
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(traces),
+            "TORCH_FR_DUMP_TEMP_FILE": str(traces),
         }
         return {k: v for k, v in defaults.items() if k not in os.environ} | variables
 

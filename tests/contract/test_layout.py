@@ -33,6 +33,7 @@ def imported_packages(file: Path) -> set[str]:
         ("peerlearn", {"pretrain", "linear_eval", "detection", "fewshot", "slurm", "tests"}),
         ("pretrain", {"linear_eval", "detection", "fewshot", "slurm", "tests"}),
         ("linear_eval", {"pretrain", "detection", "fewshot", "slurm", "tests"}),
+        ("slurm", {"pretrain", "linear_eval", "detection", "fewshot", "tests"}),
     ],
 )
 def test_no_package_imports_one_it_must_not_know(package, forbidden):

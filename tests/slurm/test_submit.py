@@ -335,7 +335,7 @@ def test_no_sbatch_on_this_machine(
         ),
         (
             ("--gpus_per_node", "2"),
-            "sbatch: Batch job submission failed: Requested node configuration is not available",
+            "sbatch: Invalid generic resource (gres) specification",
         ),
         (("--sbatch", "begin=never"), "sbatch: Invalid time specification"),
     ],

@@ -1,0 +1,135 @@
+"""What a process of a job tells the command that it runs, and makes of its signals and its end."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from peerlearn.run_dir import RunDirectory
+from slurm.config import SubmitConfig
+from slurm.job import _Process, _Signals, free_port
+from slurm.outcome import read_outcomes
+from slurm.submission import Submission, Task, create_submission
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Submission:
+    config = SubmitConfig(nodes=2, tasks_per_node=4, cpus_per_task=3)
+    return create_submission(tmp_path / "slurm", [Task(words=["configs"])], config)
+
+
+def process(submission: Submission, rank: int, cluster: str = "slurm") -> _Process:
+    place = SimpleNamespace(
+        cluster=cluster,
+        global_rank=rank,
+        local_rank=rank % 4,
+        num_tasks=8,
+        num_nodes=2,
+        job_id="51",
+    )
+    return _Process(submission, 0, place, _Signals())
+
+
+def test_every_process_learns_its_place_and_where_rank_0_is(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 5 is the second of the second node; it waits until rank 0 has found a port."""
+    for name in ("OMP_NUM_THREADS", "MASTER_ADDR", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "77")
+    found: list[dict[str, str]] = []
+    waiting = threading.Thread(target=lambda: found.append(process(submission, 5)._variables()))
+    waiting.start()
+    time.sleep(0.3)
+    assert found == []
+    main = process(submission, 0)._variables()
+    waiting.join(timeout=30)
+    (other,) = found
+    expected = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "3"}
+    assert expected.items() <= main.items()
+    assert expected.items() <= other.items()
+    assert (main["RANK"], main["LOCAL_RANK"]) == ("0", "0")
+    assert (other["RANK"], other["LOCAL_RANK"]) == ("5", "1")
+    assert other["MASTER_ADDR"] == main["MASTER_ADDR"] == os.uname().nodename
+    assert other["MASTER_PORT"] == main["MASTER_PORT"] == str(free_port("51", 3))
+    # What the user has set stays; the flight recorder is on otherwise.
+    assert "TORCH_FR_BUFFER_SIZE" not in main
+    assert main["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert main["TORCH_FR_DUMP_TEMP_FILE"] == f"{submission.folder}/outcomes/nccl-0-3-rank-"
+
+
+def test_a_signal_that_came_before_the_child_is_passed_on(tmp_path: Path) -> None:
+    signals = _Signals()
+    sent: list[int] = []
+    signals.receive(signal.SIGUSR2, None)
+    signals.watch(SimpleNamespace(send_signal=sent.append))
+    signals.receive(signal.SIGTERM, None)
+    assert sent == [signal.SIGUSR2, signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    ("code", "failures", "kind", "reason"),
+    [
+        (0, [], "done", "done"),
+        (75, [], "saved", "told to stop in time"),
+        # Before the command could answer the signal: there was nothing to save.
+        (-signal.SIGUSR2, [], "saved", "told to stop in time"),
+        (-signal.SIGKILL, [], "crashed", "died of SIGKILL"),
+        (1, [], "failed", "it exited with 1, see its log"),
+        (2, [], "failed", "it exited with 2, see its log"),
+        (1, [("crash", "CUDA error")], "crashed", "CUDA error"),
+        (1, [("lost_rank", "rank 3 died")], "crashed", "rank 3 died"),
+        (1, [("lost_rank", "rank 3 failed"), ("user", "no space")], "failed", "no space"),
+    ],
+)
+def test_what_an_exit_code_means(
+    submission: Submission,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    failures: list[tuple[str, str]],
+    kind: str,
+    reason: str,
+) -> None:
+    run = tmp_path / "run"
+    here = process(submission, 2)
+    here.run_directory = RunDirectory(run)
+    (run / "logs" / "attempt-1").mkdir(parents=True)
+
+    def run_child() -> int:
+        logs = run / "logs" / "attempt-2"
+        logs.mkdir()
+        (logs / "rank-0.step").write_text("000000000041\n")
+        (logs / "rank-2.step").write_text("000000000040\n")
+        lines = [
+            {"event": "failed", "attempt": 2, "kind": kind, "reason": reason}
+            for kind, reason in failures
+        ]
+        lines.append({"event": "failed", "attempt": 1, "kind": "crash", "reason": "long ago"})
+        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return int(code)
+
+    monkeypatch.setattr(here, "_run_child", run_child)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    outcome = here.run()
+    assert (outcome.kind, outcome.reason, outcome.step) == (kind, reason, 41)
+    assert read_outcomes(submission.folder, task=0, restart=here.restart) == {2: outcome}
+
+
+def test_a_start_that_never_began_knows_no_step(
+    submission: Submission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step files of the start before it are not its own."""
+    here = process(submission, 0)
+    here.run_directory = RunDirectory(tmp_path / "run")
+    logs = tmp_path / "run" / "logs" / "attempt-1"
+    logs.mkdir(parents=True)
+    (logs / "rank-0.step").write_text("000000000041\n")
+    monkeypatch.setattr(here, "_run_child", lambda: -11)
+    assert here.run().step is None
