@@ -173,6 +173,7 @@ class CheckpointConfig:
         keep_last: how many of the newest saves stay.
         keep_every_steps: saves of every multiple of this many steps stay too; null = none.
         max_missed: stop after this many saves in a row that the disk did not take.
+        max_seconds: a save that takes longer hangs: the process ends itself, so that a supervisor can start it anew.
         export_every_epochs: export the networks after this many epochs. The last step is always exported.
         export_key_networks: export the momentum networks too.
     """
@@ -181,6 +182,7 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every_steps: int | None = None
     max_missed: int = 3
+    max_seconds: float = 1800.0
     export_every_epochs: int = 10
     export_key_networks: bool = False
 
@@ -196,6 +198,10 @@ class CheckpointConfig:
         require(
             self.max_missed >= 1,
             f"checkpoint.max_missed must be at least 1, got {self.max_missed}",
+        )
+        require(
+            0 < self.max_seconds < math.inf,
+            f"checkpoint.max_seconds must be positive and finite, got {self.max_seconds}",
         )
         require(
             self.keep_last >= 2,

@@ -27,6 +27,7 @@ from peerlearn.run_dir import RunDirectory, environment, write_text
 from pretrain.bad_images import UnreadableImages
 from pretrain.cohort import Cohort, build_cohort, named_state
 from pretrain.config import DataConfig, PretrainConfig
+from pretrain.deadline import deadline
 from pretrain.exports import TrainingImages, export_cohort
 from pretrain.generators import generator_states, seed_generators
 from pretrain.guards import StepGuard, require_finite_weights
@@ -224,13 +225,17 @@ def save(training: Training, *, attempt: int, must: bool) -> None:
         start = time.monotonic()
         run.check_there()
         try:
-            run.sync_metrics()
-            save_checkpoint(
-                run.checkpoints,
-                training.step,
-                {**_tensors(training), "rng": rng},
-                {**_state(training), "attempt": attempt, "unreadable": unreadable},
-            )
+            with deadline(
+                config.checkpoint.max_seconds,
+                f"{run.checkpoints}: the save of step {training.step}",
+            ):
+                run.sync_metrics()
+                save_checkpoint(
+                    run.checkpoints,
+                    training.step,
+                    {**_tensors(training), "rng": rng},
+                    {**_state(training), "attempt": attempt, "unreadable": unreadable},
+                )
         except OSError as error:
             return error.strerror or str(error)
         run.event("saved", step=training.step, seconds=round(time.monotonic() - start, 3))

@@ -147,16 +147,26 @@ def test_full_disk(cluster: Cluster, alone: Path, small_disk: Path) -> None:
     assert_same_run(run, alone)
 
 
-def faults(steps: str, *more: str) -> tuple[str, ...]:
-    return (
-        *("--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"),
-        *(f"PYTHONPATH={FAULTS}", f"CRASH_STEPS={steps}", *more),
-    )
+def faults(*variables: str) -> tuple[str, ...]:
+    usual = ("--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1")
+    return (*usual, f"PYTHONPATH={FAULTS}", *variables)
+
+
+def test_hanging_storage(cluster: Cluster, together: Path, tmp_path: Path) -> None:
+    """An fsync that does not come back, on one rank of two: the process ends itself, and the job starts anew."""
+    run = tmp_path / "a"
+    options = (*TWO_NODES, *faults("HANG_STEPS=45", f"CRASH_ONCE={tmp_path}"))
+    job = submit(cluster, run, "--checkpoint.max_seconds", "3", options=options)
+    wait_for_end(cluster, job, run)
+    assert f"{run}/checkpoints: the save of step 50 has hung for 3 s, giving up" in logs(run)
+    assert [line["reason"] for line in outcomes(run)] == ["rank 0: died of SIGKILL", "done"]
+    assert started_at(run) == [0, 40]
+    assert_same_run(run, together)
 
 
 def test_the_same_step_crashing_twice_stops_the_job(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "a"
-    job = submit(cluster, run, options=faults("47"))
+    job = submit(cluster, run, options=faults("CRASH_STEPS=47"))
     wait_for_end(cluster, job, run, "FAILED")
     assert cluster.restarts(job) == 1
     assert [line["step"] for line in outcomes(run)] == [47, 47]
@@ -166,7 +176,7 @@ def test_the_same_step_crashing_twice_stops_the_job(cluster: Cluster, tmp_path: 
 
 def test_crashing_too_often_stops_the_job(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "a"
-    options = (*faults("12,23,34", f"CRASH_ONCE={tmp_path}"), "--max_crashes", "2")
+    options = (*faults("CRASH_STEPS=12,23,34", f"CRASH_ONCE={tmp_path}"), "--max_crashes", "2")
     job = submit(cluster, run, options=options)
     wait_for_end(cluster, job, run, "FAILED")
     assert cluster.restarts(job) == 2

@@ -1,28 +1,41 @@
 """Python imports this first where PYTHONPATH names its folder: a training process then dies at given steps.
 
 CRASH_STEPS: the steps, by commas. CRASH_ONCE: a folder in which each crash leaves a mark, and then does not recur.
+HANG_STEPS: from the start of that step on, the first fsync takes longer than anybody waits; once, with CRASH_ONCE.
 DOUBLE_PRECISION: no crash, but float64 throughout.
 """
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
-_STEPS = {int(word) for word in os.environ.get("CRASH_STEPS", "").split(",") if word}
+
+def _steps(variable: str) -> set[int]:
+    return {int(word) for word in os.environ.get(variable, "").split(",") if word}
+
+
+_CRASH_STEPS, _HANG_STEPS = _steps("CRASH_STEPS"), _steps("HANG_STEPS")
 _MARKS = os.environ.get("CRASH_ONCE")
 
 
-def _crash(step: int) -> None:
-    if _MARKS:
-        try:
-            Path(_MARKS, str(step)).touch(exist_ok=False)
-        except FileExistsError:
-            return
-    os.kill(os.getpid(), signal.SIGSEGV)
+def _recurs(step: int) -> bool:
+    """Whether this fault has been here before, where it is to come once."""
+    if not _MARKS:
+        return False
+    try:
+        Path(_MARKS, str(step)).touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return False
+
+
+def _hang(descriptor: int) -> None:
+    time.sleep(3600)
 
 
 @wrapt.when_imported("pretrain.command")
@@ -38,8 +51,11 @@ def _wrap(train: ModuleType) -> None:
     seed_modules = train._seed_modules
 
     def crashing(training: Any) -> None:
-        if training.step in _STEPS and training.ranks.main:
-            _crash(training.step)
+        step = training.step
+        if step in _CRASH_STEPS and training.ranks.main and not _recurs(step):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if step in _HANG_STEPS and training.ranks.main and not _recurs(step):
+            os.fsync = _hang
         seed_modules(training)
 
     train._seed_modules = crashing
