@@ -27,6 +27,7 @@ def parse_config(
     description: str,
     example: str,
     shipped: Path | None = None,
+    usage: str = "[CONFIG] [--key value ...] [--dry_run]",
 ) -> tuple[Config, bool]:
     """Read ``[CONFIG] [--key value ...] [--dry_run]`` into ``config_class``.
 
@@ -36,6 +37,7 @@ def parse_config(
             key are a list: ``--checkpoint runs/a runs/b``.
         verb, description, example: for ``--help``.
         shipped: the folder of shipped configs.
+        usage: how the words look, for ``--help``.
 
     Returns:
         The config, and whether ``--dry_run`` was given.
@@ -54,7 +56,7 @@ def parse_config(
     words = [word for word in words if word != "--dry_run"]
     _check_word_keys(words, config_class, verb)
     words = _join_lists(words, config_class)
-    parser = _build_parser(config_class, verb, description, example)
+    parser = _build_parser(config_class, verb, description, example, usage)
     return _parse(parser, config_class, [*sources, *words]), dry_run
 
 
@@ -63,7 +65,7 @@ def load_config(config_class: type[Config], path: Path) -> Config:
     if not path.is_file():
         raise UsageError(f"{path}: no such config file")
     _check_file_keys(path, config_class)
-    parser = _build_parser(config_class, path.name, "", "")
+    parser = _build_parser(config_class, path.name)
     return _parse(parser, config_class, ["--config", str(path)])
 
 
@@ -207,14 +209,16 @@ def _hints(config_class: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _hints(hint, f"{prefix}{name}.")
 
 
-def _build_parser(config_class: Any, verb: str, description: str, example: str) -> Any:
+def _build_parser(
+    config_class: Any, verb: str, description: str = "", example: str = "", usage: str = ""
+) -> Any:
     # Imported here: a verb that takes no config should not wait for it.
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
         prog=f"peerlearn {verb}",
         description=f"{description} Example: {example}",
-        usage=f"peerlearn {verb} [CONFIG] [--key value ...] [--dry_run]",
+        usage=f"peerlearn {verb} {usage}",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,

@@ -55,10 +55,11 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
     return parse_config(
         SubmitConfig,
         words,
-        verb="submit --cluster C -- VERB ...",
+        verb="submit",
         description="Run any verb as a job.",
         example="peerlearn submit --cluster local -- pretrain mcl_fashion_mnist_demo --run runs/a",
         shipped=CLUSTERS,
+        usage="--cluster C [--key value ...] [--dry_run] -- VERB ...",
     )
 
 

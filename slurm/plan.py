@@ -41,6 +41,9 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
     if not sweep:
         task = _task(list(words))
         return _home(task), [task]
+    varies_config = any(word.startswith("config=") for word in sweep)
+    if varies_config and (len(words) < 2 or words[1].startswith("-")):
+        raise UsageError(f"sweep: config stands for the word after {words[0]}, which is not there")
     tasks = []
     root = _sweep_root(words)
     for chosen in itertools.product(*map(_values, sweep)):
@@ -48,7 +51,7 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
         varied = list(words)
         for key, value in chosen:
             if key == "config":
-                varied[1] = value
+                varied[1:2] = [value]
             else:
                 varied += [f"--{key}", value]
         if root is not None:

@@ -291,6 +291,11 @@ def test_a_taken_port_is_passed_over() -> None:
             "name may hold letters, digits",
         ),
         (
+            ["--cluster", "slurm", "--sweep", "config=a,b"],
+            ["pretrain", "--seed", "1"],
+            "sweep: config stands for the word after pretrain, which is not there",
+        ),
+        (
             ["--cluster", "slurm", "--sweep", "seed"],
             ["pretrain"],
             "sweep: expected KEY=VALUE,VALUE,..., got 'seed'",
