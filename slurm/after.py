@@ -3,7 +3,6 @@
 `python -P -m slurm.after FOLDER TASK CODE` on the job's first node; CODE is srun's.
 """
 
-import json
 import os
 import signal
 import sys
@@ -11,9 +10,16 @@ import time
 from pathlib import Path
 
 from peerlearn.errors import UserError
-from peerlearn.run_dir import RunDirectory, now_text
+from peerlearn.run_dir import RunDirectory
 from slurm.client import call
-from slurm.outcome import Outcome, decide, read_outcomes, whole_outcome
+from slurm.outcome import (
+    Outcome,
+    add_to_history,
+    decide,
+    read_history,
+    read_outcomes,
+    whole_outcome,
+)
 from slurm.submission import Submission, read_submission
 
 # SLURM kills the batch script of a requeued job; this long it may take.
@@ -22,51 +28,43 @@ _REQUEUE_SECONDS = 300.0
 
 def main(folder: str, task: str, code: str) -> int:
     """Returns the exit code of the batch script, if it is not requeued."""
-    submission = read_submission(Path(folder))
-    return after(
-        submission, int(task), int(code), restart=int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    )
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return after(read_submission(Path(folder)), int(task), int(code), restart=restart)
 
 
 def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
-    """Decide and act."""
-    processes = submission.config.nodes * submission.config.tasks_per_node
-    found = read_outcomes(submission.folder, task=task, restart=restart)
-    if not found and code == 128 + signal.SIGUSR2:
-        outcome = Outcome(kind="saved", code=code, reason="told to stop while starting")
-    else:
-        outcome = whole_outcome(found, code=code, processes=processes)
-    history = submission.folder / "outcomes.jsonl"
-    lines = (
-        [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+    """Decide, write the decision down, and act on it."""
+    outcome = _outcome(submission, task, code, restart)
+    words = submission.tasks[task].words
+    decision, reason = decide(
+        outcome,
+        read_history(submission.folder, task),
+        max_crashes=submission.config.max_crashes,
+        makes_steps=words[0] != "watch",
     )
-    earlier = [line for line in lines if line["task"] == task]
-    decision, reason = decide(outcome, earlier, max_crashes=submission.config.max_crashes)
     job = _job()
-    line = {
-        "time": now_text(),
-        "task": task,
-        "job": job,
-        "restart": restart,
-        "kind": outcome.kind,
-        "step": outcome.step,
-        "reason": reason,
-        "decision": decision,
-    }
-    with history.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    add_to_history(
+        submission.folder, task, outcome, job=job, restart=restart, decision=decision, reason=reason
+    )
     print(f"job {job}, start {restart}: {outcome.kind}, {decision} ({reason})", flush=True)
-    run = submission.tasks[task].run
-    run_directory = RunDirectory(Path(submission.working_directory, run)) if run else None
+    run = submission.trained_run(task)
     if decision == "requeue":
         try:
-            _requeue(job, run_directory, outcome)
+            _requeue(job, run, outcome)
         except UserError as error:
             decision, reason = "failed", f"{reason}; could not be requeued: {error}"
-    if decision == "failed" and run_directory and run_directory.root.is_dir():
-        run_directory.event("job_failed", job=job, reason=reason)
-        run_directory.mark_failed(reason)
+    if decision == "failed" and run and run.root.is_dir():
+        run.event("job_failed", job=job, reason=reason)
+        run.mark_failed(reason)
     return code
+
+
+def _outcome(submission: Submission, task: int, code: int, restart: int) -> Outcome:
+    found = read_outcomes(submission.folder, task=task, restart=restart)
+    if not found and code == 128 + signal.SIGUSR2:
+        return Outcome(kind="saved", code=code, reason="told to stop while starting")
+    processes = submission.config.nodes * submission.config.tasks_per_node
+    return whole_outcome(found, code=code, processes=processes)
 
 
 def _requeue(job: str, run: RunDirectory | None, outcome: Outcome) -> None:

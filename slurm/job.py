@@ -20,7 +20,7 @@ from typing import Any
 
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import read_step
-from peerlearn.run_dir import RunDirectory, write_text
+from peerlearn.run_dir import write_text
 from slurm.outcome import Kind, Outcome, write_outcome
 from slurm.submission import Submission, read_submission
 
@@ -109,8 +109,7 @@ class _Process:
         self.signals = signals
         self.in_slurm = place.cluster == "slurm"
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        run = submission.tasks[task].run
-        self.run_directory = RunDirectory(Path(submission.working_directory, run)) if run else None
+        self.run_directory = submission.trained_run(task)
 
     def run(self) -> Outcome:
         """Run the command and leave the outcome; where SLURM is about to end the job, wait for that."""

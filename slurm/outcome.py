@@ -1,15 +1,16 @@
 """How a start of a job ended, as each of its processes saw it; and what is to be made of it.
 
-FOLDER/outcomes/TASK-RESTART-RANK.json    {"kind", "code", "reason", "attempt", "step"}
-FOLDER/outcomes.jsonl                     one line for each start, with the decision
+FOLDER/outcomes/TASK-RESTART-RANK.json    {"kind", "code", "reason", "step"}
+FOLDER/outcomes-TASK.jsonl                one line for each start, with the decision
 """
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peerlearn.run_dir import write_text
+from peerlearn.run_dir import now_text, write_text
 
 # done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
 Kind = Literal["done", "saved", "crashed", "failed"]
@@ -45,6 +46,40 @@ def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome
     for file in (folder / "outcomes").glob(f"{task}-{restart}-*.json"):
         found[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
     return found
+
+
+def read_history(folder: Path, task: int) -> list[dict[str, Any]]:
+    """The starts of a task so far, oldest first; a line cut short by a full disk is left out."""
+    file = folder / f"outcomes-{task}.jsonl"
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(dict(json.loads(line)))
+    return lines
+
+
+def add_to_history(
+    folder: Path,
+    task: int,
+    outcome: Outcome,
+    *,
+    job: str,
+    restart: int,
+    decision: Decision,
+    reason: str,
+) -> None:
+    """Write a start down, with what was made of it."""
+    line = {
+        "time": now_text(),
+        "job": job,
+        "restart": restart,
+        "kind": outcome.kind,
+        "step": outcome.step,
+        "reason": reason,
+        "decision": decision,
+    }
+    with (folder / f"outcomes-{task}.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) -> Outcome:
@@ -89,14 +124,15 @@ def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) ->
 
 
 def decide(
-    outcome: Outcome, earlier: list[dict[str, Any]], *, max_crashes: int
+    outcome: Outcome, earlier: list[dict[str, Any]], *, max_crashes: int, makes_steps: bool = True
 ) -> tuple[Decision, str]:
     """What to do after a start that ended so.
 
     Args:
         outcome: of the start.
-        earlier: the lines of outcomes.jsonl before it, oldest first.
+        earlier: the starts before it, as `read_history` gives them.
         max_crashes: a job that crashes oftener is not started again.
+        makes_steps: of a command that does not, no progress is asked.
 
     Returns:
         The decision, and its reason in one line.
@@ -106,7 +142,7 @@ def decide(
     if outcome.kind == "failed":
         return "failed", outcome.reason
     stalled = 1 + _trailing(earlier, step=outcome.step)
-    if stalled > max_crashes + 1:
+    if makes_steps and stalled > max_crashes + 1:
         return (
             "failed",
             f"{stalled} starts in a row came no further than {_step(outcome.step)}: {outcome.reason}",

@@ -4,7 +4,7 @@ FOLDER/  (0700: what lies here is run as the user who owns it)
   submission.json    the tasks (words, run), the cluster's settings, where it was submitted, the code's revision
   code/              a copy of the program; jobs run this one, after every requeue too
   configs/task-0.yaml    the resolved config that the job of task 0 is pointed to
-  outcomes/, outcomes.jsonl    how each start ended, and what was made of it
+  outcomes/, outcomes-0.jsonl    how each start ended, and what was made of it
   JOB_RANK_log.out   what each process printed; and submitit's own files
 RUN/slurm/jobs.jsonl   one line for each job that works on RUN
 """
@@ -22,9 +22,11 @@ from typing import Any
 from peerlearn import PACKAGES
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import process_started_at
-from peerlearn.run_dir import now_text, write_text
+from peerlearn.run_dir import RunDirectory, now_text, write_text
 from slurm.config import SubmitConfig
 
+# Verbs whose jobs own the run directory; those of others only look at it.
+TRAINING_VERBS = ("pretrain", "resume")
 JOBS_FILE = Path("slurm") / "jobs.jsonl"
 _HOME = Path(__file__).resolve().parent.parent
 
@@ -42,6 +44,11 @@ class Task:
     words: list[str]
     run: str | None = None
     config_yaml: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run is the command's own, whose end is the run's."""
+        return self.run is not None and self.words[0] in TRAINING_VERBS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,12 @@ class Submission:
     def config_file(self, task: int) -> Path:
         """The config that a task's command is pointed to."""
         return self.folder / "configs" / f"task-{task}.yaml"
+
+    def trained_run(self, task: int) -> RunDirectory | None:
+        """The run directory that a task trains; None for other verbs."""
+        chosen = self.tasks[task]
+        run = Path(self.working_directory, chosen.run or "")
+        return RunDirectory(run) if chosen.trains else None
 
     def command(self, task: int) -> list[str]:
         """The words of a task, with its config by path."""

@@ -1,10 +1,9 @@
 """Staying until jobs have ended."""
 
-import json
 import time
 from collections.abc import Sequence
 
-from slurm.outcome import Kind, Outcome, read_outcomes, whole_outcome
+from slurm.outcome import Kind, Outcome, read_history, read_outcomes, whole_outcome
 from slurm.running import states_of
 from slurm.submission import Submission, local_identity
 
@@ -29,7 +28,7 @@ def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
             if state is not None and state.live:
                 continue
             del waiting[job]
-            outcome = _ended(submission, jobs.index(job), state.state if state else "gone")
+            outcome = outcome_of(submission, jobs.index(job), state.state if state else "gone")
             print(f"job {job}: {outcome.kind} ({outcome.reason})", flush=True)
             codes.append({"done": 0, "saved": _SAVED_RUN_AGAIN}.get(outcome.kind, 1))
         if waiting:
@@ -41,14 +40,11 @@ def _identity(job: str, executor: str) -> dict[str, object]:
     return local_identity(int(job)) if executor == "local" else {}
 
 
-def _ended(submission: Submission, task: int, state: str) -> Outcome:
+def outcome_of(submission: Submission, task: int, state: str) -> Outcome:
     """How a job that is no more has ended, by what it left; else by Slurm's word."""
     if submission.config.executor == "slurm":
-        file = submission.folder / "outcomes.jsonl"
-        lines = (
-            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        )
-        last = next((line for line in reversed(lines) if line["task"] == task), None)
+        history = read_history(submission.folder, task)
+        last = history[-1] if history else None
         if last and last["decision"] != "requeue":
             kind: Kind = "done" if last["decision"] == "done" else "failed"
             return Outcome(kind=kind, code=0, reason=last["reason"], step=last["step"])

@@ -1,6 +1,5 @@
 """Crashes of the processes, the disk and the files themselves, in jobs of the real cluster."""
 
-import json
 import random
 import re
 import shutil
@@ -13,6 +12,7 @@ import pytest
 
 from peerlearn.checkpoint import saved_steps
 from peerlearn.run_dir import RunDirectory
+from slurm.outcome import read_history
 from tests.e2e.runs import assert_same_run, events, flip_last_byte
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
@@ -44,8 +44,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcomes(run: Path) -> list[dict]:
     """What was made of each start."""
-    file = next((run / "slurm").glob("*/outcomes.jsonl"))
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return read_history(run / "slurm" / "pretrain-1", 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

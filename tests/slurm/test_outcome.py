@@ -76,6 +76,12 @@ def test_decision(now: Outcome, earlier: list[dict], decision: str, reason: str)
     assert decide(now, earlier, max_crashes=2) == (decision, reason)
 
 
+def test_a_command_without_steps_is_told_to_stop_as_often_as_it_likes() -> None:
+    now, earlier = outcome("saved"), [line("saved")] * 99
+    assert decide(now, earlier, max_crashes=2, makes_steps=False)[0] == "requeue"
+    assert decide(now, earlier, max_crashes=2)[0] == "failed"
+
+
 @given(steps=st.lists(st.integers(0, 50), max_size=200), max_crashes=st.integers(0, 5))
 def test_a_job_that_always_crashes_ends(steps: list[int], max_crashes: int) -> None:
     earlier: list[dict] = []
