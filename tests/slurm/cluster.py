@@ -70,7 +70,8 @@ class Cluster:
             "SelectTypeParameters": "CR_Core",
             "JobRequeue": "1",
             "KillWait": "5",
-            "KillOnBadExit": "1",
+            # As shipped: jobs ask for it themselves.
+            "KillOnBadExit": "0",
             "SlurmdTimeout": "15",
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",

@@ -116,6 +116,23 @@ def test_cancelled_stays_cancelled(cluster: Cluster, alone: Path, tmp_path: Path
     assert_same_run(run, alone)
 
 
+def test_sigterm_that_nothing_follows(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
+    """Saved, and then the job waits: neither ended nor requeued, until it is told to go on by SIGUSR2."""
+    run = tmp_path / "a"
+    job = submit(cluster, run)
+    wait_for_step(run, 20)
+    cluster.call("scancel", "--signal=TERM", job)
+    wait_until(lambda: "waiting for SLURM to end this job" in logs(run), "the job to hold")
+    time.sleep(8)
+    assert cluster.state(job) == "RUNNING"
+    assert cluster.restarts(job) == 0
+    cluster.call("scancel", "--signal=USR2", job)
+    wait_for_end(cluster, job, run)
+    assert cluster.restarts(job) == 1
+    assert started_at(run) == [0, *saved_when_told(run)]
+    assert_same_run(run, alone)
+
+
 def test_requeued_by_hand(cluster: Cluster, together: Path, tmp_path: Path) -> None:
     run = tmp_path / "a"
     job = submit(cluster, run, options=TWO_NODES)
