@@ -8,8 +8,12 @@ from peerlearn.arguments import ArgumentParser
 from peerlearn.config import nearest
 from peerlearn.errors import UsageError
 
-# verb -> the package whose configs/ folder holds its shipped configs
-CONFIG_PACKAGES = {"pretrain": "pretrain", "linear": "linear_eval"}
+# verb -> the package and folder that hold its shipped configs
+CONFIG_FOLDERS = {
+    "pretrain": ("pretrain", "configs"),
+    "linear": ("linear_eval", "configs"),
+    "pipeline": ("slurm", "pipelines"),
+}
 HEADER_FIELDS = ("source", "command", "hardware", "hours", "expected metric")
 
 
@@ -24,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     if name is not None:
         print(_find(Path(name).stem).read_text(), end="")
         return 0
-    for verb, package in CONFIG_PACKAGES.items():
-        for path in sorted(config_folder(package).glob("*.yaml")):
+    for verb, place in CONFIG_FOLDERS.items():
+        for path in sorted(config_folder(*place).glob("*.yaml")):
             header = read_header(path)
             print(
                 f"{verb:<8}  {path.stem:<32} {header['source']}; expected: {header['expected metric']}"
@@ -35,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _find(name: str) -> Path:
     """The shipped config of that name, whichever verb's it is."""
-    folders = map(config_folder, CONFIG_PACKAGES.values())
+    folders = [config_folder(*place) for place in CONFIG_FOLDERS.values()]
     shipped = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
     if name not in shipped:
         raise UsageError(
@@ -44,12 +48,12 @@ def _find(name: str) -> Path:
     return shipped[name]
 
 
-def config_folder(package: str) -> Path:
-    """The configs/ folder of an installed package."""
+def config_folder(package: str, folder: str) -> Path:
+    """A folder of an installed package."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None
-    return Path(spec.origin).parent / "configs"
+    return Path(spec.origin).parent / folder
 
 
 def read_header(path: Path) -> dict[str, str]:

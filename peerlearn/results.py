@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from peerlearn.run_dir import environment, write_text
 from peerlearn.uncertainty import spread_over_runs
 
 SCHEMA_VERSION = 1
+# The name of the job that measures, if it is one of a pipeline's: its result files repeat it.
+JOB_VARIABLE = "PEERLEARN_JOB"
 
 
 def write_result(
@@ -53,6 +56,8 @@ def write_result(
         "hardware": env,
         "seconds": seconds,
     }
+    if job := os.environ.get(JOB_VARIABLE):
+        result["job"] = job
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -174,24 +174,18 @@ def _gpus_here() -> int:
 @contextmanager
 def _outside_any_job() -> Iterator[None]:
     """Submit as from a login node, though this process may be part of a job; let what is started outlive a terminal."""
-    hidden = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if (name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF") or name in _RANK_VARIABLES
-    }
-    kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    earlier = dict(os.environ)
+    for name in earlier:
+        if (name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF") or name in _RANK_VARIABLES:
+            del os.environ[name]
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with _silent_children():
             yield
     finally:
         signal.signal(signal.SIGHUP, hangup)
-        os.environ.update(hidden)
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(earlier)
 
 
 @contextmanager

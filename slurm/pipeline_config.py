@@ -1,0 +1,72 @@
+"""The config of a pipeline. Every key of FILE.yaml and of the command line is a field here."""
+
+import math
+import shlex
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peerlearn.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """Seeds x pretraining, and what is measured of each checkpoint.
+
+    Attributes:
+        folder: the pipeline's own, for its runs, jobs and summary.
+        cluster: the profile pretraining runs under: local, debug, slurm, or a YAML file.
+        evaluation_cluster: of the evaluations; null = the same.
+        watch_cluster: of the small job that watches, and of the summary's; null = the evaluations', one process of it
+            without a GPU.
+        seeds: each pretraining is run with each of them.
+        pretrain: what stands after the word pretrain, one line for each variant, without --seed and --run.
+        evaluate: command lines of evaluations, verb first, without --checkpoint.
+        every_epochs: evaluate only the exports of epochs divisible by this, and the last; null = all there are.
+        throttle: at most so many pretrainings, and as many evaluations, wait or run at once; null = no limit.
+        watch: in a job, or here in the foreground, for clusters whose nodes may not submit.
+        interval_seconds: between two looks at the runs.
+    """
+
+    folder: str
+    cluster: str = "local"
+    evaluation_cluster: str | None = None
+    watch_cluster: str | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
+    pretrain: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
+    every_epochs: int | None = None
+    throttle: int | None = None
+    watch: Literal["job", "here"] = "job"
+    interval_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.folder), "folder must name the pipeline's folder")
+        for key in ("seeds", "pretrain", "evaluate"):
+            values = getattr(self, key)
+            require(bool(values), f"{key} must hold at least one entry")
+            require(len(set(values)) == len(values), f"{key} holds an entry twice: {values}")
+        for key in ("pretrain", "evaluate"):
+            for line in getattr(self, key):
+                _check_line(key, line)
+        for key in ("every_epochs", "throttle"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key} must be at least 1, got {value}")
+        require(
+            0 < self.interval_seconds < math.inf,
+            f"interval_seconds must be positive and finite, got {self.interval_seconds}",
+        )
+
+
+def _check_line(key: str, line: str) -> None:
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f"{key}: {line!r} cannot be split into words: {error}") from error
+    require(bool(words), f"{key} holds an empty line")
+    own = {"pretrain": ("--seed", "--run"), "evaluate": ("--checkpoint",)}[key]
+    for word in words:
+        name = word.split("=")[0]
+        require(name not in own, f"{key}: {line!r}: {name} is set by the pipeline: leave it out")
+        require(
+            name not in ("--help", "-h", "--dry_run"), f"{key}: {line!r}: {name} has no place here"
+        )

@@ -1,0 +1,174 @@
+"""`peerlearn status`: one table of runs and their jobs."""
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peerlearn.arguments import ArgumentParser
+from peerlearn.errors import UsageError
+from peerlearn.progress import time_text
+from slurm.status import JobWatch, RunStatus, find_runs, read_statuses
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+
+_STYLES = {"running": "cyan", "done": "green", "failed": "red", "dead": "red", "pending": "yellow"}
+# A table in a file or a pipe: one line for each run, however long.
+_PLAIN_WIDTH = 10_000
+
+
+def main(argv: Sequence[str]) -> int:
+    """`peerlearn status [RUN ...] [--follow] [--interval_seconds S] [--json]`. Returns the exit code."""
+    arguments = _parse(argv)
+    words: list[Path] = arguments.runs or [Path("runs")]
+    show = _show_json if arguments.json else _show_table
+    if not arguments.follow:
+        show(read_statuses(find_runs(words), JobWatch()))
+        return 0
+    with contextlib.suppress(KeyboardInterrupt):
+        snapshots = _snapshots(words, arguments.interval_seconds)
+        if not arguments.json and _console().is_terminal:
+            _follow_live(snapshots)
+            return 0
+        for number, statuses in enumerate(snapshots):
+            if number and not arguments.json:
+                print()
+            show(statuses)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="peerlearn status",
+        description="Show how runs stand: their jobs, steps, speed, scores and signs of life. Without Slurm, or where "
+        "it does not answer, by the run directories alone. "
+        "Example: peerlearn status runs --follow",
+        epilog="--json prints a list with an object for each run, null for what is unknown: run, state, reason, live "
+        "(whether it goes on by itself), job, restarts, step, total_steps, images_per_second, seconds_left, "
+        "knn_top1 (percent), knn_network, knn_epoch, knn_k, knn_temperature, heartbeat_age_seconds, "
+        "evaluations_pending, evaluations_running.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="a run, or a folder that holds some: a sweep, a pipeline (default: runs)",
+    )
+    parser.add_argument(
+        "--follow", action="store_true", help="show it again and again, until nothing runs or waits"
+    )
+    parser.add_argument(
+        "--interval_seconds", type=float, default=5.0, help="between two looks (default: 5)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="for programs; with --follow one line for each look"
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.interval_seconds > 0:
+        raise UsageError(
+            f"--interval_seconds must be more than 0, got {arguments.interval_seconds:g}"
+        )
+    return arguments
+
+
+def _snapshots(words: Sequence[Path], interval_seconds: float) -> Iterator[list[RunStatus]]:
+    """The statuses, again and again, until nothing runs or waits; runs that come are found, too."""
+    watch = JobWatch()
+    while True:
+        statuses = read_statuses(find_runs(words), watch)
+        yield statuses
+        if not any(_goes_on(status) for status in statuses):
+            return
+        time.sleep(interval_seconds)
+
+
+def _goes_on(status: RunStatus) -> bool:
+    return status.live or status.evaluations_pending + status.evaluations_running > 0
+
+
+def _follow_live(snapshots: Iterator[list[RunStatus]]) -> None:
+    from rich.live import Live
+
+    with Live(console=_console(), auto_refresh=False, vertical_overflow="visible") as live:
+        for statuses in snapshots:
+            live.update(_table(statuses), refresh=True)
+
+
+def _show_json(statuses: Sequence[RunStatus]) -> None:
+    print(json.dumps([asdict(status) for status in statuses]), flush=True)
+
+
+def _show_table(statuses: Sequence[RunStatus]) -> None:
+    _console().print(_table(statuses))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
+
+def _table(statuses: Sequence[RunStatus]) -> "Group":
+    from rich.box import SIMPLE
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    evaluated = any(s.evaluations_pending + s.evaluations_running for s in statuses)
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("run", overflow="fold")
+    table.add_column("state", min_width=10)
+    for heading in ("step", "images/s", "time left", "kNN (epoch)", "heartbeat"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if evaluated:
+        table.add_column("evaluations", no_wrap=True)
+    for status in statuses:
+        cells = [
+            Text(status.run),
+            Text(status.text, style=_STYLES.get(status.state, "")),
+            *map(Text, _numbers(status)),
+        ]
+        if evaluated:
+            cells.append(Text(_evaluations(status)))
+        table.add_row(*cells)
+    return Group(table, *([Text(text)] if (text := _knn_protocol(statuses)) else []))
+
+
+def _numbers(status: RunStatus) -> list[str]:
+    """The cells of one run: step, images/s, time left, kNN, heartbeat; a dash is unknown."""
+    step = "-" if status.step is None else f"{status.step:,}"
+    total = "" if status.total_steps is None else f"/{status.total_steps:,}"
+    rate, left, beat = status.images_per_second, status.seconds_left, status.heartbeat_age_seconds
+    knn = "-" if status.knn_top1 is None else f"{status.knn_top1:.2f}"
+    epoch = "" if status.knn_epoch is None else f" ({status.knn_epoch:g})"
+    return [
+        f"{step}{total}",
+        "-" if rate is None else f"{rate:,.0f}",
+        "-" if left is None else time_text(left),
+        f"{knn}{epoch}",
+        "-" if beat is None else f"{beat:.0f} s ago",
+    ]
+
+
+def _evaluations(status: RunStatus) -> str:
+    counts = {"running": status.evaluations_running, "pending": status.evaluations_pending}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def _knn_protocol(statuses: Sequence[RunStatus]) -> str:
+    """What the scores are; "" if there are none."""
+    scored = [status for status in statuses if status.knn_top1 is not None]
+    if not scored:
+        return ""
+    protocols = {(s.knn_network, s.knn_k, s.knn_temperature) for s in scored}
+    if len(protocols) > 1:
+        return "kNN: the monitor's top-1 in %; --json names network, k and temperature"
+    network, k, temperature = protocols.pop()
+    return f"kNN: the monitor's top-1 in %, {network}, k {k}, temperature {temperature}"

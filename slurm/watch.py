@@ -1,0 +1,432 @@
+"""Watching runs: each export is evaluated as it lands, once by each evaluation; what has ended is written down."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from peerlearn.cli import VERBS
+from peerlearn.config import nearest
+from peerlearn.errors import UsageError, UserError
+from peerlearn.results import read_result
+from peerlearn.run_dir import RunDirectory
+from slurm.client import JobState
+from slurm.config import SubmitConfig
+from slurm.ledger import EVALUATIONS, Entry, Ledger, Order, hand_over
+from slurm.plan import plan_tasks
+from slurm.running import states_of
+from slurm.status import living_owner
+from slurm.submission import TRAINING_VERBS, Task, jobs_of, read_submission
+from slurm.wait import outcome_of
+
+_NO_EVALUATION = ("pretrain", "resume", "pipeline")
+_PLACEHOLDER = "RUN/export/step-N"
+
+Training = Literal["none", "live", "done", "dead"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured of every export.
+
+    Attributes:
+        line: verb and words, as they were asked for.
+        config: resolved; its checkpoint is yet to be set.
+    """
+
+    line: str
+    config: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """All networks of one step.
+
+    Attributes:
+        folder: RUN/export/step-N.
+        step: N.
+        sha256: of the networks' own.
+    """
+
+    folder: Path
+    step: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What has become of jobs.
+
+    Attributes:
+        asked: the jobs it knows of.
+        states: of those that somebody still knows.
+    """
+
+    asked: frozenset[str] = frozenset()
+    states: dict[str, JobState] = field(default_factory=dict)
+
+    def live(self, job: str) -> bool:
+        """Whether it works or waits; so does one that was not asked about."""
+        state = self.states.get(job)
+        return job not in self.asked or (state is not None and state.live)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """Runs and what is to be done with their exports.
+
+    Attributes:
+        runs: their folders.
+        evaluations: of each export.
+        cluster: that they run on.
+        every_epochs: only exports of epochs divisible by this, and the last; None = all.
+        throttle: at most so many evaluations at once, over all runs; None = no limit.
+    """
+
+    runs: list[Path]
+    evaluations: list[Evaluation]
+    cluster: SubmitConfig
+    every_epochs: int | None = None
+    throttle: int | None = None
+
+
+@dataclass
+class Stop:
+    """Whether a signal has asked the watch to end."""
+
+    requested: bool = False
+
+
+@dataclass
+class Pass:
+    """What one look at everything came to.
+
+    Attributes:
+        finished: nothing is left to come or to submit.
+        training: some run goes on.
+        live: evaluations whose jobs work or wait.
+        troubles: what could not be done, and is tried again.
+    """
+
+    finished: bool = True
+    training: bool = False
+    live: list[str] = field(default_factory=list)
+    troubles: list[UserError] = field(default_factory=list)
+
+
+def resolve_evaluation(line: str) -> Evaluation:
+    """Check a command line and resolve its config.
+
+    Raises:
+        UsageError: an unknown verb or key, or a verb that evaluates nothing.
+    """
+    words = shlex.split(line)
+    verb = words[0] if words else ""
+    if verb not in VERBS:
+        raise UsageError(f"evaluate: {line!r}: unknown verb {verb!r}{nearest(verb, VERBS)}")
+    no_evaluation = UsageError(f"evaluate: {line!r}: {verb} is no evaluation of a checkpoint")
+    if not VERBS[verb].dry_run or verb in _NO_EVALUATION:
+        raise no_evaluation
+    try:
+        _, tasks = plan_tasks([*words, "--checkpoint", _PLACEHOLDER], [])
+    except UserError as error:
+        raise UsageError(f"evaluate: {line!r}: {error}") from error
+    config = yaml.safe_load(tasks[0].config_yaml or "")
+    if not isinstance(config, dict) or config.get("checkpoint") != _PLACEHOLDER:
+        raise no_evaluation
+    return Evaluation(line=line, config=config)
+
+
+def evaluations_of(run: Path) -> Ledger:
+    """The ledger of a run's evaluations."""
+    return Ledger(run / EVALUATIONS)
+
+
+def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -> list[Export]:
+    """The exports to evaluate that are whole, by step.
+
+    Those of a run that goes on count once export/latest names them, which is written after all networks.
+    """
+    networks = _networks(run)
+    folders = run.glob("export/step-*") if networks else ()
+    found = [export for folder in folders if (export := _export(folder, networks))]
+    found.sort(key=lambda export: export.step)
+    if training == "live":
+        latest = _latest_step(run)
+        found = [export for export in found if export.step <= latest]
+    if every_epochs is None or not found:
+        return found
+    steps = every_epochs * _steps_per_epoch(run)
+    last = found[-1] if training == "done" else None
+    return [export for export in found if export is last or export.step % steps == 0]
+
+
+def _networks(run: Path) -> int:
+    """How many the run trains; 0 while it has not begun."""
+    try:
+        return int(yaml.safe_load((run / "config.yaml").read_text())["cohort"]["networks"])
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return 0
+
+
+def _export(folder: Path, networks: int) -> Export | None:
+    """None if it is not whole: each network's folder appears at once, but they do so one after the other."""
+    digits = folder.name.removeprefix("step-")
+    if not digits.isdigit():
+        return None
+    seals: list[Any] = []
+    try:
+        for network in range(networks):
+            export = folder / f"net-{network}"
+            seals.append(json.loads((export / "config.json").read_text())["sha256"])
+            if not isinstance(seals[-1], dict) or not (export / "model.safetensors").is_file():
+                return None
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    digest = hashlib.sha256(json.dumps(seals, sort_keys=True).encode()).hexdigest()
+    return Export(folder=folder, step=int(digits), sha256=digest)
+
+
+def _latest_step(run: Path) -> int:
+    try:
+        return int((run / "export" / "latest").read_text().strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return -1
+
+
+def _steps_per_epoch(run: Path) -> int:
+    """Training leaves out an epoch's last incomplete batch.
+
+    Raises:
+        UserError: the run does not tell.
+    """
+    try:
+        images = json.loads((run / "env.json").read_text())["training"]["images"]
+        batch = yaml.safe_load((run / "config.yaml").read_text())["batch_size"]
+        return max(1, int(images) // int(batch))
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{run}: its env.json and config.yaml do not tell the steps of an epoch, which every_epochs needs"
+        ) from error
+
+
+def key_of(export: Export, evaluation: Evaluation) -> str:
+    """What is to be evaluated once: these weights at this step, which result files name, by this command."""
+    content = f"{export.step} {export.sha256} {evaluation.line}"
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def wanted(run: Path, watched: Watched, survey: Survey) -> dict[str, tuple[Export, Evaluation]]:
+    """What is to be evaluated of a run's exports so far, by key."""
+    exports = landed_exports(
+        run, training=training_of(run, survey), every_epochs=watched.every_epochs
+    )
+    return {
+        key_of(export, evaluation): (export, evaluation)
+        for export in exports
+        for evaluation in watched.evaluations
+    }
+
+
+def is_open(entry: Entry | None) -> bool:
+    """Whether a job is to be handed over, or it is yet to be found out whether one was."""
+    return entry is None or entry.in_doubt or entry.due
+
+
+def survey_jobs(runs: Sequence[Path], ledgers: Sequence[Ledger]) -> Survey:
+    """Ask after the jobs that train the runs, and those that the ledgers do not know to have ended.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    records = list(training_jobs(runs).values())
+    for ledger in ledgers:
+        open_entries = (e for e in ledger.entries().values() if e.kind is None)
+        records += [entry.job for entry in open_entries if entry.job]
+    return Survey(asked=frozenset(record["job"] for record in records), states=states_of(records))
+
+
+def training_jobs(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The records of the jobs that train the runs, by job."""
+    return {record["job"]: record for run in runs if (record := _training_job(run))}
+
+
+def _training_job(run: Path) -> dict[str, Any] | None:
+    """The newest; no other can be live."""
+    return next((r for r in reversed(list(jobs_of(run))) if r["verb"] in TRAINING_VERBS), None)
+
+
+def training_of(run: Path, survey: Survey) -> Training:
+    """Whether the run has begun, goes on, is done, or has stopped without being done."""
+    record = _training_job(run)
+    if record and survey.live(record["job"]):
+        return "live"
+    if (run / "DONE").exists():
+        return "done"
+    if _owner_lives(run, survey):
+        return "live"
+    return "dead" if record or (run / "config.yaml").is_file() else "none"
+
+
+def _owner_lives(run: Path, survey: Survey) -> bool:
+    """Whether a process trains the run, in a job or not."""
+    owner = living_owner(run)
+    if owner is None:
+        return False
+    job = str(owner.get("job"))
+    # Where it cannot be seen, its last beat outlives it for a minute.
+    return job not in survey.asked or survey.live(job)
+
+
+def settle(ledger: Ledger, survey: Survey) -> None:
+    """Write down how those jobs ended that have.
+
+    Raises:
+        UserError: the ledger cannot be written.
+    """
+    if not any(_has_ended(entry, survey) for entry in ledger.entries().values()):
+        return
+    with ledger.locked():
+        for entry in ledger.entries().values():
+            if not _has_ended(entry, survey):
+                continue
+            kind, reason = _end(entry, survey)
+            ledger.add(
+                "ended",
+                entry.key,
+                attempt=entry.attempt,
+                kind=kind,
+                reason=reason,
+                results=[ledger.relative(path) for path in _results(entry, ledger.base)],
+            )
+
+
+def _has_ended(entry: Entry, survey: Survey) -> bool:
+    return (
+        entry.kind is None
+        and entry.job is not None
+        and entry.job["job"] in survey.asked
+        and not survey.live(entry.job["job"])
+    )
+
+
+def _end(entry: Entry, survey: Survey) -> tuple[str, str]:
+    assert entry.job is not None
+    state = survey.states.get(entry.job["job"])
+    try:
+        outcome = outcome_of(read_submission(entry.folder), 0, state.state if state else "gone")
+    except (OSError, ValueError, LookupError, TypeError):
+        return "failed", f"{entry.folder} does not tell how it ended"
+    return outcome.kind, outcome.reason
+
+
+def _results(entry: Entry, run: Path) -> list[Path]:
+    """The result files that name the entry's job."""
+    if "step" not in entry.facts:
+        return []
+    folder = Path(entry.facts.get("results") or run / "results")
+    found = []
+    for path in sorted(folder.glob(f"*-{entry.facts['step']:08d}-*.json")):
+        try:
+            if read_result(path).get("job") == entry.name:
+                found.append(path)
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
+def evaluate_landed(watched: Watched, survey: Survey, stop: Stop) -> Pass:
+    """Submit what the runs' exports lack; a line is printed for each job."""
+    found = Pass()
+    ledgers = {run: evaluations_of(run) for run in watched.runs}
+    for run, ledger in ledgers.items():
+        found.live += live_jobs_of(ledger, survey)
+        # Asked before the exports are looked at: those of a run that has ended are all there.
+        found.training = found.training or training_of(run, survey) == "live"
+    found.finished = not found.training
+    for run, ledger in ledgers.items():
+        try:
+            _evaluate_run(run, ledger, watched, survey, stop, found)
+        except UserError as error:
+            found.finished = False
+            found.troubles.append(error)
+    return found
+
+
+def live_jobs_of(ledger: Ledger, survey: Survey) -> list[str]:
+    """The ledger's jobs that work or wait."""
+    jobs = [e.job["job"] for e in ledger.entries().values() if e.job and e.kind is None]
+    return [job for job in jobs if survey.live(job)]
+
+
+def _evaluate_run(
+    run: Path, ledger: Ledger, watched: Watched, survey: Survey, stop: Stop, found: Pass
+) -> None:
+    entries = ledger.entries()
+    for key, (export, evaluation) in wanted(run, watched, survey).items():
+        if not is_open(entries.get(key)):
+            continue
+        full = watched.throttle is not None and len(found.live) >= watched.throttle
+        if full or stop.requested:
+            found.finished = False
+            return
+        said = hand_over(ledger, _order(key, run, export, evaluation, watched.cluster))
+        entry = ledger.entries().get(key)
+        if entry is None or entry.job is None:
+            found.finished = False
+            continue
+        if said:
+            print(f"{said}: {evaluation.line} on {export.folder}", flush=True)
+        found.live.append(entry.job["job"])
+
+
+def _order(
+    key: str, run: Path, export: Export, evaluation: Evaluation, cluster: SubmitConfig
+) -> Order:
+    config = {**evaluation.config, "checkpoint": str(export.folder)}
+
+    def task() -> Task:
+        return Task(
+            words=[*evaluation.words, "--checkpoint", str(export.folder)],
+            run=str(run),
+            config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        )
+
+    return Order(
+        key=key,
+        task=task,
+        home=run / "slurm",
+        config=replace(cluster, wait=False, sweep=[], name=None, dependency=None),
+        prefix="eval",
+        facts={
+            "evaluation": evaluation.line,
+            "step": export.step,
+            "results": evaluation.config.get("results"),
+        },
+    )
+
+
+def failure_of(run: Path) -> str:
+    """Why a run that stopped is not done, as far as it tells."""
+    try:
+        return (run / "FAILED").read_text().strip()
+    except OSError:
+        pass
+    stopped = [e for e in RunDirectory(run).events() if e["event"] in ("started", "stopped")]
+    if stopped and stopped[-1]["event"] == "stopped":
+        return f"it was stopped at step {stopped[-1].get('step')}"
+    return "it ended without a word" if stopped else "it never began"
+
+
+def missing_results(entry: Entry) -> list[Path]:
+    """Result files that an evaluation left and that are gone."""
+    return [path for path in entry.results if not path.is_file()]

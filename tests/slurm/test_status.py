@@ -1,0 +1,348 @@
+"""`peerlearn status`: runs that are killed, stopped, finished and damaged; jobs of this machine and of a real SLURM."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from peerlearn.cli import main
+from peerlearn.run_dir import RunDirectory
+from slurm.status import JobWatch, RunStatus, read_statuses
+from tests.e2e.runs import SMALL, STEPS, command, ends, environment, launch, pretrain, rows
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import peerlearn, submit, wait_for_step, wait_until
+
+LONG = ["--epochs", "2000", "--monitor.every_epochs", "1"]
+LONG_STEPS = 2000 * 6
+HELD = ("--sbatch", "hold")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert pretrain(run) == 0
+    return run
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "runs" / "copy"))
+
+
+@pytest.fixture
+def killed_later() -> Iterator[list[subprocess.Popen]]:
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+    ends(processes)
+
+
+def status(run: Path) -> RunStatus:
+    return read_statuses([run], JobWatch())[0]
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict]:
+    capsys.readouterr()
+    assert main(["status", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def slurm_status(cluster: Cluster, *words: object, **more: str) -> list[dict]:
+    """As on a login node, with another environment where asked."""
+    found = subprocess.run(
+        command("status", *map(str, words), "--json"),
+        env={**cluster.environment, **more},
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert not found.stderr, found.stderr
+    return json.loads(found.stdout)
+
+
+def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = rows(finished)
+    expected = {
+        "run": str(finished),
+        "state": "done",
+        "reason": None,
+        "live": False,
+        "job": None,
+        "restarts": 0,
+        "step": STEPS,
+        "total_steps": STEPS,
+        "images_per_second": statistics.median(row["images_per_second"] for row in written[-5:]),
+        "seconds_left": None,
+        "knn_top1": written[-1]["ensemble/knn_top1"],
+        "knn_network": "ensemble",
+        "knn_epoch": 2.0,
+        "knn_k": 5,
+        "knn_temperature": 0.1,
+        "heartbeat_age_seconds": None,
+        "evaluations_pending": 0,
+        "evaluations_running": 0,
+    }
+    assert shown(capsys, finished) == [expected]
+
+
+def test_two_ranks_run_one_falls_silent_they_are_killed(
+    tmp_path: Path, killed_later: list[subprocess.Popen]
+) -> None:
+    run = tmp_path / "a"
+    killed_later += launch(2, "pretrain", *SMALL, *LONG, "--run", str(run))
+    wait_for_step(run, 12)
+    found = status(run)
+    assert (found.state, found.live, found.total_steps) == ("running", True, LONG_STEPS)
+    assert found.restarts == 0
+    # The step it is in; it went on meanwhile.
+    assert found.step is not None
+    assert 12 <= found.step <= rows(run)[-1]["step"] + 5
+    first, *_, last = [row for row in rows(run) if row["step"] <= found.step]
+    pace = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+    assert found.seconds_left == pytest.approx((LONG_STEPS - found.step) / pace, rel=0.3)
+    assert found.heartbeat_age_seconds is not None
+    assert found.heartbeat_age_seconds < 3
+
+    os.kill(killed_later[1].pid, signal.SIGSTOP)
+    time.sleep(4)
+    found = status(run)
+    assert found.state == "running"
+    assert found.heartbeat_age_seconds is not None
+    # Of rank 1, not of rank 0, which beats.
+    assert found.heartbeat_age_seconds > 3.5
+
+    for process in killed_later:
+        process.kill()
+    ends(killed_later)
+    found = status(run)
+    assert (found.state, found.live, found.heartbeat_age_seconds) == ("dead", False, None)
+    assert found.reason is not None
+    assert found.reason.startswith(f"no sign of life since {time.strftime('%Y')}")
+    assert found.seconds_left is None
+
+
+def test_a_failed_run_shows_its_last_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "DONE").unlink()
+    RunDirectory(copy).mark_failed("rank 0: first line\nlow \x1b[2J memory\n")
+    (found,) = shown(capsys, copy)
+    assert (found["state"], found["reason"]) == ("failed", "low  [2J memory")
+    assert main(["status", str(copy)]) == 0
+    assert "failed: low  [2J memory" in capsys.readouterr().out
+
+
+def test_damaged_files_leave_the_rest(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = copy / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-200])
+    (copy / "env.json").unlink()
+    heartbeat = copy / "logs" / "attempt-1" / "rank-0.heartbeat.json"
+    heartbeat.write_text('{"rank": 0, "host": null')
+    (copy / "owner.json").write_text('{"pid": "x"}')
+    (copy / "slurm").mkdir()
+    (copy / "slurm" / "jobs.jsonl").write_bytes(b'\xff\xfe{"job"')
+    (found,) = shown(capsys, copy)
+    assert (found["state"], found["step"]) == ("done", STEPS)
+    # The second epoch's row, with the score, is the one that was cut.
+    assert found["knn_epoch"] == 1.0
+    assert found["images_per_second"] == statistics.median(
+        row["images_per_second"] for row in rows(copy)[-5:]
+    )
+
+    (copy / "events.jsonl").write_bytes(b"\x00\x01[\n{}")
+    metrics.write_text('[1]\nnull\n{"step": "3"}\n{"step": true}\n')
+    (copy / "DONE").unlink()
+    (copy / "logs" / "attempt-1" / "rank-0.step").write_text("")
+    (found,) = shown(capsys, copy)
+    unknown = ("step", "total_steps", "images_per_second", "knn_top1", "knn_epoch")
+    assert [found[key] for key in unknown] == [None] * 5
+    assert (found["state"], found["reason"]) == ("dead", "it ended while it was starting")
+
+
+def test_only_the_end_of_long_metrics_is_read(copy: Path) -> None:
+    file = copy / "metrics.jsonl"
+    first = rows(copy)
+    scored, plain = first[0], json.dumps(first[1])
+    lines = [
+        plain.replace('"step": 1,', f'"step": {n},').replace('"seconds": ', f'"seconds": {n}')
+        for n in range(1, 40_000)
+    ]
+    file.write_text("\n".join([json.dumps(scored), *lines]) + "\n")
+    begun = time.process_time()
+    found = status(copy)
+    taken = time.process_time() - begun
+    assert found.knn_top1 == scored["ensemble/knn_top1"]
+    assert found.knn_epoch == 0.0
+    begun = time.process_time()
+    assert len(rows(copy)) == 40_000
+    assert taken < (time.process_time() - begun) / 5
+
+
+def test_folders_of_runs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    for name in ("runs/a", "runs/sweep/seed-0", "runs/sweep/seed-1", "runs/p/runs/x", "runs/y/z/w"):
+        shutil.copytree(finished, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "runs" / "p" / "pipeline.yaml").write_text("")
+    (tmp_path / "runs" / "sweep" / "slurm" / "pretrain-1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = [found["run"] for found in shown(capsys)]
+    assert names == ["runs/a", "runs/p/runs/x", "runs/sweep/seed-0", "runs/sweep/seed-1"]
+    assert [found["run"] for found in shown(capsys, "runs/sweep", "runs/sweep/seed-1")] == names[2:]
+    for words, error in (
+        (["runs/y/z/w/logs"], "no run in runs/y/z/w/logs"),
+        (["b"], "b is not there"),
+    ):
+        assert main(["status", *words]) == 1
+        assert error in capsys.readouterr().err
+
+
+def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(copy: Path, tmp_path: Path) -> None:
+    owner = {"host": "elsewhere", "pid": 1, "since": "2999-01-01", "time_seconds": time.time() + 60}
+    (tmp_path / "live").mkdir()
+    (tmp_path / "live" / "config.yaml").write_text("")
+    (tmp_path / "live" / "owner.json").write_text(json.dumps(owner))
+    for run, state, interrupted in ((copy, "done", False), (tmp_path / "live", "running", True)):
+        main_end, terminal = pty.openpty()
+        process = subprocess.Popen(
+            command("status", str(run), "--follow", "--interval_seconds", "0.3"),
+            env=environment(TERM="xterm", COLUMNS="200"),
+            stdout=terminal,
+            stderr=terminal,
+            stdin=subprocess.DEVNULL,
+        )
+        os.close(terminal)
+        text = ""
+        while state not in text:
+            text += os.read(main_end, 4096).decode()
+        if interrupted:
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+        # All processes have closed their end: after what they wrote comes an error.
+        with suppress(OSError):
+            while True:
+                text += os.read(main_end, 4096).decode()
+        os.close(main_end)
+        assert "Traceback" not in text
+        assert "interrupted" not in text
+
+
+def test_a_process_that_was_given_the_number_of_a_dead_owner_is_not_it(copy: Path) -> None:
+    import socket
+
+    (copy / "DONE").unlink()
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": "2020-01-01"}
+    (copy / "owner.json").write_text(json.dumps({**owner, "time_seconds": time.time()}))
+    assert status(copy).state == "running"
+    (copy / "owner.json").write_text(json.dumps({**owner, "time_seconds": 1.6e9}))
+    assert status(copy).state == "dead"
+
+
+def test_interval_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--follow", "--interval_seconds", "0"]) == 2
+    assert "--interval_seconds must be more than 0, got 0" in capsys.readouterr().err
+
+
+def programs(folder: Path, *names: str, squeue: str = 'exec /usr/bin/squeue "$@"') -> str:
+    """A PATH with these of Slurm's programs and a squeue that counts its calls."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to(str(shutil.which(name)))
+    file = folder / "squeue"
+    file.write_text(f"#!/bin/sh\necho called >> {folder}/calls\n{squeue}\n")
+    file.chmod(0o755)
+    return str(folder)
+
+
+def test_jobs_of_a_sweep_that_wait(cluster: Cluster, tmp_path: Path) -> None:
+    """With accounting and without, asked once for all; and where Slurm does not answer at all."""
+    sweep = tmp_path / "sweep"
+    array = submit(cluster, sweep, options=(*HELD, "--sweep", "seed=0,1")).split("_")[0]
+    path = programs(tmp_path / "bin")
+    for more in ({}, {"PATH": path}):
+        found = slurm_status(cluster, sweep, **more)
+        assert [each["run"] for each in found] == [f"{sweep}/seed-0", f"{sweep}/seed-1"]
+        assert [each["job"] for each in found] == [f"{array}_0", f"{array}_1"]
+        for each in found:
+            assert (each["state"], each["reason"], each["live"]) == ("pending", "JobHeldUser", True)
+            assert (each["step"], each["restarts"], each["heartbeat_age_seconds"]) == (
+                None,
+                0,
+                None,
+            )
+    assert (tmp_path / "bin" / "calls").read_text() == "called\n"
+
+    offline = subprocess.run(
+        command("status", str(sweep)),
+        env={**cluster.environment, "SLURM_CONF": os.devnull},
+        capture_output=True,
+        text=True,
+    )
+    assert offline.returncode == 0
+    assert offline.stdout.count("submitted (Slurm cannot be asked)") == 2
+    assert offline.stderr.startswith("peerlearn: by the run directories alone: squeue: ")
+    assert offline.stderr.count("\n") == 1
+
+    # Slurm itself forgets at once an array's task that never began.
+    assert peerlearn(cluster, "cancel", str(sweep / "seed-0")).returncode == 0
+    assert [each["state"] for each in slurm_status(cluster, sweep)] == ["cancelled", "pending"]
+
+
+def test_a_job_that_squeue_has_forgotten(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    job = submit(cluster, run, options=HELD)
+    cluster.call("scancel", job)
+    assert slurm_status(cluster, run)[0]["state"] == "cancelled"
+    path = programs(tmp_path / "accounting", "sacct", squeue="exit 0")
+    wait_until(lambda: slurm_status(cluster, run, PATH=path)[0]["state"] == "cancelled", "sacct")
+    path = programs(tmp_path / "without", squeue="exit 0")
+    (found,) = slurm_status(cluster, run, PATH=path)
+    assert (found["state"], found["live"]) == ("dead", False)
+    assert found["reason"] == f"job {job} is gone, and the run never began"
+
+
+def test_a_job_that_runs_and_one_that_waits_for_its_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    run, large = tmp_path / "runs" / "a", tmp_path / "runs" / "large"
+    job = submit(cluster, run, *LONG)
+    submit(cluster, large, options=("--nodes", "2", "--sbatch", "exclusive"))
+    assert slurm_status(cluster, run)[0]["state"] in ("pending", "configuring", "running")
+    wait_for_step(run, 20)
+    wait_until(lambda: slurm_status(cluster, large)[0]["reason"] == "Resources", "scheduling")
+    found, waiting = slurm_status(cluster, tmp_path / "runs")
+    assert (found["state"], found["job"], found["restarts"]) == ("running", job, 0)
+    assert found["reason"] is None
+    assert found["step"] >= 20
+    assert found["heartbeat_age_seconds"] < 5
+    assert found["seconds_left"] > 10
+    assert (waiting["state"], waiting["live"]) == ("pending", True)
+
+    offline = subprocess.run(
+        command("status", str(run), "--json"),
+        env={**cluster.environment, "SLURM_CONF": os.devnull},
+        capture_output=True,
+        text=True,
+    )
+    (found,) = json.loads(offline.stdout)
+    assert (found["state"], found["live"]) == ("running", True)
+    assert found["heartbeat_age_seconds"] < 5
+
+
+def test_jobs_that_evaluate_a_run(cluster: Cluster, copy: Path) -> None:
+    words = ["submit", "--cluster", "slurm", "--cpus_per_task", "1", *HELD]
+    found = peerlearn(cluster, *words, "--", "knn", "--checkpoint", str(copy))
+    assert found.returncode == 0, found.stderr
+    (found,) = slurm_status(cluster, copy)
+    assert (found["state"], found["live"], found["job"]) == ("done", False, None)
+    assert (found["evaluations_pending"], found["evaluations_running"]) == (1, 0)
+    table = peerlearn(cluster, "status", str(copy)).stdout
+    assert "1 pending" in table
