@@ -22,7 +22,7 @@ from peerlearn.run_dir import RunDirectory, write_text
 from slurm.command import read_cluster
 from slurm.config import SubmitConfig
 from slurm.ledger import PIPELINE, Entry, Ledger, Order, hand_over
-from slurm.pipeline_config import PipelineConfig
+from slurm.pipeline_config import PipelineConfig, split_name
 from slurm.plan import plan_tasks
 from slurm.submission import Task
 from slurm.watch import (
@@ -123,7 +123,7 @@ def planned_runs(root: Path, config: PipelineConfig) -> list[PlannedRun]:
     return [
         PlannedRun(
             variant=name_of(line),
-            line=line,
+            line=split_name(line)[1],
             seed=seed,
             folder=root / "runs" / f"{name_of(line)}-seed-{seed}",
         )
@@ -133,9 +133,12 @@ def planned_runs(root: Path, config: PipelineConfig) -> list[PlannedRun]:
 
 
 def name_of(line: str) -> str:
-    """A command line as a part of a file's name: ``mcl_demo --epochs 6`` is mcl_demo-epochs-6."""
+    """A command line as a part of a file's name: its own, or ``mcl_demo --epochs 6`` is mcl_demo-epochs-6."""
+    own, words = split_name(line)
+    if own:
+        return own
     parts = []
-    for word in shlex.split(line):
+    for word in shlex.split(words):
         bare = Path(word).stem if word.endswith((".yaml", ".yml")) else word.lstrip("-")
         parts.append("".join(c if c.isalnum() or c in "._-" else "-" for c in bare))
     name = "-".join(parts)
@@ -162,6 +165,7 @@ def plan_pipeline(root: Path, config: PipelineConfig, made: "Pipeline | None" = 
             raise UsageError(f"{key}: two of its lines have the same name: {sorted(names)}")
     evaluations = {e.line: e for e in made.evaluations} if made else {}
     kept = made.pretraining if made else {}
+    _check_same_lines(config, made)
     pretraining = {}
     for run in planned_runs(root, config):
         if run.variant in kept:
@@ -177,6 +181,16 @@ def plan_pipeline(root: Path, config: PipelineConfig, made: "Pipeline | None" = 
         pretraining=pretraining,
         evaluations=[evaluations.get(line) or resolve_evaluation(line) for line in config.evaluate],
     )
+
+
+def _check_same_lines(config: PipelineConfig, made: Pipeline | None) -> None:
+    """A name that has runs already may not come to mean something else."""
+    earlier = {name_of(line): line for line in made.config.pretrain} if made else {}
+    for line in config.pretrain:
+        if earlier.get(name_of(line), line) != line:
+            raise UsageError(
+                f"pretrain: {name_of(line)} stands for {earlier[name_of(line)]!r} already: name {line!r} otherwise"
+            )
 
 
 def _resolve_pretraining(run: PlannedRun) -> str:

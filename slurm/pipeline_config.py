@@ -1,6 +1,7 @@
 """The config of a pipeline. Every key of FILE.yaml and of the command line is a field here."""
 
 import math
+import re
 import shlex
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +20,8 @@ class PipelineConfig:
         watch_cluster: of the small job that watches, and of the summary's; null = the evaluations', one process of it
             without a GPU.
         seeds: each pretraining is run with each of them.
-        pretrain: what stands after the word pretrain, one line for each variant, without --seed and --run.
+        pretrain: what stands after the word pretrain, one line per variant, without --seed and --run. `NAME = ` before
+            it names the variant; else the line itself does.
         evaluate: command lines of evaluations, verb first, without --checkpoint.
         every_epochs: evaluate only the exports of epochs divisible by this, and the last; null = all there are.
         throttle: at most so many pretrainings, and as many evaluations, wait or run at once; null = no limit.
@@ -57,9 +59,15 @@ class PipelineConfig:
         )
 
 
+def split_name(line: str) -> tuple[str | None, str]:
+    """A variant's own name, if it has one, and its words: ``mcl = mcl_demo --epochs 6``."""
+    found = re.fullmatch(r"([A-Za-z0-9._-]+) = (.*)", line, re.DOTALL)
+    return (found[1], found[2]) if found else (None, line)
+
+
 def _check_line(key: str, line: str) -> None:
     try:
-        words = shlex.split(line)
+        words = shlex.split(split_name(line)[1])
     except ValueError as error:
         raise ValueError(f"{key}: {line!r} cannot be split into words: {error}") from error
     require(bool(words), f"{key} holds an empty line")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_logs_of_a_rank_and_of_an_attempt(copy: Path, capfd: pytest.CaptureFixtu
         assert capfd.readouterr().err == f"peerlearn: {error}\n"
     assert main(["logs", str(copy.parent)]) == 1
     assert f"holds 1 runs: name one of them, as {copy}" in capfd.readouterr().err
+
+
+def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
+    copy: Path, started: list[subprocess.Popen]
+) -> None:
+    (copy / "DONE").unlink()
+    owner = {"host": "elsewhere", "pid": 1, "since": "2020-01-01", "time_seconds": time.time() + 60}
+    (copy / "owner.json").write_text(json.dumps(owner))
+    first, second = (copy / "logs" / f"attempt-{k}" / "rank-0.log" for k in (1, 2))
+    following = follow(copy)
+    started.append(following)
+    assert following.stdout is not None
+    before = [following.stdout.readline() for _ in first.read_text().splitlines()]
+    with first.open("a") as file:
+        file.write("the last\n")
+    second.parent.mkdir()
+    second.write_text("the first\n")
+    (copy / "DONE").touch()
+    out, err = following.communicate(timeout=30)
+    assert "".join(before) + out == (
+        f"==> {first} <==\n{first.read_text()}\n==> {second} <==\nthe first\n"
+    )
+    assert err == f"{copy}: done, 1 restart\n"
 
 
 def test_a_local_job_is_followed_to_its_end(

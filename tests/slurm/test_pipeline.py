@@ -267,6 +267,17 @@ def test_more_seeds_and_evaluations_can_be_asked_for(killed_twice: Path, tmp_pat
     assert load_pipeline(root).config.seeds == [0, 1]
     assert main([*words, "--folder", "elsewhere"]) == 2
     assert main(["resume", str(root), "--evaluate", "knn --kk 7"]) == 2
+    # Another line under a name that has runs already would mix two kinds of them.
+    assert main(["resume", str(root), "--pretrain", f"{name_of(PRETRAIN)} = --epochs 9"]) == 2
+
+
+def test_a_variant_may_have_a_name(tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = write_config(tmp_path, pretrain=[f"mine = {PRETRAIN}", f"other = {PRETRAIN} --beta 0"])
+    assert main(["pipeline", str(file), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    runs = [line.split("--run ")[1] for line in printed.splitlines() if "# peerlearn pret" in line]
+    names = ["mine-seed-0", "other-seed-0", "mine-seed-1", "other-seed-1"]
+    assert runs == [str(tmp_path / "p" / "runs" / name) for name in names]
 
 
 def test_the_summary_is_made_where_no_slurm_answers(

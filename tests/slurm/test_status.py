@@ -17,7 +17,7 @@ import pytest
 from peerlearn.cli import main
 from peerlearn.run_dir import RunDirectory
 from slurm.status import JobWatch, RunStatus, read_statuses
-from tests.e2e.runs import SMALL, STEPS, command, ends, environment, launch, pretrain, rows
+from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, submit, wait_for_step, wait_until
 
@@ -187,6 +187,29 @@ def test_only_the_end_of_long_metrics_is_read(copy: Path) -> None:
     assert taken < (time.process_time() - begun) / 5
 
 
+def test_time_left_is_at_the_pace_of_the_newest_start(copy: Path) -> None:
+    """At step 9 of 12. Rows of an earlier start, whose clock was another, count for nothing."""
+    (copy / "DONE").unlink()
+    (copy / "owner.json").write_text(
+        json.dumps({"host": "elsewhere", "pid": 1, "time_seconds": time.time()})
+    )
+    (copy / "logs" / "attempt-2").mkdir()
+    (copy / "logs" / "attempt-2" / "rank-0.step").write_text("000000000009\n")
+    with (copy / "events.jsonl").open("a") as file:
+        started = {"event": "started", "attempt": 2, "step": 4, "total_steps": STEPS}
+        file.write(json.dumps(started) + "\n")
+    clocks = [(1, 3, 500.0), (1, 4, 600.0), (2, 5, 20.0), (2, 6, 30.0), (2, 8, 32.0)]
+    lines = [
+        json.dumps({"step": step, "seconds": seconds, "attempt": attempt})
+        for attempt, step, seconds in clocks
+    ]
+    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = status(copy)
+    assert (found.state, found.step, found.total_steps) == ("running", 9, STEPS)
+    # Three steps took 12 seconds.
+    assert found.seconds_left == 12.0
+
+
 def test_folders_of_runs(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
@@ -324,6 +347,7 @@ def test_a_job_that_runs_and_one_that_waits_for_its_nodes(cluster: Cluster, tmp_
     assert found["step"] >= 20
     assert found["heartbeat_age_seconds"] < 5
     assert found["seconds_left"] > 10
+    assert (found["evaluations_pending"], found["evaluations_running"]) == (0, 0)
     assert (waiting["state"], waiting["live"]) == ("pending", True)
 
     offline = subprocess.run(
@@ -335,6 +359,13 @@ def test_a_job_that_runs_and_one_that_waits_for_its_nodes(cluster: Cluster, tmp_
     (found,) = json.loads(offline.stdout)
     assert (found["state"], found["live"]) == ("running", True)
     assert found["heartbeat_age_seconds"] < 5
+
+    # By Slurm's own program: saved, and to be resumed by somebody, but not by itself.
+    cluster.call("scancel", job)
+    cluster.wait_for_state(job, "CANCELLED")
+    (found,) = slurm_status(cluster, run)
+    assert (found["state"], found["live"]) == ("cancelled", False)
+    assert found["step"] == events(run, "stopped")[0]["step"]
 
 
 def test_jobs_that_evaluate_a_run(cluster: Cluster, copy: Path) -> None:
