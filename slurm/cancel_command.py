@@ -4,15 +4,24 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UserError
 from peerlearn.run_dir import now_text
 from slurm.client import JobState, call
+from slurm.ledger import PIPELINE, Ledger
 from slurm.running import states_of
-from slurm.status import CANCELLED_FILE, Record, find_runs, living_owner, records_of
+from slurm.status import (
+    CANCELLED_FILE,
+    JobKey,
+    Record,
+    find_runs,
+    key_of,
+    living_owner,
+    records_of,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,42 +38,57 @@ def main(argv: Sequence[str]) -> int:
         metavar="RUN",
         help="a run, or a folder that holds some: a sweep, a pipeline",
     )
-    runs = find_runs(parser.parse_args(argv).runs)
-    records = {run: records_of(run) for run in runs}
+    named = parser.parse_args(argv).runs
+    words: list[Path] = parser.parse_args(argv).runs
+    runs = find_runs(words)
+    jobs = [(run, record) for run in runs for record in records_of(run)]
+    # A pipeline's own first: they would make up for what ends under their eyes.
+    jobs = [*_pipeline_jobs(words, {key_of(record) for _, record in jobs}), *jobs]
     # First those that need no Slurm.
-    local = {run: [r for r in each if r["executor"] == "local"] for run, each in records.items()}
-    found = {run: _cancel_local(run, each) for run, each in local.items()}
-    slurm = [(run, r) for run, each in records.items() for r in each if r["executor"] == "slurm"]
+    ended = {place for place, record in jobs if _cancel_local(place, record)}
+    slurm = [(place, record) for place, record in jobs if record["executor"] == "slurm"]
     states = states_of([record for _, record in slurm])
-    alive = [(run, r, s) for run, r in slurm if (s := states.get(r["job"])) is not None and s.live]
+    alive = [(*job, state) for job in slurm if (state := states.get(job[1]["job"])) and state.live]
     if alive:
         call("scancel", *(record["job"] for _, record, _ in alive))
-    for run, record, state in alive:
-        found[run] = True
-        _note(run, record, state)
+    for place, record, state in alive:
+        _note(place, record, state)
+        ended.add(place)
     for run in runs:
-        if not found[run]:
+        if run not in ended:
             print(f"{run}: nothing to cancel: {_why_nothing(run)}")
     return 0
 
 
-def _cancel_local(run: Path, records: Sequence[Record]) -> bool:
-    """Tell the live jobs on this machine to save and end; whether there are any."""
-    found = False
-    for record in records:
-        if not states_of([record]):
-            continue
-        try:
-            os.kill(int(record["job"]), signal.SIGTERM)
-        except ProcessLookupError:
-            continue
-        except PermissionError as error:
-            raise UserError(
-                f"{run}: job {record['job']} is another user's, who alone can end it"
-            ) from error
-        _note(run, record, JobState(state="RUNNING"))
-        found = True
-    return found
+def _pipeline_jobs(words: Sequence[Path], known: Container[JobKey]) -> list[tuple[Path, Record]]:
+    """The jobs of pipelines that are no run's: those that watch and sum up."""
+    from slurm.ledger import PIPELINE, Ledger
+
+    folders = [folder for word in words for folder in (word, *word.glob("*"), *word.glob("*/*"))]
+    jobs = [
+        (folder, {**entry.job, "verb": entry.key.split()[0]})
+        for folder in folders
+        if (folder / "pipeline.yaml").is_file()
+        for entry in Ledger(folder / PIPELINE).entries().values()
+        if entry.job is not None and entry.kind is None
+    ]
+    return [(folder, record) for folder, record in jobs if key_of(record) not in known]
+
+
+def _cancel_local(place: Path, record: Record) -> bool:
+    """Tell a job of this machine to save and end; False if it is none, or not alive."""
+    if record["executor"] != "local" or not states_of([record]):
+        return False
+    try:
+        os.kill(int(record["job"]), signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    except PermissionError as error:
+        raise UserError(
+            f"{place}: job {record['job']} is another user's, who alone can end it"
+        ) from error
+    _note(place, record, JobState(state="RUNNING"))
+    return True
 
 
 def _why_nothing(run: Path) -> str:
@@ -76,10 +100,10 @@ def _why_nothing(run: Path) -> str:
     )
 
 
-def _note(run: Path, record: Record, state: JobState) -> None:
+def _note(place: Path, record: Record, state: JobState) -> None:
     """Say it, and leave it for `peerlearn status`."""
     was = state.state.lower()
-    print(f"{run}: job {record['job']} ({record['verb']}, {was}) is told to end", flush=True)
+    print(f"{place}: job {record['job']} ({record['verb']}, {was}) is told to end", flush=True)
     # A full disk keeps no job alive.
-    with contextlib.suppress(OSError), (run / CANCELLED_FILE).open("a") as file:
+    with contextlib.suppress(OSError), (place / CANCELLED_FILE).open("a") as file:
         file.write(json.dumps({"job": record["job"], "time": now_text()}) + "\n")

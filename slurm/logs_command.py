@@ -19,6 +19,7 @@ from slurm.status import (
     is_run,
     read_statuses,
     records_of,
+    submission_of,
 )
 from slurm.submission import TRAINING_VERBS
 
@@ -148,7 +149,7 @@ def _log_files(run: Path, rank: int, attempt: int | None, *, wait: bool = False)
     logs = _by_rank(folder, "rank-", ".log")
     files = [_of_rank(logs, rank, folder, wait=wait)] if logs else []
     if attempt is None and (job := _job_to_come(directory)):
-        folder = _folder_of(run, job)
+        folder = submission_of(run, job)
         if printed := _by_rank(folder, f"{job['job']}_", "_log.out"):
             files.append(_of_rank(printed, rank, folder, wait=wait))
     return [file for file in files if file is not None]
@@ -170,12 +171,6 @@ def _job_to_come(directory: RunDirectory) -> Record | None:
     if not training or (started and started[-1] >= str(training[-1].get("time", ""))):
         return None
     return training[-1]
-
-
-def _folder_of(run: Path, job: Record) -> Path:
-    """The submission of a job, which moves with its run."""
-    folder = Path(job["folder"])
-    return folder if folder.is_dir() else run / "slurm" / folder.name
 
 
 def _by_rank(folder: Path, before: str, after: str) -> dict[int, Path]:

@@ -53,7 +53,7 @@ class PlannedRun:
 
     Attributes:
         variant: the name of its pretraining.
-        line: what stands after the word pretrain.
+        line: of the config's `pretrain`.
         seed: of it.
         folder: the run directory.
     """
@@ -62,6 +62,11 @@ class PlannedRun:
     line: str
     seed: int
     folder: Path
+
+    @property
+    def words(self) -> list[str]:
+        """What stands after the word pretrain."""
+        return shlex.split(split_name(self.line)[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +128,7 @@ def planned_runs(root: Path, config: PipelineConfig) -> list[PlannedRun]:
     return [
         PlannedRun(
             variant=name_of(line),
-            line=split_name(line)[1],
+            line=line,
             seed=seed,
             folder=root / "runs" / f"{name_of(line)}-seed-{seed}",
         )
@@ -194,7 +199,7 @@ def _check_same_lines(config: PipelineConfig, made: Pipeline | None) -> None:
 
 
 def _resolve_pretraining(run: PlannedRun) -> str:
-    words = ["pretrain", *shlex.split(run.line), *_own_words(run)]
+    words = ["pretrain", *run.words, *_own_words(run)]
     try:
         _, tasks = plan_tasks(words, [])
     except UsageError as error:

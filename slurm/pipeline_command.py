@@ -1,5 +1,6 @@
 """`peerlearn pipeline`, and `peerlearn resume` of one."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _anything_submitted(pipeline: Pipeline) -> bool:
 def _print_plan(pipeline: Pipeline) -> None:
     print(config_to_yaml(pipeline.config), end="")
     for run in pipeline.runs:
-        print(f"# peerlearn pretrain {run.line} --seed {run.seed} --run {run.folder}")
+        print(f"# peerlearn pretrain {shlex.join(run.words)} --seed {run.seed} --run {run.folder}")
     exports = pipeline.root / "runs" / "RUN" / "export" / "step-N"
     for evaluation in pipeline.evaluations:
         print(f"# peerlearn {evaluation.line} --checkpoint {exports}")

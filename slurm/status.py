@@ -45,6 +45,8 @@ _WINDOW_ROWS = 200
 _BLOCK_BYTES = 1 << 18
 # So far back the last kNN score is looked for.
 _TAIL_BYTES = 1 << 26
+# How peerlearn.cli begins the line of an error.
+_COMPLAINT = "peerlearn: "
 _EVENTS_OF_THE_RUN = ("started", "stopped", "done", "failed")
 _EVENTS_OF_ITS_JOB = ("requeued", "job_failed")
 
@@ -162,6 +164,12 @@ def key_of(record: Record) -> JobKey:
     return record["executor"], record["job"], record.get("started")
 
 
+def submission_of(run: Path, record: Record) -> Path:
+    """The submission of a job, which moves with its run."""
+    folder = Path(record["folder"])
+    return folder if folder.is_dir() else run / "slurm" / folder.name
+
+
 class JobWatch:
     """Asks what has become of jobs; where Slurm does not answer it says so once, and goes on without."""
 
@@ -225,6 +233,8 @@ def read_status(
     metrics = _read_metrics(run / "metrics.jsonl")
     job = history.newest_job(states)
     state, reason, live = _state(history, job, states.get(key_of(job)) if job else None)
+    if state == "failed" and job is not None and _is_newer(job, history.started):
+        reason = _complaint(run, job) or reason
     between = state == "running" and history.attempt_ended
     runs_now = state == "running" and not between
     evaluations = [
@@ -479,6 +489,15 @@ def _local_outcome(job: Record, history: _History) -> Outcome | None:
         return None
     ended_well = not any(outcome.code for outcome in outcomes.values())
     return whole_outcome(outcomes, code=0 if ended_well else 1, processes=len(outcomes))
+
+
+def _complaint(run: Path, job: Record) -> str | None:
+    """The error that a job has printed last, where it failed too early to leave one in the run."""
+    for line in lines_backwards(submission_of(run, job) / f"{job['job']}_0_log.out"):
+        text = line.decode(errors="replace")
+        if text.startswith(_COMPLAINT):
+            return _printable(text.removeprefix(_COMPLAINT).strip())
+    return None
 
 
 class _Metrics(NamedTuple):

@@ -15,6 +15,7 @@ import pytest
 from peerlearn.cli import main
 from peerlearn.heartbeat import process_started_at
 from peerlearn.run_dir import RunDirectory
+from slurm.ledger import PIPELINE, Ledger
 from slurm.status import JobWatch, RunStatus, read_statuses
 from slurm.submission import JOBS_FILE, jobs_of
 from tests.e2e.runs import (
@@ -77,6 +78,14 @@ def printed(run: Path) -> Path:
     return Path(job["folder"]) / f"{job['job']}_0_log.out"
 
 
+def complaint(run: Path) -> str:
+    """The error in it, the same for any way the run was started."""
+    lines = printed(run).read_text().splitlines()
+    (error,) = [line for line in lines if line.startswith("peerlearn: ")]
+    assert "nowhere" in error
+    return error.removeprefix("peerlearn: ")
+
+
 def headers(text: str) -> list[str]:
     return [line.strip("=<> ") for line in text.splitlines() if line.startswith("==> ")]
 
@@ -125,19 +134,19 @@ def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
     owner = {"host": "elsewhere", "pid": 1, "since": "2020-01-01", "time_seconds": time.time() + 60}
     (copy / "owner.json").write_text(json.dumps(owner))
     first, second = (copy / "logs" / f"attempt-{k}" / "rank-0.log" for k in (1, 2))
+    first.write_text("one\n")
     following = follow(copy)
     started.append(following)
     assert following.stdout is not None
-    before = [following.stdout.readline() for _ in first.read_text().splitlines()]
+    before = [following.stdout.readline() for _ in ("the file", "one")]
     with first.open("a") as file:
         file.write("the last\n")
     second.parent.mkdir()
     second.write_text("the first\n")
     (copy / "DONE").touch()
     out, err = following.communicate(timeout=30)
-    assert "".join(before) + out == (
-        f"==> {first} <==\n{first.read_text()}\n==> {second} <==\nthe first\n"
-    )
+    expected = f"==> {first} <==\none\nthe last\n\n==> {second} <==\nthe first\n"
+    assert "".join(before) + out == expected
     assert err == f"{copy}: done, 1 restart\n"
 
 
@@ -192,15 +201,14 @@ def test_jobs_that_die_in_start_up(
     out, err = capfd.readouterr()
     assert headers(out) == [str(printed(here))]
     assert "peerlearn: " in out
-    assert err == f"{here}: failed: it exited with 1, see its log\n"
+    assert err == f"{here}: failed: {complaint(here)}\n"
     assert main(["logs", str(here)]) == 0
     assert capfd.readouterr().out == f"==> {printed(here)} <==\n{printed(here).read_text()}"
 
     out, err = follow(there, **cluster.environment).communicate(timeout=60)
     assert headers(out) == [str(printed(there))]
     assert out.endswith(printed(there).read_text())
-    reason = (there / "FAILED").read_text().splitlines()[-1]
-    assert err == f"{there}: failed: {reason}\n"
+    assert err == f"{there}: failed: {complaint(there)}\n"
     # A moved run's submission has moved with it.
     moved = there.rename(tmp_path / "moved")
     assert main(["logs", str(moved)]) == 0
@@ -267,6 +275,33 @@ def test_cancel_leaves_processes_alone_that_are_no_jobs(
     assert code == 75
     assert status(run).text == "stopped: resume continues"
     assert status(run).step == events(run, "stopped")[0]["step"]
+
+
+def test_cancel_of_a_pipeline_ends_what_watches_it(
+    copy: Path, started: list[subprocess.Popen], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = copy.parent
+    (pipeline / "pipeline.yaml").write_text("")
+    ledger = Ledger(pipeline / PIPELINE)
+    processes = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
+    started += processes
+    record = {"executor": "local", "host": socket.gethostname()}
+    (copy / "slurm").mkdir()
+    facts = {"attempt": 1, "name": "n", "executor": "local", "begun_seconds": 0.0, "facts": {}}
+    with ledger.locked():
+        for key, process in zip(("run copy", "watch"), processes, strict=True):
+            job = {**record, "job": str(process.pid), "started": process_started_at(process.pid)}
+            ledger.add("intent", key, folder="slurm/x", **facts)
+            ledger.add("job", key, job=job)
+            if key != "watch":
+                training = {**job, "verb": "pretrain", "folder": "x"}
+                (copy / JOBS_FILE).write_text(json.dumps(training) + "\n")
+    assert main(["cancel", str(pipeline)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{pipeline}: job {processes[1].pid} (watch, running) is told to end",
+        f"{copy}: job {processes[0].pid} (pretrain, running) is told to end",
+    ]
+    assert [process.wait(timeout=10) for process in processes] == [-signal.SIGTERM] * 2
 
 
 def test_a_job_that_is_requeued_then_cancelled(

@@ -18,6 +18,7 @@ from scipy import stats
 
 from peerlearn.cli import VERBS, Verb, main
 from peerlearn.configs_command import read_header
+from peerlearn.run_dir import RunDirectory
 from slurm.ledger import EVALUATIONS, PIPELINE, Entry, Ledger
 from slurm.pipeline import load_pipeline, name_of
 from slurm.pipeline_command import SHIPPED
@@ -27,7 +28,7 @@ from tests.slurm.cluster import Cluster
 
 DRIVER = Path(__file__).parent / "killed_while_submitting.py"
 ROOT = Path(__file__).parents[2]
-PRETRAIN = " ".join([*SMALL, "--epochs", "1", "--checkpoint.export_every_epochs", "1"])
+PRETRAIN = "mine = " + " ".join([*SMALL, "--epochs", "1", "--checkpoint.export_every_epochs", "1"])
 KNN = "knn --k 5 --data.limit 200"
 LINEAR = "linear logistic_regression --data.limit 200"
 # Refused by the job itself, before it loads anything large.
@@ -268,15 +269,39 @@ def test_more_seeds_and_evaluations_can_be_asked_for(killed_twice: Path, tmp_pat
     assert main([*words, "--folder", "elsewhere"]) == 2
     assert main(["resume", str(root), "--evaluate", "knn --kk 7"]) == 2
     # Another line under a name that has runs already would mix two kinds of them.
-    assert main(["resume", str(root), "--pretrain", f"{name_of(PRETRAIN)} = --epochs 9"]) == 2
+    assert main(["resume", str(root), "--pretrain", "mine = --epochs 9"]) == 2
+
+
+def test_cancel_ends_the_watch_and_the_runs(tmp_path: Path):
+    """The watch first: nothing new is submitted for what it would find dead; and `resume` brings all of it back."""
+    file, root = (
+        write_config(tmp_path, seeds=[0], pretrain=[f"{PRETRAIN} --epochs 400"]),
+        tmp_path / "p",
+    )
+    peerlearn("pipeline", str(file))
+    run = run_of(root, 0)
+    wait_for(lambda: list(run.glob("logs/attempt-1/rank-0.step")), "first step")
+    printed = peerlearn("cancel", str(root)).splitlines()
+    assert [line.split(":")[0] for line in printed] == [str(root), str(run)]
+    assert "(watch, running) is told to end" in printed[0]
+    wait_for(lambda: not processes_with("peerlearn", "watch", str(root)), "end of the watch")
+    wait_for(
+        lambda: not processes_with("submitit.local._local", str(run / "slurm" / "pretrain-1")),
+        "end of the run",
+    )
+    assert [entry["event"] for entry in RunDirectory(run).events()][-1] == "stopped"
+    assert not (root / "summary.json").exists()
+    assert "nothing to cancel" in peerlearn("cancel", str(root))
 
 
 def test_a_variant_may_have_a_name(tmp_path: Path, capsys: pytest.CaptureFixture):
-    file = write_config(tmp_path, pretrain=[f"mine = {PRETRAIN}", f"other = {PRETRAIN} --beta 0"])
+    file = write_config(
+        tmp_path, pretrain=["mine = --epochs 1", "other = --epochs 2 --beta 0", "--epochs 3"]
+    )
     assert main(["pipeline", str(file), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     runs = [line.split("--run ")[1] for line in printed.splitlines() if "# peerlearn pret" in line]
-    names = ["mine-seed-0", "other-seed-0", "mine-seed-1", "other-seed-1"]
+    names = [f"{name}-seed-{seed}" for seed in (0, 1) for name in ("mine", "other", "epochs-3")]
     assert runs == [str(tmp_path / "p" / "runs" / name) for name in names]
 
 
