@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, plain lines now and then elsewhere."""
 
+import logging
 import os
 import sys
 import time
@@ -18,6 +19,8 @@ from rich.progress import (
 )
 
 _PLAIN_INTERVAL_SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -46,9 +49,10 @@ class Reporter:
             self.say(f"{self._unit} {self._done}/{self._total}  {text}  {left} left")
 
     def say(self, line: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays, and log it."""
         if self._quiet:
             return
+        logger.info("%s", line)
         if self._bar:
             self._bar.console.print(line, highlight=False, markup=False)
             return

@@ -226,6 +226,7 @@ class RunDirectory:
     def mark_done(self) -> None:
         """Leave DONE: the run has finished and its last step is saved and exported."""
         write_text(self.root / "DONE", "")
+        (self.root / "FAILED").unlink(missing_ok=True)
 
     def mark_failed(self, reason: str) -> None:
         """Leave FAILED with the reason."""

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peerlearn.errors import UserError
+from peerlearn.heartbeat import process_exists, process_started_at
 from peerlearn.run_dir import now_text, write_text
 
 LOCK_FILES = (".lock", "owner.json")
@@ -53,6 +54,26 @@ def run_lock(root: Path) -> Iterator[str | None]:
             yield _name(owner) if owner else None
     finally:
         lock.release()
+
+
+def living_owner(root: Path) -> dict[str, Any] | None:
+    """Who holds the run directory, as far as owner.json and this machine can tell; None if nobody alive does."""
+    owner = _read_owner(root)
+    pid, beat = owner.get("pid"), owner.get("time_seconds")
+    if not isinstance(pid, int) or not isinstance(beat, int | float):
+        return None
+    if owner.get("host") == socket.gethostname():
+        return owner if process_exists(pid) and not _started_after(pid, beat) else None
+    return owner if time.time() - beat < _DEAD_SECONDS else None
+
+
+def _started_after(pid: int, time_seconds: float) -> bool:
+    """Whether the process is a later one that was given the same number, as in containers."""
+    ticks = process_started_at(pid)
+    if ticks is None:
+        return False
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age > time_seconds + 1
 
 
 @contextmanager

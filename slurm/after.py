@@ -3,14 +3,18 @@
 `python -P -m slurm.after FOLDER TASK CODE` on the job's first node; CODE is srun's.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from peerlearn.errors import UserError
+from peerlearn.heartbeat import read_step
 from peerlearn.run_dir import RunDirectory
+from peerlearn.run_lock import run_lock
 from slurm.client import call
 from slurm.outcome import (
     Outcome,
@@ -34,28 +38,38 @@ def main(folder: str, task: str, code: str) -> int:
 
 def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
     """Decide, write the decision down, and act on it."""
+    run = submission.trained_run(task)
+    attempt = run.newest_attempt() if run else 0
+    history = read_history(submission.folder, task)
     outcome = _outcome(submission, task, code, restart)
-    words = submission.tasks[task].words
+    if run and outcome.step is None and attempt > (history[-1]["attempt"] if history else 0):
+        # Of processes that were killed with all theirs, the run itself knows how far they had come.
+        outcome = replace(outcome, step=read_step(run.logs(attempt)))
     decision, reason = decide(
         outcome,
-        read_history(submission.folder, task),
+        history,
         max_crashes=submission.config.max_crashes,
-        makes_steps=words[0] != "watch",
+        makes_steps=submission.tasks[task].words[0] != "watch",
     )
     job = _job()
     add_to_history(
-        submission.folder, task, outcome, job=job, restart=restart, decision=decision, reason=reason
+        submission.folder,
+        task,
+        outcome,
+        job=job,
+        restart=restart,
+        decision=decision,
+        reason=reason,
+        attempt=attempt,
     )
     print(f"job {job}, start {restart}: {outcome.kind}, {decision} ({reason})", flush=True)
-    run = submission.trained_run(task)
     if decision == "requeue":
         try:
             _requeue(job, run, outcome)
         except UserError as error:
             decision, reason = "failed", f"{reason}; could not be requeued: {error}"
-    if decision == "failed" and run and run.root.is_dir():
-        run.event("job_failed", job=job, reason=reason)
-        run.mark_failed(reason)
+    if decision == "failed" and run:
+        _mark_failed(run, job, reason)
     return code
 
 
@@ -65,6 +79,20 @@ def _outcome(submission: Submission, task: int, code: int, restart: int) -> Outc
         return Outcome(kind="saved", code=code, reason="told to stop while starting")
     processes = submission.config.nodes * submission.config.tasks_per_node
     return whole_outcome(found, code=code, processes=processes)
+
+
+def _mark_failed(run: RunDirectory, job: str, reason: str) -> None:
+    """Leave the reason in the run, if it is this job's to fail.
+
+    Without its config there is no run yet, and what stood in its place would keep it from beginning. One that another
+    process holds, or has finished, does not fail by this job's being turned away.
+    """
+    if not run.config.exists():
+        return
+    with contextlib.suppress(UserError), run_lock(run.root):
+        if not run.done:
+            run.event("job_failed", job=job, reason=reason)
+            run.mark_failed(reason)
 
 
 def _requeue(job: str, run: RunDirectory | None, outcome: Outcome) -> None:

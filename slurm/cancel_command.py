@@ -10,6 +10,7 @@ from pathlib import Path
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UserError
 from peerlearn.run_dir import now_text
+from peerlearn.run_lock import living_owner
 from slurm.client import JobState, call
 from slurm.ledger import PIPELINE, Ledger
 from slurm.running import states_of
@@ -19,7 +20,6 @@ from slurm.status import (
     Record,
     find_runs,
     key_of,
-    living_owner,
     records_of,
 )
 
@@ -38,7 +38,6 @@ def main(argv: Sequence[str]) -> int:
         metavar="RUN",
         help="a run, or a folder that holds some: a sweep, a pipeline",
     )
-    named = parser.parse_args(argv).runs
     words: list[Path] = parser.parse_args(argv).runs
     runs = find_runs(words)
     jobs = [(run, record) for run in runs for record in records_of(run)]
@@ -62,8 +61,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _pipeline_jobs(words: Sequence[Path], known: Container[JobKey]) -> list[tuple[Path, Record]]:
     """The jobs of pipelines that are no run's: those that watch and sum up."""
-    from slurm.ledger import PIPELINE, Ledger
-
     folders = [folder for word in words for folder in (word, *word.glob("*"), *word.glob("*/*"))]
     jobs = [
         (folder, {**entry.job, "verb": entry.key.split()[0]})

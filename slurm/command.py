@@ -4,11 +4,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from peerlearn.cli import dispatch
 from peerlearn.config import parse_config
-from peerlearn.errors import UsageError
+from peerlearn.errors import UsageError, UserError
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
-from slurm.submission import Submission, Task, create_submission
+from slurm.submission import Submission, Task, create_submission, locked_home
 
 CLUSTERS = Path(__file__).parent / "clusters"
 
@@ -17,19 +20,25 @@ def main(argv: Sequence[str]) -> int:
     """`peerlearn submit [--cluster C] [--key value ...] [--dry_run] -- VERB ...`. Returns the exit code."""
     words = list(argv)
     own, command = _split(words)
+    if {"-h", "--help"} & set(command):
+        return dispatch(command)
     config, dry_run = read_cluster(own)
-    home, tasks = plan_tasks(command, config.sweep)
+    # Whichever side of the dashes it stands on, nothing is to happen.
+    dry_run = dry_run or "--dry_run" in command
+    home, tasks = plan_tasks([word for word in command if word != "--dry_run"], config.sweep)
     name = config.name or job_name(tasks, home)
     if dry_run:
         _print_plan(home, tasks, config, name)
         return 0
     from slurm.executors import submit
 
-    _check_free(tasks)
-    submission = create_submission(home, tasks, config)
-    jobs = submit(submission, name)
+    _check_checkpoints(tasks, config)
+    with locked_home(home):
+        _check_free(tasks)
+        submission = create_submission(home, tasks, config)
+        jobs = submit(submission, name)
     _announce(submission, jobs)
-    if not config.wait:
+    if not config.wait and config.executor != "debug":
         return 0
     from slurm.wait import wait_for_jobs
 
@@ -84,8 +93,19 @@ def _check_free(tasks: Sequence[Task]) -> None:
     from slurm.running import check_free
 
     for task in tasks:
-        if task.run is not None and task.words[0] in ("pretrain", "resume"):
+        if task.run is not None and task.trains:
             check_free(Path(task.run))
+
+
+def _check_checkpoints(tasks: Sequence[Task], config: SubmitConfig) -> None:
+    """What is to be evaluated must be there, unless a job that comes first is to make it."""
+    for task in (task for task in tasks if not task.trains):
+        asked = yaml.safe_load(task.config_yaml or "{}").get("checkpoint", [])
+        for checkpoint in [asked] if isinstance(asked, str) else asked:
+            if config.dependency is None and not Path(checkpoint).exists():
+                raise UserError(
+                    f"--checkpoint {checkpoint} is not there (with --dependency it need not be yet)"
+                )
 
 
 def _print_plan(home: Path, tasks: list[Task], config: SubmitConfig, name: str) -> None:

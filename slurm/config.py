@@ -9,6 +9,12 @@ from peerlearn.config import require
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*(=.*)?")
+# What a submission gives sbatch itself, and relies on.
+_OWN_OPTIONS = frozenset(
+    {"array", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "wrap"}
+)
+# YAML reads 24:00:00 as a number in base 60; no cluster gives a job thirty days.
+_LONGEST_MINUTES = 30 * 24 * 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,23 @@ class SubmitConfig:
             self.executor == "slurm" or self.nodes == 1,
             f"nodes must be 1 with executor {self.executor}: it is this machine alone",
         )
+        require(
+            self.executor != "debug" or self.tasks_per_node == 1,
+            f"tasks_per_node must be 1 with executor debug, got {self.tasks_per_node}",
+        )
+        require(
+            self.executor != "slurm" or self.time_minutes < _LONGEST_MINUTES,
+            f"time_minutes {self.time_minutes} is {self.time_minutes / 1440:.0f} days: give minutes, not hours:minutes",
+        )
+        for word in self.sbatch:
+            option = word.partition("=")[0]
+            require(
+                option not in _OWN_OPTIONS,
+                f"sbatch: {option} is set by the submission itself: leave it out",
+            )
+        swept = [word.partition("=")[0] for word in self.sweep]
+        require(len(set(swept)) == len(swept), f"sweep: a key stands twice: {', '.join(swept)}")
+        require("run" not in swept, "sweep: run cannot vary: each combination gets its own folder")
 
     def variables(self) -> dict[str, str]:
         """`environment` as a mapping."""

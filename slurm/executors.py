@@ -42,8 +42,13 @@ def submit(submission: Submission, name: str) -> list[str]:
     functions: list[Any] = [
         Job(str(submission.folder.resolve()), task) for task in range(len(submission.tasks))
     ]
+    if submission.config.executor == "slurm" and "%" in str(submission.folder.resolve()):
+        remove_submission(submission)
+        raise UserError(
+            f"{submission.folder}: to Slurm % in a path has a meaning: choose another folder for the run by --run"
+        )
     try:
-        with _outside_any_job():
+        with _outside_any_job(), _uninterrupted(submission.config.executor):
             executor = _executor(submission, name)
             if len(functions) == 1:
                 handed_over = [executor.submit(functions[0])]
@@ -52,8 +57,13 @@ def submit(submission: Submission, name: str) -> list[str]:
             else:
                 handed_over = [executor.submit(function) for function in functions]
     except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
+        words = own_words("sbatch", str(error))
+        if "timed out" in words or isinstance(error, submitit.core.utils.FailedSubmissionError):
+            raise UserError(
+                f"{words}: the job may be there all the same, see `squeue --me`; its folder is {submission.folder}"
+            ) from error
         remove_submission(submission)
-        raise UserError(own_words("sbatch", str(error))) from error
+        raise UserError(words) from error
     except BaseException:
         remove_submission(submission)
         raise
@@ -63,6 +73,19 @@ def submit(submission: Submission, name: str) -> list[str]:
         for job in handed_over:
             job.results()
     return jobs
+
+
+@contextmanager
+def _uninterrupted(executor: str) -> Iterator[None]:
+    """Ctrl-C between sbatch's request and its answer would leave a job that nobody knows."""
+    if executor != "slurm":
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def batch_script(submission: Submission, name: str) -> str:
@@ -140,6 +163,8 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
             *(f"--{word}" for word in config.srun),
         ],
         "setup": [
+            # A signal meant for the processes that reaches this shell too must not end it.
+            "trap : USR2",
             *config.setup,
             *(
                 f"export {variable}={shlex.quote(value)}"

@@ -11,12 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import read_step
@@ -30,6 +31,8 @@ _RENDEZVOUS_SECONDS = 300.0
 # Below the ephemeral ports, which other programs' connections take at random.
 _FIRST_PORT, _PORTS = 15000, 15000
 _PR_SET_PDEATHSIG = 1
+# How the command begins the one line that says why it ends.
+_COMPLAINT = b"peerlearn: "
 
 
 class CommandFailedError(Exception):
@@ -110,6 +113,7 @@ class _Process:
         self.in_slurm = place.cluster == "slurm"
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.run_directory = submission.trained_run(task)
+        self.complaint = ""
 
     def run(self) -> Outcome:
         """Run the command and leave the outcome; where SLURM is about to end the job, wait for that."""
@@ -133,10 +137,24 @@ class _Process:
             [sys.executable, "-P", "-m", "peerlearn", *words],
             cwd=self.submission.working_directory,
             env=os.environ | self._variables(),
+            stderr=subprocess.PIPE,
             preexec_fn=_die_with_parent,
         )
         self.signals.watch(child)
-        return child.wait()
+        assert child.stderr is not None
+        reader = threading.Thread(target=self._pass_on, args=(child.stderr,), daemon=True)
+        reader.start()
+        code = child.wait()
+        # A process that the command has left behind may hold the pipe open.
+        reader.join(timeout=5)
+        return code
+
+    def _pass_on(self, stderr: IO[bytes]) -> None:
+        """Show what the command complains of, and remember its last word."""
+        for line in stderr:
+            os.write(2, line)
+            if line.startswith(_COMPLAINT):
+                self.complaint = line.removeprefix(_COMPLAINT).decode(errors="replace").strip()
 
     def _hold(self) -> None:
         """After SIGTERM: preempted, cancelled or requeued by hand. SLURM knows which, and what comes next.
@@ -210,7 +228,8 @@ class _Process:
             return Outcome(kind="crashed", code=code, reason=f"died of {name}", step=step)
         failures = [event for event in events if event["event"] == "failed"]
         kinds = {event.get("kind") for event in failures}
-        reason = failures[-1]["reason"] if failures else f"it exited with {code}, see its log"
+        reason = failures[-1]["reason"] if failures else self.complaint
+        reason = reason or f"it exited with {code}, see its log"
         kind: Kind = (
             "crashed" if kinds & {"crash", "lost_rank"} and "user" not in kinds else "failed"
         )

@@ -67,12 +67,14 @@ def add_to_history(
     restart: int,
     decision: Decision,
     reason: str,
+    attempt: int,
 ) -> None:
-    """Write a start down, with what was made of it."""
+    """Write a start down, with what was made of it; ``attempt`` is the run's newest."""
     line = {
         "time": now_text(),
         "job": job,
         "restart": restart,
+        "attempt": attempt,
         "kind": outcome.kind,
         "step": outcome.step,
         "reason": reason,

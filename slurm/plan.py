@@ -32,7 +32,9 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
         UsageError: an unknown verb, a wrong key.
         UserError: a run that cannot be started there.
     """
-    if not words or words[0] not in VERBS or words[0] in _NOT_AS_JOBS:
+    if words and words[0] in _NOT_AS_JOBS:
+        raise UsageError(f"{words[0]} is done here and now, not as a job: leave out submit")
+    if not words or words[0] not in VERBS:
         verb = words[0] if words else ""
         raise UsageError(
             f"after -- comes a verb to run as a job, got {verb!r}{nearest(verb, VERBS)}: "
@@ -41,6 +43,8 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
     if not sweep:
         task = _task(list(words))
         return _home(task), [task]
+    if words[0] == "resume" or not VERBS[words[0]].dry_run:
+        raise UsageError(f"sweep: {words[0]} has no keys that could vary")
     varies_config = any(word.startswith("config=") for word in sweep)
     if varies_config and (len(words) < 2 or words[1].startswith("-")):
         raise UsageError(f"sweep: config stands for the word after {words[0]}, which is not there")
@@ -57,7 +61,7 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
         if root is not None:
             varied += ["--run", str(root / name)]
         tasks.append(_task(varied))
-    runs = [task.run for task in tasks if task.run is not None]
+    runs = [str(task.run) for task in tasks if task.trains]
     if len(set(runs)) < len(runs):
         raise UsageError(f"sweep: two of its runs have the same name: {sorted(runs)}")
     return (root / "slurm" if root else _home(tasks[0])), tasks
@@ -78,14 +82,23 @@ def _sweep_root(words: Sequence[str]) -> Path | None:
     """The folder of a sweep's runs; None for verbs that make none."""
     if words[0] != "pretrain":
         return None
-    if "--run" in words:
-        return Path(words[words.index("--run") + 1])
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--run="):
+            return Path(word.partition("=")[2])
+        if word == "--run":
+            if not value or value.startswith("--"):
+                raise UsageError("--run: the folder is missing")
+            return Path(value)
     return default_run(words[1:])
 
 
 def _task(words: list[str]) -> Task:
     verb = words[0]
     if verb == "resume":
+        if len(words) > 1 and (Path(words[1]) / "pipeline.yaml").is_file():
+            raise UsageError(
+                f"{words[1]} is a pipeline, which submits its jobs itself: `peerlearn resume {words[1]}`"
+            )
         _dry_run(words)
         return Task(words=words, run=words[1])
     if not VERBS[verb].dry_run:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import process_exists, process_started_at
+from peerlearn.run_lock import living_owner
 from slurm.client import JobState, job_states
 from slurm.submission import jobs_of
 
@@ -36,7 +37,7 @@ def live_jobs(run: Path) -> dict[str, JobState]:
 
 
 def check_free(run: Path) -> None:
-    """Make sure that no other job is to write the run.
+    """Make sure that no other job is to write the run, and no process does.
 
     Raises:
         UserError: one is.
@@ -47,6 +48,11 @@ def check_free(run: Path) -> None:
             raise UserError(
                 f"{run}: job {job} ({state.state.lower()}) works on it already: `peerlearn cancel {run}` ends it"
             )
+    owner = living_owner(run)
+    if owner is not None:
+        raise UserError(
+            f"{run} is in use by process {owner['pid']} on {owner['host']}: wait for it, or stop it first"
+        )
 
 
 def _local_is_alive(record: dict[str, Any]) -> bool:

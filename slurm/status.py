@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import statistics
 import sys
 import time
@@ -17,13 +16,11 @@ from peerlearn.errors import UserError
 from peerlearn.heartbeat import (
     INTERVAL_SECONDS,
     Beat,
-    process_exists,
-    process_started_at,
     read_beat,
     read_step,
 )
 from peerlearn.run_dir import RunDirectory
-from peerlearn.run_lock import LOCK_FILES
+from peerlearn.run_lock import living_owner
 from slurm.client import JobState
 from slurm.outcome import Outcome, read_outcomes, whole_outcome
 from slurm.running import states_of
@@ -36,8 +33,6 @@ CANCELLED_FILE = Path("slurm") / "cancelled.jsonl"
 NOT_ASKED = JobState(state="UNKNOWN")
 
 _FRESH_BEAT_SECONDS = 4 * INTERVAL_SECONDS
-# As long as peerlearn.run_lock trusts an owner on another machine.
-_FRESH_OWNER_SECONDS = 60.0
 _ASK_AGAIN_SECONDS = 60.0
 _LEVELS = 2
 _RATE_ROWS = 5
@@ -438,29 +433,6 @@ def _read_mark(run: Path) -> _Mark | None:
         last = next((line for line in reversed(lines) if line.strip()), "it does not say why")
         return _Mark("failed", _printable(last.strip()), failed.stat().st_mtime)
     return None
-
-
-def living_owner(run: Path) -> Record | None:
-    """What owner.json says of the process that holds the run directory, if that lives."""
-    try:
-        owner = dict(json.loads((run / LOCK_FILES[1]).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    pid, beat = _integer(owner.get("pid")), _number(owner.get("time_seconds"))
-    if pid is None or beat is None:
-        return None
-    if owner.get("host") == socket.gethostname():
-        return owner if process_exists(pid) and not _started_after(pid, beat) else None
-    return owner if time.time() - beat < _FRESH_OWNER_SECONDS else None
-
-
-def _started_after(pid: int, time_seconds: float) -> bool:
-    """Whether the process is a later one that was given the same number, as in containers."""
-    ticks = process_started_at(pid)
-    if ticks is None:
-        return False
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age > time_seconds + 1
 
 
 def _is_alive(beat: Beat) -> bool:

@@ -9,15 +9,19 @@ FOLDER/  (0700: what lies here is run as the user who owns it)
 RUN/slurm/jobs.jsonl   one line for each job that works on RUN
 """
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from peerlearn import PACKAGES
 from peerlearn.errors import UserError
@@ -28,6 +32,7 @@ from slurm.config import SubmitConfig
 # Verbs whose jobs own the run directory; those of others only look at it.
 TRAINING_VERBS = ("pretrain", "resume")
 JOBS_FILE = Path("slurm") / "jobs.jsonl"
+_LOCK_SECONDS = 120.0
 _HOME = Path(__file__).resolve().parent.parent
 
 
@@ -93,6 +98,41 @@ class Submission:
         if chosen.words[0] == "pretrain":
             return [*config, "--run", str(chosen.run), "--auto_resume"]
         return config
+
+
+@contextmanager
+def locked_home(home: Path) -> Iterator[None]:
+    """Let no other submission into this folder for as long as the block lasts; after a failure, leave nothing of it.
+
+    Raises:
+        UserError: another does not come to its end, or the folder cannot be written.
+    """
+    missing = [folder for folder in (home, *home.parents) if not folder.exists()]
+    lock = FileLock(home / ".submit.lock")
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout as error:
+        raise UserError(f"{home}: another submission goes on there: wait for it") from error
+    except OSError as error:
+        raise _unwritable(home, error) from error
+    try:
+        yield
+    except BaseException:
+        if missing:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+def _unwritable(home: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{home}: cannot be written ({error.strerror}): choose another folder for the run by --run"
+    )
 
 
 def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Submission:
@@ -192,9 +232,7 @@ def _new_folder(home: Path, verb: str) -> Path:
                 raise UserError(f"{home}: a file stands where submissions go") from None
             number += 1
         except OSError as error:
-            raise UserError(
-                f"{home}: cannot be written ({error.strerror}): choose another folder for the run by --run"
-            ) from error
+            raise _unwritable(home, error) from error
         else:
             return folder
 

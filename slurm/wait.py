@@ -19,13 +19,22 @@ def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
     """
     executor = submission.config.executor
     records = {job: {"job": job, "executor": executor, **_identity(job, executor)} for job in jobs}
-    codes = []
+    codes: list[int] = []
+    said: dict[str, str] = {}
     waiting = dict(records)
     while waiting:
         states = states_of(list(waiting.values()))
         for job in list(waiting):
             state = states.get(job)
             if state is not None and state.live:
+                now = (
+                    f"{state.state.lower()} ({state.reason})"
+                    if state.reason
+                    else state.state.lower()
+                )
+                if said.get(job) != now:
+                    print(f"job {job}: {now}", flush=True)
+                said[job] = now
                 continue
             del waiting[job]
             outcome = outcome_of(submission, jobs.index(job), state.state if state else "gone")

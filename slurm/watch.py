@@ -15,12 +15,12 @@ from peerlearn.config import nearest
 from peerlearn.errors import UsageError, UserError
 from peerlearn.results import read_result
 from peerlearn.run_dir import RunDirectory
+from peerlearn.run_lock import living_owner
 from slurm.client import JobState
 from slurm.config import SubmitConfig
 from slurm.ledger import EVALUATIONS, Entry, Ledger, Order, hand_over
 from slurm.plan import plan_tasks
 from slurm.running import states_of
-from slurm.status import living_owner
 from slurm.submission import TRAINING_VERBS, Task, jobs_of, read_submission
 from slurm.wait import outcome_of
 

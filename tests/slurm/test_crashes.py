@@ -1,5 +1,6 @@
 """Crashes of the processes, the disk and the files themselves, in jobs of the real cluster."""
 
+import os
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ from tests.slurm.jobs import (
     attempts,
     kill,
     logs,
+    pid,
     started_at,
     submit,
     undisturbed,
@@ -61,6 +63,25 @@ def test_kill_9_of_a_rank(cluster: Cluster, together: Path, tmp_path: Path, rank
     assert last["kind"] == "done"
     assert started_at(run)[1] == first["step"] // 10 * 10
     assert_same_run(run, together)
+
+
+def test_processes_killed_with_all_that_could_say_why(
+    cluster: Cluster, alone: Path, tmp_path: Path
+) -> None:
+    """Twice, at different steps: not taken for the same crash, though no process is left to tell its step."""
+    run = tmp_path / "a"
+    job = submit(cluster, run)
+    for start, at in ((1, 30), (2, 90)):
+        wait_for_step(run, at, attempt=start)
+        parent = int(Path(f"/proc/{pid(run, 0)}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(parent, signal.SIGKILL)
+        wait_until(lambda: attempts(run) > start, "the next start")  # noqa: B023
+    wait_for_end(cluster, job, run)
+    found = outcomes(run)
+    assert [line["kind"] for line in found] == ["crashed", "crashed", "done"]
+    assert found[0]["step"] >= 30
+    assert found[1]["step"] >= 90
+    assert_same_run(run, alone)
 
 
 def test_killed_in_mid_save(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
@@ -184,6 +205,21 @@ def test_crashing_too_often_stops_the_job(cluster: Cluster, tmp_path: Path) -> N
     again = submit(cluster, run, verb="resume")
     wait_for_end(cluster, again, run)
     assert started_at(run) == [0, 10, 20, 30]
+
+
+def test_what_fails_before_there_is_a_run_leaves_its_place_free(
+    cluster: Cluster, alone: Path, tmp_path: Path
+) -> None:
+    """A mistake that only the job can find: told, not requeued, and the same folder takes the next attempt."""
+    run = tmp_path / "a"
+    job = submit(cluster, run, "--batch_size", "5000")
+    wait_for_end(cluster, job, run, "FAILED")
+    assert cluster.restarts(job) == 0
+    assert outcomes(run)[0]["reason"].startswith("batch_size 5000")
+    assert [path.name for path in run.iterdir()] == ["slurm"]
+    again = submit(cluster, run)
+    wait_for_end(cluster, again, run)
+    assert_same_run(run, alone)
 
 
 def usr2(cluster: Cluster, job: str, run: Path) -> None:

@@ -93,7 +93,8 @@ def test_the_batch_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
         "output": f"'{folder}/%j_0_log.out'",
     }
     setup = script[script.index("# setup") + 1 : script.index("# command")]
-    assert setup[:3] == [
+    assert setup[:4] == [
+        "trap : USR2",
         "module load cuda",
         "export NCCL_DEBUG=INFO",
         "export NOTE='two words'",
@@ -142,7 +143,19 @@ def test_other_verbs_are_jobs_too(tmp_path: Path) -> None:
         *("linear", "logistic_regression", "--checkpoint", str(run), "--data.shots", "100000"),
     )
     assert failing.returncode == 1
-    assert re.search(r"job \d+: failed \(it exited with [12], see its log\)", failing.stdout)
+    assert re.search(r"job \d+: failed \(data\.shots .*100000", failing.stdout), failing.stdout
+
+
+def test_the_same_evaluation_with_several_k(tmp_path: Path) -> None:
+    """A sweep of a verb that makes no run: jobs of one submission, which leave the run alone."""
+    run = tmp_path / "a"
+    assert pretrain(run) == 0
+    options = ["submit", "--cluster", "local", "--sweep", "k=3,7", "--wait", "true", "--"]
+    found = local(*options, "knn", "--checkpoint", str(run), "--network", "0")
+    assert found.returncode == 0, found.stdout + found.stderr
+    results = [json.loads(file.read_text()) for file in (run / "results").glob("knn-*.json")]
+    assert sorted(result["protocol"]["k"] for result in results) == [3, 7]
+    assert not (run / "FAILED").exists()
 
 
 def test_debug_runs_here_and_now(tmp_path: Path) -> None:
@@ -150,6 +163,57 @@ def test_debug_runs_here_and_now(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert "kNN top-1" in found.stdout
     assert (tmp_path / "a" / "DONE").exists()
+    words = ["pretrain", *SMALL, "--batch_size", "5000", "--run", str(tmp_path / "b")]
+    failing = local("submit", "--cluster", "debug", "--", *words)
+    assert failing.returncode == 1
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["slurm"]
+
+
+def test_dry_run_may_stand_on_either_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--run", str(tmp_path / "a")]
+    assert main([*words, "--dry_run"]) == 0
+    assert "# task 0: peerlearn pretrain" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert main(["submit", "--cluster", "local", "--", "pretrain", "--help"]) == 0
+    assert "--cohort.networks" in capsys.readouterr().out
+
+
+def test_two_submissions_at_the_same_moment(tmp_path: Path) -> None:
+    """One run, one job: the other is refused, whichever it is."""
+    run = tmp_path / "a"
+    words = ["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--epochs", "60"]
+    both = [
+        subprocess.Popen(
+            command(*words, "--run", str(run)),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    ends = [(process.communicate(timeout=100), process.returncode) for process in both]
+    assert sorted(code for _, code in ends) == [0, 1], ends
+    ((_, refused),) = [output for output, code in ends if code == 1]
+    assert re.search(r"job \d+ \(running\) works on it already|is in use by|holds a run", refused)
+    (record,) = jobs_of(run)
+    wait_until(lambda: step(run) >= 1, "step 1")
+    os.kill(int(record["job"]), signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{record['job']}").exists(), "the end of the job")
+
+
+def test_a_run_that_a_process_trains_is_not_submitted(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    process = subprocess.Popen(
+        command("pretrain", *SMALL, "--epochs", "300", "--run", str(run)), env=environment()
+    )
+    wait_until(lambda: step(run) >= 1, "step 1")
+    found = local("submit", "--cluster", "local", "--", "resume", str(run))
+    process.kill()
+    process.wait()
+    assert found.returncode == 1
+    assert f"{run} is in use by process {process.pid}" in found.stderr
+    assert not (run / "slurm").exists()
 
 
 def test_two_local_processes_told_to_stop(tmp_path: Path) -> None:
@@ -291,6 +355,38 @@ def test_a_taken_port_is_passed_over() -> None:
             "name may hold letters, digits",
         ),
         (
+            ["--cluster", "slurm", "--sweep", "seed=1,2", "seed=3"],
+            ["pretrain"],
+            "sweep: a key stands twice: seed, seed",
+        ),
+        (["--cluster", "slurm", "--sweep", "run=a,b"], ["pretrain"], "sweep: run cannot vary"),
+        (
+            ["--cluster", "slurm", "--sweep", "seed=1,2"],
+            ["resume", "runs/a"],
+            "sweep: resume has no keys that could vary",
+        ),
+        (
+            ["--cluster", "slurm", "--sweep", "seed=1,2"],
+            ["pretrain", "--run"],
+            "--run: the folder is missing",
+        ),
+        (
+            ["--cluster", "slurm", "--sbatch", "array=0-3"],
+            ["pretrain"],
+            "sbatch: array is set by the submission itself",
+        ),
+        (
+            ["--cluster", "slurm", "--time_minutes", "86400"],
+            ["pretrain"],
+            "time_minutes 86400 is 60 days: give minutes",
+        ),
+        (
+            ["--cluster", "debug", "--tasks_per_node", "2"],
+            ["pretrain"],
+            "tasks_per_node must be 1 with executor debug",
+        ),
+        (["--cluster", "local"], ["status", "runs/a"], "status is done here and now, not as a job"),
+        (
             ["--cluster", "slurm", "--sweep", "config=a,b"],
             ["pretrain", "--seed", "1"],
             "sweep: config stands for the word after pretrain, which is not there",
@@ -382,6 +478,33 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert error == (
         f"peerlearn: {run}/slurm: cannot be written (Not a directory): choose another folder for the run by --run\n"
     )
+
+
+def test_a_percent_sign_in_the_path(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["submit", *PROFILE, "--", "pretrain", *SMALL, "--run", str(tmp_path / "a%j")]
+    found = peerlearn(cluster, *words)
+    assert found.returncode == 1
+    assert "to Slurm % in a path has a meaning" in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_to_be_evaluated_must_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "--cluster", "local", "--", "knn", "--checkpoint", "runs/a"]) == 1
+    assert "--checkpoint runs/a is not there" in capsys.readouterr().err
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "pipeline.yaml").write_text("")
+    assert main(["submit", "--cluster", "local", "--", "resume", "p"]) == 2
+    assert "`peerlearn resume p`" in capsys.readouterr().err
+
+
+def test_a_sweep_takes_its_folder_either_way(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["submit", "--cluster", "local", "--sweep", "seed=0,1", "--dry_run", "--", "pretrain"]
+    assert main([*words, f"--run={tmp_path}/s"]) == 0
+    runs = re.findall(r"--run (\S+) --auto_resume", capsys.readouterr().out)
+    assert runs == [f"{tmp_path}/s/seed-0", f"{tmp_path}/s/seed-1"]
 
 
 def test_code_that_cannot_be_copied(
