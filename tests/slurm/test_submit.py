@@ -257,41 +257,59 @@ def test_a_sweep_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """In float64 to 1e-9: losses, queues, weights, statistics."""
-    keys = ["--cohort.batch_norm_splits", "4", "--monitor.every_epochs", "0"]
-    alone, together = tmp_path / "alone", tmp_path / "together"
+KEYS_OF_A_SHARE = ["--cohort.batch_norm_splits", "4", "--monitor.every_epochs", "0"]
+DOUBLE = [f"PYTHONPATH={FAULTS}:{ROOT}", "DOUBLE_PRECISION=1", "OMP_NUM_THREADS=1"]
+
+
+def in_double_precision(run: Path, *keys: str) -> Path:
+    """One process, without a job."""
     driver = ROOT / "tests" / "e2e" / "double_precision.py"
-    words = ["pretrain", *SMALL, *keys]
-    done = subprocess.run(command(*words, "--run", str(alone), driver=driver), env=environment())
-    assert done.returncode == 0
-    options = ["--nodes", "2", "--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"]
-    options += [f"PYTHONPATH={FAULTS}:{ROOT}", "DOUBLE_PRECISION=1"]
-    found = peerlearn(
-        cluster,
-        "submit",
-        *PROFILE,
-        *options,
-        "--wait",
-        "true",
-        "--",
-        *words,
-        "--run",
-        str(together),
-    )
-    assert found.returncode == 0, logs(together)
-    started = events(together, "started")[0]
-    assert started["processes"] == 2
+    words = ["pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(run), *keys]
+    found = subprocess.run(command(*words, driver=driver), env=environment())
+    assert found.returncode == 0
+    return run
+
+
+def assert_equal_to_rounding(together: Path, alone: Path) -> None:
+    """Two processes and one, in float64: rows, queues, weights, statistics."""
+    assert events(together, "started")[0]["processes"] == 2
     for mine, expected in zip(rows(together), rows(alone), strict=True):
         for key in set(expected) - {"seconds", "images_per_second"}:
             assert mine[key] == pytest.approx(expected[key], rel=1e-9, abs=1e-9), key
     tensors, expected = newest_tensors(together), newest_tensors(alone)
     for group in expected.keys() - {"rng"}:
         for name, tensor in expected[group].items():
-            assert tensor.dtype not in (torch.float32,) or group == "rng", (group, name)
+            assert tensor.dtype != torch.float32, (group, name)
             torch.testing.assert_close(tensors[group][name], tensor, rtol=1e-9, atol=1e-9)
+
+
+def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    together = tmp_path / "together"
+    alone = in_double_precision(tmp_path / "alone")
+    options = ["--nodes", "2", "--wait", "true"]
+    options += ["--environment", "GLOO_SOCKET_IFNAME=lo", *DOUBLE]
+    words = ["--", "pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(together)]
+    found = peerlearn(cluster, "submit", *PROFILE, *options, *words)
+    assert found.returncode == 0, logs(together)
+    assert_equal_to_rounding(together, alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_half_the_batch_on_each_of_two_gpus_equals_one(tmp_path: Path) -> None:
+    """By NCCL, each process on the GPU of its local rank."""
+    together = tmp_path / "together"
+    alone = in_double_precision(tmp_path / "alone", "--device", "cuda")
+    options = ["--tasks_per_node", "2", "--gpus_per_node", "2", "--wait", "true"]
+    words = ["--", "pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(together)]
+    found = local(
+        *("submit", "--cluster", "local", *options, "--environment", *DOUBLE),
+        *(*words, "--device", "cuda"),
+    )
+    assert found.returncode == 0, logs(together)
+    assert_equal_to_rounding(together, alone)
 
 
 def test_a_taken_port_is_passed_over() -> None:
