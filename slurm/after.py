@@ -17,6 +17,7 @@ from peerlearn.run_dir import RunDirectory
 from peerlearn.run_lock import run_lock
 from slurm.client import call
 from slurm.outcome import (
+    UNWRITTEN_CODES,
     Outcome,
     add_to_history,
     decide,
@@ -52,16 +53,20 @@ def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
         makes_steps=submission.tasks[task].words[0] != "watch",
     )
     job = _job()
-    add_to_history(
-        submission.folder,
-        task,
-        outcome,
-        job=job,
-        restart=restart,
-        decision=decision,
-        reason=reason,
-        attempt=attempt,
-    )
+    try:
+        add_to_history(
+            submission.folder,
+            task,
+            outcome,
+            job=job,
+            restart=restart,
+            decision=decision,
+            reason=reason,
+            attempt=attempt,
+        )
+    except OSError as error:
+        # A start that leaves no trace could be repeated for ever.
+        decision, reason = "failed", f"{reason}; {submission.folder}: {error.strerror}"
     print(f"job {job}, start {restart}: {outcome.kind}, {decision} ({reason})", flush=True)
     if decision == "requeue":
         try:
@@ -77,6 +82,11 @@ def _outcome(submission: Submission, task: int, code: int, restart: int) -> Outc
     found = read_outcomes(submission.folder, task=task, restart=restart)
     if not found and code == 128 + signal.SIGUSR2:
         return Outcome(kind="saved", code=code, reason="told to stop while starting")
+    for kind, told in UNWRITTEN_CODES.items():
+        if not found and code == told != 0:
+            return Outcome(
+                kind=kind, code=code, reason="its log says why: no file could be written"
+            )
     processes = submission.config.nodes * submission.config.tasks_per_node
     return whole_outcome(found, code=code, processes=processes)
 
@@ -89,7 +99,7 @@ def _mark_failed(run: RunDirectory, job: str, reason: str) -> None:
     """
     if not run.config.exists():
         return
-    with contextlib.suppress(UserError), run_lock(run.root):
+    with contextlib.suppress(UserError, OSError), run_lock(run.root):
         if not run.done:
             run.event("job_failed", job=job, reason=reason)
             run.mark_failed(reason)

@@ -22,7 +22,7 @@ from typing import IO, Any
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import read_step
 from peerlearn.run_dir import write_text
-from slurm.outcome import Kind, Outcome, write_outcome
+from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, read_submission
 
 _SAVED_RUN_AGAIN = 75
@@ -122,13 +122,17 @@ class _Process:
         if self.in_slurm and signal.SIGTERM in self.signals.received:
             self._hold()
         outcome = self._outcome(code, attempt_before=attempt)
-        write_outcome(
-            self.submission.folder,
-            task=self.task,
-            restart=self.restart,
-            rank=self.place.global_rank,
-            outcome=outcome,
-        )
+        try:
+            write_outcome(
+                self.submission.folder,
+                task=self.task,
+                restart=self.restart,
+                rank=self.place.global_rank,
+                outcome=outcome,
+            )
+        except OSError:
+            # A full disk, maybe what has ended the command: the exit code is all that is left to tell by.
+            sys.exit(UNWRITTEN_CODES.get(outcome.kind, outcome.code))
         return outcome
 
     def _run_child(self) -> int:

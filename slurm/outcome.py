@@ -15,6 +15,8 @@ from peerlearn.run_dir import now_text, write_text
 # done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
 Kind = Literal["done", "saved", "crashed", "failed"]
 Decision = Literal["done", "requeue", "failed"]
+# How a process exits that cannot write its outcome; 78 is sysexits' word for what the user must mend.
+UNWRITTEN_CODES: dict[Kind, int] = {"done": 0, "saved": 75, "failed": 78}
 
 
 @dataclass(frozen=True, kw_only=True)

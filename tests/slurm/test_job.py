@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import slurm.after
+import slurm.job
 from peerlearn.run_dir import RunDirectory
 from slurm.config import SubmitConfig
 from slurm.job import _Process, _Signals, free_port
@@ -133,3 +135,40 @@ def test_a_start_that_never_began_knows_no_step(
     (logs / "rank-0.step").write_text("000000000041\n")
     monkeypatch.setattr(here, "_run_child", lambda: -11)
     assert here.run().step is None
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(75, 75), (1, 78), (-9, -9)])
+def test_on_a_full_disk_the_exit_code_tells(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch, code: int, exit_code: int
+) -> None:
+    """And the end of the batch script understands it: what is the user's to mend is not requeued."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    here = process(submission, 0)
+    monkeypatch.setattr(here, "_run_child", lambda: code)
+    monkeypatch.setattr(slurm.job, "write_outcome", full)
+    with pytest.raises(SystemExit) as stopped:
+        here.run()
+    assert stopped.value.code == exit_code
+    monkeypatch.setenv("SLURM_JOB_ID", "51")
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm.after, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(slurm.after, "_REQUEUE_SECONDS", 0)
+    srun = exit_code if exit_code > 0 else 128 - exit_code
+    assert slurm.after.after(submission, 0, srun, restart=0) == srun
+    assert calls == ([] if exit_code == 78 else [("scontrol", "requeue", "51")])
+
+
+def test_a_start_that_can_leave_no_trace_is_not_repeated(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "51")
+    monkeypatch.setattr(slurm.after, "call", lambda *words: pytest.fail("requeued"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(slurm.after, "add_to_history", full)
+    assert slurm.after.after(submission, 0, 137, restart=0) == 137

@@ -198,7 +198,7 @@ def test_the_summary_names_what_failed(killed_twice: Path, capsys: pytest.Captur
     assert [(p["run"], p["what"]) for p in problems] == [
         (run_of(killed_twice, seed).name, f"{REFUSED}, step {STEP}") for seed in (0, 1)
     ]
-    assert all("it exited with 2, see its log" in problem["why"] for problem in problems)
+    assert all("--network 7: not in" in problem["why"] for problem in problems)
     assert main(["summary", str(killed_twice)]) == 0
     printed = capsys.readouterr().out
     assert f"missing: {problems[0]['run']}: {REFUSED}, step {STEP}: job" in printed
