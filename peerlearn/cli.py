@@ -12,7 +12,7 @@ from peerlearn import PACKAGES
 from peerlearn.config import nearest
 from peerlearn.errors import SaidByMainError, UsageError, UserError
 
-DONE, FAILURE, USAGE = 0, 1, 2
+DONE, FAILURE, USAGE, SAVED_RUN_AGAIN = 0, 1, 2, 75
 
 
 class Verb(NamedTuple):

@@ -5,7 +5,6 @@ RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/ra
 """
 
 import datetime
-import errno
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import Any
 
 from peerlearn import PACKAGES
 from peerlearn.errors import UserError
+from peerlearn.json_lines import append_text, read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -204,20 +204,14 @@ class RunDirectory:
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The events so far; lines that cannot be read are left out."""
-        file = self.root / "events.jsonl"
-        for line in file.read_bytes().splitlines() if file.is_file() else []:
-            try:
-                event = dict(json.loads(line))
-            except (ValueError, TypeError, RecursionError):
-                continue
-            if "event" in event:
-                yield event
+        rows = read_json_lines(self.root / "events.jsonl")
+        return (row for row in rows if "event" in row)
 
     def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
         """Add a line; one that a full disk does not take is kept and written with the next."""
         lines = [*self._unwritten.pop(path, []), json.dumps(row) + "\n"]
         try:
-            _append_text(path, "".join(lines))
+            append_text(path, "".join(lines))
         except OSError as error:
             self._unwritten[path] = lines
             if len(lines) == 1:
@@ -313,32 +307,6 @@ def _sync(path: Path) -> None:
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _append_text(path: Path, text: str) -> None:
-    """All of it or, if the disk does not take it, nothing.
-
-    A last line that a crash cut short is first ended, so that it does not swallow this one.
-    """
-    # Unbuffered: a buffer would try again when it is closed, and write the rest of a line whose start is gone.
-    with path.open("ab", buffering=0) as file:
-        size = file.tell()
-        content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode()
-        try:
-            written = file.write(content)
-            if written < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.ftruncate(file.fileno(), size)
-            raise
-
-
-def _lacks_newline(path: Path, size: int) -> bool:
-    if size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(size - 1)
-        return file.read(1) != b"\n"
 
 
 def _version(distribution: str) -> str | None:

@@ -4,24 +4,27 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.config import check_complete, config_to_yaml, load_config, parse_config
 from peerlearn.errors import SaidByMainError, UsageError, UserError
 from peerlearn.run_dir import RunDirectory, default_run
 from peerlearn.run_lock import run_lock
+from peerlearn.stop import Stop, stop_signals
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     from peerlearn.dist import Ranks
     from pretrain.state import Training
-    from pretrain.train import Stop
 
 SHIPPED = Path(__file__).parent / "configs"
-SAVED_RUN_AGAIN = 75
+# SIGUSR2 is SLURM's, near the time limit, where a job asks for it.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _AUTO_RESUME = "--auto_resume"
 
 
@@ -98,9 +101,8 @@ def _run(
     """Train, from the start or on from a save; None: on, if the run is there already."""
     # Imported here: a wrong key should not wait for torch.
     from peerlearn.dist import start_ranks
-    from pretrain.train import stop_signals
 
-    with stop_signals() as stop:
+    with stop_signals(_STOP_SIGNALS, "saving after this step") as stop:
         ranks = start_ranks(config.device, timeout_seconds=config.rank_timeout_seconds)
         failed: str | None = "it was interrupted"
         try:

@@ -1,11 +1,7 @@
 """The training loop. Dimensions: M networks, B batch."""
 
 import logging
-import os
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,6 +12,7 @@ from peerlearn.dist import Ranks
 from peerlearn.loader import ViewBatch
 from peerlearn.progress import Reporter
 from peerlearn.schedules import learning_rate
+from peerlearn.stop import Stop
 from pretrain.cohort import statistics
 from pretrain.guards import checked_terms, gradient_fault
 from pretrain.losses import MCLTerms
@@ -24,16 +21,7 @@ from pretrain.metrics import MetricsLog, gradient_norms
 from pretrain.monitor import warn_of_collapse
 from pretrain.state import Training, export, export_last_again, save
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Stop:
-    """Whether a signal has asked the run to stop."""
-
-    requested: bool = False
 
 
 def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> bool:
@@ -247,27 +235,3 @@ def _export_due(training: Training) -> bool:
 def _save_due(training: Training) -> bool:
     every_steps = training.config.checkpoint.every_steps or training.steps_per_epoch
     return training.step % every_steps == 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Turn the signals that end a job into a request that the loop answers between two steps.
-
-    SIGTERM, SIGUSR2 (SLURM's, near the time limit, where the job asked for it) and SIGINT, whose second interrupts.
-    """
-    stop = Stop()
-
-    def request(number: int, frame: object) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not stop.requested:
-            # No logging here: it may be what the signal has interrupted.
-            os.write(2, f"{signal.Signals(number).name}: saving after this step\n".encode())
-        stop.requested = True
-
-    earlier = {number: signal.signal(number, request) for number in _STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

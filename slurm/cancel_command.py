@@ -1,7 +1,6 @@
 """`peerlearn cancel`: end the jobs of runs."""
 
 import contextlib
-import json
 import os
 import signal
 from collections.abc import Container, Sequence
@@ -9,19 +8,14 @@ from pathlib import Path
 
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UserError
+from peerlearn.json_lines import append_json_line
 from peerlearn.run_dir import now_text
 from peerlearn.run_lock import living_owner
 from slurm.client import JobState, call
+from slurm.find_runs import find_runs
 from slurm.ledger import PIPELINE, Ledger
-from slurm.running import states_of
-from slurm.status import (
-    CANCELLED_FILE,
-    JobKey,
-    Record,
-    find_runs,
-    key_of,
-    records_of,
-)
+from slurm.running import JobKey, Record, job_key, records_of, states_of
+from slurm.status import CANCELLED_FILE
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,12 +36,14 @@ def main(argv: Sequence[str]) -> int:
     runs = find_runs(words)
     jobs = [(run, record) for run in runs for record in records_of(run)]
     # A pipeline's own first: they would make up for what ends under their eyes.
-    jobs = [*_pipeline_jobs(words, {key_of(record) for _, record in jobs}), *jobs]
+    jobs = [*_pipeline_jobs(words, {job_key(record) for _, record in jobs}), *jobs]
     # First those that need no Slurm.
     ended = {place for place, record in jobs if _cancel_local(place, record)}
     slurm = [(place, record) for place, record in jobs if record["executor"] == "slurm"]
-    states = states_of([record for _, record in slurm])
-    alive = [(*job, state) for job in slurm if (state := states.get(job[1]["job"])) and state.live]
+    states = states_of(record for _, record in slurm)
+    alive = [
+        (*job, state) for job in slurm if (state := states.get(job_key(job[1]))) and state.live
+    ]
     if alive:
         call("scancel", *(record["job"] for _, record, _ in alive))
     for place, record, state in alive:
@@ -69,7 +65,7 @@ def _pipeline_jobs(words: Sequence[Path], known: Container[JobKey]) -> list[tupl
         for entry in Ledger(folder / PIPELINE).entries().values()
         if entry.job is not None and entry.kind is None
     ]
-    return [(folder, record) for folder, record in jobs if key_of(record) not in known]
+    return [(folder, record) for folder, record in jobs if job_key(record) not in known]
 
 
 def _cancel_local(place: Path, record: Record) -> bool:
@@ -102,5 +98,5 @@ def _note(place: Path, record: Record, state: JobState) -> None:
     was = state.state.lower()
     print(f"{place}: job {record['job']} ({record['verb']}, {was}) is told to end", flush=True)
     # A full disk keeps no job alive.
-    with contextlib.suppress(OSError), (place / CANCELLED_FILE).open("a") as file:
-        file.write(json.dumps({"job": record["job"], "time": now_text()}) + "\n")
+    with contextlib.suppress(OSError):
+        append_json_line(place / CANCELLED_FILE, {"job": record["job"], "time": now_text()})

@@ -32,6 +32,11 @@ class JobState:
     def live(self) -> bool:
         return self.state in LIVE_STATES
 
+    @property
+    def text(self) -> str:
+        """For people: ``pending (Priority)``."""
+        return f"{self.state.lower()} ({self.reason})" if self.reason else self.state.lower()
+
 
 def call(*words: str) -> str:
     """Run one of Slurm's programs.

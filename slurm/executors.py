@@ -29,7 +29,7 @@ _RANK_VARIABLES = (
 
 
 def submit(submission: Submission, name: str) -> list[str]:
-    """Hand it over; on a refusal the submission is removed.
+    """Hand it over, and note its jobs; on a refusal the submission is removed.
 
     Returns:
         The job of each task: Slurm's 123 or 123_4; of a local job the number of its process.
@@ -37,25 +37,33 @@ def submit(submission: Submission, name: str) -> list[str]:
     Raises:
         UserError: sbatch is not here or refuses, with its own words.
     """
-    import submitit
-
-    functions: list[Any] = [
-        Job(str(submission.folder.resolve()), task) for task in range(len(submission.tasks))
-    ]
     if submission.config.executor == "slurm" and "%" in str(submission.folder.resolve()):
         remove_submission(submission)
         raise UserError(
             f"{submission.folder}: to Slurm % in a path has a meaning: choose another folder for the run by --run"
         )
+    with undisturbed(submission.config.executor):
+        handed_over = _hand_over(submission, name)
+        jobs = [job.job_id for job in handed_over]
+        record_jobs(submission, jobs)
+    if submission.config.executor == "debug":
+        for job in handed_over:
+            job.results()
+    return jobs
+
+
+def _hand_over(submission: Submission, name: str) -> list[Any]:
+    import submitit
+
+    functions: list[Any] = [
+        Job(str(submission.folder.resolve()), task) for task in range(len(submission.tasks))
+    ]
     try:
-        with _outside_any_job(), _uninterrupted(submission.config.executor):
+        with _outside_any_job():
             executor = _executor(submission, name)
-            if len(functions) == 1:
-                handed_over = [executor.submit(functions[0])]
-            elif submission.config.executor == "slurm":
-                handed_over = executor.submit_array(functions)
-            else:
-                handed_over = [executor.submit(function) for function in functions]
+            if len(functions) > 1 and submission.config.executor == "slurm":
+                return list(executor.submit_array(functions))
+            return [executor.submit(function) for function in functions]
     except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
         words = own_words("sbatch", str(error))
         if "timed out" in words or isinstance(error, submitit.core.utils.FailedSubmissionError):
@@ -67,25 +75,21 @@ def submit(submission: Submission, name: str) -> list[str]:
     except BaseException:
         remove_submission(submission)
         raise
-    jobs = [job.job_id for job in handed_over]
-    record_jobs(submission, jobs)
-    if submission.config.executor == "debug":
-        for job in handed_over:
-            job.results()
-    return jobs
 
 
 @contextmanager
-def _uninterrupted(executor: str) -> Iterator[None]:
-    """Ctrl-C between sbatch's request and its answer would leave a job that nobody knows."""
+def undisturbed(executor: str) -> Iterator[None]:
+    """Let signals wait: sbatch inherits what is blocked here, and would else die in the middle of its work, with a job
+    submitted that nobody knows."""
     if executor != "slurm":
-        yield
+        yield  # A local job would inherit it too, and could not be stopped.
         return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def batch_script(submission: Submission, name: str) -> str:

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import read_step
 from peerlearn.run_dir import write_text
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, read_submission
 
-_SAVED_RUN_AGAIN = 75
 _POLL_SECONDS = 0.1
 _RENDEZVOUS_SECONDS = 300.0
 # Below the ephemeral ports, which other programs' connections take at random.
@@ -224,7 +224,7 @@ class _Process:
             events = [e for e in self.run_directory.events() if e.get("attempt") == attempt]
         if code == 0:
             return Outcome(kind="done", code=code, reason="done", step=step)
-        if code in (_SAVED_RUN_AGAIN, -signal.SIGUSR2):
+        if code in (SAVED_RUN_AGAIN, -signal.SIGUSR2):
             # Not yet able to save, it had nothing to save.
             return Outcome(kind="saved", code=code, reason="told to stop in time", step=step)
         if code < 0:

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peerlearn.errors import UserError
+from peerlearn.json_lines import append_json_line, read_json_lines
 from peerlearn.results import JOB_VARIABLE
 from peerlearn.run_dir import now_text
 from slurm.config import SubmitConfig
@@ -42,7 +42,6 @@ PIPELINE = Path("slurm") / "pipeline.jsonl"
 _LOCK_SECONDS = 120.0
 # An sbatch whose caller was killed may need so long until its job is to be seen.
 _IN_FLIGHT_SECONDS = {"slurm": 60.0}
-_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR2})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,26 +129,17 @@ class Ledger:
         Raises:
             UserError: the disk does not take it.
         """
-        line = json.dumps({"event": event, "key": key, **fields, "time": now_text()}) + "\n"
         try:
-            with self.file.open("a+b", buffering=0) as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - 1, 0))
-                # A line that was cut short ends here, and does not swallow this one.
-                whole = (b"" if file.read(1) in (b"", b"\n") else b"\n") + line.encode()
-                if file.write(whole) < len(whole):
-                    os.ftruncate(file.fileno(), size)
-                    raise UserError(f"{self.file}: cannot be written (the disk is full)")
-                os.fsync(file.fileno())
+            row = {"event": event, "key": key, **fields, "time": now_text()}
+            append_json_line(self.file, row, durable=True)
         except OSError as error:
             raise UserError(f"{self.file}: cannot be written ({error.strerror})") from error
 
     def entries(self) -> dict[str, Entry]:
         """The newest attempt at every key, oldest key first; lines that cannot be read are left out."""
         found: dict[str, Entry] = {}
-        for line in self.file.read_bytes().splitlines() if self.file.is_file() else []:
+        for content in read_json_lines(self.file):
             try:
-                content = dict(json.loads(line))
                 key, event = content.pop("key"), content.pop("event")
                 if event == "intent":
                     found[key] = self._begun(key, content)
@@ -260,8 +250,7 @@ def _submit(ledger: Ledger, order: Order, attempt: int) -> str:
         facts=order.facts,
     )
     try:
-        with undisturbed(config.executor):
-            job = submit(submission, name)[0]
+        job = submit(submission, name)[0]
     except UserError as error:
         ledger.add("refused", order.key, reason=str(error))
         raise
@@ -335,16 +324,3 @@ def _may_be_in_flight(entry: Entry) -> bool:
         return False
     age = time.time() - entry.begun_seconds
     return age < _IN_FLIGHT_SECONDS.get(entry.executor, 1.0)
-
-
-@contextmanager
-def undisturbed(executor: str) -> Iterator[None]:
-    """Keep signals from sbatch, which inherits what is blocked here and would die in the middle of its work."""
-    if executor != "slurm":
-        yield  # A local job would inherit it too, and could not be stopped.
-        return
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)

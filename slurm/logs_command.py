@@ -11,16 +11,9 @@ from pathlib import Path
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UserError
 from peerlearn.run_dir import RunDirectory
-from slurm.status import (
-    JobWatch,
-    Record,
-    RunStatus,
-    find_runs,
-    is_run,
-    read_statuses,
-    records_of,
-    submission_of,
-)
+from slurm.find_runs import find_runs, is_run
+from slurm.running import JobWatch, Record, records_of, submission_of
+from slurm.status import RunStatus, read_statuses
 from slurm.submission import TRAINING_VERBS
 
 _POLL_SECONDS = 0.5

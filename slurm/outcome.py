@@ -4,19 +4,20 @@ FOLDER/outcomes/TASK-RESTART-RANK.json    {"kind", "code", "reason", "step"}
 FOLDER/outcomes-TASK.jsonl                one line for each start, with the decision
 """
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from peerlearn.cli import DONE, SAVED_RUN_AGAIN
+from peerlearn.json_lines import append_json_line, read_json_lines
 from peerlearn.run_dir import now_text, write_text
 
 # done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
 Kind = Literal["done", "saved", "crashed", "failed"]
 Decision = Literal["done", "requeue", "failed"]
 # How a process exits that cannot write its outcome; 78 is sysexits' word for what the user must mend.
-UNWRITTEN_CODES: dict[Kind, int] = {"done": 0, "saved": 75, "failed": 78}
+UNWRITTEN_CODES: dict[Kind, int] = {"done": DONE, "saved": SAVED_RUN_AGAIN, "failed": 78}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,7 @@ def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome
 
 def read_history(folder: Path, task: int) -> list[dict[str, Any]]:
     """The starts of a task so far, oldest first; a line cut short by a full disk is left out."""
-    file = folder / f"outcomes-{task}.jsonl"
-    lines = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(dict(json.loads(line)))
-    return lines
+    return list(read_json_lines(folder / f"outcomes-{task}.jsonl"))
 
 
 def add_to_history(
@@ -82,8 +78,7 @@ def add_to_history(
         "reason": reason,
         "decision": decision,
     }
-    with (folder / f"outcomes-{task}.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_json_line(folder / f"outcomes-{task}.jsonl", line)
 
 
 def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) -> Outcome:

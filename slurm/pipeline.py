@@ -19,16 +19,17 @@ from peerlearn.config import config_to_yaml, load_config
 from peerlearn.errors import UsageError, UserError
 from peerlearn.results import JOB_VARIABLE
 from peerlearn.run_dir import RunDirectory, write_text
+from peerlearn.stop import Stop
 from slurm.command import read_cluster
 from slurm.config import SubmitConfig
 from slurm.ledger import PIPELINE, Entry, Ledger, Order, hand_over
 from slurm.pipeline_config import PipelineConfig, split_name
 from slurm.plan import plan_tasks
+from slurm.running import job_key
 from slurm.submission import Task
 from slurm.watch import (
     Evaluation,
     Pass,
-    Stop,
     Survey,
     Watched,
     evaluate_landed,
@@ -373,9 +374,6 @@ def _pretraining_task(pipeline: Pipeline, run: PlannedRun) -> Task:
     """Begin it, or go on with it."""
     if (run.folder / "config.yaml").is_file():
         return plan_tasks(["resume", str(run.folder)], [])[1][0]
-    for name in ("FAILED", "events.jsonl"):
-        # All that is left of a start that failed before there was a run; with it none could begin.
-        (run.folder / name).unlink(missing_ok=True)
     resolved = pipeline.root / "configs" / f"pretrain-{run.variant}.yaml"
     return plan_tasks(["pretrain", str(resolved), *_own_words(run)], [])[1][0]
 
@@ -396,7 +394,7 @@ def submit_watch(pipeline: Pipeline) -> str | None:
     )
 
     def has_ended(entry: Entry) -> bool:
-        return entry.job is None or entry.kind is not None or not survey.live(entry.job["job"])
+        return entry.job is None or entry.kind is not None or not survey.live(job_key(entry.job))
 
     return hand_over(pipeline.ledger, order, due=has_ended)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peerlearn.config import config_to_yaml, parse_config
 from peerlearn.errors import UsageError, UserError
+from peerlearn.stop import Stop
 from slurm.pipeline import (
     CONFIG_FILE,
     Pipeline,
@@ -19,7 +20,7 @@ from slurm.pipeline import (
     write_pipeline,
 )
 from slurm.pipeline_config import PipelineConfig
-from slurm.watch import Pass, Stop
+from slurm.watch import Pass
 from slurm.watch_command import watch, watched_pipeline
 
 SHIPPED = Path(__file__).parent / "pipelines"

@@ -2,51 +2,30 @@
 
 import contextlib
 import json
-import os
-import statistics
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from peerlearn.errors import UserError
-from peerlearn.heartbeat import (
-    INTERVAL_SECONDS,
-    Beat,
-    read_beat,
-    read_step,
-)
+from peerlearn.heartbeat import INTERVAL_SECONDS, Beat, read_beat, read_step
+from peerlearn.json_lines import read_json_lines
 from peerlearn.run_dir import RunDirectory
 from peerlearn.run_lock import living_owner
 from slurm.client import JobState
-from slurm.outcome import Outcome, read_outcomes, whole_outcome
-from slurm.running import states_of
-from slurm.submission import JOBS_FILE, TRAINING_VERBS, jobs_of
+from slurm.metrics_tail import MetricsTail, integer, number, read_tail
+from slurm.outcome import Outcome
+from slurm.running import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
+from slurm.submission import TRAINING_VERBS, read_submission
+from slurm.wait import outcome_of
 
 # What `peerlearn cancel` has ended: {"job", "time"}. Slurm keeps no memory of it without accounting, and of an array's
 # task that was still waiting not even then.
 CANCELLED_FILE = Path("slurm") / "cancelled.jsonl"
-# The state of a job that Slurm could not be asked about.
-NOT_ASKED = JobState(state="UNKNOWN")
 
 _FRESH_BEAT_SECONDS = 4 * INTERVAL_SECONDS
-_ASK_AGAIN_SECONDS = 60.0
-_LEVELS = 2
-_RATE_ROWS = 5
-_WINDOW_ROWS = 200
-_BLOCK_BYTES = 1 << 18
-# So far back the last kNN score is looked for.
-_TAIL_BYTES = 1 << 26
-# How peerlearn.cli begins the line of an error.
-_COMPLAINT = "peerlearn: "
-_EVENTS_OF_THE_RUN = ("started", "stopped", "done", "failed")
-_EVENTS_OF_ITS_JOB = ("requeued", "job_failed")
-
-Record = dict[str, Any]
-JobKey = tuple[str, str, Any]
+# Those that tell how a start began or ended.
+_EVENTS = ("started", "stopped", "done", "failed", "requeued", "job_failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,107 +85,6 @@ class RunStatus:
         return f"{self.state}{restarts}: {self.reason}"
 
 
-def find_runs(words: Sequence[Path]) -> list[Path]:
-    """The runs named, and those of folders named: a sweep, a pipeline, `runs`.
-
-    Raises:
-        UserError: a folder is not there, or none of them holds a run.
-    """
-    for word in words:
-        if not word.exists():
-            raise UserError(f"{word} is not there: name run directories, or a folder that has some")
-    found = [run for word in words for run in _runs_below(word, _LEVELS)]
-    if not found:
-        raise UserError(f"no run in {', '.join(map(str, words))}: name run directories")
-    return list({run.absolute(): run for run in found}.values())
-
-
-def is_run(folder: Path) -> bool:
-    """Whether it is a run, or has been submitted to become one."""
-    return (folder / "config.yaml").is_file() or (folder / JOBS_FILE).is_file()
-
-
-def _runs_below(folder: Path, levels: int) -> Iterator[Path]:
-    if is_run(folder):
-        yield folder
-        return
-    if (folder / "pipeline.yaml").is_file():
-        levels = _LEVELS
-    if levels == 0 or not folder.is_dir():
-        return
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                yield from _runs_below(path, levels - 1)
-
-
-def records_of(run: Path) -> list[Record]:
-    """The records of its jobs that can be read, oldest first."""
-    try:
-        records = list(jobs_of(run))
-    except (OSError, ValueError):
-        return []
-    return [record for record in records if _is_whole(record)]
-
-
-def _is_whole(record: Record) -> bool:
-    texts = all(isinstance(record[key], str) for key in ("job", "verb", "executor", "folder"))
-    return texts and (record["executor"] != "local" or record["job"].isdecimal())
-
-
-def key_of(record: Record) -> JobKey:
-    """What tells a job from all others: Slurm's numbers and those of processes overlap."""
-    return record["executor"], record["job"], record.get("started")
-
-
-def submission_of(run: Path, record: Record) -> Path:
-    """The submission of a job, which moves with its run."""
-    folder = Path(record["folder"])
-    return folder if folder.is_dir() else run / "slurm" / folder.name
-
-
-class JobWatch:
-    """Asks what has become of jobs; where Slurm does not answer it says so once, and goes on without."""
-
-    def __init__(self) -> None:
-        self._ended: dict[JobKey, JobState] = {}
-        self._ask_from = 0.0
-        self._said = False
-
-    def states(self, records: Iterable[Record]) -> dict[JobKey, JobState]:
-        """The states of their jobs, by one question to Slurm; left out is what nobody knows of any more."""
-        records = list(records)
-        states: dict[JobKey, JobState] = {}
-        for record in records:
-            if record["executor"] == "local":
-                states |= {key_of(record): state for state in states_of([record]).values()}
-        slurm = [record for record in records if record["executor"] == "slurm"]
-        # Accounting is spared the same question every few seconds.
-        asked = [record for record in slurm if key_of(record) not in self._ended]
-        found = self._ask(asked)
-        for record in asked:
-            state = NOT_ASKED if found is None else found.get(record["job"])
-            if state is not None:
-                states[key_of(record)] = state
-            if found is not None and state is not None and not state.live:
-                self._ended[key_of(record)] = state
-        return states | {k: s for k, s in self._ended.items() if k in map(key_of, slurm)}
-
-    def _ask(self, records: Sequence[Record]) -> dict[str, JobState] | None:
-        """None if Slurm does not answer."""
-        if time.monotonic() < self._ask_from:
-            return None
-        try:
-            return states_of(records)
-        except UserError as error:
-            # A controller that is down keeps squeue waiting.
-            self._ask_from = time.monotonic() + _ASK_AGAIN_SECONDS
-            if not self._said:
-                print(f"peerlearn: by the run directories alone: {error}", file=sys.stderr)
-            self._said = True
-            return None
-
-
 def read_statuses(runs: Sequence[Path], watch: JobWatch) -> list[RunStatus]:
     """The status of each run."""
     records = {run: records_of(run) for run in runs}
@@ -225,20 +103,22 @@ def read_status(
         states: of those jobs that somebody knows of.
     """
     history = _read_history(run, records)
-    metrics = _read_metrics(run / "metrics.jsonl")
+    metrics = read_tail(run / "metrics.jsonl")
     job = history.newest_job(states)
-    state, reason, live = _state(history, job, states.get(key_of(job)) if job else None)
+    state, reason, live = _state(history, job, states.get(job_key(job)) if job else None)
     if state == "failed" and job is not None and _is_newer(job, history.started):
-        reason = _complaint(run, job) or reason
+        # A job that failed too early to leave a reason in the run.
+        outcome = _outcome(run, job)
+        reason = outcome.reason if outcome and outcome.reason else reason
     between = state == "running" and history.attempt_ended
     runs_now = state == "running" and not between
     evaluations = [
         found.state
         for record in records
         if record["verb"] not in TRAINING_VERBS
-        if (found := states.get(key_of(record))) is not None and found.live
+        if (found := states.get(job_key(record))) is not None and found.live
     ]
-    step, total = _step(history, metrics), _integer(history.started.get("total_steps"))
+    step, total = _step(history, metrics), integer(history.started.get("total_steps"))
     seconds_left = None
     if runs_now and metrics.steps_per_second and step is not None and total is not None:
         seconds_left = round(max(0, total - step) / metrics.steps_per_second, 1)
@@ -295,7 +175,7 @@ class _History:
         alive = [
             record
             for record in self.training
-            if (state := states.get(key_of(record))) is not None and state.live
+            if (state := states.get(job_key(record))) is not None and state.live
         ]
         known = alive or self.training
         return known[-1] if known else None
@@ -304,18 +184,11 @@ class _History:
 def _read_history(run: Path, records: Sequence[Record]) -> _History:
     directory = RunDirectory(run)
     training = [record for record in records if record["verb"] in TRAINING_VERBS]
-    jobs = {record["job"] for record in training}
     try:
         events = list(directory.events())
     except OSError:
         events = []
-    events = [
-        event
-        for event in events
-        if event["event"] in _EVENTS_OF_THE_RUN
-        # Those of evaluations stand there too.
-        or (event["event"] in _EVENTS_OF_ITS_JOB and str(event.get("job")) in jobs)
-    ]
+    events = [event for event in events if event["event"] in _EVENTS]
     attempt = directory.newest_attempt()
     return _History(
         run=run,
@@ -323,7 +196,7 @@ def _read_history(run: Path, records: Sequence[Record]) -> _History:
         attempt=attempt,
         started=next((e for e in reversed(events) if e["event"] == "started"), {}),
         last=events[-1]["event"] if events else "",
-        last_step=_integer(events[-1].get("step")) if events else None,
+        last_step=integer(events[-1].get("step")) if events else None,
         requeues=sum(event["event"] == "requeued" for event in events),
         beats=_read_beats(directory.logs(attempt)),
     )
@@ -336,7 +209,7 @@ def _read_beats(folder: Path) -> list[Beat]:
     return [
         beat
         for beat in beats
-        if beat and _number(beat.time_seconds) is not None and _integer(beat.pid) is not None
+        if beat and number(beat.time_seconds) is not None and integer(beat.pid) is not None
     ]
 
 
@@ -379,20 +252,10 @@ def _was_cancelled(history: _History, job: Record) -> bool:
     """Whether `peerlearn cancel` ended the job, and the run has not been started since."""
     times = [
         str(note.get("time", ""))
-        for note in _json_lines(history.run / CANCELLED_FILE)
+        for note in read_json_lines(history.run / CANCELLED_FILE)
         if note.get("job") == job["job"]
     ]
     return bool(times) and times[-1] >= str(history.started.get("time", ""))
-
-
-def _json_lines(file: Path) -> list[Record]:
-    """The objects of a small file of lines; what cannot be read is left out."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in file.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                found.append(dict(json.loads(line)))
-    return found
 
 
 def _between_starts(history: _History, job: Record | None) -> str:
@@ -444,149 +307,38 @@ def _is_newer(job: Record, started: Record) -> bool:
     return str(job.get("time", "")) > str(started.get("time", ""))
 
 
-def _local_outcome(job: Record, history: _History) -> Outcome | None:
-    """How a job of this machine ended, if the run has not been started since."""
-    if job["executor"] == "slurm":
-        return None
-    folder = Path(job["folder"])
+def _outcome(run: Path, job: Record) -> Outcome | None:
+    """How a job ended, by what its submission holds; None if that does not tell."""
+    folder = submission_of(run, job)
     try:
         task = json.loads((folder / "jobs.json").read_text()).index(job["job"])
-        written = max(
-            file.stat().st_mtime for file in (folder / "outcomes").glob(f"{task}-0-*.json")
-        )
-        outcomes = read_outcomes(folder, task=task, restart=0)
-    except (OSError, ValueError, TypeError, AttributeError):
+        return outcome_of(read_submission(folder), task, "")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    if any(beat.time_seconds > written for beat in history.beats):
+
+
+def _local_outcome(job: Record, history: _History) -> Outcome | None:
+    """How a job of this machine ended, if it says so and the run has not been started since."""
+    if job["executor"] == "slurm":
         return None
-    ended_well = not any(outcome.code for outcome in outcomes.values())
-    return whole_outcome(outcomes, code=0 if ended_well else 1, processes=len(outcomes))
-
-
-def _complaint(run: Path, job: Record) -> str | None:
-    """The error that a job has printed last, where it failed too early to leave one in the run."""
-    for line in lines_backwards(submission_of(run, job) / f"{job['job']}_0_log.out"):
-        text = line.decode(errors="replace")
-        if text.startswith(_COMPLAINT):
-            return _printable(text.removeprefix(_COMPLAINT).strip())
-    return None
-
-
-class _Metrics(NamedTuple):
-    """What the end of metrics.jsonl tells; ``knn`` holds the fields of RunStatus of that name."""
-
-    step: int | None
-    attempt: int | None
-    images_per_second: float | None
-    steps_per_second: float | None
-    knn: dict[str, Any]
-
-
-_NO_KNN: dict[str, Any] = dict.fromkeys(
-    ("knn_top1", "knn_network", "knn_epoch", "knn_k", "knn_temperature")
-)
-
-
-def _read_metrics(file: Path) -> _Metrics:
-    rows: list[Record] = []
-    knn = _NO_KNN
-    for line in lines_backwards(file):
-        scored = knn is _NO_KNN and b"knn_top1" in line
-        if len(rows) >= _WINDOW_ROWS and not scored:
-            if knn is not _NO_KNN:
-                break
-            continue
-        try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            continue
-        if _integer(row.get("step")) is None:
-            continue
-        if len(rows) < _WINDOW_ROWS:
-            rows.append(row)
-        if scored:
-            knn = _knn(row)
-    rates = [r for row in rows if (r := _number(row.get("images_per_second"))) is not None]
-    newest = rows[0] if rows else {}
-    return _Metrics(
-        step=_integer(newest.get("step")),
-        attempt=_integer(newest.get("attempt")),
-        images_per_second=statistics.median(rates[:_RATE_ROWS]) if rates else None,
-        steps_per_second=_pace(rows),
-        knn=knn,
-    )
-
-
-def _pace(rows: Sequence[Record]) -> float | None:
-    """Steps per second over the newest start's part of these rows, newest first."""
-    if not rows:
+    files = (submission_of(history.run, job) / "outcomes").glob("*-0-*.json")
+    written = max((file.stat().st_mtime for file in files), default=None)
+    if written is None or any(beat.time_seconds > written for beat in history.beats):
         return None
-    last = first = rows[0]
-    for row in rows[1:]:
-        seconds, later = _number(row.get("seconds")), _number(first.get("seconds"))
-        # The clock begins anew with a start, and when training goes back to a save.
-        if row.get("attempt") != last.get("attempt") or seconds is None or later is None:
-            break
-        if seconds >= later or row["step"] >= first["step"]:
-            break
-        first = row
-    if first is last:
-        return None
-    return float((last["step"] - first["step"]) / (last["seconds"] - first["seconds"]))
+    return _outcome(history.run, job)
 
 
-def _knn(row: Record) -> dict[str, Any]:
-    for network in ("ensemble", "net/0"):
-        score = _number(row.get(f"{network}/knn_top1"))
-        if score is not None:
-            return {
-                "knn_top1": score,
-                "knn_network": network,
-                "knn_epoch": _number(row.get("epoch")),
-                "knn_k": _integer(row.get("knn/k")),
-                "knn_temperature": _number(row.get("knn/temperature")),
-            }
-    return _NO_KNN
-
-
-def _step(history: _History, metrics: _Metrics) -> int | None:
+def _step(history: _History, metrics: MetricsTail) -> int | None:
     """How many are done, by the newest start; before its first, by what was left."""
     steps = [read_step(RunDirectory(history.run).logs(history.attempt))]
     if metrics.attempt == history.attempt:
         steps.append(metrics.step)
     if history.started.get("attempt") == history.attempt:
-        steps.append(_integer(history.started.get("step")))
+        steps.append(integer(history.started.get("step")))
         if history.last in ("done", "stopped"):
             steps.append(history.last_step)
     known = [step for step in steps if step is not None]
     return max(known) if known else metrics.step
-
-
-def lines_backwards(file: Path) -> Iterator[bytes]:
-    """The lines of a file, the last first, read in blocks from its end; of a large one only so many.
-
-    What another process cuts short or adds meanwhile may come in parts.
-    """
-    try:
-        opened = file.open("rb")
-    except OSError:
-        return
-    with opened:
-        position = opened.seek(0, os.SEEK_END)
-        end = max(0, position - _TAIL_BYTES)
-        rest = b""
-        while position > end:
-            size = min(_BLOCK_BYTES, position - end)
-            position -= size
-            try:
-                opened.seek(position)
-                block = opened.read(size)
-            except OSError:
-                return
-            rest, *lines = (block + rest).split(b"\n")
-            yield from (line for line in reversed(lines) if line)
-        if rest:
-            yield rest
 
 
 def _time_of(text: object) -> float:
@@ -600,11 +352,3 @@ def _time_of(text: object) -> float:
 def _printable(line: str) -> str:
     """Without what would move the cursor of a terminal."""
     return "".join(character if character.isprintable() else " " for character in line)
-
-
-def _integer(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UsageError
 from peerlearn.progress import time_text
-from slurm.status import JobWatch, RunStatus, find_runs, read_statuses
+from slurm.find_runs import find_runs
+from slurm.running import JobWatch
+from slurm.status import RunStatus, read_statuses
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from peerlearn import PACKAGES
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import process_started_at
+from peerlearn.json_lines import append_json_line, read_json_lines
 from peerlearn.run_dir import RunDirectory, now_text, write_text
 from slurm.config import SubmitConfig
 
@@ -199,8 +200,7 @@ def record_jobs(submission: Submission, jobs: list[str]) -> None:
             record |= local_identity(int(job))
         file = Path(task.run) / JOBS_FILE
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with file.open("a") as jobs_file:
-            jobs_file.write(json.dumps(record) + "\n")
+        append_json_line(file, record)
 
 
 def local_identity(pid: int) -> dict[str, Any]:
@@ -209,14 +209,10 @@ def local_identity(pid: int) -> dict[str, Any]:
 
 
 def jobs_of(run: Path) -> Iterator[dict[str, Any]]:
-    """The records of the jobs that worked or work on a run, oldest first; lines cut short are left out."""
-    file = run / JOBS_FILE
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            record = dict(json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        if {"job", "verb", "executor", "folder"} <= record.keys():
+    """The records of the jobs that worked or work on a run, oldest first; what is not whole is left out."""
+    for record in read_json_lines(run / JOBS_FILE):
+        texts = all(isinstance(record.get(k), str) for k in ("job", "verb", "executor", "folder"))
+        if texts and (record["executor"] != "local" or record["job"].isdecimal()):
             yield record
 
 

@@ -12,6 +12,7 @@ from peerlearn.results import read_result
 from peerlearn.uncertainty import spread_over_runs
 from slurm.ledger import Entry
 from slurm.pipeline import Pipeline, PlannedRun
+from slurm.running import job_key
 from slurm.watch import (
     Survey,
     evaluations_of,
@@ -116,7 +117,9 @@ def sum_up(pipeline: Pipeline) -> Summary:
         survey = pipeline.survey()
     except UserError:
         # Where there is no Slurm nothing is live, and what was written down before is known.
-        survey = Survey(asked=frozenset(training_jobs([run.folder for run in pipeline.runs])))
+        survey = Survey(
+            asked=frozenset(map(job_key, training_jobs([run.folder for run in pipeline.runs])))
+        )
     else:
         for ledger in pipeline.ledgers():
             settle(ledger, survey)

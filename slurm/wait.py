@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
+from peerlearn.cli import SAVED_RUN_AGAIN
 from slurm.outcome import Kind, Outcome, read_history, read_outcomes, whole_outcome
-from slurm.running import states_of
+from slurm.running import job_key, states_of
 from slurm.submission import Submission, local_identity
 
 _POLL_SECONDS = 2.0
-_SAVED_RUN_AGAIN = 75
 
 
 def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
@@ -18,34 +19,28 @@ def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
         0 if all have done what they were to do, 75 if some are saved and to be resumed, else 1.
     """
     executor = submission.config.executor
-    records = {job: {"job": job, "executor": executor, **_identity(job, executor)} for job in jobs}
+    waiting = {job: {"job": job, "executor": executor, **_identity(job, executor)} for job in jobs}
     codes: list[int] = []
     said: dict[str, str] = {}
-    waiting = dict(records)
     while waiting:
-        states = states_of(list(waiting.values()))
-        for job in list(waiting):
-            state = states.get(job)
+        states = states_of(waiting.values())
+        for job, record in list(waiting.items()):
+            state = states.get(job_key(record))
             if state is not None and state.live:
-                now = (
-                    f"{state.state.lower()} ({state.reason})"
-                    if state.reason
-                    else state.state.lower()
-                )
-                if said.get(job) != now:
-                    print(f"job {job}: {now}", flush=True)
-                said[job] = now
+                if said.get(job) != state.text:
+                    print(f"job {job}: {state.text}", flush=True)
+                said[job] = state.text
                 continue
             del waiting[job]
             outcome = outcome_of(submission, jobs.index(job), state.state if state else "gone")
             print(f"job {job}: {outcome.kind} ({outcome.reason})", flush=True)
-            codes.append({"done": 0, "saved": _SAVED_RUN_AGAIN}.get(outcome.kind, 1))
+            codes.append({"done": 0, "saved": SAVED_RUN_AGAIN}.get(outcome.kind, 1))
         if waiting:
             time.sleep(_POLL_SECONDS)
     return max(codes, key=lambda code: (code == 1, code))
 
 
-def _identity(job: str, executor: str) -> dict[str, object]:
+def _identity(job: str, executor: str) -> dict[str, Any]:
     return local_identity(int(job)) if executor == "local" else {}
 
 
@@ -59,7 +54,6 @@ def outcome_of(submission: Submission, task: int, state: str) -> Outcome:
             return Outcome(kind=kind, code=0, reason=last["reason"], step=last["step"])
         return Outcome(kind="failed", code=1, reason=state)
     found = read_outcomes(submission.folder, task=task, restart=0)
-    done = len(found) == submission.config.tasks_per_node and not any(
-        o.code for o in found.values()
-    )
-    return whole_outcome(found, code=0 if done else 1, processes=submission.config.tasks_per_node)
+    processes = submission.config.tasks_per_node
+    done = len(found) == processes and not any(outcome.code for outcome in found.values())
+    return whole_outcome(found, code=0 if done else 1, processes=processes)

@@ -16,11 +16,12 @@ from peerlearn.errors import UsageError, UserError
 from peerlearn.results import read_result
 from peerlearn.run_dir import RunDirectory
 from peerlearn.run_lock import living_owner
+from peerlearn.stop import Stop
 from slurm.client import JobState
 from slurm.config import SubmitConfig
 from slurm.ledger import EVALUATIONS, Entry, Ledger, Order, hand_over
 from slurm.plan import plan_tasks
-from slurm.running import states_of
+from slurm.running import JobKey, Record, job_key, states_of
 from slurm.submission import TRAINING_VERBS, Task, jobs_of, read_submission
 from slurm.wait import outcome_of
 
@@ -71,10 +72,10 @@ class Survey:
         states: of those that somebody still knows.
     """
 
-    asked: frozenset[str] = frozenset()
-    states: dict[str, JobState] = field(default_factory=dict)
+    asked: frozenset[JobKey] = frozenset()
+    states: dict[JobKey, JobState] = field(default_factory=dict)
 
-    def live(self, job: str) -> bool:
+    def live(self, job: JobKey) -> bool:
         """Whether it works or waits; so does one that was not asked about."""
         state = self.states.get(job)
         return job not in self.asked or (state is not None and state.live)
@@ -97,13 +98,6 @@ class Watched:
     cluster: SubmitConfig
     every_epochs: int | None = None
     throttle: int | None = None
-
-
-@dataclass
-class Stop:
-    """Whether a signal has asked the watch to end."""
-
-    requested: bool = False
 
 
 @dataclass
@@ -248,19 +242,19 @@ def survey_jobs(runs: Sequence[Path], ledgers: Sequence[Ledger]) -> Survey:
     Raises:
         UserError: Slurm does not answer.
     """
-    records = list(training_jobs(runs).values())
+    records = training_jobs(runs)
     for ledger in ledgers:
         open_entries = (e for e in ledger.entries().values() if e.kind is None)
         records += [entry.job for entry in open_entries if entry.job]
-    return Survey(asked=frozenset(record["job"] for record in records), states=states_of(records))
+    return Survey(asked=frozenset(map(job_key, records)), states=states_of(records))
 
 
-def training_jobs(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The records of the jobs that train the runs, by job."""
-    return {record["job"]: record for run in runs if (record := _training_job(run))}
+def training_jobs(runs: Sequence[Path]) -> list[Record]:
+    """The records of the jobs that train the runs."""
+    return [record for run in runs if (record := _training_job(run))]
 
 
-def _training_job(run: Path) -> dict[str, Any] | None:
+def _training_job(run: Path) -> Record | None:
     """The newest; no other can be live."""
     return next((r for r in reversed(list(jobs_of(run))) if r["verb"] in TRAINING_VERBS), None)
 
@@ -268,7 +262,7 @@ def _training_job(run: Path) -> dict[str, Any] | None:
 def training_of(run: Path, survey: Survey) -> Training:
     """Whether the run has begun, goes on, is done, or has stopped without being done."""
     record = _training_job(run)
-    if record and survey.live(record["job"]):
+    if record and survey.live(job_key(record)):
         return "live"
     if (run / "DONE").exists():
         return "done"
@@ -282,7 +276,7 @@ def _owner_lives(run: Path, survey: Survey) -> bool:
     owner = living_owner(run)
     if owner is None:
         return False
-    job = str(owner.get("job"))
+    job = ("slurm", str(owner.get("job")), None)
     # Where it cannot be seen, its last beat outlives it for a minute.
     return job not in survey.asked or survey.live(job)
 
@@ -314,14 +308,14 @@ def _has_ended(entry: Entry, survey: Survey) -> bool:
     return (
         entry.kind is None
         and entry.job is not None
-        and entry.job["job"] in survey.asked
-        and not survey.live(entry.job["job"])
+        and job_key(entry.job) in survey.asked
+        and not survey.live(job_key(entry.job))
     )
 
 
 def _end(entry: Entry, survey: Survey) -> tuple[str, str]:
     assert entry.job is not None
-    state = survey.states.get(entry.job["job"])
+    state = survey.states.get(job_key(entry.job))
     try:
         outcome = outcome_of(read_submission(entry.folder), 0, state.state if state else "gone")
     except (OSError, ValueError, LookupError, TypeError):
@@ -364,8 +358,8 @@ def evaluate_landed(watched: Watched, survey: Survey, stop: Stop) -> Pass:
 
 def live_jobs_of(ledger: Ledger, survey: Survey) -> list[str]:
     """The ledger's jobs that work or wait."""
-    jobs = [e.job["job"] for e in ledger.entries().values() if e.job and e.kind is None]
-    return [job for job in jobs if survey.live(job)]
+    jobs = [entry.job for entry in ledger.entries().values() if entry.job and entry.kind is None]
+    return [job["job"] for job in jobs if survey.live(job_key(job))]
 
 
 def _evaluate_run(

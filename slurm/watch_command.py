@@ -1,19 +1,18 @@
 """`peerlearn watch`: evaluate the exports of runs as they land."""
 
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peerlearn.arguments import ArgumentParser
+from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.errors import UsageError, UserError
+from peerlearn.stop import Stop, stop_signals
 from slurm.command import read_cluster
 from slurm.pipeline import Pipeline, advance, end_watch, is_pipeline, load_pipeline
 from slurm.watch import (
     Pass,
-    Stop,
     Watched,
     evaluate_landed,
     evaluations_of,
@@ -23,7 +22,6 @@ from slurm.watch import (
     training_of,
 )
 
-SAVED_RUN_AGAIN = 75
 # Slurm is down, a quota is full: what does not work for so long will not.
 _GIVE_UP_SECONDS = 86400.0
 _POLL_SECONDS = 0.2
@@ -81,7 +79,7 @@ def watch(look: Callable[[Stop], Pass], interval_seconds: float, *, once: bool) 
         UserError: something does not work, `once` or for a day.
     """
     said, since = "", time.monotonic()
-    with _stop_signals() as stop:
+    with stop_signals((signal.SIGTERM, signal.SIGUSR2), "stopping") as stop:
         while not stop.requested:
             try:
                 found = look(stop)
@@ -107,25 +105,6 @@ def _sleep(seconds: float, stop: Stop) -> None:
     deadline = time.monotonic() + seconds
     while not stop.requested and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(left, _POLL_SECONDS))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Stop]:
-    """Turn the signals by which a job is told to end into a request that is answered between two submissions."""
-    stop = Stop()
-
-    def request(number: int, frame: object) -> None:
-        os.write(2, f"{signal.Signals(number).name}: stopping\n".encode())
-        stop.requested = True
-
-    earlier = {
-        number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGUSR2)
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _watched_run(

@@ -16,7 +16,8 @@ from peerlearn.cli import main
 from peerlearn.heartbeat import process_started_at
 from peerlearn.run_dir import RunDirectory
 from slurm.ledger import PIPELINE, Ledger
-from slurm.status import JobWatch, RunStatus, read_statuses
+from slurm.running import JobWatch
+from slurm.status import RunStatus, read_statuses
 from slurm.submission import JOBS_FILE, jobs_of
 from tests.e2e.runs import (
     SMALL,

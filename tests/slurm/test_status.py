@@ -16,7 +16,8 @@ import pytest
 
 from peerlearn.cli import main
 from peerlearn.run_dir import RunDirectory
-from slurm.status import JobWatch, RunStatus, read_statuses
+from slurm.running import JobWatch
+from slurm.status import RunStatus, read_statuses
 from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, submit, wait_for_step, wait_until

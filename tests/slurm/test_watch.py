@@ -17,9 +17,11 @@ import pytest
 from peerlearn.cli import main
 from peerlearn.errors import UserError
 from peerlearn.network_selection import select_networks
+from peerlearn.stop import Stop
 from slurm import watch_command
-from slurm.ledger import EVALUATIONS, Entry, Ledger, undisturbed
-from slurm.watch import Pass, Stop, Survey, landed_exports, resolve_evaluation
+from slurm.executors import undisturbed
+from slurm.ledger import EVALUATIONS, Entry, Ledger
+from slurm.watch import Pass, Survey, landed_exports, resolve_evaluation
 from tests.e2e.runs import command, environment, flip_last_byte, pretrain
 from tests.slurm.cluster import Cluster
 
@@ -374,8 +376,8 @@ def test_sbatch_does_not_hear_the_signals_that_stop_the_watch():
 
 
 def test_a_job_nobody_was_asked_about_is_not_taken_for_ended():
-    assert Survey().live("7")
-    assert not Survey(asked=frozenset({"7"})).live("7")
+    assert Survey().live(("local", "7", 5))
+    assert not Survey(asked=frozenset({("local", "7", 5)})).live(("local", "7", 5))
 
 
 def test_on_slurm_a_job_is_found_again_by_its_name(cluster: Cluster, run: Path, tmp_path: Path):

@@ -1,0 +1,57 @@
+"""Files of JSON lines that processes add to, and that a crash or a full disk may cut short."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file, in order; lines that cannot be read are left out, of a file that is not there all."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            yield dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            continue
+
+
+def append_json_line(path: Path, row: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Add an object; ``durable`` waits until it is on the disk.
+
+    Raises:
+        OSError: the disk does not take it; the file is as it was.
+    """
+    append_text(path, json.dumps(row) + "\n", durable=durable)
+
+
+def append_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Add whole lines: all of them or, if the disk does not take them, nothing.
+
+    A last line that a crash cut short is first ended, so that it does not swallow this one.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    # Unbuffered: a buffer would try again when it is closed, and write the rest of a line whose start is gone.
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode()
+        try:
+            written = file.write(content)
+            if written < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+        if durable:
+            os.fsync(file.fileno())
+
+
+def _lacks_newline(path: Path, size: int) -> bool:
+    if size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) != b"\n"
