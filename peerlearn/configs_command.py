@@ -13,8 +13,11 @@ CONFIG_FOLDERS = {
     "pretrain": ("pretrain", "configs"),
     "linear": ("linear_eval", "configs"),
     "pipeline": ("slurm", "pipelines"),
+    "submit": ("slurm", "clusters"),
 }
 HEADER_FIELDS = ("source", "command", "hardware", "hours", "expected metric")
+# The one field of those that are no recipes: a cluster's profile.
+PURPOSE = "purpose"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,11 +33,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for verb, place in CONFIG_FOLDERS.items():
         for path in sorted(config_folder(*place).glob("*.yaml")):
-            header = read_header(path)
-            print(
-                f"{verb:<8}  {path.stem:<32} {header['source']}; expected: {header['expected metric']}"
-            )
+            print(f"{verb:<8}  {path.stem:<32} {_summary(read_header(path))}")
     return 0
+
+
+def _summary(header: dict[str, str]) -> str:
+    if PURPOSE in header:
+        return header[PURPOSE]
+    return f"{header['source']}; expected: {header['expected metric']}"
 
 
 def _find(name: str) -> Path:
@@ -65,7 +71,7 @@ def read_header(path: Path) -> dict[str, str]:
             break
         text = line.removeprefix("#").strip()
         name, colon, rest = text.partition(":")
-        if colon and name in HEADER_FIELDS:
+        if colon and name in (*HEADER_FIELDS, PURPOSE):
             field = name
             header[field] = rest.strip()
         elif field:

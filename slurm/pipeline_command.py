@@ -7,16 +7,14 @@ from pathlib import Path
 from peerlearn.config import config_to_yaml, parse_config
 from peerlearn.errors import UsageError, UserError
 from peerlearn.stop import Stop
+from slurm.advance import advance, ask_again, submit_watch
 from slurm.pipeline import (
     CONFIG_FILE,
     Pipeline,
-    advance,
-    ask_again,
     is_pipeline,
     load_pipeline,
     plan_pipeline,
     remove_pipeline,
-    submit_watch,
     write_pipeline,
 )
 from slurm.pipeline_config import PipelineConfig

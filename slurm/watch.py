@@ -1,12 +1,11 @@
 """Watching runs: each export is evaluated as it lands, once by each evaluation; what has ended is written down."""
 
 import hashlib
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -19,6 +18,7 @@ from peerlearn.run_lock import living_owner
 from peerlearn.stop import Stop
 from slurm.client import JobState
 from slurm.config import SubmitConfig
+from slurm.landed import Export, Training, landed_exports
 from slurm.ledger import EVALUATIONS, Entry, Ledger, Order, hand_over
 from slurm.plan import plan_tasks
 from slurm.running import JobKey, Record, job_key, states_of
@@ -27,8 +27,6 @@ from slurm.wait import outcome_of
 
 _NO_EVALUATION = ("pretrain", "resume", "pipeline")
 _PLACEHOLDER = "RUN/export/step-N"
-
-Training = Literal["none", "live", "done", "dead"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +44,6 @@ class Evaluation:
     @property
     def words(self) -> list[str]:
         return shlex.split(self.line)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """All networks of one step.
-
-    Attributes:
-        folder: RUN/export/step-N.
-        step: N.
-        sha256: of the networks' own.
-    """
-
-    folder: Path
-    step: int
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,74 +126,6 @@ def resolve_evaluation(line: str) -> Evaluation:
 def evaluations_of(run: Path) -> Ledger:
     """The ledger of a run's evaluations."""
     return Ledger(run / EVALUATIONS)
-
-
-def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -> list[Export]:
-    """The exports to evaluate that are whole, by step.
-
-    Those of a run that goes on count once export/latest names them, which is written after all networks.
-    """
-    networks = _networks(run)
-    folders = run.glob("export/step-*") if networks else ()
-    found = [export for folder in folders if (export := _export(folder, networks))]
-    found.sort(key=lambda export: export.step)
-    if training == "live":
-        latest = _latest_step(run)
-        found = [export for export in found if export.step <= latest]
-    if every_epochs is None or not found:
-        return found
-    steps = every_epochs * _steps_per_epoch(run)
-    last = found[-1] if training == "done" else None
-    return [export for export in found if export is last or export.step % steps == 0]
-
-
-def _networks(run: Path) -> int:
-    """How many the run trains; 0 while it has not begun."""
-    try:
-        return int(yaml.safe_load((run / "config.yaml").read_text())["cohort"]["networks"])
-    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
-        return 0
-
-
-def _export(folder: Path, networks: int) -> Export | None:
-    """None if it is not whole: each network's folder appears at once, but they do so one after the other."""
-    digits = folder.name.removeprefix("step-")
-    if not digits.isdigit():
-        return None
-    seals: list[Any] = []
-    try:
-        for network in range(networks):
-            export = folder / f"net-{network}"
-            seals.append(json.loads((export / "config.json").read_text())["sha256"])
-            if not isinstance(seals[-1], dict) or not (export / "model.safetensors").is_file():
-                return None
-    except (OSError, ValueError, TypeError, LookupError):
-        return None
-    digest = hashlib.sha256(json.dumps(seals, sort_keys=True).encode()).hexdigest()
-    return Export(folder=folder, step=int(digits), sha256=digest)
-
-
-def _latest_step(run: Path) -> int:
-    try:
-        return int((run / "export" / "latest").read_text().strip().removeprefix("step-"))
-    except (OSError, ValueError):
-        return -1
-
-
-def _steps_per_epoch(run: Path) -> int:
-    """Training leaves out an epoch's last incomplete batch.
-
-    Raises:
-        UserError: the run does not tell.
-    """
-    try:
-        images = json.loads((run / "env.json").read_text())["training"]["images"]
-        batch = yaml.safe_load((run / "config.yaml").read_text())["batch_size"]
-        return max(1, int(images) // int(batch))
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{run}: its env.json and config.yaml do not tell the steps of an epoch, which every_epochs needs"
-        ) from error
 
 
 def key_of(export: Export, evaluation: Evaluation) -> str:

@@ -9,8 +9,9 @@ from peerlearn.arguments import ArgumentParser
 from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.errors import UsageError, UserError
 from peerlearn.stop import Stop, stop_signals
+from slurm.advance import advance, end_watch
 from slurm.command import read_cluster
-from slurm.pipeline import Pipeline, advance, end_watch, is_pipeline, load_pipeline
+from slurm.pipeline import Pipeline, is_pipeline, load_pipeline
 from slurm.watch import (
     Pass,
     Watched,

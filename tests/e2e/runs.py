@@ -5,9 +5,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from peerlearn.checkpoint import load_checkpoint, saved_steps
@@ -136,3 +138,19 @@ def flip_last_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+
+
+@contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[Path]:
+    """A file system of so many MiB, gone afterwards."""
+    disk = folder / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(disk)]
+    mounted = subprocess.run(words, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield disk
+    finally:
+        # Lazily: the log of the run may still be open in this process.
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -22,6 +22,7 @@ from tests.e2e.runs import (
     newest_tensors,
     pretrain,
     rows,
+    small_disk,
     without_clocks,
 )
 
@@ -216,23 +217,14 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, backend, capsys):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 12 MB, gone after the test."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    # Lazily: the log of the run is still open in this process.
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path, mib=12) as disk:
+        yield disk
 
 
-def test_without_room_for_two_saves_a_run_does_not_start(small_disk, capsys):
-    (small_disk / "filler").write_bytes(bytes(8 * 2**20))
-    assert pretrain(small_disk / "r") == 1
+def test_without_room_for_two_saves_a_run_does_not_start(disk, capsys):
+    (disk / "filler").write_bytes(bytes(8 * 2**20))
+    assert pretrain(disk / "r") == 1
     error = capsys.readouterr().err
     assert "no space: 2 x 2.6 MiB are needed for saves, 4.0 MiB are free" in error
     assert error.count("\n") == 1
@@ -244,16 +236,16 @@ def fill(disk: Path, leaving: int) -> Path:
     return filler
 
 
-def test_a_disk_that_fills_up_costs_saves_but_not_the_run(small_disk, monkeypatch, capsys):
+def test_a_disk_that_fills_up_costs_saves_but_not_the_run(disk, monkeypatch, capsys):
     """Full from step 4 to step 7, then emptied: two saves are missed, the older one stands, every row is there."""
-    run = small_disk / "r"
+    run = disk / "r"
     advance = training_loop._seed_modules
 
     def seed_modules(training):
         if training.step == 4:
-            fill(small_disk, leaving=0)
+            fill(disk, leaving=0)
         if training.step == 8:
-            (small_disk / "filler").unlink()
+            (disk / "filler").unlink()
             saves = [path.name for path in saved_steps(run / "checkpoints")]
             assert saves == ["step-00000004", "step-00000002"]
             assert not list((run / "checkpoints").glob(".tmp*"))
@@ -275,13 +267,13 @@ def test_a_disk_that_fills_up_costs_saves_but_not_the_run(small_disk, monkeypatc
     assert all_finite(run)
 
 
-def test_a_disk_that_stays_full_ends_the_run_after_three_misses(small_disk, monkeypatch, capsys):
-    run = small_disk / "r"
+def test_a_disk_that_stays_full_ends_the_run_after_three_misses(disk, monkeypatch, capsys):
+    run = disk / "r"
     advance = training_loop._seed_modules
 
     def seed_modules(training):
         if training.step == 4:
-            fill(small_disk, leaving=0)
+            fill(disk, leaving=0)
         advance(training)
 
     monkeypatch.setattr(training_loop, "_seed_modules", seed_modules)
@@ -289,7 +281,7 @@ def test_a_disk_that_stays_full_ends_the_run_after_three_misses(small_disk, monk
     error = capsys.readouterr().err.splitlines()[-1]
     assert "step 10 could not be saved (No space left on device), miss number 3 in a row" in error
     assert f"make room, then `peerlearn resume {run}`" in error
-    (small_disk / "filler").unlink()
+    (disk / "filler").unlink()
     monkeypatch.undo()
     assert main(["resume", str(run)]) == 0
     assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))

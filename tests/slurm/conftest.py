@@ -1,10 +1,15 @@
-"""One SLURM for all tests of a worker, left empty and as configured by each."""
+"""One SLURM for all tests of a worker, left empty and as configured by each; and the runs that they compare with."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.e2e.runs import pretrain
 from tests.slurm.cluster import Cluster, missing_programs, scratch_folder, start_cluster
+from tests.slurm.jobs import undisturbed
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +28,39 @@ def _cluster_left_clean(request: pytest.FixtureRequest) -> Iterator[None]:
     if used:
         used.restore_configuration()
         used.cancel_all()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `tests.slurm.jobs` by one process that nothing happened to."""
+    return undisturbed(tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two processes."""
+    return undisturbed(tmp_path_factory.mktemp("together"), 2)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run that is done."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert pretrain(run) == 0
+    return run
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A finished run to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "runs" / "copy"))
+
+
+@pytest.fixture
+def killed_later() -> Iterator[list[subprocess.Popen]]:
+    """Processes that do not outlive the test."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from peerlearn.heartbeat import read_beat, read_step
 from peerlearn.run_dir import RunDirectory
+from slurm.running import JobWatch
+from slurm.status import RunStatus, read_statuses
 from tests.e2e.runs import SMALL, ends, environment, launch
 from tests.slurm.cluster import Cluster
 
@@ -25,7 +27,12 @@ PROFILE = [
     *("--cluster", "slurm", "--partition", "main", "--cpus_per_task", "1", "--time_minutes", "10"),
     *("--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"),
 ]
+TWO_NODES = ("--nodes", "2")
 PATIENCE_SECONDS = 240.0
+
+
+def status(run: Path) -> RunStatus:
+    return read_statuses([run], JobWatch())[0]
 
 
 def peerlearn(cluster: Cluster, *words: str) -> subprocess.CompletedProcess:

@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,34 +13,23 @@ import pytest
 from peerlearn.checkpoint import saved_steps
 from peerlearn.run_dir import RunDirectory
 from slurm.outcome import read_history
-from tests.e2e.runs import assert_same_run, events, flip_last_byte
+from tests.e2e.runs import assert_same_run, events, flip_last_byte, small_disk
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
     STEPS,
+    TWO_NODES,
     attempts,
     kill,
     logs,
     pid,
     started_at,
     submit,
-    undisturbed,
     wait_for_end,
     wait_for_step,
     wait_until,
 )
 
-TWO_NODES = ("--nodes", "2")
 FAULTS = Path(__file__).parent / "faults"
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp("alone"), 1)
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp("together"), 2)
 
 
 def outcomes(run: Path) -> list[dict]:
@@ -134,28 +122,22 @@ def test_damaged_latest_while_the_job_waits(cluster: Cluster, alone: Path, tmp_p
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
-    mounted = subprocess.run(words, capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path, mib=32) as disk:
+        yield disk
 
 
-def test_full_disk(cluster: Cluster, alone: Path, small_disk: Path) -> None:
+def test_full_disk(cluster: Cluster, alone: Path, disk: Path) -> None:
     """It stays full: the run gives up and is not started again. With room, a new job goes on from the last save."""
-    run = small_disk / "a"
+    run = disk / "a"
     job = submit(cluster, run)
     wait_for_step(run, 42)
-    filler = small_disk / "filler"
+    filler = disk / "filler"
     with filler.open("wb") as file:
         # Other writers take what one call leaves.
-        while shutil.disk_usage(small_disk).free:
+        while shutil.disk_usage(disk).free:
             try:
-                file.write(bytes(min(shutil.disk_usage(small_disk).free, 2**20)))
+                file.write(bytes(min(shutil.disk_usage(disk).free, 2**20)))
                 file.flush()
             except OSError:
                 break

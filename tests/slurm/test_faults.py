@@ -9,29 +9,17 @@ import pytest
 from tests.e2e.runs import assert_same_run, command, environment
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
+    TWO_NODES,
     logs,
     peerlearn,
     saved_when_told,
     started_at,
     submit,
     submit_words,
-    undisturbed,
     wait_for_end,
     wait_for_step,
     wait_until,
 )
-
-TWO_NODES = ("--nodes", "2")
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp("alone"), 1)
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp("together"), 2)
 
 
 def test_time_limit(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,6 @@ from peerlearn.cli import main
 from peerlearn.heartbeat import process_started_at
 from peerlearn.run_dir import RunDirectory
 from slurm.ledger import PIPELINE, Ledger
-from slurm.running import JobWatch
-from slurm.status import RunStatus, read_statuses
 from slurm.submission import JOBS_FILE, jobs_of
 from tests.e2e.runs import (
     SMALL,
@@ -27,39 +23,12 @@ from tests.e2e.runs import (
     environment,
     events,
     launch,
-    pretrain,
     wait_for,
 )
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import peerlearn, submit, wait_for_step, wait_until
+from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
 
 LONG = ["--epochs", "2000"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    assert pretrain(run) == 0
-    return run
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "runs" / "copy"))
-
-
-@pytest.fixture
-def started() -> Iterator[list[subprocess.Popen]]:
-    """Processes that do not outlive the test."""
-    processes: list[subprocess.Popen] = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def status(run: Path) -> RunStatus:
-    return read_statuses([run], JobWatch())[0]
 
 
 def submit_here(*words: str) -> None:
@@ -129,7 +98,7 @@ def test_logs_of_a_rank_and_of_an_attempt(copy: Path, capfd: pytest.CaptureFixtu
 
 
 def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
-    copy: Path, started: list[subprocess.Popen]
+    copy: Path, killed_later: list[subprocess.Popen]
 ) -> None:
     (copy / "DONE").unlink()
     owner = {"host": "elsewhere", "pid": 1, "since": "2020-01-01", "time_seconds": time.time() + 60}
@@ -137,7 +106,7 @@ def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
     first, second = (copy / "logs" / f"attempt-{k}" / "rank-0.log" for k in (1, 2))
     first.write_text("one\n")
     following = follow(copy)
-    started.append(following)
+    killed_later.append(following)
     assert following.stdout is not None
     before = [following.stdout.readline() for _ in ("the file", "one")]
     with first.open("a") as file:
@@ -152,14 +121,14 @@ def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
 
 
 def test_a_local_job_is_followed_to_its_end(
-    copy: Path, started: list[subprocess.Popen], capfd: pytest.CaptureFixture[str]
+    copy: Path, killed_later: list[subprocess.Popen], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """From what it prints to its log. It runs again after it failed: an earlier start's mark counts no more."""
     (copy / "DONE").unlink()
     RunDirectory(copy).mark_failed("earlier")
     submit_here("resume", str(copy), "--epochs", "6")
     following = follow(copy)
-    started.append(following)
+    killed_later.append(following)
     words = command("status", str(copy.parent), "--follow", "--interval_seconds", "0.2")
     looked = subprocess.run(
         [*words, "--json"], env=environment(), capture_output=True, text=True, timeout=60
@@ -245,11 +214,14 @@ def test_cancel_ends_a_local_job_in_start_up(tmp_path: Path) -> None:
 
 
 def test_cancel_leaves_processes_alone_that_are_no_jobs(
-    copy: Path, started: list[subprocess.Popen], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    copy: Path,
+    killed_later: list[subprocess.Popen],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     """One that was given the number of a job that is gone; and a run that was started by hand."""
     other = subprocess.Popen(["sleep", "100"])
-    started.append(other)
+    killed_later.append(other)
     record = {"job": str(other.pid), "verb": "resume", "executor": "local", "folder": "x"}
     file = copy / JOBS_FILE
     file.parent.mkdir()
@@ -264,7 +236,7 @@ def test_cancel_leaves_processes_alone_that_are_no_jobs(
     assert other.wait() == -signal.SIGTERM
 
     by_hand = launch(1, "pretrain", *SMALL, *LONG, "--run", str(tmp_path / "a"))
-    started += by_hand
+    killed_later += by_hand
     run = tmp_path / "a"
     wait_for((run / "config.yaml").exists, by_hand)
     assert main(["cancel", str(run)]) == 0
@@ -279,13 +251,13 @@ def test_cancel_leaves_processes_alone_that_are_no_jobs(
 
 
 def test_cancel_of_a_pipeline_ends_what_watches_it(
-    copy: Path, started: list[subprocess.Popen], capsys: pytest.CaptureFixture[str]
+    copy: Path, killed_later: list[subprocess.Popen], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = copy.parent
     (pipeline / "pipeline.yaml").write_text("")
     ledger = Ledger(pipeline / PIPELINE)
     processes = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
-    started += processes
+    killed_later += processes
     record = {"executor": "local", "host": socket.gethostname()}
     (copy / "slurm").mkdir()
     facts = {"attempt": 1, "name": "n", "executor": "local", "begun_seconds": 0.0, "facts": {}}
@@ -306,12 +278,12 @@ def test_cancel_of_a_pipeline_ends_what_watches_it(
 
 
 def test_a_job_that_is_requeued_then_cancelled(
-    cluster: Cluster, tmp_path: Path, started: list[subprocess.Popen]
+    cluster: Cluster, tmp_path: Path, killed_later: list[subprocess.Popen]
 ) -> None:
     run = tmp_path / "a"
     job = submit(cluster, run, *LONG)
     following = follow(run, **cluster.environment)
-    started.append(following)
+    killed_later.append(following)
     wait_for_step(run, 20)
     cluster.call("scontrol", "requeue", job)
     wait_until(lambda: slurm_status(cluster, run)["state"] == "pending", "the requeue")
@@ -340,7 +312,7 @@ def test_a_job_that_is_requeued_then_cancelled(
 
 
 def test_cancel_of_all_that_waits_for_a_sweep_and_its_evaluations(
-    cluster: Cluster, copy: Path, started: list[subprocess.Popen]
+    cluster: Cluster, copy: Path, killed_later: list[subprocess.Popen]
 ) -> None:
     held = ("--sbatch", "hold")
     sweep = copy.parent / "sweep"
@@ -354,7 +326,7 @@ def test_cancel_of_all_that_waits_for_a_sweep_and_its_evaluations(
         f"peerlearn: {sweep}/seed-0: no log yet (pending (JobHeldUser)); -f waits for it\n"
     )
     following = follow(sweep / "seed-0", **cluster.environment)
-    started.append(following)
+    killed_later.append(following)
     with pytest.raises(subprocess.TimeoutExpired):
         following.wait(timeout=2)
     following.send_signal(signal.SIGINT)

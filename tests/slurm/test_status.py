@@ -8,7 +8,6 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,40 +15,13 @@ import pytest
 
 from peerlearn.cli import main
 from peerlearn.run_dir import RunDirectory
-from slurm.running import JobWatch
-from slurm.status import RunStatus, read_statuses
-from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
+from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, rows
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import peerlearn, submit, wait_for_step, wait_until
+from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
 
 LONG = ["--epochs", "2000", "--monitor.every_epochs", "1"]
 LONG_STEPS = 2000 * 6
 HELD = ("--sbatch", "hold")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    assert pretrain(run) == 0
-    return run
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "runs" / "copy"))
-
-
-@pytest.fixture
-def killed_later() -> Iterator[list[subprocess.Popen]]:
-    processes: list[subprocess.Popen] = []
-    yield processes
-    for process in processes:
-        process.kill()
-    ends(processes)
-
-
-def status(run: Path) -> RunStatus:
-    return read_statuses([run], JobWatch())[0]
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import yaml
 import slurm.submission
 from peerlearn import PACKAGES
 from peerlearn.cli import main
+from peerlearn.config import load_config
 from peerlearn.run_dir import RunDirectory
+from slurm.command import CLUSTERS
 from slurm.config import SubmitConfig
 from slurm.job import free_port
 from slurm.submission import jobs_of, read_submission
@@ -313,8 +316,6 @@ def test_half_the_batch_on_each_of_two_gpus_equals_one(tmp_path: Path) -> None:
 
 
 def test_a_taken_port_is_passed_over() -> None:
-    import socket
-
     first = free_port("41", 0)
     assert free_port("41", 0) == first
     assert free_port("41", 1) != first
@@ -593,12 +594,12 @@ def test_auto_resume_starts_goes_on_and_is_content(tmp_path: Path) -> None:
     assert "seed" in changed.stderr
 
 
-def test_every_shipped_profile_can_be_read() -> None:
-    from peerlearn.config import load_config
-    from slurm.command import CLUSTERS
-
+def test_every_shipped_profile_can_be_read_and_is_listed(capsys: pytest.CaptureFixture) -> None:
     profiles = {path.stem: load_config(SubmitConfig, path) for path in CLUSTERS.glob("*.yaml")}
     assert set(profiles) == {"slurm", "gpu_node", "local", "debug"}
+    assert main(["configs"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in listed if line.startswith("submit")] == sorted(profiles)
     assert profiles["gpu_node"].tasks_per_node == profiles["gpu_node"].gpus_per_node == 8
 
 

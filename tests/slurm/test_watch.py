@@ -20,8 +20,9 @@ from peerlearn.network_selection import select_networks
 from peerlearn.stop import Stop
 from slurm import watch_command
 from slurm.executors import undisturbed
+from slurm.landed import landed_exports
 from slurm.ledger import EVALUATIONS, Entry, Ledger
-from slurm.watch import Pass, Survey, landed_exports, resolve_evaluation
+from slurm.watch import Pass, Survey, resolve_evaluation
 from tests.e2e.runs import command, environment, flip_last_byte, pretrain
 from tests.slurm.cluster import Cluster
 
