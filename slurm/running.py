@@ -43,13 +43,10 @@ def states_of(records: Iterable[Record]) -> dict[JobKey, JobState]:
 
 
 def _local_state(record: Record) -> JobState | None:
+    if record["executor"] != "local" or record.get("host") != socket.gethostname():
+        return None
     pid = int(record["job"])
-    alive = (
-        record["executor"] == "local"
-        and record.get("host") == socket.gethostname()
-        and process_exists(pid)
-        and process_started_at(pid) == record.get("started")
-    )
+    alive = process_exists(pid) and process_started_at(pid) == record.get("started")
     return JobState(state="RUNNING") if alive else None
 
 
