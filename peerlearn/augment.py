@@ -30,14 +30,18 @@ class Augmentation:
     """A recipe of random views. Probabilities lie in [0, 1].
 
     ``crop_scale`` is the range of the crop's share of the image area, ``crop_ratio`` that of its
-    width / height. ``jitter`` holds the strengths of brightness, contrast, saturation and hue with
-    the meaning of torchvision's ColorJitter; ``blur_sigma`` is in pixels of the finished crop.
+    width / height. ``crop_padding``, in pixels of the image, takes the place of both where it is
+    positive: the crop is then as large as the image and shifted by up to so much each way, and what
+    it has of outside the image is black. ``jitter`` holds the strengths of brightness, contrast,
+    saturation and hue with the meaning of torchvision's ColorJitter; ``blur_sigma`` is in pixels of
+    the finished crop.
     ``grayscale_first`` puts the greying before the jitter instead of after it.
     Raises ValueError for values outside these ranges.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = 0
     flip_probability: float = 0.5
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     jitter_probability: float = 0.0
@@ -57,6 +61,8 @@ class Augmentation:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be a rising positive range, got {(low, high)}")
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding must be at least 0, got {self.crop_padding}")
         if min(self.jitter) < 0 or self.jitter[_HUE] > 0.5:
             raise ValueError(f"jitter must be >= 0, hue at most 0.5, got {self.jitter}")
 
@@ -86,12 +92,18 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     ),
     # The crop and flip of MoCo v1 alone, for grey images.
     "crop_flip": Augmentation(),
+    # Huang et al., "Densely Connected Convolutional Networks", arXiv 1608.06993, section 4.1, as is
+    # usual for CIFAR; the padding is black, that of torchvision's RandomCrop(32, padding=4).
+    "supervised_cifar": Augmentation(crop_padding=4),
+    # pytorch/examples imagenet/main.py: RandomResizedCrop(224), RandomHorizontalFlip.
+    "supervised_imagenet": Augmentation(crop_scale=(0.08, 1.0)),
 }
 
 
 class ViewParameters(NamedTuple):
     """What one view does to each of B images; all tensors on the CPU.
 
+    Boxes lie inside the image, but for recipes with ``crop_padding``.
     The factors are those of torchvision's ``adjust_*``; they count only where ``jitter`` is set,
     as ``sigma`` (pixels) does where ``blur`` is.
     """
@@ -167,10 +179,17 @@ def _between(draws: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor
 def _draw_boxes(
     augmentation: Augmentation, draws: Tensor, height: int | Tensor, width: int | Tensor
 ) -> Tensor:
-    """Boxes (B, 4) by the rule of torchvision's RandomResizedCrop, from (B, 2 * attempts + 2)."""
+    """Boxes (B, 4) by the rule of torchvision's RandomResizedCrop, from (B, 2 * attempts + 2).
+
+    With ``crop_padding`` by that of its RandomCrop.
+    """
     batch = draws.shape[0]
     heights = torch.as_tensor(height).expand(batch).to(torch.float64)
     widths = torch.as_tensor(width).expand(batch).to(torch.float64)
+    if augmentation.crop_padding:
+        padding = augmentation.crop_padding
+        top, left = ((draws[:, -2:] * (2 * padding + 1)).floor() - padding).unbind(1)
+        return torch.stack((top, left, heights, widths), dim=1).to(torch.int64)
 
     areas = _between(draws[:, :_CROP_ATTEMPTS], *augmentation.crop_scale)
     areas = areas * (heights * widths)[:, None]
@@ -217,16 +236,29 @@ def resized_crop(images: Tensor, box: Tensor, size: int) -> Tensor:
     """Cut one box from each image and resize it, bilinear with antialiasing.
 
     ``images`` (B, channels, height, width), uint8 or float in [0, 1]; ``box`` (B, 4) int64 as in
-    ``ViewParameters``, inside the image. Returns float32 (B, channels, size, size) in [0, 1],
-    equal to torchvision's ``resized_crop(antialias=True)`` of the float image up to rounding.
+    ``ViewParameters``; what it has of outside the image is black. Returns float32
+    (B, channels, size, size) in [0, 1], equal to torchvision's ``resized_crop(antialias=True)`` of
+    the float image, padded with zeros, up to rounding.
     """
+    margins = _margins(box, images.shape[2], images.shape[3])
     box = box.to(images.device, non_blocking=True)
     crops = torch.empty((*images.shape[:2], size, size), device=images.device)
     # Rounded products would be off by a grey level; inference mode spares autograd's bookkeeping.
     with torch.inference_mode(), full_float32(images.device):
         for block in _blocks(crops):
-            _resized_crop(images[block], box[block], crops[block])
+            _resized_crop(images[block], box[block], margins, crops[block])
     return crops
+
+
+def _margins(box: Tensor, height: int, width: int) -> tuple[int, int]:
+    """How far the farthest of the boxes reaches beyond the image: above or below, to a side."""
+    if not box.shape[0]:
+        return 0, 0
+    start, length = box[:, :2], box[:, 2:]
+    extent = torch.tensor([height, width], device=box.device)
+    beyond = torch.maximum(-start, start + length - extent).amax(dim=0)
+    vertical, horizontal = beyond.clamp_min(0).tolist()
+    return vertical, horizontal
 
 
 def _blocks(images: Tensor) -> list[slice]:
@@ -237,9 +269,9 @@ def _blocks(images: Tensor) -> list[slice]:
     return [slice(start, start + length) for start in range(0, batch, length)]
 
 
-def _resized_crop(images: Tensor, box: Tensor, crops: Tensor) -> None:
-    rows = _resize_weights(box[:, 0], box[:, 2], images.shape[2], crops.shape[2])
-    columns = _resize_weights(box[:, 1], box[:, 3], images.shape[3], crops.shape[3])
+def _resized_crop(images: Tensor, box: Tensor, margins: tuple[int, int], crops: Tensor) -> None:
+    rows = _resize_weights(box[:, 0], box[:, 2], images.shape[2], crops.shape[2], margins[0])
+    columns = _resize_weights(box[:, 1], box[:, 3], images.shape[3], crops.shape[3], margins[1])
     if images.dtype == torch.uint8:
         rows.div_(255)
     _filter(images.to(torch.float32), rows, columns, crops)
@@ -257,22 +289,24 @@ def _filter(images: Tensor, rows: Tensor, columns: Tensor, filtered: Tensor) -> 
     torch.bmm(per_channel, narrow, out=filtered.flatten(0, 1))
 
 
-def _resize_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Tensor:
+def _resize_weights(start: Tensor, length: Tensor, extent: int, size: int, margin: int) -> Tensor:
     """Weights (B, size, extent) of a triangle filter from ``length`` pixels at ``start`` to ``size``.
 
-    The filter is as wide as the larger of the two grids' steps and is normalised inside the box.
+    The filter is as wide as the larger of the two grids' steps and is normalised inside the box,
+    which may reach up to ``margin`` pixels beyond the extent: those are black and need no weights.
     """
     step = length.to(torch.float64)[:, None] / size
     steps = torch.arange(size, device=start.device) + 0.5
     centres = start[:, None] + step * steps
-    pixels = torch.arange(extent, device=start.device) + 0.5
+    pixels = torch.arange(-margin, extent + margin, device=start.device) + 0.5
     inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
     # Pixels outside the box are too far from every centre to count.
     pixels = torch.where(inside, pixels, 1e9)
     distances = (pixels[:, None] - centres.to(torch.float32)[:, :, None]).abs_()
     weights = distances.mul_(-1 / step.clamp(min=1).to(torch.float32)[:, :, None]).add_(1)
     weights.clamp_(min=0)
-    return weights.div_(weights.sum(dim=2, keepdim=True))
+    weights.div_(weights.sum(dim=2, keepdim=True))
+    return weights[:, :, margin : margin + extent]
 
 
 def distort(crops: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> Tensor:

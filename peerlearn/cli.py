@@ -44,6 +44,12 @@ VERBS = {
         "pretrain with several seeds and evaluate as it goes",
         True,
     ),
+    "sweep": Verb(
+        "pretrain.sweep_command",
+        "main",
+        "pretrain a grid of configs with several seeds, compare",
+        True,
+    ),
     "watch": Verb("slurm.watch_command", "main", "evaluate a run's exports as they land"),
     "summary": Verb("slurm.summary_command", "main", "sum up a pipeline's scores over its seeds"),
     "status": Verb("slurm.status_command", "main", "show how runs and their jobs stand"),

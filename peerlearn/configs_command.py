@@ -12,6 +12,7 @@ from peerlearn.errors import UsageError
 CONFIG_FOLDERS = {
     "pretrain": ("pretrain", "configs"),
     "linear": ("linear_eval", "configs"),
+    "sweep": ("pretrain", "sweeps"),
     "pipeline": ("slurm", "pipelines"),
     "submit": ("slurm", "clusters"),
 }

@@ -41,6 +41,7 @@ def save_export(
     std: Sequence[float],
     provenance: Mapping[str, object],
     origin: str = "pretrained by peerlearn",
+    classifier: nn.Linear | None = None,
 ) -> str:
     """Write `folder` as a whole; an older one of that name is replaced.
 
@@ -56,19 +57,27 @@ def save_export(
         std: likewise.
         provenance: name -> value, told in README.md alone; no times or paths.
         origin: for README.md's title, after the network's name.
+        classifier: from the backbone's features to class logits; stored under timm's name for it, so that timm's
+            network gives logits. `load_export` leaves it out: an export's features are what evaluations see.
 
     Returns:
         `export_hash(folder)`.
     """
     config = _config(backbone, in_chans=in_chans, image_size=image_size, mean=mean, std=std)
+    tensors = _stored_tensors(backbone)
+    if classifier is not None:
+        config["num_classes"] = config["pretrained_cfg"]["num_classes"] = classifier.out_features
+        tensors |= _stored_tensors(classifier, prefix=f"{classifier_name(backbone)}.")
     call = (
         f"create_backbone({architecture!r}, in_chans={in_chans}, small_images={small_images}, "
         f"image_size={image_size})"
     )
-    card = _model_card(config["architecture"], origin, call, provenance)
+    card = _model_card(
+        config["architecture"], origin, call, provenance, classifies=classifier is not None
+    )
     # Not save_file, whose files none but their owner can read. One entry of metadata, because the
     # order of several would differ from run to run.
-    weights = safetensors.torch.save(_stored_tensors(backbone), metadata={"format": "pt"})
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_folder(
         folder,
         {
@@ -78,6 +87,22 @@ def save_export(
         },
     )
     return export_hash(folder)
+
+
+def classifier_name(backbone: nn.Module) -> str:
+    """What timm calls the classifier of this network.
+
+    Raises:
+        UserError: it has none, or several.
+    """
+    registered: Any = backbone.pretrained_cfg
+    name = registered.get("classifier")
+    if not isinstance(name, str):
+        raise UserError(
+            f"network {registered['architecture']} has no single classifier in timm ({name!r}), so that it cannot be "
+            "exported with one: choose another network"
+        )
+    return name
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -129,6 +154,9 @@ def load_export(folder: Path | str) -> nn.Module:
         raise _unreadable(weights_file, error) from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{weights_file}: damaged ({error}); export the network again") from error
+    if config.get("num_classes"):
+        classifier = f"{pretrained_cfg.get('classifier')}."
+        weights = {name: t for name, t in weights.items() if not name.startswith(classifier)}
     misfits = state_misfits(backbone.state_dict(), weights)
     if misfits:
         raise UserError(
@@ -214,13 +242,13 @@ def state_misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
     ]
 
 
-def _stored_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+def _stored_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """The state dict in float32 and plain memory format, each tensor with memory of its own."""
     return {
-        name: tensor.detach()
+        prefix + name: tensor.detach()
         .to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
         .clone(memory_format=torch.contiguous_format)
-        for name, tensor in backbone.state_dict().items()
+        for name, tensor in module.state_dict().items()
     }
 
 
@@ -252,17 +280,30 @@ def _config(
     }
 
 
-def _model_card(timm_name: str, origin: str, call: str, provenance: Mapping[str, object]) -> str:
+def _model_card(
+    timm_name: str,
+    origin: str,
+    call: str,
+    provenance: Mapping[str, object],
+    *,
+    classifies: bool,
+) -> str:
     registration = "import peerlearn  # timm learns of this network by it\n"
     rows = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
+    pipeline = "image-classification" if classifies else "image-feature-extraction"
+    holds = (
+        "One network with its classifier, without projection head."
+        if classifies
+        else "The features of one network, without projection head and classifier."
+    )
     return f"""\
 ---
 library_name: timm
-pipeline_tag: image-feature-extraction
+pipeline_tag: {pipeline}
 ---
 # {timm_name}, {origin}
 
-The features of one network, without projection head and classifier. `config.json` holds the image
+{holds} `config.json` holds the image
 size, mean and standard deviation that it expects.
 
 With timm:
@@ -273,7 +314,7 @@ With timm:
 backbone = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 ```
 
-With peerlearn, where it is `{call}`:
+With peerlearn, where it is `{call}`{" without the classifier" if classifies else ""}:
 
 ```python
 from pathlib import Path

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from peerlearn.augment import (
     Augmentation,
@@ -31,10 +31,10 @@ from peerlearn.augment import (
     normalise,
     resized_crop,
 )
-from peerlearn.counter_random import PERMUTATION, permutation
 from peerlearn.datasets import ImageDataset
 from peerlearn.errors import UserError
 from peerlearn.image_folders import DecodeError
+from peerlearn.sampler import EpochOrder, check_class_aware, class_aware, shuffled
 from peerlearn.unreadable import (
     Decoded,
     Unreadable,
@@ -72,10 +72,12 @@ class ViewBatch(NamedTuple):
 class ViewLoader:
     """Random views of a dataset, epoch by epoch, for one rank.
 
-    An epoch is the permutation of (seed, epoch), cut into global batches, the last incomplete one
-    dropped; of each, rank r takes the r-th contiguous block. Views are those of
-    ``draw_view_parameters`` with draw number 0, for no image comes twice in an epoch. Those of a
-    substitute are drawn by the number of the image it stands for, so that its two uses differ.
+    An epoch has len(dataset) // ``batch_size_global`` global batches, made up by
+    ``peerlearn.sampler``: of shuffled images, or, with ``images_per_class``, of groups of so many
+    images of one class. Of each batch, rank r takes the r-th contiguous block, which may cut a
+    group. Views are those of ``draw_view_parameters``, so that an image that an epoch draws again
+    is seen otherwise. Those of a substitute are drawn by the number of the image it stands for, so
+    that its two uses differ; its label is its own, so a group it comes into has two classes.
 
     ``backend`` says where crops are cut:
     memory   on the device, from images held in memory, image files being decoded once at the
@@ -89,7 +91,8 @@ class ViewLoader:
     folder learns of them batch by batch.
 
     Raises UserError if the ranks cannot share ``batch_size_global`` evenly, if the dataset is
-    smaller than that and if memory meets images of several sizes or cannot decode more than
+    smaller than that, if it has no labels for ``images_per_class`` or the batch no whole number of
+    groups, and if memory meets images of several sizes or cannot decode more than
     ``max_unreadable_percent`` of the dataset. Folder leaves it to its caller to count, over an epoch
     and all ranks, and to call ``check_unreadable_rate``; it raises UserError, while an epoch runs,
     only for an image of which no substitute can be decoded either.
@@ -110,6 +113,7 @@ class ViewLoader:
         world_size: int = 1,
         workers: int = 0,
         max_unreadable_percent: float = 1.0,
+        images_per_class: int | None = None,
     ) -> None:
         if batch_size_global < 1 or batch_size_global % world_size:
             raise UserError(
@@ -121,7 +125,12 @@ class ViewLoader:
                 f"{dataset.name} {dataset.split} has {len(dataset)} images, fewer than one batch: "
                 f"lower batch_size ({batch_size_global}) or raise data.limit"
             )
+        if images_per_class is not None:
+            check_class_aware(
+                _labels(dataset), batch_size=batch_size_global, images_per_class=images_per_class
+            )
         self.steps_per_epoch = len(dataset) // batch_size_global
+        self._images_per_class = images_per_class
         self._dataset = dataset
         self._device = device
         self._batch_size_global = batch_size_global
@@ -163,12 +172,32 @@ class ViewLoader:
         return labels[batch.source].to(self._device, non_blocking=True)
 
     def _draws(self, epoch: int, start_step: int) -> Iterator["_Draws"]:
-        order = permutation(len(self._dataset), PERMUTATION, self._recipe.seed, epoch)
+        order = self._order(epoch)
         per_rank = self._batch_size_global // self._world_size
+        block = slice(self._rank * per_rank, (self._rank + 1) * per_rank)
         for step in range(start_step, self.steps_per_epoch):
-            first = step * self._batch_size_global + self._rank * per_rank
-            index = order[first : first + per_rank]
-            yield _Draws(epoch=epoch, index=index, draw=torch.zeros_like(index))
+            yield _Draws(epoch=epoch, index=order.index[step, block], draw=order.draw[step, block])
+
+    def _order(self, epoch: int) -> EpochOrder:
+        batch_size, seed = self._batch_size_global, self._recipe.seed
+        if self._images_per_class is None:
+            return shuffled(len(self._dataset), batch_size=batch_size, seed=seed, epoch=epoch)
+        return class_aware(
+            _labels(self._dataset),
+            batch_size=batch_size,
+            images_per_class=self._images_per_class,
+            seed=seed,
+            epoch=epoch,
+        )
+
+
+def _labels(dataset: ImageDataset) -> Tensor:
+    if dataset.labels is None:
+        raise UserError(
+            f"{dataset.name} {dataset.split} has no labels, which batches by images_per_class need: "
+            "choose another data.name or data.split, or leave images_per_class out"
+        )
+    return dataset.labels
 
 
 def evaluation_batches(
@@ -497,7 +526,13 @@ def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
     Its dense resampling matrices pay on a device; on one large image this is faster.
     """
     top, left, height, width = box
-    crop = image[None, :, top : top + height, left : left + width].to(torch.float32)
+    rows = slice(max(top, 0), max(top + height, 0))
+    columns = slice(max(left, 0), max(left + width, 0))
+    crop = image[None, :, rows, columns].to(torch.float32)
+    if crop.shape[2:] != (height, width):
+        above, before = min(max(-top, 0), height), min(max(-left, 0), width)
+        below, after = height - above - crop.shape[2], width - before - crop.shape[3]
+        crop = pad(crop, (before, after, above, below))
     resized = interpolate(crop, (size, size), mode="bilinear", antialias=True)
     return resized[0].round_().clamp_(0, 255).to(torch.uint8)
 

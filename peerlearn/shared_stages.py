@@ -83,16 +83,29 @@ def forward_shared(backbones: Sequence[nn.Module], images: Tensor, stages: int) 
     Raises:
         ValueError: the networks do not share these stages.
     """
+    return run_branches(backbones, run_trunk(backbones, images, stages), stages)
+
+
+def run_trunk(backbones: Sequence[nn.Module], images: Tensor, stages: int) -> Tensor:
+    """What the shared stages make of images: (B, channels, height, width), the images themselves for 0 stages."""
+    return _run(_split(backbones[0], stages)[0], images) if stages else images
+
+
+def run_branches(backbones: Sequence[nn.Module], trunk: Tensor, stages: int) -> list[Tensor]:
+    """The features (B, num_features) of every network from what `run_trunk` gave.
+
+    Raises:
+        ValueError: the networks do not share these stages.
+    """
     if stages == 0:
-        return [backbone(images) for backbone in backbones]
-    trunk, _ = _split(backbones[0], stages)
-    trunk_output = _run(trunk, images)
+        return [backbone(trunk) for backbone in backbones]
+    shared, _ = _split(backbones[0], stages)
     features = []
     for backbone in backbones:
-        low, high = _split(backbone, stages)
-        if any(low[name] is not trunk[name] for name in trunk):
+        low, own = _split(backbone, stages)
+        if any(low[name] is not shared[name] for name in shared):
             raise ValueError(f"the networks do not share their first {stages} stages")
-        features.append(_run(high, trunk_output))
+        features.append(_run(own, trunk))
     return features
 
 

@@ -1,10 +1,10 @@
 """A cohort: M networks that see the same images, and their momentum peers.
 
-Dimensions: M networks, B batch, D embedding size.
+Dimensions: M networks, B batch, D embedding size, C classes.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +14,99 @@ from peerlearn.backbones import create_backbone
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.dist import Ranks
 from peerlearn.errors import UserError
-from peerlearn.shared_stages import default_share_stages, forward_shared, share_low_stages
+from peerlearn.features import eval_mode
+from peerlearn.shared_stages import (
+    default_share_stages,
+    run_branches,
+    run_trunk,
+    share_low_stages,
+)
 from pretrain.batch_norm import split_batch_norm, sync_batch_norm
-from pretrain.config import CohortConfig
+from pretrain.config import CohortConfig, PretrainConfig
 from pretrain.losses import widen
 
 
 class Cohort(nn.Module):
-    """M backbones, each with a projection head of its own.
+    """M backbones, each with a projection head, a classifier, or both, of its own.
 
     The low stages may be one and the same modules in every backbone (section 3.1): they run once per forward and
     appear once among the parameters. Each backbone alone stays a complete network.
+
+    Attributes:
+        heads: M projections to the embedding, or none.
+        classifiers: M linear layers to class logits, or none.
+        gate: what the networks' logits are mixed by, in methods that learn it; or None.
     """
 
     def __init__(
-        self, backbones: Sequence[nn.Module], heads: Sequence[nn.Module], *, shared_stages: int = 0
+        self,
+        backbones: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+        *,
+        classifiers: Sequence[nn.Module] = (),
+        shared_stages: int = 0,
     ) -> None:
         super().__init__()
         if shared_stages:
             share_low_stages(backbones, shared_stages)
         self.backbones = nn.ModuleList(backbones)
         self.heads = nn.ModuleList(heads)
+        self.classifiers = nn.ModuleList(classifiers)
+        self.gate: nn.Module | None = None
         self.shared_stages = shared_stages
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, channels, H, W) to L2-normalised embeddings (M, B, D)."""
-        features = forward_shared(list(self.backbones), images, self.shared_stages)
+        return self.embed(self.branches(self.trunk(images)))
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """What the shared stages make of images: (B, channels, H, W); the images themselves where none are shared."""
+        return run_trunk(list(self.backbones), images, self.shared_stages)
+
+    def branches(self, trunk: Tensor) -> list[Tensor]:
+        """Every network's features (B, num_features) from what `trunk` gave."""
+        return run_branches(list(self.backbones), trunk, self.shared_stages)
+
+    def embed(self, features: Sequence[Tensor]) -> Tensor:
+        """Every network's features to L2-normalised embeddings (M, B, D)."""
         projected = (head(f) for head, f in zip(self.heads, features, strict=True))
         # Widened first: unit vectors of bf16 are off by a percent.
         return torch.stack([F.normalize(widen(embedding), dim=-1) for embedding in projected])
+
+    def classify(self, features: Sequence[Tensor]) -> Tensor:
+        """Every network's features to class logits (M, B, C)."""
+        pairs = zip(self.classifiers, features, strict=True)
+        return torch.stack([widen(classifier(f)) for classifier, f in pairs])
+
+    def parts(self, network: int) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of one network, by name: backbone, head, classifier."""
+        yield "backbone", self.backbones[network]
+        if self.heads:
+            yield "head", self.heads[network]
+        if self.classifiers:
+            yield "classifier", self.classifiers[network]
+
+
+def build_networks(
+    config: PretrainConfig,
+    *,
+    in_chans: int,
+    image_size: int,
+    num_classes: int,
+    ranks: Ranks | None = None,
+) -> Cohort:
+    """`build_cohort` with what the method of a run needs; ``num_classes`` counts for the supervised one."""
+    supervised = config.method == "supervised"
+    return build_cohort(
+        config.cohort,
+        in_chans=in_chans,
+        image_size=image_size,
+        seed=config.seed,
+        projects=config.contrastive,
+        num_classes=num_classes if supervised else 0,
+        teaching=config.supervised.teaching if supervised else "none",
+        ranks=ranks,
+    )
 
 
 def build_cohort(
@@ -51,6 +115,9 @@ def build_cohort(
     in_chans: int,
     image_size: int,
     seed: int,
+    projects: bool = True,
+    num_classes: int = 0,
+    teaching: str = "none",
     ranks: Ranks | None = None,
 ) -> Cohort:
     """Create the networks, each with initial weights of its own drawn from (seed, network).
@@ -60,25 +127,35 @@ def build_cohort(
         in_chans: channels of the images.
         image_size: side of the images in pixels.
         seed: of the initial weights.
+        projects: whether networks have projection heads.
+        num_classes: C, of the networks' classifiers; 0 = they have none.
+        teaching: of `pretrain.config.SupervisedConfig`, some of which learn a gate.
         ranks: the processes that train it together, over which batch norms are split or synchronised; None = this
             one alone.
 
     Raises:
         UserError: an unknown backbone, or one that the config's other keys do not fit.
     """
-    backbones, heads = [], []
+    backbones, heads, classifiers = [], [], []
     for network, name in enumerate(config.architectures()):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, seed, network)))
             backbone = create_backbone(
                 name, in_chans=in_chans, small_images=config.small_images, image_size=image_size
             )
-            heads.append(_build_head(config, backbone.num_features))  # type: ignore[arg-type]
+            width = int(backbone.num_features)  # type: ignore[arg-type]
+            if projects:
+                heads.append(_build_head(config, width))
+            if num_classes:
+                classifiers.append(nn.Linear(width, num_classes))
         backbones.append(backbone)
     shared = config.share_stages
     if shared is None:
         shared = default_share_stages(backbones)
-    cohort = Cohort(backbones, heads, shared_stages=shared)
+    cohort = Cohort(backbones, heads, classifiers=classifiers, shared_stages=shared)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, seed, config.networks)))
+        cohort.gate = _build_gate(cohort, teaching, in_chans=in_chans, image_size=image_size)
     _set_up_batch_norm(cohort, config, ranks)
     return cohort.to(memory_format=torch.channels_last)
 
@@ -109,6 +186,33 @@ def _build_head(config: CohortConfig, num_features: int) -> nn.Module:
         nn.ReLU(inplace=True),
         nn.Linear(num_features, config.embedding_dim),
     )
+
+
+def _build_gate(
+    cohort: Cohort, teaching: str, *, in_chans: int, image_size: int
+) -> nn.Module | None:
+    """What ONE and OKDDip mix logits by; and that the networks have the trunk they need."""
+    from pretrain.gates import EnsembleGate, PeerAttention
+
+    networks = len(cohort.backbones)
+    if teaching in ("cl_ilr", "one") and not cohort.shared_stages:
+        raise UserError(
+            f"supervised.teaching {teaching} is defined for networks on a shared trunk: set cohort.share_stages to "
+            "1 or more"
+        )
+    if teaching == "one":
+        with torch.no_grad(), eval_mode([cohort]):
+            trunk = cohort.trunk(torch.zeros(1, in_chans, image_size, image_size))
+        return EnsembleGate(trunk.shape[1], networks)
+    if teaching == "okddip":
+        widths = {int(backbone.num_features) for backbone in cohort.backbones}  # type: ignore[arg-type]
+        if len(widths) > 1:
+            raise UserError(
+                "supervised.teaching okddip compares the networks' features, which must be of one width: "
+                f"cohort.backbones give {sorted(widths)}"
+            )
+        return PeerAttention(widths.pop(), networks - 1)
+    return None
 
 
 def momentum_peers(cohort: Cohort) -> Cohort:

@@ -19,6 +19,7 @@ from peerlearn.stop import Stop, stop_signals
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
+    from peerlearn.classification import ClassificationScores
     from peerlearn.dist import Ranks
     from pretrain.state import Training
 
@@ -214,7 +215,7 @@ def _facts(training: "Training") -> dict[str, Any]:
     """What evaluators need to know of the training."""
     return {
         "dataset": training.dataset.name,
-        "data_root": training.data_root,
+        "data_root": training.data.root,
         "images": len(training.dataset),
         "seed": training.config.seed,
         "lr": training.config.lr,
@@ -246,9 +247,35 @@ def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
     if ranks.main:
         run.event("done" if finished else "stopped", attempt=attempt, step=training.step)
         if finished:
+            scores = _final_accuracy(training)
             run.mark_done()
-            print_summary(run, training.dataset.name)
+            print_summary(run, training.dataset.name, scores)
     return finished
+
+
+def _final_accuracy(training: "Training") -> "dict[str, ClassificationScores]":
+    """Of a supervised run, also left in its result files; nothing of others."""
+    from peerlearn.checkpoint import step_folder
+    from pretrain.accuracy import write_final_accuracy
+    from pretrain.supervised import Supervised
+
+    method, run, data = training.method, training.run, training.data
+    if not isinstance(method, Supervised):
+        return {}
+    return write_final_accuracy(
+        training.cohort,
+        training.config,
+        name=data.train.name,
+        root=data.root,
+        validation=data.validation,
+        trained_images=len(data.train),
+        image_size=training.images.image_size,
+        weights=method.ensemble_weights,
+        exports=run.exports / step_folder(training.step),
+        results=run.root / "results",
+        step=training.step,
+        device=training.device,
+    )
 
 
 def _announce(training: "Training", attempt: int) -> None:

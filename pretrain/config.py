@@ -85,6 +85,48 @@ class QueueConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """What the method supervised adds to the contrastive terms: cross-entropy (Eq. 7), and peers' class probabilities.
+
+    Attributes:
+        teaching: what networks learn from each other's logits: none, dml, ensemble_teaching (Eq. 8), cl_ilr, one or
+            okddip (whose last network is the leader).
+        teaching_temperature: T of the teaching's softmax; null = the method's own, 1 of dml and ensemble_teaching, 3
+            of the others.
+        detach_teacher: no gradient reaches the teachers; null = the method's own, false for okddip alone.
+        weights_per_class: ensemble_teaching weighs its networks for every class apart, as theta of Eq. 9 is printed.
+        ramp_epochs: over so many the teaching of cl_ilr, one and okddip is faded in.
+        images_per_class: of a batch, drawn by the class-aware sampler (section 3.3); null = plain shuffling.
+        num_negatives: K of the contrastive terms, drawn at random for every anchor; null = all of the batch.
+    """
+
+    teaching: Literal["none", "dml", "ensemble_teaching", "cl_ilr", "one", "okddip"] = "none"
+    teaching_temperature: float | None = None
+    detach_teacher: bool | None = None
+    weights_per_class: bool = False
+    ramp_epochs: float = 80.0
+    images_per_class: int | None = 2
+    num_negatives: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("teaching_temperature", "ramp_epochs"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 < value < math.inf,
+                f"supervised.{name} must be positive and finite, got {value}",
+            )
+        for name in ("images_per_class", "num_negatives"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1, f"supervised.{name} must be at least 1, got {value}"
+            )
+        require(
+            self.detach_teacher is not False or self.teaching != "ensemble_teaching",
+            "supervised.detach_teacher must be null or true with ensemble_teaching, which is defined so (Eq. 8)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The images and how they are read and augmented.
 
@@ -95,7 +137,11 @@ class DataConfig:
         fallback: the dataset to take, with a line that says so, where `name` cannot be had; null = stop.
         backend: memory (decoded once) or folder (decoded by workers).
         limit: only the first n training images.
-        augmentation: moco_v1, moco_v2, moco_cifar or crop_flip.
+        validation_percent: of every class are held out, drawn by the seed, for the method supervised to be watched on,
+            so that the test split is looked at once, at the end; 0 = none.
+        shots: train on only n images of every class, drawn by the seed; null = all.
+        augmentation: moco_v1, moco_v2, moco_cifar, crop_flip, supervised_cifar (pad, crop, flip) or
+            supervised_imagenet (crop of 8 to 100 % of the area, flip).
         crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
         image_size: side of the views in pixels; null = the dataset's own, 224 for image files.
         workers: processes that read images.
@@ -109,7 +155,11 @@ class DataConfig:
     fallback: str | None = None
     backend: Literal["memory", "folder"] = "memory"
     limit: int | None = None
-    augmentation: Literal["moco_v1", "moco_v2", "moco_cifar", "crop_flip"] = "moco_v2"
+    validation_percent: float = 0.0
+    shots: int | None = None
+    augmentation: Literal[
+        "moco_v1", "moco_v2", "moco_cifar", "crop_flip", "supervised_cifar", "supervised_imagenet"
+    ] = "moco_v2"
     crop_scale: list[float] | None = None
     image_size: int | None = None
     workers: int = 2
@@ -121,9 +171,12 @@ class DataConfig:
             scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
             f"data.crop_scale must be two rising shares within 0..1, got {scale}",
         )
+        for name in ("limit", "shots"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name} must be at least 1, got {value}")
         require(
-            self.limit is None or self.limit >= 1,
-            f"data.limit must be at least 1, got {self.limit}",
+            0 <= self.validation_percent < 100,
+            f"data.validation_percent must be within 0..100, got {self.validation_percent}",
         )
         require(
             self.image_size is None or self.image_size >= 1,
@@ -257,7 +310,7 @@ class PretrainConfig:
         run: the run directory; null = runs/ and the config's name.
         seed: of everything random.
         epochs: passes over the training images.
-        method: moco (queue, momentum networks) or simclr (the batch is its own negatives).
+        method: moco (queue, momentum networks), simclr (the batch is its own negatives) or supervised (labels).
         batch_size: images per optimiser step, over all processes.
         accumulation_steps: split each batch into this many parts to save memory (moco only).
         base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / that.
@@ -280,7 +333,7 @@ class PretrainConfig:
     run: str | None = None
     seed: int = 0
     epochs: int = 200
-    method: Literal["moco", "simclr"] = "moco"
+    method: Literal["moco", "simclr", "supervised"] = "moco"
     batch_size: int = 256
     accumulation_steps: int = 1
     base_lr: float = 0.03
@@ -301,6 +354,7 @@ class PretrainConfig:
     rank_timeout_seconds: float = 600.0
     cohort: CohortConfig = field(default_factory=CohortConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -328,30 +382,62 @@ class PretrainConfig:
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
-        require(bool(self.terms), "terms must name at least one loss term")
-        require(
-            self.cohort.networks > 1 or "scl_hard" in self.terms,
-            f"terms must hold scl_hard where cohort.networks is 1: the others need peers, got {self.terms}",
-        )
-        weights = {"scl": self.alpha, "icl": self.beta if self.cohort.networks > 1 else 0.0}
-        require(
-            any(weights[term[:3]] > 0 for term in self.terms),
-            f"alpha {self.alpha}, beta {self.beta} and terms {self.terms} leave nothing to train "
-            f"{self.cohort.networks} networks by",
-        )
+        self._check_terms()
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
         require(
             self.batch_size % parts == 0 and self.batch_size // parts >= 2,
             f"batch_size {self.batch_size} must divide into accumulation_steps x "
             f"cohort.batch_norm_splits = {parts} parts of at least 2 images",
         )
-        if self.method == "simclr":
+        if self.method != "moco":
             require(
                 self.accumulation_steps == 1,
-                "accumulation_steps must be 1 with method simclr: its batch is its negatives, "
+                f"accumulation_steps must be 1 with method {self.method}: its batch is its negatives, "
                 "so parts of it would be another loss",
             )
-            require(not self.symmetric, "symmetric must be false with method simclr: it already is")
+            require(
+                not self.symmetric,
+                f"symmetric must be false with method {self.method}: only moco has two sides",
+            )
+        if self.method == "supervised":
+            self._check_supervised()
+
+    def _check_terms(self) -> None:
+        if self.method == "supervised" and not self.contrastive:
+            return
+        require(bool(self.terms), "terms must name at least one loss term")
+        require(
+            self.cohort.networks > 1 or "scl_hard" in self.terms,
+            f"terms must hold scl_hard where cohort.networks is 1: the others need peers, got {self.terms}",
+        )
+        require(
+            self.contrastive,
+            f"alpha {self.alpha}, beta {self.beta} and terms {self.terms} leave nothing to train "
+            f"{self.cohort.networks} networks by",
+        )
+
+    def _check_supervised(self) -> None:
+        m, teaching = self.supervised.images_per_class, self.supervised.teaching
+        require(
+            m is None or self.batch_size % m == 0,
+            f"batch_size {self.batch_size} must be a multiple of supervised.images_per_class {m}",
+        )
+        require(
+            self.supervised.num_negatives is None or m is not None,
+            "supervised.num_negatives needs supervised.images_per_class: how many negatives an anchor has is else "
+            "left to chance",
+        )
+        fewest = 3 if teaching == "okddip" else 1 if teaching == "none" else 2
+        require(
+            self.cohort.networks >= fewest,
+            f"supervised.teaching {teaching} needs cohort.networks of at least {fewest}, got {self.cohort.networks}",
+        )
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether alpha, beta and terms leave any contrastive term to train by."""
+        weights = {"scl": self.alpha, "icl": self.beta if self.cohort.networks > 1 else 0.0}
+        return any(weights[term[:3]] > 0 for term in self.terms)
 
     @property
     def lr(self) -> float:

@@ -93,7 +93,7 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
         UsageError: no such network.
     """
     from peerlearn.checkpoint import step_folder
-    from pretrain.cohort import build_cohort, load_named_state
+    from pretrain.cohort import build_networks, load_named_state
     from pretrain.exports import TrainingImages, export_cohort
 
     save, tensors, state = _read_save(run, step)
@@ -104,8 +104,11 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
     cohort_config = dataclasses.replace(config.cohort, batch_norm_splits=1)
     try:
         images = TrainingImages(**state["images"])
-        cohort = build_cohort(
-            cohort_config, in_chans=images.channels, image_size=images.image_size, seed=config.seed
+        cohort = build_networks(
+            dataclasses.replace(config, cohort=cohort_config),
+            in_chans=images.channels,
+            image_size=images.image_size,
+            num_classes=images.num_classes,
         )
         load_named_state(cohort, tensors[group])
     except (KeyError, TypeError) as error:

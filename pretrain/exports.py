@@ -23,6 +23,7 @@ class TrainingImages:
         image_size: side of the views in pixels.
         mean: per channel, what views were normalised with.
         std: likewise.
+        num_classes: C, of the labels that the networks were trained to tell apart; 0 = none.
     """
 
     dataset: str
@@ -32,9 +33,12 @@ class TrainingImages:
     image_size: int
     mean: Sequence[float]
     std: Sequence[float]
+    num_classes: int = 0
 
     @classmethod
-    def of(cls, dataset: ImageDataset, image_size: int) -> "TrainingImages":
+    def of(
+        cls, dataset: ImageDataset, image_size: int, *, num_classes: int = 0
+    ) -> "TrainingImages":
         """The facts of a dataset whose views are ``image_size`` pixels wide."""
         return cls(
             dataset=dataset.name,
@@ -44,6 +48,7 @@ class TrainingImages:
             image_size=image_size,
             mean=dataset.mean,
             std=dataset.std,
+            num_classes=num_classes,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -63,7 +68,10 @@ def export_cohort(
     step: int,
     suffix: str = "",
 ) -> None:
-    """Write every network's backbone as ``folder/net-M`` and the suffix (``-key``: momentum networks)."""
+    """Write every network's backbone, with its classifier if it has one, as ``folder/net-M`` and the suffix.
+
+    The suffix is ``-key`` for momentum networks.
+    """
     names = config.cohort.architectures()
     for m, (backbone, name) in enumerate(zip(cohort.backbones, names, strict=True)):
         save_export(
@@ -75,6 +83,7 @@ def export_cohort(
             image_size=images.image_size,
             mean=images.mean,
             std=images.std,
+            classifier=cohort.classifiers[m] if cohort.classifiers else None,  # type: ignore[arg-type]
             provenance={
                 "method": config.method,
                 "networks": config.cohort.networks,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.cohort import Cohort
-from pretrain.losses import MCLTerms, NonFiniteError
+from pretrain.losses import NonFiniteError
+from pretrain.terms import Terms
 
 
 class DivergedError(Exception):
@@ -75,25 +76,33 @@ class StepGuard:
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
 
-def checked_terms(compute: Callable[[], MCLTerms]) -> tuple[MCLTerms | None, str | None]:
+def checked_terms(compute: Callable[[], Terms]) -> tuple[Terms | None, str | None]:
     """The (M,) terms of a batch, or None and which term of which network is not finite."""
     try:
         terms = compute()
     except NonFiniteError as error:
         return None, str(error)
-    finite = torch.isfinite(torch.stack([term.detach() for term in terms]))
+    finite = torch.isfinite(torch.cat([term.detach() for term in terms]))
     if bool(finite.all()):
         return terms, None
-    term, network = (int(i) for i in (~finite).nonzero()[0])
-    return None, f"{terms._fields[term]} of network {network} is not finite"
+    names = [
+        f"{n} of network {m}"
+        for n, t in zip(terms._fields, terms, strict=True)
+        for m in range(len(t))
+    ]
+    return None, f"{names[int((~finite).nonzero()[0])]} is not finite"
 
 
 def gradient_fault(cohort: Cohort) -> str | None:
     """Which network's gradient is not finite, if any."""
-    for m, (backbone, head) in enumerate(zip(cohort.backbones, cohort.heads, strict=True)):
-        for part, name in ((backbone, "backbone"), (head, "head")):
+    for m in range(len(cohort.backbones)):
+        for name, part in cohort.parts(m):
             if not _finite([p.grad for p in part.parameters() if p.grad is not None]):
                 return f"the gradient of network {m}'s {name} is not finite"
+    if cohort.gate is not None and not _finite(
+        [p.grad for p in cohort.gate.parameters() if p.grad is not None]
+    ):
+        return "the gradient of the gate is not finite"
     return None
 
 

@@ -1,4 +1,4 @@
-"""How views become loss terms: MoCo with its momentum peers and queue, and SimCLR.
+"""How views become loss terms: MoCo with its momentum peers and queue, and SimCLR; `pretrain.supervised` beside them.
 
 A method is built once per run and asked, per optimiser step, in this order: `begin_step`, `terms` once for every
 micro-batch, `end_step`. Every loss sees the queue as it was before the step.
@@ -21,6 +21,7 @@ from pretrain.cohort import (
 from pretrain.config import PretrainConfig
 from pretrain.key_queue import KeyQueue
 from pretrain.losses import MCLTerms, queue_terms_by_network, view_terms_by_network
+from pretrain.supervised import Supervised
 
 
 class MoCo:
@@ -50,7 +51,7 @@ class MoCo:
         self._step = step
         update_momentum(self.peers, self.cohort, self.config.queue.momentum)
 
-    def terms(self, views: tuple[Tensor, Tensor]) -> MCLTerms:
+    def terms(self, views: tuple[Tensor, ...], labels: Tensor | None = None) -> MCLTerms:
         """The terms of one micro-batch, two views (B, channels, S, S) of each image: four (M,) vectors.
 
         With ``symmetric`` both views are query and key in turn and the two losses are added, as in MoCo's CIFAR
@@ -148,7 +149,7 @@ class SimCLR:
     def begin_step(self, step: int) -> None:
         """Nothing moves but the cohort itself."""
 
-    def terms(self, views: tuple[Tensor, Tensor]) -> MCLTerms:
+    def terms(self, views: tuple[Tensor, ...], labels: Tensor | None = None) -> MCLTerms:
         """The terms of one batch, two views (B, channels, S, S) of each image: four (M,) vectors."""
         # One forward of both views: batch norm sees all 2B images, as in the published code. Its parts, if any, and
         # every rank have both views of their own images.
@@ -181,19 +182,13 @@ class SimCLR:
         return {}
 
 
-Method = MoCo | SimCLR
+Method = MoCo | SimCLR | Supervised
 
 
-def build_method(cohort: Cohort, config: PretrainConfig, ranks: Ranks) -> Method:
+def build_method(
+    cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
+) -> Method:
     """The method that ``config.method`` names, for one of the ranks that train the cohort together."""
+    if config.method == "supervised":
+        return Supervised(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
     return MoCo(cohort, config, ranks) if config.method == "moco" else SimCLR(cohort, config, ranks)
-
-
-def objective(terms: MCLTerms, config: PretrainConfig) -> Tensor:
-    """Eq. 6 over the terms that ``config.terms`` switches on: from four (M,) vectors one scalar."""
-    off = {
-        name: torch.zeros_like(term)
-        for name, term in terms._asdict().items()
-        if name not in config.terms
-    }
-    return terms._replace(**off).total(config.alpha, config.beta).sum()

@@ -9,8 +9,7 @@ import torch
 
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
-from pretrain.losses import MCLTerms
-from pretrain.methods import objective
+from pretrain.terms import Terms, objective
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -42,14 +41,13 @@ class MetricsLog:
         self._last_step = training.step
         self._board = _open_board(training) if self._writes else None
 
-    def losses(self, step: int, terms: MCLTerms, config: PretrainConfig) -> dict[str, float]:
-        """The loss, every network's own terms and the rate since the last row, from four (M,) vectors."""
+    def losses(self, step: int, terms: Terms, config: PretrainConfig) -> dict[str, float]:
+        """The loss, every network's own terms and the rate since the last row, from (M,) vectors."""
         total = objective(terms, config)
         values = torch.cat([total.view(1), *terms]).tolist()
         row = {"loss": values.pop(0), "images_per_second": self._rate(step)}
-        networks = len(terms.scl_hard)
-        for name in terms._fields:
-            for m in range(networks):
+        for name, term in zip(terms._fields, terms, strict=True):
+            for m in range(len(term)):
                 row[f"net/{m}/{name}"] = values.pop(0)
         return row
 
@@ -106,14 +104,13 @@ def _open_board(training: "Training") -> "SummaryWriter | None":
 
 
 def gradient_norms(cohort: Cohort) -> dict[str, float]:
-    """The norm of every network's gradient, backbone and head, shared stages counted in each.
+    """The norm of every network's gradient, with its head and classifier, shared stages counted in each.
 
     The terms are sums over networks and pairs, so their scale grows with M; this shows by how much.
     """
     norms = []
-    for backbone, head in zip(cohort.backbones, cohort.heads, strict=True):
-        gradients = [
-            p.grad for p in (*backbone.parameters(), *head.parameters()) if p.grad is not None
-        ]
+    for m in range(len(cohort.backbones)):
+        parameters = (p for _, part in cohort.parts(m) for p in part.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
     return {f"net/{m}/gradient_norm": norm for m, norm in enumerate(torch.stack(norms).tolist())}

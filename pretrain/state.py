@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -11,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlearn.augment import AUGMENTATIONS, Augmentation
 from peerlearn.checkpoint import (
     drop_old_checkpoints,
     save_checkpoint,
     saved_steps,
     step_folder,
 )
-from peerlearn.datasets import ImageDataset, load_dataset
+from peerlearn.datasets import ImageDataset
 from peerlearn.dist import Ranks
 from peerlearn.errors import UserError
-from peerlearn.export import is_whole
+from peerlearn.export import classifier_name, is_whole
 from peerlearn.loader import ViewLoader
 from peerlearn.run_dir import RunDirectory, environment, write_text
+from pretrain.accuracy import AccuracyMonitor, watched_images
 from pretrain.bad_images import UnreadableImages
-from pretrain.cohort import Cohort, build_cohort, named_state
-from pretrain.config import DataConfig, PretrainConfig
+from pretrain.cohort import Cohort, build_networks, named_state
+from pretrain.config import PretrainConfig
 from pretrain.deadline import deadline
 from pretrain.exports import TrainingImages, export_cohort
 from pretrain.generators import generator_states, seed_generators
@@ -35,9 +36,12 @@ from pretrain.methods import Method, build_method
 from pretrain.monitor import Monitor
 from pretrain.optimizers import build_optimizer, optimizer_tensors
 from pretrain.precision import Precision
-
-# The side of the views of image files, unless the config says otherwise.
-IMAGE_FILE_SIZE = 224
+from pretrain.training_data import (
+    TrainingData,
+    augmentation_of,
+    load_training_data,
+    native_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +59,7 @@ class Training:
     config: PretrainConfig
     run: RunDirectory
     ranks: Ranks
-    dataset: ImageDataset
-    data_root: str | None
+    data: TrainingData
     images: TrainingImages
     loader: ViewLoader
     cohort: Cohort
@@ -65,9 +68,14 @@ class Training:
     precision: Precision
     guard: StepGuard
     unreadable: UnreadableImages
-    monitor: Monitor | None
+    monitor: Monitor | AccuracyMonitor | None
     step: int = 0
     missed_saves: int = 0
+
+    @property
+    def dataset(self) -> ImageDataset:
+        """The images that are trained on."""
+        return self.data.train
 
     @cached_property
     def dataset_fingerprint(self) -> str:
@@ -95,9 +103,14 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     """
     device = ranks.device
     _check_share(config, ranks)
-    dataset, data_root = ranks.main_first(lambda: load_training_images(config.data, ranks))
-    augmentation = _augmentation(config.data)
+    data = ranks.main_first(lambda: load_training_data(config, ranks))
+    dataset = data.train
+    augmentation = augmentation_of(config.data)
     image_size = config.data.image_size or native_size(dataset)
+    supervised = config.method == "supervised"
+    num_classes = dataset.num_classes if supervised else 0
+    if supervised:
+        _check_negatives(config, dataset)
     loader = ViewLoader(
         dataset,
         augmentation,
@@ -106,29 +119,24 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         batch_size_global=config.batch_size,
         seed=config.seed,
         device=device,
+        views=1 if supervised else 2,
+        images_per_class=config.supervised.images_per_class if supervised else None,
         rank=ranks.rank,
         world_size=ranks.world_size,
         workers=config.data.workers,
         max_unreadable_percent=config.data.max_unreadable_percent,
     )
-    cohort = build_cohort(
-        config.cohort,
+    cohort = build_networks(
+        config,
         in_chans=dataset.channels,
         image_size=image_size,
-        seed=config.seed,
+        num_classes=num_classes,
         ranks=ranks,
     ).to(device)
-    monitor = None
-    if config.monitor.every_epochs and ranks.main:
-        monitor = Monitor(
-            config,
-            dataset,
-            data_root,
-            augmentation=augmentation,
-            image_size=image_size,
-            device=device,
-        )
-    method = build_method(cohort, config, ranks)
+    for backbone in cohort.backbones if supervised else ():
+        # Before training, not at the first export.
+        classifier_name(backbone)
+    method = build_method(cohort, config, ranks, steps_per_epoch=loader.steps_per_epoch)
     if config.method == "moco" and config.queue.size >= len(dataset):
         logger.warning(
             "queue.size %d is more than the other images of %s there are (%d in all): images will meet keys of "
@@ -142,9 +150,8 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         config=config,
         run=run,
         ranks=ranks,
-        dataset=dataset,
-        data_root=data_root,
-        images=TrainingImages.of(dataset, image_size),
+        data=data,
+        images=TrainingImages.of(dataset, image_size, num_classes=num_classes),
         loader=loader,
         cohort=cohort,
         method=method,
@@ -155,8 +162,40 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
             max_skipped_in_a_row=config.max_skipped_steps,
         ),
         unreadable=UnreadableImages(len(dataset), config.data.max_unreadable_percent),
-        monitor=monitor,
+        monitor=_build_monitor(config, data, image_size, ranks),
     )
+
+
+def _build_monitor(
+    config: PretrainConfig, data: TrainingData, image_size: int, ranks: Ranks
+) -> Monitor | AccuracyMonitor | None:
+    if not config.monitor.every_epochs or not ranks.main:
+        return None
+    if config.method == "supervised":
+        watched = watched_images(config, data.train.name, data.validation, data.root)
+        return AccuracyMonitor(config, watched, image_size=image_size, device=ranks.device)
+    return Monitor(
+        config,
+        data.train,
+        data.root,
+        augmentation=augmentation_of(config.data),
+        image_size=image_size,
+        device=ranks.device,
+    )
+
+
+def _check_negatives(config: PretrainConfig, dataset: ImageDataset) -> None:
+    """Every anchor must have as many negatives as are to be drawn."""
+    asked, m = config.supervised.num_negatives, config.supervised.images_per_class
+    if asked is None or m is None or dataset.labels is None:
+        return
+    classes = len(dataset.labels.unique())
+    largest = m * math.ceil(config.batch_size / m / classes)
+    if asked > config.batch_size - largest:
+        raise UserError(
+            f"supervised.num_negatives {asked}: in a batch of {config.batch_size} images of {classes} classes an "
+            f"anchor may have only {config.batch_size - largest} negatives: lower it, or raise batch_size"
+        )
 
 
 def _check_share(config: PretrainConfig, ranks: Ranks) -> None:
@@ -167,35 +206,6 @@ def _check_share(config: PretrainConfig, ranks: Ranks) -> None:
             f"batch_size {config.batch_size} must divide into {ranks.world_size} processes x accumulation_steps "
             f"{config.accumulation_steps} = {parts} parts of at least 2 images"
         )
-
-
-def load_training_images(data: DataConfig, ranks: Ranks) -> tuple[ImageDataset, str | None]:
-    """The dataset of the config, or its fallback with a line that says so; and the root it was read from.
-
-    Raises:
-        UserError: neither can be had.
-    """
-    try:
-        return load_dataset(data.name, data.split, root=data.root, limit=data.limit), data.root
-    except UserError as error:
-        if data.fallback is None:
-            raise
-        if ranks.main:
-            print(f"{data.name} cannot be had ({error}): training on {data.fallback} instead")
-        return load_dataset(data.fallback, data.split, limit=data.limit), None
-
-
-def _augmentation(data: DataConfig) -> Augmentation:
-    recipe = AUGMENTATIONS[data.augmentation]
-    if data.crop_scale is None:
-        return recipe
-    smallest, largest = data.crop_scale
-    return dataclasses.replace(recipe, crop_scale=(smallest, largest))
-
-
-def native_size(dataset: ImageDataset) -> int:
-    """The side of images held in memory, 224 for image files."""
-    return dataset.images.shape[-1] if isinstance(dataset.images, Tensor) else IMAGE_FILE_SIZE
 
 
 def save(training: Training, *, attempt: int, must: bool) -> None:

@@ -13,13 +13,14 @@ from peerlearn.loader import ViewBatch
 from peerlearn.progress import Reporter
 from peerlearn.schedules import learning_rate
 from peerlearn.stop import Stop
+from pretrain.accuracy import AccuracyMonitor
 from pretrain.cohort import statistics
 from pretrain.guards import checked_terms, gradient_fault
-from pretrain.losses import MCLTerms
-from pretrain.methods import objective
 from pretrain.metrics import MetricsLog, gradient_norms
 from pretrain.monitor import warn_of_collapse
 from pretrain.state import Training, export, export_last_again, save
+from pretrain.supervised import Supervised
+from pretrain.terms import Terms, objective
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +67,15 @@ def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> 
             method.begin_step(training.step)  # 2
 
             optimizer.zero_grad(set_to_none=True)
-            parts: list[MCLTerms] = []
-            for views in _micro_batches(batch.views, config.accumulation_steps):  # 3
+            parts: list[Terms] = []
+            for part in _micro_batches(batch, config.accumulation_steps):  # 3
                 with precision.autocast():
-                    terms, fault = checked_terms(partial(method.terms, views))
+                    terms, fault = checked_terms(partial(method.terms, *part))
                 fault = _agreed_fault(training, fault, batch)
                 if fault or terms is None:
                     break
                 precision.backward(objective(terms, config) / config.accumulation_steps)
-                parts.append(MCLTerms(*(term.detach() for term in terms)))
+                parts.append(type(terms)(*(term.detach() for term in terms)))
             else:
                 ranks.average_([p.grad for p in cohort.parameters() if p.grad is not None])
                 precision.unscale(optimizer)
@@ -132,9 +133,13 @@ def _measure(training: Training, *, pixels: bool = False) -> dict[str, float]:
     """What the monitor sees, measured by the main rank and told to all."""
 
     def measure() -> dict[str, float]:
-        assert training.monitor is not None
-        row = training.monitor.measure(training.cohort, training.method.peers)
-        if pixels and (top1 := training.monitor.pixels_top1()) is not None:
+        monitor, method = training.monitor, training.method
+        if isinstance(monitor, AccuracyMonitor):
+            assert isinstance(method, Supervised)
+            return monitor.measure(training.cohort, method.ensemble_weights)
+        assert monitor is not None
+        row = monitor.measure(training.cohort, method.peers)
+        if pixels and (top1 := monitor.pixels_top1()) is not None:
             row["pixels/knn_top1"] = top1
         return row
 
@@ -172,13 +177,13 @@ def _statistics(training: Training) -> list[Tensor]:
 
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:
-    """One line of an epoch's kNN scores."""
-    scores = "  ".join(
-        f"{key.removesuffix('/knn_top1')} {value:.2f}"
-        for key, value in row.items()
-        if key.endswith("/knn_top1")
-    )
-    return f"epoch {epoch}  kNN top-1 %: {scores}" if scores else f"epoch {epoch}"
+    """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1."""
+    found = {key.rpartition("/"): value for key, value in row.items() if key.endswith("_top1")}
+    if not found:
+        return f"epoch {epoch}"
+    kind = next(iter(found))[2].removesuffix("_top1").replace("knn", "kNN")
+    scores = "  ".join(f"{network} {value:.2f}" for (network, _, _), value in found.items())
+    return f"epoch {epoch}  {kind} top-1 %: {scores}"
 
 
 def _seed_modules(training: Training) -> None:
@@ -200,20 +205,22 @@ def _set_learning_rate(training: Training) -> float:
     return lr
 
 
-def _micro_batches(views: tuple[Tensor, ...], parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split the two views of a batch alike."""
-    for first, second in zip(*(view.chunk(parts) for view in views), strict=True):
-        yield (
-            first.contiguous(memory_format=torch.channels_last),
-            second.contiguous(memory_format=torch.channels_last),
-        )
+def _micro_batches(
+    batch: ViewBatch, parts: int
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+    """Split the views of a batch, and its labels, alike."""
+    labels = [None] * parts if batch.labels is None else batch.labels.chunk(parts)
+    for views, own in zip(
+        zip(*(v.chunk(parts) for v in batch.views), strict=True), labels, strict=True
+    ):
+        yield tuple(v.contiguous(memory_format=torch.channels_last) for v in views), own
 
 
-def _mean(parts: list[MCLTerms], ranks: Ranks) -> MCLTerms:
+def _mean(parts: list[Terms], ranks: Ranks) -> Terms:
     """Over micro-batches and ranks."""
-    terms = torch.stack([torch.stack(part) for part in parts]).mean(0)
-    ranks.average_([terms])
-    return MCLTerms(*terms)
+    terms = [torch.stack(micro).mean(0) for micro in zip(*parts, strict=True)]
+    ranks.average_(terms)
+    return type(parts[0])(*terms)
 
 
 def _epoch_due(training: Training, every_epochs: int) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
             f"after -- comes a verb to run as a job, got {verb!r}{nearest(verb, VERBS)}: "
             "peerlearn submit --cluster local -- pretrain mcl_fashion_mnist_demo --run runs/a"
         )
+    if words[0] == "sweep":
+        return _runs_of_sweep(words, sweep)
     if not sweep:
         task = _task(list(words))
         return _home(task), [task]
@@ -65,6 +68,19 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
     if len(set(runs)) < len(runs):
         raise UsageError(f"sweep: two of its runs have the same name: {sorted(runs)}")
     return (root / "slurm" if root else _home(tasks[0])), tasks
+
+
+def _runs_of_sweep(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[Task]]:
+    """A task for each run that `peerlearn sweep FILE` would make and that is not done."""
+    if sweep:
+        raise UsageError("sweep: what varies stands in the file that `sweep` is given, not here")
+    if "--table" in words:
+        raise UsageError("sweep --table is done here and now, not as a job: leave out submit")
+    found = json.loads(_printed([*words, "--commands"]))
+    tasks = [_task(command) for command in found["commands"]]
+    if not tasks:
+        raise UserError(f"{found['folder']}: all its runs are done: add --table, without submit")
+    return Path(found["folder"]) / "slurm", tasks
 
 
 def _values(word: str) -> list[tuple[str, str]]:
@@ -113,11 +129,15 @@ def _task(words: list[str]) -> Task:
 
 
 def _dry_run(words: list[str]) -> str:
+    return _printed([*words, "--dry_run"])
+
+
+def _printed(words: list[str]) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = dispatch([*words, "--dry_run"])
+        code = dispatch(words)
     if code != 0:
-        raise UserError(f"`peerlearn {' '.join(words)} --dry_run` ends with {code}")
+        raise UserError(f"`peerlearn {' '.join(words)}` ends with {code}")
     return printed.getvalue()
 
 

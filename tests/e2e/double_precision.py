@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+import peerlearn.features
 import pretrain.methods
 import pretrain.state
 from peerlearn.cli import main
@@ -12,14 +13,18 @@ from peerlearn.loader import ViewLoader
 
 
 def use_double_precision() -> None:
-    build_cohort, epoch = pretrain.state.build_cohort, ViewLoader.epoch
+    build_networks, epoch = pretrain.state.build_networks, ViewLoader.epoch
 
     def double_views(loader, *position):
         for batch in epoch(loader, *position):
             yield batch._replace(views=tuple(view.double() for view in batch.views))
 
+    evaluation_batches = peerlearn.features.evaluation_batches
+    peerlearn.features.evaluation_batches = lambda *args, **named: (
+        views.double() for views in evaluation_batches(*args, **named)
+    )
     pretrain.methods.KeyQueue = partial(pretrain.methods.KeyQueue, dtype=torch.float64)
-    pretrain.state.build_cohort = lambda *args, **named: build_cohort(*args, **named).double()
+    pretrain.state.build_networks = lambda *args, **named: build_networks(*args, **named).double()
     ViewLoader.epoch = double_views
 
 

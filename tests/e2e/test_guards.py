@@ -132,16 +132,16 @@ def test_divergence_by_a_learning_rate_ends_in_one_line_and_saves_nothing_poison
 def test_a_collapse_is_warned_of(tmp_path, capsys, monkeypatch):
     from pretrain import state
 
-    build_cohort = state.build_cohort
+    build_networks = state.build_networks
 
     def with_a_dead_head(*arguments, **named):
-        cohort = build_cohort(*arguments, **named)
+        cohort = build_networks(*arguments, **named)
         with torch.no_grad():
             cohort.heads[1].weight.zero_()
         cohort.heads[1].weight.requires_grad_(False)
         return cohort
 
-    monkeypatch.setattr(state, "build_cohort", with_a_dead_head)
+    monkeypatch.setattr(state, "build_networks", with_a_dead_head)
     run = tmp_path / "c"
     assert pretrain(run, "--epochs", "1") == 0
     assert {e["network"] for e in events(run, "collapse")} == {"net/1"}

@@ -305,6 +305,87 @@ def test_crops_of_bytes_are_those_of_the_floats():
     assert crops.max() <= 1 + 1e-6
 
 
+# Crops with padding
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_crops_of_the_image_s_size_are_shifted_without_interpolation(channels, dtype):
+    """Every shift up to the size of the image and beyond, where nothing is left of it."""
+    shifts = torch.cartesian_prod(torch.arange(-8, 9), torch.arange(-8, 9))
+    images = images_of(len(shifts), channels, 7, 7)
+    images = (images * 256).to(torch.uint8) if dtype == torch.uint8 else images
+    box = torch.cat((shifts, torch.full_like(shifts, 7)), dim=1)
+    crops = resized_crop(images, box, 7)
+    padded = tv.pad(images, [8, 8, 8, 8], fill=0)
+    for crop, image, (top, left) in zip(crops, padded, shifts.tolist(), strict=True):
+        expected = tv.crop(image, top + 8, left + 8, 7, 7)
+        if dtype == torch.uint8:
+            assert torch.equal((crop * 255).round().to(torch.uint8), expected)
+            expected = expected / 255
+            torch.testing.assert_close(crop, expected, atol=1e-7, rtol=0)
+        else:
+            assert torch.equal(crop, expected)
+
+
+@settings(max_examples=100)
+@given(
+    box=st.tuples(
+        st.integers(-20, 20), st.integers(-20, 20), st.integers(1, 30), st.integers(1, 30)
+    ),
+    other=st.tuples(
+        st.integers(-20, 20), st.integers(-20, 20), st.integers(1, 30), st.integers(1, 30)
+    ),
+    size=st.integers(1, 20),
+)
+def test_boxes_may_reach_outside_where_all_is_black(box, other, size):
+    """Interpolated across the border as if the image had black margins; whatever else is in the batch."""
+    images = images_of(2, 3, 11, 13)
+    crops = resized_crop(images, torch.tensor([box, other]), size)
+    for crop, image, (top, left, height, width) in zip(crops, images, (box, other), strict=True):
+        padded = tv.pad(image, [50, 50, 50, 50], fill=0)
+        expected = tv.resized_crop(
+            padded, top + 50, left + 50, height, width, size=[size, size], antialias=True
+        )
+        torch.testing.assert_close(crop, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("padding", [1, 4])
+def test_shifts_of_padded_crops_are_uniform(padding):
+    count = 20_000
+    box = drawn(Augmentation(crop_padding=padding), count, height=32, width=20).box
+    assert (box[:, 2:] == torch.tensor([32, 20])).all()
+    side = 2 * padding + 1
+    cells = (box[:, 0] + padding) * side + box[:, 1] + padding
+    assert int(box[:, :2].abs().max()) == padding
+    counts = cells.bincount(minlength=side * side)
+    assert len(counts) == side * side
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_padding_changes_the_box_alone():
+    padded, plain = (drawn(Augmentation(crop_padding=p), 50) for p in (4, 0))
+    for name, ours, theirs in zip(plain._fields, padded, plain, strict=True):
+        assert torch.equal(ours, theirs) == (name != "box")
+
+
+def test_supervised_imagenet_crops_are_random_resized_crop_s_default():
+    default = RandomResizedCrop(224)
+    recipe = AUGMENTATIONS["supervised_imagenet"]
+    assert recipe.crop_scale == default.scale
+    assert recipe.crop_ratio == pytest.approx(default.ratio)
+    box = drawn(recipe, 4000, height=500, width=500).box.double()
+    share = box[:, 2] * box[:, 3] / 500**2
+    assert 0.08 - 0.002 < share.min() < 0.1
+    assert share.max() > 0.95
+    for name in ("supervised_cifar", "supervised_imagenet"):
+        assert not drawn(AUGMENTATIONS[name], 100).jitter.any()
+        assert not drawn(AUGMENTATIONS[name], 100).grayscale.any()
+        assert not drawn(AUGMENTATIONS[name], 100).blur.any()
+        assert stats.binomtest(int(drawn(AUGMENTATIONS[name], 2000).flip.sum()), 2000).pvalue > 1e-3
+    assert AUGMENTATIONS["supervised_cifar"].crop_padding == 4
+
+
 # Pixels
 
 
@@ -569,6 +650,7 @@ def test_published_recipes():
         {"crop_scale": (0.5, 0.2)},
         {"crop_scale": (0.5, 1.2)},
         {"crop_ratio": (2.0, 1.0)},
+        {"crop_padding": -1},
         {"blur_sigma": (0.0, 1.0)},
         {"jitter": (0.4, -0.4, 0.4, 0.1)},
         {"jitter": (0.4, 0.4, 0.4, 0.6)},

@@ -28,7 +28,9 @@ def test_parses_and_builds_its_networks(path):
     cohort = build_cohort(config.cohort, in_chans=channels, image_size=size, seed=0)
     assert len(cohort.backbones) == config.cohort.networks
     expected = f"x{config.cohort.networks}" if config.cohort.networks > 1 else "moco"
-    if path.stem != "mcl_fashion_mnist_demo":
+    if config.method == "supervised":
+        assert path.stem == f"supervised_{config.data.name}"
+    elif path.stem != "mcl_fashion_mnist_demo":
         assert expected in path.stem
     if config.cohort.networks == 1:
         assert (config.alpha, config.beta) == (1.0, 0.0)
@@ -42,10 +44,34 @@ def test_opens_with_its_facts_and_a_command_that_names_it(path):
     assert header["command"].startswith(f"peerlearn pretrain {path.stem} ")
 
 
-def test_the_published_settings():
-    def shipped(name: str) -> PretrainConfig:
-        return load_config(PretrainConfig, SHIPPED / f"{name}.yaml")
+def shipped(name: str) -> PretrainConfig:
+    return load_config(PretrainConfig, SHIPPED / f"{name}.yaml")
 
+
+def test_the_papers_supervised_settings():
+    """Section 4.1 of the MCL paper."""
+    cifar, imagenet = shipped("supervised_cifar100"), shipped("supervised_imagenet")
+    for config in (cifar, imagenet):
+        assert (config.lr, config.optimizer.name, config.optimizer.momentum) == (0.1, "sgd", 0.9)
+        assert not config.optimizer.nesterov
+        assert (config.alpha, config.beta, config.cohort.embedding_dim) == (0.5, 0.1, 128)
+        assert config.cohort.projection == "mlp"
+        assert (config.soft_temperature, config.same_sample_positive) == (1.0, True)
+        assert config.supervised.images_per_class == 2
+        assert config.supervised.teaching == "ensemble_teaching"
+        assert config.supervised.weights_per_class
+    assert (cifar.epochs, cifar.batch_size, cifar.temperature) == (300, 128, 0.1)
+    assert (cifar.optimizer.weight_decay, cifar.schedule.name) == (5e-4, "cosine")
+    assert cifar.data.augmentation == "supervised_cifar"
+    assert cifar.supervised.num_negatives is None
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.temperature) == (90, 256, 0.07)
+    assert imagenet.optimizer.weight_decay == 1e-4
+    assert (imagenet.schedule.name, imagenet.schedule.milestones_epochs) == ("step", [30, 60, 90])
+    assert imagenet.data.augmentation == "supervised_imagenet"
+    assert imagenet.supervised.num_negatives == 126
+
+
+def test_the_published_settings():
     v1, v2 = shipped("moco_v1_imagenet_resnet50"), shipped("moco_v2_imagenet_resnet50")
     for config in (v1, v2):
         assert (config.batch_size, config.lr, config.epochs) == (256, 0.03, 200)

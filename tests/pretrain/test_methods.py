@@ -11,7 +11,8 @@ from peerlearn.dist import Ranks
 from pretrain.cohort import Cohort
 from pretrain.config import CohortConfig, PretrainConfig, QueueConfig
 from pretrain.losses import MCLTerms, queue_terms, view_terms
-from pretrain.methods import MoCo, SimCLR, build_method, objective
+from pretrain.methods import MoCo, SimCLR, build_method
+from pretrain.terms import objective
 
 ALONE = Ranks(torch.device("cpu"))
 

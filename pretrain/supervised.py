@@ -1,0 +1,174 @@
+"""Supervised training of a cohort: cross-entropy, contrastive terms within the batch, and peers' class probabilities.
+
+Dimensions: M networks, B batch, D embedding size, C classes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peerlearn.counter_random import NUM_NEGATIVES, random_bits
+from peerlearn.dist import Ranks
+from pretrain.cohort import Cohort
+from pretrain.config import PretrainConfig
+from pretrain.distill import (
+    cl_ilr_by_network,
+    dml_by_network,
+    ensemble_teaching_by_network,
+    ensemble_weights,
+    okddip_by_network,
+    one_by_network,
+    ramp,
+    vanilla_by_network,
+)
+from pretrain.gates import scale_gradient
+from pretrain.losses import MCLTerms, batch_terms_by_network
+from pretrain.terms import SupervisedTerms
+
+# The ensemble's weights that are reported move slowly, by every so many training batches.
+_WEIGHTS_EVERY_STEPS = 10
+_WEIGHTS_MOMENTUM = 0.9
+_FADED_IN = ("cl_ilr", "one", "okddip")
+
+
+class Supervised:
+    """``L = L_vanilla + L_MCL + L_teaching`` (the paper, Eq. 10), each part as the config asks.
+
+    Attributes:
+        ensemble_weights: theta of Eq. 9, (M,) or (M, C) float32 on the CPU: a moving average over training batches.
+    """
+
+    peers = None
+
+    def __init__(
+        self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
+    ) -> None:
+        self.cohort = cohort
+        self.config = config
+        self.ranks = ranks
+        self._steps_per_epoch = steps_per_epoch
+        networks = config.cohort.networks
+        classes = cohort.get_parameter("classifiers.0.weight").shape[0]
+        shape = (networks, classes) if config.supervised.weights_per_class else (networks,)
+        self.ensemble_weights = torch.full(shape, 1 / networks)
+        self._fresh_weights: Tensor | None = None
+        self._step = 0
+
+    def begin_step(self, step: int) -> None:
+        """Nothing moves but the cohort itself."""
+        self._step = step
+
+    def terms(self, views: tuple[Tensor, ...], labels: Tensor | None) -> SupervisedTerms:
+        """The terms of one batch, one view (B, channels, S, S) of each image and their labels (B,)."""
+        assert labels is not None
+        (images,) = views
+        trunk = self.cohort.trunk(images)
+        # CL-ILR: the trunk hears the mean of its heads, not their sum.
+        shrunk = self.config.supervised.teaching == "cl_ilr"
+        heard = scale_gradient(trunk, 1 / self.config.cohort.networks) if shrunk else trunk
+        features = self.cohort.branches(heard)
+        logits = self.cohort.classify(features)
+        self._weigh(logits.detach(), labels)
+        return SupervisedTerms(
+            *self._contrast(features, labels),
+            vanilla_by_network(logits, labels),
+            self._teach(logits, labels, trunk, features),
+        )
+
+    def _contrast(self, features: list[Tensor], labels: Tensor) -> MCLTerms:
+        """The four contrastive terms, over the batches of all ranks; empty ones where none trains."""
+        config = self.config
+        if not config.contrastive:
+            nothing = features[0].new_zeros(0, dtype=torch.float32)
+            return MCLTerms(nothing, nothing, nothing, nothing)
+        generator = torch.Generator()
+        generator.manual_seed(int(random_bits(NUM_NEGATIVES, config.seed, self._step)))
+        return batch_terms_by_network(
+            self.ranks.gather_with_gradient(self.cohort.embed(features), dim=1),
+            self.ranks.gather(labels),
+            temperature=config.temperature,
+            soft_temperature=config.soft_temperature,
+            same_sample_positive=config.same_sample_positive,
+            num_negatives=config.supervised.num_negatives,
+            generator=generator,
+        )
+
+    def _weigh(self, logits: Tensor, labels: Tensor) -> None:
+        """Solve Eq. 9 over the batches of all ranks, where this step needs it."""
+        needed = self.config.supervised.teaching == "ensemble_teaching"
+        due = self._step % _WEIGHTS_EVERY_STEPS == 0
+        self._fresh_weights = None
+        if len(logits) > 1 and (needed or due):
+            self._fresh_weights = ensemble_weights(
+                self.ranks.gather(logits, dim=1),
+                self.ranks.gather(labels),
+                per_class=self.config.supervised.weights_per_class,
+            )
+
+    def _teach(
+        self, logits: Tensor, labels: Tensor, trunk: Tensor, features: list[Tensor]
+    ) -> Tensor:
+        """(M,): what each network learns from its peers' logits; (0,) if nothing."""
+        supervised = self.config.supervised
+        # What the config leaves open is the method's own.
+        settings: dict[str, Any] = {}
+        if supervised.teaching_temperature is not None:
+            settings["temperature"] = supervised.teaching_temperature
+        if supervised.detach_teacher is not None and supervised.teaching != "ensemble_teaching":
+            settings["detach"] = supervised.detach_teacher
+        if supervised.teaching in _FADED_IN:
+            settings["weight"] = self.teaching_weight
+        match supervised.teaching:
+            case "dml":
+                return dml_by_network(logits, **settings)
+            case "ensemble_teaching":
+                return ensemble_teaching_by_network(
+                    logits, labels, weights=self._fresh_weights, **settings
+                )
+            case "cl_ilr":
+                return cl_ilr_by_network(logits, **settings)
+            case "one":
+                assert self.cohort.gate is not None
+                return one_by_network(logits, self.cohort.gate(trunk), labels, **settings)
+            case "okddip":
+                assert self.cohort.gate is not None
+                attention = self.cohort.gate(torch.stack(features[:-1]))
+                return okddip_by_network(logits, attention, **settings)
+        return logits.new_zeros(0)
+
+    @property
+    def teaching_weight(self) -> float:
+        """w(t) of the methods that fade their teaching in, t in whole epochs; 1 for the others."""
+        if self.config.supervised.teaching not in _FADED_IN:
+            return 1.0
+        return ramp(self._step // self._steps_per_epoch, self.config.supervised.ramp_epochs)
+
+    def end_step(self) -> None:
+        """Let the reported weights follow those of this batch."""
+        if self._fresh_weights is not None and self._step % _WEIGHTS_EVERY_STEPS == 0:
+            fresh = self._fresh_weights.to("cpu", torch.float32)
+            self.ensemble_weights.lerp_(fresh, 1 - _WEIGHTS_MOMENTUM)
+        self.drop_step()
+
+    def drop_step(self) -> None:
+        """Forget the step's weights."""
+        self._fresh_weights = None
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps beside the cohort."""
+        return {"ensemble": {"weights": self.ensemble_weights}}
+
+    def load_state_tensors(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Restore `state_tensors`."""
+        self.ensemble_weights.copy_(state["ensemble"]["weights"])
+
+    def metrics(self) -> dict[str, float]:
+        """How the reported ensemble weighs its networks (the mean over classes), and how much teaching counts."""
+        row = {}
+        if len(self.ensemble_weights) > 1:
+            means = self.ensemble_weights.view(len(self.ensemble_weights), -1).mean(1)
+            row = {f"net/{m}/ensemble_weight": weight for m, weight in enumerate(means.tolist())}
+        if self.config.supervised.teaching != "none":
+            row["teaching_weight"] = self.teaching_weight
+        return row

@@ -1,0 +1,342 @@
+"""The tables, files and picture of a sweep's scores."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peerlearn.run_dir import write_text
+from pretrain.sweep import Cell, Sweep, unwritable
+from pretrain.sweep_scores import ENSEMBLE, INDIVIDUAL, WEIGHTED, Findings, Score, score_sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STATISTICS = (
+    "top-1 in percent at the last step: mean +- standard deviation over seeds; vs: mean difference over the seeds that "
+    "both have, its 95 % interval (Student's t) and the p of the two-sided paired t-test, not corrected for multiple "
+    "comparisons"
+)
+_COLUMNS = (
+    *("grid", "labels", "run", "network", "metric", "mean", "std", "seeds", "values"),
+    *("baseline", "difference", "difference_ci95", "p", "common_seeds", "measured"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One grid's, as text.
+
+    Attributes:
+        title: the grid.
+        caption: what was measured.
+        headings: of the columns: the score, the axes, and numbers.
+        rows: a cell per heading.
+    """
+
+    title: str
+    caption: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def report(sweep: Sweep) -> Findings:
+    """Print a table per grid and what is missing; write sweep.csv, .json, .md and .png.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    findings = score_sweep(sweep)
+    tables = [grid_table(sweep, findings, grid) for grid in sweep.grids]
+    try:
+        sweep.root.mkdir(parents=True, exist_ok=True)
+        write_text(sweep.root / "sweep.csv", _as_csv(findings.scores))
+        write_text(sweep.root / "sweep.json", _as_json(sweep, findings))
+        write_text(sweep.root / "sweep.md", _as_markdown(tables, findings))
+        if findings.scores:
+            _plot(sweep, findings.scores, sweep.root / "sweep.png")
+    except OSError as error:
+        raise unwritable(sweep, error) from error
+    _print(sweep, tables, findings)
+    return findings
+
+
+def grid_table(sweep: Sweep, findings: Findings, grid: str) -> Table:
+    """Score by score, a row per cell: its labels, its seeds, the mean, and the difference from its row's baseline."""
+    cells = [cell for cell in sweep.cells if cell.grid == grid]
+    found = [s for s in findings.scores if s.cell.grid == grid and s.metric == "top1"]
+    by_cell = {(score.network, score.cell.labels): score for score in found}
+    rows = []
+    for network in _shown_networks(cells, found):
+        for cell in cells:
+            score = by_cell.get((network, cell.labels))
+            seeds = f"{len(score.values) if score else 0} of {len(sweep.config.seeds)}"
+            name = f"net {network}" if network.isdecimal() else network
+            rows.append([name, *cell.labels, seeds, _mean_text(score), *_difference_texts(score)])
+    measured = list(dict.fromkeys(score.measured for score in found))
+    return Table(
+        title=grid,
+        caption="; ".join(measured)
+        + (" (only what was measured alike is compared)" if len(measured) > 1 else "")
+        or "nothing is measured yet",
+        headings=[
+            *("score", *sweep.config.grids[grid], "seeds", "top-1"),
+            *(f"vs {sweep.config.baseline[grid]}", "95 % interval", "p"),
+        ],
+        rows=rows,
+    )
+
+
+def _shown_networks(cells: Sequence[Cell], scores: Sequence[Score]) -> list[str]:
+    """Individual and ensembles; every network apart where they are of different kinds."""
+    found = {score.network for score in scores} | {INDIVIDUAL}
+    differing = any(len(set(cell.variant.config.cohort.architectures())) > 1 for cell in cells)
+    named = [network for network in (INDIVIDUAL, ENSEMBLE, WEIGHTED) if network in found]
+    return named + sorted((n for n in found if n.isdecimal() and differing), key=int)
+
+
+def _mean_text(score: Score | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.mean:.2f}" + ("" if score.std is None else f" +- {score.std:.2f}")
+
+
+def _difference_texts(score: Score | None) -> tuple[str, str, str]:
+    """The difference, its interval and its p, each empty where it is not known."""
+    if score is None or score.difference is None:
+        is_baseline = score is not None and score.cell.labels[-1] == score.baseline
+        return "baseline" if is_baseline else "", "", ""
+    found = score.difference
+    interval = p = ""
+    if found.ci95 is not None:
+        interval = f"{found.mean - found.ci95:.2f} .. {found.mean + found.ci95:.2f}"
+    if found.p is not None:
+        p = "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
+    return f"{found.mean:+.2f}", interval, p
+
+
+def _print(sweep: Sweep, tables: Sequence[Table], findings: Findings) -> None:
+    from rich import table as rich_table
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for table in tables:
+        shown = rich_table.Table(title=Text(table.title), caption=Text(table.caption))
+        labels = table.headings.index("seeds")
+        for number, heading in enumerate(table.headings):
+            justify: Any = "left" if number < labels else "right"
+            whole = heading in ("score", "top-1")
+            shown.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=whole)
+        for row, below in zip(table.rows, [*table.rows[1:], [""]], strict=True):
+            # Labels are the user's: what looks like markup in them is none.
+            shown.add_row(*map(Text, row), end_section=row[0] != below[0])
+        console.print(shown)
+    console.print(Text(_STATISTICS))
+    for problem in findings.problems:
+        print(f"missing: {problem.run}: {problem.why}")
+    print(f"table: {sweep.root / 'sweep.md'}", flush=True)
+
+
+def _as_markdown(tables: Sequence[Table], findings: Findings) -> str:
+    lines = []
+    for table in tables:
+        lines += [f"## {table.title}", "", _markdown_row(table.headings)]
+        labels = table.headings.index("seeds")
+        lines.append(_markdown_row(["---"] * labels + ["--:"] * (len(table.headings) - labels)))
+        lines += [*map(_markdown_row, table.rows), "", table.caption, ""]
+    lines += [_STATISTICS.replace("+-", "±"), ""]
+    if findings.problems:
+        lines += ["Missing:", ""]
+        lines += [f"- {problem.run}: {problem.why}" for problem in findings.problems]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    texts = [cell.replace("+-", "±").replace("|", "\\|").replace("\n", " ") for cell in cells]
+    return f"| {' | '.join(texts)} |"
+
+
+def _as_csv(scores: Sequence[Score]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for score in scores:
+        row = _plain(score)
+        row["labels"] = " / ".join(score.cell.labels)
+        row["seeds"] = len(score.values)
+        row["values"] = " ".join(f"{seed}:{value!r}" for seed, value in score.values.items())
+        difference = row.pop("difference")
+        if difference is not None:
+            row["difference"], row["difference_ci95"] = difference["mean"], difference["ci95"]
+            row["p"], row["common_seeds"] = difference["p"], len(difference["seeds"])
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _as_json(sweep: Sweep, findings: Findings) -> str:
+    content = {
+        "config": asdict(sweep.config),
+        "scores": [_plain(score) for score in findings.scores],
+        "problems": [asdict(problem) for problem in findings.problems],
+        "statistics": _STATISTICS,
+    }
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return {
+        "grid": score.cell.grid,
+        "labels": list(score.cell.labels),
+        "run": score.cell.variant.name,
+        "network": score.network,
+        "metric": score.metric,
+        "mean": score.mean,
+        "std": score.std,
+        "values": score.values,
+        "baseline": score.baseline,
+        "difference": None if score.difference is None else asdict(score.difference),
+        "measured": score.measured,
+    }
+
+
+def _plot(sweep: Sweep, scores: Sequence[Score], file: Path) -> None:
+    """A panel per grid: top-1 over the compared axis, a line or a group of bars for each row."""
+    from matplotlib.figure import Figure
+
+    grids = sweep.grids
+    columns = min(2, len(grids))
+    rows = math.ceil(len(grids) / columns)
+    # A figure of its own, not pyplot's: nothing global, and no display is looked for.
+    figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, grid in zip(panels, grids, strict=False):
+        own = [s for s in scores if s.cell.grid == grid and s.metric == "top1"]
+        *others, compared = sweep.config.grids[grid]
+        labels = sweep.config.grids[grid][compared]
+        numbers = axis_numbers(list(labels))
+        across = compared if numbers or not others else " / ".join(others)
+        if numbers:
+            _draw_lines(axes, own, numbers, baseline=sweep.config.baseline[grid])
+        else:
+            _draw_bars(axes, own, list(labels), baseline=sweep.config.baseline[grid])
+        axes.set(title=grid, xlabel=across, ylabel="top-1 (%)")
+    for axes in panels[len(grids) :]:
+        axes.set_visible(False)
+    figure.savefig(file, dpi=100)
+
+
+def axis_numbers(labels: Sequence[str]) -> dict[str, float]:
+    """The labels as numbers, rising; nothing if they are not all numbers, or there is only one."""
+    try:
+        numbers = {label: float(label) for label in labels}
+    except ValueError:
+        return {}
+    if len(numbers) < 2 or not all(map(math.isfinite, numbers.values())):
+        return {}
+    return dict(sorted(numbers.items(), key=lambda item: item[1]))
+
+
+def doubles(numbers: Sequence[float]) -> bool:
+    """Whether each is about twice the one before (64, 126 is meant so), and there are several steps."""
+    return (
+        len(numbers) > 2
+        and numbers[0] > 0
+        and all(1.9 <= b / a <= 2.1 for a, b in pairwise(numbers))
+    )
+
+
+def _rows_of(scores: Sequence[Score]) -> list[tuple[str, ...]]:
+    """The labels of all axes but the last."""
+    return list(dict.fromkeys(score.cell.labels[:-1] for score in scores))
+
+
+def _points(
+    scores: Sequence[Score], row: tuple[str, ...], network: str
+) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation by the last axis' label."""
+    return {
+        s.cell.labels[-1]: (s.mean, s.std or 0.0)
+        for s in scores
+        if s.cell.labels[:-1] == row and s.network == network
+    }
+
+
+def _draw_lines(
+    axes: "Axes", scores: Sequence[Score], numbers: dict[str, float], *, baseline: str
+) -> None:
+    for row_number, row in enumerate(_rows_of(scores)):
+        for network, style in ((INDIVIDUAL, "-o"), (ENSEMBLE, "--D")):
+            found = _points(scores, row, network)
+            labels = [label for label in numbers if label in found]
+            if not labels:
+                continue
+            axes.errorbar(
+                [numbers[label] for label in labels],
+                [found[label][0] for label in labels],
+                yerr=[found[label][1] for label in labels],
+                fmt=style,
+                capsize=3,
+                color=f"C{row_number % 10}",
+                label=", ".join([*row, network]),
+            )
+            if baseline in found:
+                axes.plot(numbers[baseline], found[baseline][0], "o", ms=14, mfc="none", mec="k")
+    values = list(numbers.values())
+    if doubles(values):
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(values, list(numbers))
+    axes.minorticks_off()
+    axes.plot([], [], "o", ms=10, mfc="none", mec="k", label="baseline")
+    axes.legend(fontsize="x-small")
+
+
+def _draw_bars(
+    axes: "Axes", scores: Sequence[Score], labels: Sequence[str], *, baseline: str
+) -> None:
+    """Bars are the individual networks, diamonds the ensemble; several rows are a group of bars each."""
+    rows = _rows_of(scores)
+    width = 0.8 / len(labels) if len(rows) > 1 else 0.8
+    lowest: list[float] = []
+    highest: list[float] = []
+    for row_number, row in enumerate(rows):
+        bars, joint = _points(scores, row, INDIVIDUAL), _points(scores, row, ENSEMBLE)
+        for number, label in enumerate(labels):
+            if label not in bars:
+                continue
+            x = float(number)
+            if len(rows) > 1:
+                x = row_number + (number - (len(labels) - 1) / 2) * width
+            axes.bar(
+                *(x, bars[label][0], width),
+                yerr=bars[label][1],
+                capsize=3,
+                color=f"C{number % 10}",
+                hatch="//" if label == baseline else None,
+                edgecolor="black",
+                linewidth=0.5,
+                label=f"{label} (baseline)" if label == baseline else label,
+            )
+            for mean, std in [found[label] for found in (bars, joint) if label in found]:
+                lowest.append(mean - std)
+                highest.append(mean + std)
+            if label in joint:
+                mean, std = joint[label]
+                axes.errorbar(x, mean, yerr=std, fmt="D", color="black", mfc="white", capsize=3)
+    if lowest:
+        # Differences of a point or two would not show on an axis from 0.
+        margin = max(0.3 * (max(highest) - min(lowest)), 0.5)
+        axes.set_ylim(max(min(lowest) - margin, 0), min(max(highest) + margin, 105))
+    names = [" / ".join(row) for row in rows] if len(rows) > 1 else list(labels)
+    axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 3 else 0)
+    if any(score.network == ENSEMBLE for score in scores):
+        axes.errorbar([], [], fmt="D", color="black", mfc="white", label="ensemble")
+    handles, texts = axes.get_legend_handles_labels()
+    once = dict(zip(texts, handles, strict=True))
+    axes.legend(once.values(), once.keys(), fontsize="x-small")
