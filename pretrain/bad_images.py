@@ -10,18 +10,19 @@ from peerlearn.unreadable import Unreadable, check_unreadable_rate
 
 
 class UnreadableImages:
-    """What all ranks together met; the same on each of them.
-
-    Attributes:
-        in_epoch: images of this epoch whose place another took.
-    """
+    """What all ranks together met; the same on each of them."""
 
     def __init__(self, images: int, max_percent: float) -> None:
         self._images = images
         self._max_percent = max_percent
         self._epoch = 0
         self._known: dict[int, Unreadable] = {}
-        self.in_epoch = 0
+        self._in_epoch: set[int] = set()
+
+    @property
+    def in_epoch(self) -> int:
+        """How many images of this epoch another took the place of; one drawn several times counts once."""
+        return len(self._in_epoch)
 
     def note(
         self, found: Sequence[Unreadable], *, epoch: int, ranks: Ranks, run: RunDirectory
@@ -32,9 +33,9 @@ class UnreadableImages:
             UserError: too many of an epoch's images cannot be read.
         """
         if epoch != self._epoch:
-            self._epoch, self.in_epoch = epoch, 0
+            self._epoch, self._in_epoch = epoch, set()
         for image in (Unreadable(*item) for part in ranks.collect(found) for item in part):
-            self.in_epoch += 1
+            self._in_epoch.add(image.index)
             if image.index not in self._known:
                 self._known[image.index] = image
                 if ranks.main:
@@ -49,9 +50,9 @@ class UnreadableImages:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, plain values."""
         known = [list(image) for image in self._known.values()]
-        return {"epoch": self._epoch, "in_epoch": self.in_epoch, "known": known}
+        return {"epoch": self._epoch, "in_epoch": sorted(self._in_epoch), "known": known}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore `state`."""
-        self._epoch, self.in_epoch = state["epoch"], state["in_epoch"]
+        self._epoch, self._in_epoch = state["epoch"], set(state["in_epoch"])
         self._known = {item[0]: Unreadable(*item) for item in state["known"]}

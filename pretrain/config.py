@@ -171,6 +171,10 @@ class DataConfig:
             scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
             f"data.crop_scale must be two rising shares within 0..1, got {scale}",
         )
+        require(
+            scale is None or self.augmentation != "supervised_cifar",
+            "data.crop_scale must be null with data.augmentation supervised_cifar, which pads and does not scale",
+        )
         for name in ("limit", "shots"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name} must be at least 1, got {value}")

@@ -27,8 +27,8 @@ Array = npt.NDArray[np.float64]
 
 RELATIVE_GAP = 1e-6
 _TINY = 1e-300
-# Usual batches take 5 to 15 steps, the hardest known (logits of 1e6, a weight per class) some 150.
-_MAX_STEPS = 200
+# Usual batches take 5 to 15 steps, the hardest known (logits of 1e6, weights per class) some 150.
+_MAX_STEPS = 300
 # Networks further apart than this are first mixed at a temperature that brings them so near: at temperature 1 f would
 # be all but piecewise linear, and Newton's method would crawl from kink to kink.
 _EASY_SPREAD = 10.0
@@ -281,10 +281,11 @@ def _solve(mixture: _Mixture) -> Array:
         costs = np.clip(costs, 1e-8 * mu / theta, 1e8 * mu / theta)
         if length == 0 and temperature == 1.0:
             break
-        # Only from near the solution for this mu and temperature does Newton's method find the next one quickly.
+        # Only from near the solution for this mu and temperature does Newton's method find the next one quickly, and
+        # only if neither falls far ahead of the other.
         if length == 0 or (length > 0.5 and decrement < 10 * mu * theta.size):
             enough = 0.1 * RELATIVE_GAP * max(1.0, point.value) / theta.size
-            mu = max(0.1 * mu, min(mu, enough))
+            mu = max((0.3 if temperature > 1.0 else 0.1) * mu, min(mu, enough))
             if temperature > 1.0:
                 temperature = max(1.0, 0.5 * temperature)
                 point = mixture.evaluate(theta, temperature)

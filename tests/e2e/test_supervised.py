@@ -326,3 +326,32 @@ def test_a_step_with_a_poisoned_classifier_is_skipped_and_told(tmp_path, monkeyp
     reasons = [event["reason"] for event in events(run, "step_skipped")]
     assert len(reasons) == 3
     assert all("network 1" in reason for reason in reasons)
+
+
+def test_an_unreadable_image_that_is_drawn_often_counts_once(tmp_path):
+    """A class of 4 among 40 images: the class-aware sampler draws each of them five times an epoch."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number in range(40):
+            file = tmp_path / "data" / split / f"class{number < 4:d}" / f"{number:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file)
+    (tmp_path / "data/train/class1/02.png").write_bytes(b"no image")
+    run = tmp_path / "r"
+    words = ["--data.name", "folder", "--data.root", str(tmp_path / "data"), "--data.limit", "40"]
+    words += ["--batch_size", "20", "--data.backend", "folder", "--data.workers", "1"]
+    assert pretrain(run, *SUPERVISED, *words, "--data.max_unreadable_percent", "3") == 0
+    assert len(events(run, "image_unreadable")) == 1
+    assert {row["unreadable_images"] for row in rows(run)[1:]} == {1}
+    found = results(run)["0"]["metrics"]
+    assert (found["n"], found["top5"]) == (40, None)
+
+
+def test_padding_takes_no_crop_scale(tmp_path, capsys):
+    words = ["--data.augmentation", "supervised_cifar", "--data.crop_scale", "[0.5,1.0]"]
+    assert pretrain(tmp_path / "r", *SUPERVISED, *words) == 2
+    assert "data.crop_scale must be null" in capsys.readouterr().err

@@ -209,9 +209,11 @@ def test_walks_of_an_epoch_have_orders_of_their_own():
 
 @given(labels=label_sets(), m=st.integers(1, 3), groups=st.integers(1, 5), seed=SEEDS)
 def test_only_the_order_of_the_classes_numbers_counts(labels, m, groups, seed):
-    settings = {"batch_size": m * groups, "images_per_class": m, "seed": seed, "epoch": 0}
+    arguments = {"batch_size": m * groups, "images_per_class": m, "seed": seed, "epoch": 0}
     spread = torch.where(labels >= 0, labels * 3 + 5, -7)
-    assert torch.equal(class_aware(labels, **settings).index, class_aware(spread, **settings).index)
+    assert torch.equal(
+        class_aware(labels, **arguments).index, class_aware(spread, **arguments).index
+    )
 
 
 @given(images=st.integers(0, 60), batch_size=st.integers(1, 9), seed=SEEDS, epoch=EPOCHS)

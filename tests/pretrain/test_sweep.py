@@ -21,9 +21,11 @@ from peerlearn.config import config_to_yaml
 from peerlearn.configs_command import HEADER_FIELDS, read_header
 from peerlearn.results import write_result
 from peerlearn.run_dir import RunDirectory
+from peerlearn.stop import Stop
 from pretrain.sweep import Sweep, SweptRun, check_folder, plan_sweep
 from pretrain.sweep_command import SHIPPED_SWEEPS
 from pretrain.sweep_config import SweepConfig, read_sweep
+from pretrain.sweep_run import run_missing
 from pretrain.sweep_scores import Score, paired_difference, score_sweep
 from pretrain.sweep_table import axis_numbers, doubles, grid_table, report
 from slurm.plan import plan_tasks
@@ -573,16 +575,50 @@ def test_commands_of_what_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (sweep.root / "slurm").exists()
 
 
-def test_a_sweep_told_to_stop_goes_on_and_a_failure_stops_no_other(tmp_path: Path) -> None:
-    """The real command: SIGTERM in its first run, then all of it; the second of its three runs cannot start."""
+def test_a_failure_stops_no_other_and_a_run_that_stops_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sweep = make(tmp_path, seeds=[0])
+    done, *others = sweep.runs
+    begin(done)
+    codes = dict(zip([run.folder for run in others], [1, 0, 75], strict=True))
+    started = []
+
+    def run_it(sweep: Sweep, run: SweptRun, stop: Stop) -> int:
+        started.append(run.folder)
+        directory = begin(run, done=codes[run.folder] == 0)
+        if codes[run.folder] == 1:
+            directory.mark_failed("no luck")
+        return codes[run.folder]
+
+    monkeypatch.setattr("pretrain.sweep_run._run", run_it)
+    assert not run_missing(sweep, Stop())
+    assert started == [run.folder for run in others]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{sweep.root}: 4 runs, 1 of them done"
+    assert lines[1].startswith(f"[2/4] {others[0].folder.name}: starts")
+    assert lines[2].startswith(f"[2/4] {others[0].folder.name}: failed: no luck (")
+    assert lines[4].startswith(f"[3/4] {others[1].folder.name}: done (")
+    # Again: what failed and what stopped, and no other; then what is told to stop begins nothing.
+    started.clear()
+    codes[others[2].folder] = 0
+    assert run_missing(sweep, Stop())
+    assert started == [others[0].folder, others[2].folder]
+    started.clear()
+    assert not run_missing(sweep, Stop(requested=True))
+    assert started == []
+
+
+def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
+    """The real command: SIGTERM in its first run, then to its end; the second run cannot start."""
     words = [*SMALL, "--method", "simclr", "--data.limit", "64", "--epochs", "60"]
     words += ["--checkpoint.every_steps", "1000", "--checkpoint.export_every_epochs", "1000"]
     words += ["--monitor.every_epochs", "60", "--monitor.train_limit", "200"]
-    labels = {"long": "", "failing": "--batch_size 5000", "short": "--epochs 1"}
+    labels = {"long": "", "failing": "--batch_size 5000"}
     file = write_file(
         tmp_path, pretrain=shlex.join(words), seeds=[0], grids={"g": {"which": labels}}
     )
-    long, failing, short = plan_sweep(read_sweep(file)).runs
+    long, failing = plan_sweep(read_sweep(file)).runs
     start = command("sweep", str(file))
     process = subprocess.Popen(
         start, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -596,7 +632,7 @@ def test_a_sweep_told_to_stop_goes_on_and_a_failure_stops_no_other(tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    assert "[1/3] base-seed-0: starts" in output
+    assert "[1/2] base-seed-0: starts" in output
     assert output.endswith(f"saved; `peerlearn sweep {tmp_path / 's'}` goes on\n")
     assert not RunDirectory(long.folder).done
     assert not failing.folder.exists()
@@ -607,15 +643,15 @@ def test_a_sweep_told_to_stop_goes_on_and_a_failure_stops_no_other(tmp_path: Pat
     assert found.returncode == 1, found.stdout + found.stderr
     first, second = events(long.folder, "started")
     assert first["step"] == 0 < second["step"] < events(long.folder, "done")[0]["step"]
-    assert "[1/3] base-seed-0: goes on" in found.stdout
-    assert RunDirectory(short.folder).done
+    assert "[1/2] base-seed-0: goes on" in found.stdout
+    assert RunDirectory(long.folder).done
     content = json.loads((tmp_path / "s" / "sweep.json").read_text())
     (problem,) = content["problems"]
     assert problem["run"] == failing.folder.name
     assert "batch_size" in problem["why"]
     assert f"{failing.folder.name}: failed: {problem['why']}" in found.stdout
     scored = {(score["labels"][0], score["network"]) for score in content["scores"]}
-    assert {("long", "individual"), ("short", "ensemble")} <= scored
+    assert {("long", "individual"), ("long", "ensemble")} <= scored
     assert read_sweep(tmp_path / "s" / "sweep.yaml") == read_sweep(file)
 
 
