@@ -289,7 +289,8 @@ def _solve(mixture: _Mixture) -> Array:
             if temperature > 1.0:
                 temperature = max(1.0, 0.5 * temperature)
                 point = mixture.evaluate(theta, temperature)
-    _warn_once()
+    if best_gap > RELATIVE_GAP:
+        _warn_once()
     return best
 
 

@@ -328,7 +328,11 @@ def _draw_bars(
                 highest.append(mean + std)
             if label in joint:
                 mean, std = joint[label]
-                axes.errorbar(x, mean, yerr=std, fmt="D", color="black", mfc="white", capsize=3)
+                # Beside the bar's own error bar.
+                beside = x + 0.25 * width
+                axes.errorbar(
+                    beside, mean, yerr=std, fmt="D", color="black", mfc="white", capsize=3
+                )
     if lowest:
         # Differences of a point or two would not show on an axis from 0.
         margin = max(0.3 * (max(highest) - min(lowest)), 0.5)

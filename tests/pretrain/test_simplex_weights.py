@@ -140,6 +140,40 @@ class TestAgainstScipy:
         assert_solved(ensemble_weights(z, labels, per_class=per_class), z, labels)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("per_class", "batch"), [(False, 9), (True, 30), (True, 4)], ids=["one", "dense", "woodbury"]
+)
+def test_newton_step_by_the_hessian_of_autograd(per_class, batch, temperature):
+    """A wrong Hessian would only be slow. So the step is held to the KKT system that defines it."""
+    z, labels = instance(3, batch, 5)
+    simplices = 5 if per_class else 1
+    generator = torch.Generator().manual_seed(1)
+    theta = torch.rand(3, simplices, generator=generator, dtype=torch.float64).softmax(0)
+    weight = torch.rand(3, simplices, generator=generator, dtype=torch.float64) + 0.1
+    target = torch.rand(3, simplices, generator=generator, dtype=torch.float64)
+
+    def softened(flat: Tensor) -> Tensor:
+        return temperature * cross_entropy_of(flat.view(3, simplices), z / temperature, labels)
+
+    mixture = simplex_weights._Mixture(z.numpy(), labels.numpy(), per_class)
+    point = mixture.evaluate(theta.numpy(), temperature)
+    assert point.value == pytest.approx(softened(theta.flatten()).item(), rel=1e-12)
+    step = mixture.newton_step(point.p, temperature, weight.numpy(), target.numpy(), 0.0)
+
+    hessian = torch.autograd.functional.hessian(softened, theta.flatten())
+    sums = torch.eye(simplices, dtype=torch.float64).repeat(1, 3)
+    system = torch.cat(
+        [
+            torch.cat([hessian + weight.flatten().diag(), sums.T], 1),
+            torch.cat([sums, torch.zeros(simplices, simplices)], 1),
+        ]
+    )
+    right = torch.cat([target.flatten(), torch.zeros(simplices, dtype=torch.float64)])
+    expected = torch.linalg.solve(system, right)[: 3 * simplices].view(3, simplices)
+    torch.testing.assert_close(torch.from_numpy(step), expected, rtol=1e-9, atol=1e-12)
+
+
 class TestByHand:
     def test_both_networks_are_needed(self):
         """One sample each that the other gets wrong: by symmetry half and half, and a cross-entropy of ln 2."""

@@ -611,9 +611,9 @@ def test_a_failure_stops_no_other_and_a_run_that_stops_stops_all(
 
 def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     """The real command: SIGTERM in its first run, then to its end; the second run cannot start."""
-    words = [*SMALL, "--method", "simclr", "--data.limit", "64", "--epochs", "60"]
+    words = [*SMALL, "--method", "simclr", "--data.limit", "64", "--epochs", "40"]
     words += ["--checkpoint.every_steps", "1000", "--checkpoint.export_every_epochs", "1000"]
-    words += ["--monitor.every_epochs", "60", "--monitor.train_limit", "200"]
+    words += ["--monitor.every_epochs", "40", "--monitor.train_limit", "200"]
     labels = {"long": "", "failing": "--batch_size 5000"}
     file = write_file(
         tmp_path, pretrain=shlex.join(words), seeds=[0], grids={"g": {"which": labels}}
