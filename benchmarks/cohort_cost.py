@@ -199,9 +199,15 @@ def main() -> None:
     hardware = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, 1 thread"
     )
-    print(f"batch {arguments.batch_size}, {arguments.rounds} rounds, {hardware}, torch {torch.__version__}")
+    print(
+        f"batch {arguments.batch_size}, {arguments.rounds} rounds, {hardware}, torch {torch.__version__}"
+    )
     if arguments.output:
-        facts = {"hardware": hardware, "torch": torch.__version__, "batch_size": arguments.batch_size}
+        facts = {
+            "hardware": hardware,
+            "torch": torch.__version__,
+            "batch_size": arguments.batch_size,
+        }
         arguments.output.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 

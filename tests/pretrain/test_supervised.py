@@ -41,9 +41,7 @@ def config(networks: int = 2, **settings) -> PretrainConfig:
 def toy_cohort(networks: int = 2, *, heads: bool = True, seed: int = 0) -> Cohort:
     """Networks without batch norm and shared stages, in float64."""
     torch.manual_seed(seed)
-    backbones = [
-        nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh()) for _ in range(networks)
-    ]
+    backbones = [nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh()) for _ in range(networks)]
     return Cohort(
         backbones,
         [nn.Linear(8, 5) for _ in range(networks)] if heads else [],
@@ -323,10 +321,7 @@ def test_which_tensors_are_the_same_objects(networks, backbone, size, shared):
         assert len(apart) == networks * len(list(modules[0].parameters()))
     total = sum(p.numel() for p in cohort.parameters())
     own = sum(
-        p.numel()
-        for m in range(networks)
-        for _, part in cohort.parts(m)
-        for p in part.parameters()
+        p.numel() for m in range(networks) for _, part in cohort.parts(m) for p in part.parameters()
     )
     twice = sum(p.numel() for n, p in first.items() if n.startswith(shared))
     assert own - total == (networks - 1) * twice * (networks > 2)
