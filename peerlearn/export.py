@@ -15,6 +15,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -98,11 +99,43 @@ def classifier_name(backbone: nn.Module) -> str:
     registered: Any = backbone.pretrained_cfg
     name = registered.get("classifier")
     if not isinstance(name, str):
-        raise UserError(
-            f"network {registered['architecture']} has no single classifier in timm ({name!r}), so that it cannot be "
-            "exported with one: choose another network"
-        )
+        raise _without_classifier(registered["architecture"], f"timm names {name!r}")
     return name
+
+
+def check_classifier(
+    backbone: nn.Module, num_classes: int, *, in_chans: int, image_size: int
+) -> None:
+    """Make sure that timm's network has a linear classifier that an export can fill.
+
+    Args:
+        backbone: what `create_backbone` made of the last two arguments.
+        num_classes: C.
+
+    Raises:
+        UserError: it has another kind, none, or several.
+    """
+    registered: Any = backbone.pretrained_cfg
+    architecture, name = registered["architecture"], f"{classifier_name(backbone)}.weight"
+    with torch.device("meta"):
+        network = timm.create_model(
+            architecture,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            **size_arguments(architecture, image_size),
+        )
+    found = network.state_dict().get(name)
+    expected = (num_classes, backbone.num_features)
+    if found is None or tuple(found.shape) != expected:
+        shape = None if found is None else tuple(found.shape)
+        raise _without_classifier(architecture, f"{name!r} is {shape} in timm, not {expected}")
+
+
+def _without_classifier(architecture: str, why: str) -> UserError:
+    return UserError(
+        f"network {architecture} has no single linear classifier, so that it cannot be exported with one ({why}): "
+        "choose another network"
+    )
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -35,11 +35,13 @@ class AccuracyMonitor:
         config: PretrainConfig,
         watched: ImageDataset,
         *,
+        held_out: bool,
         image_size: int,
         device: torch.device,
     ) -> None:
         self.config = config
         self.watched = watched
+        self.held_out = held_out
         self.image_size = image_size
         self.device = device
 
@@ -57,8 +59,7 @@ class AccuracyMonitor:
             config=self.config,
             device=self.device,
         )
-        # Held-out images are of the training split.
-        split = "test" if self.watched.split == "test" else "validation"
+        split = "validation" if self.held_out else "test"
         row: dict[str, float] = {f"{split}/images": len(labels)}
         for name, scores in score_cohort(logits, labels, weights).items():
             prefix = f"net/{name}" if name.isdecimal() else name.replace("-", "_")
@@ -68,19 +69,16 @@ class AccuracyMonitor:
         return row
 
 
-def watched_images(
-    config: PretrainConfig, name: str, validation: ImageDataset | None, root: str | None
-) -> ImageDataset:
-    """What accuracy is watched on, the first ``monitor.test_limit`` of it.
+def labelled_test_split(name: str, root: str | None, limit: int | None = None) -> ImageDataset:
+    """The labelled test split of a dataset, or its first images.
 
     Raises:
-        UserError: the test split cannot be had.
+        UserError: it cannot be had, or has no labels.
     """
-    limit = config.monitor.test_limit
-    if validation is None:
-        return load_dataset(name, "test", root=root, limit=limit)
-    # Not limited: those that were held out are as many as were asked for.
-    return validation
+    test = load_dataset(name, "test", root=root, limit=limit)
+    if test.labels is None:
+        raise UserError(f"{name} test has no labels to measure accuracy by")
+    return test
 
 
 class _Logits(nn.Module):
@@ -103,13 +101,8 @@ def cohort_logits(
     config: PretrainConfig,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (M, N, C) float32 and labels (N,) of the images that can be read, in eval mode, without augmentation.
-
-    Raises:
-        UserError: the dataset has no labels.
-    """
-    if dataset.labels is None:
-        raise UserError(f"{dataset.name} {dataset.split} has no labels to measure accuracy by")
+    """Logits (M, N, C) float32 and labels (N,) of the images that can be read, in eval mode, without augmentation."""
+    assert dataset.labels is not None
     unreadable: list[Unreadable] = []
     (found,) = extract_features(
         [_Logits(cohort)],
@@ -148,10 +141,9 @@ def write_final_accuracy(
     cohort: Cohort,
     config: PretrainConfig,
     *,
-    name: str,
     root: str | None,
+    trained: ImageDataset,
     validation: ImageDataset | None,
-    trained_images: int,
     image_size: int,
     weights: Tensor,
     exports: Path,
@@ -165,10 +157,9 @@ def write_final_accuracy(
     where there are any, else it is the moving average of training.
 
     Args:
-        name: of the dataset.
-        root: where it lies; None = the usual places.
-        validation: the images held out of training.
-        trained_images: how many the networks were trained on.
+        root: where the data lies; None = the usual places.
+        trained: the images the networks were trained on.
+        validation: those held out of training.
         weights: (M,) or (M, C), training's own theta.
         exports: the folder of this step's exports.
         results: the folder of result files.
@@ -177,7 +168,7 @@ def write_final_accuracy(
         UserError: the test split cannot be had, or the folder cannot be written.
     """
     start = time.monotonic()
-    test = load_dataset(name, "test", root=root)
+    test = labelled_test_split(trained.name, root)
     measured: dict[str, Any] = {"image_size": image_size, "config": config, "device": device}
     if validation is not None and len(cohort.backbones) > 1:
         held_out = cohort_logits(cohort, validation, **measured)
@@ -192,7 +183,8 @@ def write_final_accuracy(
         "image_size": image_size,
         "epoch": config.epochs,
         "epoch_chosen_by": "the config: the last",
-        "train_images": trained_images,
+        "train_split": trained.split,
+        "train_images": len(trained),
     }
     for network, found in scores.items():
         own = dict(protocol)

@@ -78,11 +78,18 @@ def resume(argv: Sequence[str]) -> int:
     if dry_run:
         print(config_to_yaml(config), end="")
         return 0
-    if run.done and config == load_config(PretrainConfig, run.config):
+    unchanged = config == load_config(PretrainConfig, run.config)
+    if run.done and unchanged and not lacks_results(config, run):
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{run.root} is done already; more epochs: --epochs N")
         return 0
     return _run(config, run, resumes=True, allow_elastic=allow_elastic)
+
+
+def lacks_results(config: PretrainConfig, run: RunDirectory) -> bool:
+    """Whether a run's accuracies, which only supervised ones have, are not there (any more)."""
+    supervised = config.method == "supervised"
+    return supervised and not any((run.root / "results").glob("classification-*.json"))
 
 
 _RESUME_HELP = """\
@@ -245,9 +252,9 @@ def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
                 f"step_skipped events in {run.root / 'events.jsonl'}"
             ) from again
     if ranks.main:
+        scores = _final_accuracy(training) if finished else {}
         run.event("done" if finished else "stopped", attempt=attempt, step=training.step)
         if finished:
-            scores = _final_accuracy(training)
             run.mark_done()
             print_summary(run, training.dataset.name, scores)
     return finished
@@ -265,10 +272,9 @@ def _final_accuracy(training: "Training") -> "dict[str, ClassificationScores]":
     return write_final_accuracy(
         training.cohort,
         training.config,
-        name=data.train.name,
         root=data.root,
+        trained=data.train,
         validation=data.validation,
-        trained_images=len(data.train),
         image_size=training.images.image_size,
         weights=method.ensemble_weights,
         exports=run.exports / step_folder(training.step),

@@ -276,12 +276,13 @@ class MonitorConfig:
     """What is watched while training, on the dataset's own train and test splits, never used for training.
 
     Attributes:
-        every_epochs: kNN and representation figures after this many epochs; 0 = never.
+        every_epochs: kNN and representation figures, of the method supervised accuracies, after this many epochs;
+            0 = never.
         k: neighbours of the weighted kNN.
         temperature: of the kNN's weights exp(cosine / temperature).
         train_limit: only the first n training images as the kNN's neighbours.
-        test_limit: only the first n test images.
-        key_networks: watch the momentum networks too.
+        test_limit: only the first n test images; what is held out (data.validation_percent) is watched whole.
+        key_networks: watch the momentum networks too (moco).
         log_every_steps: a row of losses in metrics.jsonl after this many steps.
     """
 
@@ -405,9 +406,16 @@ class PretrainConfig:
             )
         if self.method == "supervised":
             self._check_supervised()
+        else:
+            require(
+                self.data.validation_percent == 0,
+                f"data.validation_percent must be 0 with method {self.method}, which would not look at "
+                "what is held out",
+            )
 
     def _check_terms(self) -> None:
-        if self.method == "supervised" and not self.contrastive:
+        # Cross-entropy trains what the contrastive terms, all switched off, do not.
+        if self.method == "supervised" and self.alpha == 0 and self.beta == 0:
             return
         require(bool(self.terms), "terms must name at least one loss term")
         require(
@@ -422,6 +430,10 @@ class PretrainConfig:
 
     def _check_supervised(self) -> None:
         m, teaching = self.supervised.images_per_class, self.supervised.teaching
+        require(
+            self.data.split != "test",
+            "data.split must not be test with method supervised: accuracy is measured on it",
+        )
         require(
             m is None or self.batch_size % m == 0,
             f"batch_size {self.batch_size} must be a multiple of supervised.images_per_class {m}",

@@ -19,12 +19,14 @@ class EnsembleGate(nn.Module):
     def __init__(self, channels: int, networks: int) -> None:
         super().__init__()
         self.fc = nn.Linear(channels, networks)
-        self.norm = nn.BatchNorm1d(networks)
+        # Of images of one pixel: split and synchronised batch norm know that kind.
+        self.norm = nn.BatchNorm2d(networks)
 
     def forward(self, features: Tensor) -> Tensor:
         """From (B, channels, H, W) to (B, M), every row positive with sum 1."""
         pooled = features.mean(dim=(2, 3))
-        return F.softmax(F.relu(self.norm(self.fc(pooled))), dim=-1)
+        scores = self.norm(self.fc(pooled)[:, :, None, None]).flatten(1)
+        return F.softmax(F.relu(scores), dim=-1)
 
 
 class PeerAttention(nn.Module):

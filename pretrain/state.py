@@ -21,10 +21,10 @@ from peerlearn.checkpoint import (
 from peerlearn.datasets import ImageDataset
 from peerlearn.dist import Ranks
 from peerlearn.errors import UserError
-from peerlearn.export import classifier_name, is_whole
+from peerlearn.export import check_classifier, is_whole
 from peerlearn.loader import ViewLoader
 from peerlearn.run_dir import RunDirectory, environment, write_text
-from pretrain.accuracy import AccuracyMonitor, watched_images
+from pretrain.accuracy import AccuracyMonitor, labelled_test_split
 from pretrain.bad_images import UnreadableImages
 from pretrain.cohort import Cohort, build_networks, named_state
 from pretrain.config import PretrainConfig
@@ -111,6 +111,8 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     num_classes = dataset.num_classes if supervised else 0
     if supervised:
         _check_negatives(config, dataset)
+        # What the end of the run needs is not to be missed there.
+        ranks.main_first(lambda: labelled_test_split(dataset.name, data.root))
     loader = ViewLoader(
         dataset,
         augmentation,
@@ -135,7 +137,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     ).to(device)
     for backbone in cohort.backbones if supervised else ():
         # Before training, not at the first export.
-        classifier_name(backbone)
+        check_classifier(backbone, num_classes, in_chans=dataset.channels, image_size=image_size)
     method = build_method(cohort, config, ranks, steps_per_epoch=loader.steps_per_epoch)
     if config.method == "moco" and config.queue.size >= len(dataset):
         logger.warning(
@@ -172,8 +174,16 @@ def _build_monitor(
     if not config.monitor.every_epochs or not ranks.main:
         return None
     if config.method == "supervised":
-        watched = watched_images(config, data.train.name, data.validation, data.root)
-        return AccuracyMonitor(config, watched, image_size=image_size, device=ranks.device)
+        watched = data.validation or labelled_test_split(
+            data.train.name, data.root, config.monitor.test_limit
+        )
+        return AccuracyMonitor(
+            config,
+            watched,
+            held_out=data.validation is not None,
+            image_size=image_size,
+            device=ranks.device,
+        )
     return Monitor(
         config,
         data.train,

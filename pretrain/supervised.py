@@ -24,6 +24,7 @@ from pretrain.distill import (
 )
 from pretrain.gates import scale_gradient
 from pretrain.losses import MCLTerms, batch_terms_by_network
+from pretrain.simplex_weights import require_finite
 from pretrain.terms import SupervisedTerms
 
 # The ensemble's weights that are reported move slowly, by every so many training batches.
@@ -69,11 +70,14 @@ class Supervised:
         heard = scale_gradient(trunk, 1 / self.config.cohort.networks) if shrunk else trunk
         features = self.cohort.branches(heard)
         logits = self.cohort.classify(features)
-        self._weigh(logits.detach(), labels)
+        # What the ranks do together comes first: a check that fails on one of them must not keep the others waiting.
+        mixing = self._mixing(trunk, features)
+        together = self._logits_of_all_ranks(logits.detach(), labels)
+        contrastive = self._contrast(features, labels)
+        require_finite("cross_entropy", "logits", logits)
+        self._fresh_weights = self._solve(together)
         return SupervisedTerms(
-            *self._contrast(features, labels),
-            vanilla_by_network(logits, labels),
-            self._teach(logits, labels, trunk, features),
+            *contrastive, vanilla_by_network(logits, labels), self._teach(logits, labels, mixing)
         )
 
     def _contrast(self, features: list[Tensor], labels: Tensor) -> MCLTerms:
@@ -82,33 +86,41 @@ class Supervised:
         if not config.contrastive:
             nothing = features[0].new_zeros(0, dtype=torch.float32)
             return MCLTerms(nothing, nothing, nothing, nothing)
+        labels = self.ranks.gather(labels)
         generator = torch.Generator()
         generator.manual_seed(int(random_bits(NUM_NEGATIVES, config.seed, self._step)))
         return batch_terms_by_network(
             self.ranks.gather_with_gradient(self.cohort.embed(features), dim=1),
-            self.ranks.gather(labels),
+            labels,
             temperature=config.temperature,
             soft_temperature=config.soft_temperature,
             same_sample_positive=config.same_sample_positive,
-            num_negatives=config.supervised.num_negatives,
+            num_negatives=_at_most(config.supervised.num_negatives, labels),
             generator=generator,
         )
 
-    def _weigh(self, logits: Tensor, labels: Tensor) -> None:
-        """Solve Eq. 9 over the batches of all ranks, where this step needs it."""
-        needed = self.config.supervised.teaching == "ensemble_teaching"
-        due = self._step % _WEIGHTS_EVERY_STEPS == 0
-        self._fresh_weights = None
-        if len(logits) > 1 and (needed or due):
-            self._fresh_weights = ensemble_weights(
-                self.ranks.gather(logits, dim=1),
-                self.ranks.gather(labels),
-                per_class=self.config.supervised.weights_per_class,
-            )
+    def _mixing(self, trunk: Tensor, features: list[Tensor]) -> Tensor | None:
+        """What ONE and OKDDip mix logits by."""
+        if self.cohort.gate is None:
+            return None
+        one = self.config.supervised.teaching == "one"
+        mixing: Tensor = self.cohort.gate(trunk if one else torch.stack(features[:-1]))
+        return mixing
 
-    def _teach(
-        self, logits: Tensor, labels: Tensor, trunk: Tensor, features: list[Tensor]
-    ) -> Tensor:
+    def _logits_of_all_ranks(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Logits (M, B, C) and labels (B,) of the global batch; None where this step needs no ensemble weights."""
+        needed = self.config.supervised.teaching == "ensemble_teaching"
+        if len(logits) == 1 or not (needed or self._step % _WEIGHTS_EVERY_STEPS == 0):
+            return None
+        return self.ranks.gather(logits, dim=1), self.ranks.gather(labels)
+
+    def _solve(self, together: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """Eq. 9 over the global batch."""
+        if together is None:
+            return None
+        return ensemble_weights(*together, per_class=self.config.supervised.weights_per_class)
+
+    def _teach(self, logits: Tensor, labels: Tensor, mixing: Tensor | None) -> Tensor:
         """(M,): what each network learns from its peers' logits; (0,) if nothing."""
         supervised = self.config.supervised
         # What the config leaves open is the method's own.
@@ -129,12 +141,11 @@ class Supervised:
             case "cl_ilr":
                 return cl_ilr_by_network(logits, **settings)
             case "one":
-                assert self.cohort.gate is not None
-                return one_by_network(logits, self.cohort.gate(trunk), labels, **settings)
+                assert mixing is not None
+                return one_by_network(logits, mixing, labels, **settings)
             case "okddip":
-                assert self.cohort.gate is not None
-                attention = self.cohort.gate(torch.stack(features[:-1]))
-                return okddip_by_network(logits, attention, **settings)
+                assert mixing is not None
+                return okddip_by_network(logits, mixing, **settings)
         return logits.new_zeros(0)
 
     @property
@@ -172,3 +183,11 @@ class Supervised:
         if self.config.supervised.teaching != "none":
             row["teaching_weight"] = self.teaching_weight
         return row
+
+
+def _at_most(num_negatives: int | None, labels: Tensor) -> int | None:
+    """As many negatives as every anchor of the batch has: the substitute of an unreadable image may be of another class
+    than the image, and leave fewer than the sampler promises."""
+    if num_negatives is None:
+        return None
+    return min(num_negatives, len(labels) - int(labels.bincount().max()))

@@ -17,9 +17,9 @@ from typing import Any
 from peerlearn.config import config_to_yaml, load_config, nearest, parse_config
 from peerlearn.errors import UsageError, UserError
 from peerlearn.run_dir import RunDirectory, write_text
-from pretrain.command import SHIPPED
+from pretrain.command import SHIPPED, lacks_results
 from pretrain.config import PretrainConfig
-from pretrain.sweep_config import SweepConfig
+from pretrain.sweep_config import SweepConfig, read_sweep
 
 CONFIG_FILE = "sweep.yaml"
 _LONGEST_NAME = 80
@@ -87,9 +87,11 @@ class SweptRun:
 
     @property
     def state(self) -> str:
-        """done, begun or missing."""
+        """done, begun or missing; a run whose results are gone is not done."""
         run = RunDirectory(self.folder)
-        return "done" if run.done else "begun" if run.config.is_file() else "missing"
+        if run.done and not lacks_results(self.variant.config, run):
+            return "done"
+        return "begun" if run.config.is_file() else "missing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,19 +261,32 @@ def check_folder(sweep: Sweep) -> None:
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Write sweep.yaml and the resolved configs.
+    """Write sweep.yaml, which keeps the seeds that it holds already, and the resolved configs.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    whole = replace(sweep.config, seeds=_all_seeds(sweep))
     try:
         for name in ("configs", "logs"):
             (sweep.root / name).mkdir(parents=True, exist_ok=True)
-        write_text(sweep.root / CONFIG_FILE, config_to_yaml(sweep.config))
+        write_text(sweep.root / CONFIG_FILE, config_to_yaml(whole))
         for variant in sweep.variants:
             write_text(config_file(sweep, variant), config_to_yaml(variant.config))
     except OSError as error:
         raise unwritable(sweep, error) from error
+
+
+def _all_seeds(sweep: Sweep) -> list[int]:
+    """Those that the folder's sweep.yaml holds, and then this sweep's."""
+    file = sweep.root / CONFIG_FILE
+    known = read_sweep(file).seeds if file.is_file() else []
+    return sorted({*known, *sweep.config.seeds})
+
+
+def is_whole(sweep: Sweep, only: Sequence[str]) -> bool:
+    """Whether it has all grids, and all seeds that its folder knows of."""
+    return not only and set(_all_seeds(sweep)) == set(sweep.config.seeds)
 
 
 def config_file(sweep: Sweep, variant: Variant) -> Path:

@@ -11,7 +11,14 @@ from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.config import config_to_yaml, find_config
 from peerlearn.errors import UsageError, UserError
 from peerlearn.stop import stop_signals
-from pretrain.sweep import CONFIG_FILE, Sweep, check_folder, plan_sweep, write_sweep
+from pretrain.sweep import (
+    CONFIG_FILE,
+    Sweep,
+    check_folder,
+    is_whole,
+    plan_sweep,
+    write_sweep,
+)
 from pretrain.sweep_config import read_sweep
 
 SHIPPED_SWEEPS = Path(__file__).parent / "sweeps"
@@ -39,9 +46,10 @@ def main(argv: Sequence[str]) -> int:
     )
     instead.add_argument("--table", action="store_true", help="only sum up what there is")
     words = parser.parse_args(argv)
-    config = read_sweep(
-        _find(words.file), folder=words.folder, seeds=words.seeds, pretrain=words.pretrain
-    )
+    file = _find(words.file)
+    # A sweep's own folder may have moved since its file was written.
+    folder = words.folder or (words.file if Path(words.file).is_dir() else None)
+    config = read_sweep(file, folder=folder, seeds=words.seeds, pretrain=words.pretrain)
     sweep = plan_sweep(config, words.only)
     check_folder(sweep)
     if words.dry_run:
@@ -56,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{sweep.root} is not there: nothing of this sweep has been run yet")
     from pretrain.sweep_table import report
 
-    report(sweep)
+    write_sweep(sweep)
+    report(sweep, whole=is_whole(sweep, words.only))
     return 0
 
 
@@ -80,7 +89,7 @@ def _run(sweep: Sweep, only: Sequence[str]) -> int:
         again = shlex.join(["sweep", str(sweep.root), *(["--only", *only] if only else [])])
         print(f"saved; `peerlearn {again}` goes on", flush=True)
         return SAVED_RUN_AGAIN
-    return 1 if report(sweep).problems else 0
+    return 1 if report(sweep, whole=is_whole(sweep, only)).problems else 0
 
 
 def _commands(sweep: Sweep) -> list[list[str]]:

@@ -33,6 +33,9 @@ def run_missing(sweep: Sweep, stop: Stop) -> bool:
         head = f"[{number}/{len(runs)}] {run.folder.name}"
         if stop.requested:
             return False
+        if run.state == "done":
+            print(f"{head}: another process has done it meanwhile", flush=True)
+            continue
         verb = "goes on" if run.state == "begun" else "starts"
         print(f"{head}: {verb} (`peerlearn logs {run.folder} -f` follows it)", flush=True)
         begun = time.monotonic()

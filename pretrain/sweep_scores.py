@@ -303,8 +303,8 @@ def _knn(directory: RunDirectory, last_step: int) -> tuple[str, dict[Key, float]
     rows = [row for row in directory.metric_rows() if "ensemble/knn_top1" in row]
     if not rows or rows[-1]["step"] != last_step:
         raise UserError(
-            f"it has no classification result, and metrics.jsonl no kNN, of its last step {last_step}: "
-            "monitor.every_epochs must be above 0"
+            f"it has no classification result of its last step {last_step} (method supervised), nor kNN in "
+            "metrics.jsonl (the others: monitor.every_epochs must be above 0)"
         )
     row = rows[-1]
     values: dict[Key, float] = {}

@@ -45,14 +45,18 @@ class Table:
     rows: list[list[str]]
 
 
-def report(sweep: Sweep) -> Findings:
-    """Print a table per grid and what is missing; write sweep.csv, .json, .md and .png.
+def report(sweep: Sweep, *, whole: bool) -> Findings:
+    """Print a table per grid and what is missing; of a whole sweep also write sweep.csv, .json, .md and .png.
 
     Raises:
         UserError: the folder cannot be written.
     """
     findings = score_sweep(sweep)
     tables = [grid_table(sweep, findings, grid) for grid in sweep.grids]
+    _print(tables, findings)
+    if not whole:
+        print(f"a part of {sweep.root}: its sweep.csv, .json, .md and .png are left as they are")
+        return findings
     try:
         sweep.root.mkdir(parents=True, exist_ok=True)
         write_text(sweep.root / "sweep.csv", _as_csv(findings.scores))
@@ -62,7 +66,7 @@ def report(sweep: Sweep) -> Findings:
             _plot(sweep, findings.scores, sweep.root / "sweep.png")
     except OSError as error:
         raise unwritable(sweep, error) from error
-    _print(sweep, tables, findings)
+    print(f"table: {sweep.root / 'sweep.md'}", flush=True)
     return findings
 
 
@@ -120,7 +124,7 @@ def _difference_texts(score: Score | None) -> tuple[str, str, str]:
     return f"{found.mean:+.2f}", interval, p
 
 
-def _print(sweep: Sweep, tables: Sequence[Table], findings: Findings) -> None:
+def _print(tables: Sequence[Table], findings: Findings) -> None:
     from rich import table as rich_table
     from rich.console import Console
     from rich.text import Text
@@ -140,7 +144,6 @@ def _print(sweep: Sweep, tables: Sequence[Table], findings: Findings) -> None:
     console.print(Text(_STATISTICS))
     for problem in findings.problems:
         print(f"missing: {problem.run}: {problem.why}")
-    print(f"table: {sweep.root / 'sweep.md'}", flush=True)
 
 
 def _as_markdown(tables: Sequence[Table], findings: Findings) -> str:

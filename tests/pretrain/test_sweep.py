@@ -21,7 +21,7 @@ from peerlearn.config import config_to_yaml
 from peerlearn.results import write_result
 from peerlearn.run_dir import RunDirectory
 from peerlearn.stop import Stop
-from pretrain.sweep import Sweep, SweptRun, check_folder, plan_sweep
+from pretrain.sweep import Sweep, SweptRun, check_folder, plan_sweep, write_sweep
 from pretrain.sweep_config import read_sweep
 from pretrain.sweep_run import run_missing
 from pretrain.sweep_scores import Score, paired_difference, score_sweep
@@ -347,7 +347,7 @@ def test_the_numbers_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture)
     }
     del values["alpha-0.7", 0]
     finish(sweep, values)
-    findings = report(sweep)
+    findings = report(sweep, whole=True)
     (problem,) = findings.problems
     assert (problem.run, problem.why) == ("alpha-0.7-seed-0", "it has not begun")
     assert problem.cells == ["g: 16 / 0.7"]
@@ -510,7 +510,7 @@ def test_runs_without_a_usable_score_say_why(tmp_path: Path) -> None:
         "5": f"of step {LAST_STEP - 1}, but it ended at step {LAST_STEP}",
         "6": f"its network 0 has no top1 at step {LAST_STEP}",
         "7": "network 1 has several results of step",
-        "8": f"no kNN, of its last step {LAST_STEP}",
+        "8": "nor kNN in metrics.jsonl",
     }.items():
         assert why in found[size], found[size]
     assert find(findings.scores, "g", "1").mean == 55.0
@@ -651,6 +651,69 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     scored = {(score["labels"][0], score["network"]) for score in content["scores"]}
     assert {("long", "individual"), ("long", "ensemble")} <= scored
     assert read_sweep(tmp_path / "s" / "sweep.yaml") == read_sweep(file)
+
+
+def test_a_part_of_a_sweep_leaves_its_files_and_a_moved_folder_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds add up in sweep.yaml; --only and fewer seeds print, and overwrite nothing."""
+    words = shlex.join([*SMALL, "--method", "supervised"])
+    file = write_file(
+        tmp_path, pretrain=words, seeds=[0, 1], grids={"size": SIZES, "t": {"x": TERMS}}
+    )
+    sweep = plan_sweep(read_sweep(file))
+    values = {(v.name, seed): (70.0 + seed, 72.0, 75.0) for v in sweep.variants for seed in (0, 1)}
+    finish(sweep, values)
+    assert main(["sweep", str(file), "--seeds", "1", "--table"]) == 0
+    assert main(["sweep", str(file), "--table"]) == 0
+    root = tmp_path / "s"
+    assert read_sweep(root / "sweep.yaml").seeds == [0, 1]
+    before = {path.name: path.read_bytes() for path in root.glob("sweep.*")}
+    assert set(before) == {"sweep.yaml", "sweep.csv", "sweep.json", "sweep.md", "sweep.png"}
+    for part in (["--only", "size"], ["--seeds", "0"]):
+        capsys.readouterr()
+        assert main(["sweep", str(file), "--table", *part]) == 0
+        assert f"a part of {root}: its sweep.csv" in capsys.readouterr().out
+        assert {path.name: path.read_bytes() for path in root.glob("sweep.*")} == before
+
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    root.rename(moved)
+    monkeypatch.chdir(moved.parent)
+    capsys.readouterr()
+    assert main(["sweep", "moved", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("seed 0: done") == printed.count("seed 1: done") == len(sweep.variants)
+    assert main(["sweep", "moved", "--table"]) == 0
+    assert json.loads((moved / "sweep.json").read_text())["problems"] == []
+
+
+def test_a_supervised_run_without_its_results_is_not_done(tmp_path: Path) -> None:
+    sweep = make(tmp_path, pretrain=shlex.join([*SMALL, "--method", "supervised"]))
+    run = sweep.runs[0]
+    begin(run)
+    assert run.state == "begun"
+    classified(run, {"0": 50.0})
+    assert run.state == "done"
+
+
+def test_what_another_process_has_done_meanwhile_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sweep = make(tmp_path, grids={"g": {"x": {"a": "", "b": "--base_lr 0.2"}}}, seeds=[0])
+    write_sweep(sweep)
+    first, second = sweep.runs
+    started = []
+
+    def run(_sweep: Sweep, run: SweptRun, _stop: Stop) -> int:
+        started.append(run.folder.name)
+        begin(second)
+        return 0
+
+    monkeypatch.setattr("pretrain.sweep_run._run", run)
+    assert run_missing(sweep, Stop())
+    assert started == [first.folder.name]
+    assert "another process has done it meanwhile" in capsys.readouterr().out
 
 
 # What ships
