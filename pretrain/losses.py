@@ -326,6 +326,8 @@ class _SoftKL(torch.autograd.Function):
         q = F.softmax(student / soft_temperature, -1)
         value = torch.where(near, p * _exp_minus_1_minus(bounded), q - p - p * u)
         gap = torch.where(near, p * torch.expm1(bounded), q - p)
+        # q - p sums to 0. What is left is the rounding of the logsumexp, common to all candidates.
+        gap = gap - p * gap.sum(-1, keepdim=True)
         ctx.save_for_backward(gap * soft_temperature)
         return value.sum(-1) * soft_temperature**2
 
