@@ -35,10 +35,10 @@ def poisoned_steps(monkeypatch):
     bad: set[int] = set()
     plain, calls = training_loop._micro_batches, iter(range(10**6))
 
-    def micro_batches(views, parts):
+    def micro_batches(batch, parts):
         poison = next(calls) in bad
-        for first, second in plain(views, parts):
-            yield first * float("nan") if poison else first, second
+        for (first, second), labels in plain(batch, parts):
+            yield (first * float("nan") if poison else first, second), labels
 
     monkeypatch.setattr(training_loop, "_micro_batches", micro_batches)
     return bad

@@ -268,13 +268,13 @@ from peerlearn.cli import main
 plain = train._micro_batches
 bad = {int(step) for step in os.environ["BAD_STEPS"].split(",")}
 step = -1
-def micro_batches(views, parts):
+def micro_batches(batch, parts):
     global step
     step += 1
-    for first, second in plain(views, parts):
+    for (first, second), labels in plain(batch, parts):
         if step in bad and os.environ.get("RANK", "1") == "1":
             first = first * float("nan")
-        yield first, second
+        yield (first, second), labels
 train._micro_batches = micro_batches
 sys.exit(main(sys.argv[1:]))
 """
