@@ -4,16 +4,16 @@ Dimensions: M networks, N images, C classes.
 """
 
 import time
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peerlearn.augment import EVALUATION_VIEW
+from peerlearn.checkpoint import step_folder
 from peerlearn.classification import ClassificationScores, classification_scores
-from peerlearn.datasets import ImageDataset, load_dataset
-from peerlearn.errors import UserError
+from peerlearn.datasets import ImageDataset, first_images
 from peerlearn.export import export_hash
 from peerlearn.features import extract_features
 from peerlearn.results import write_result
@@ -22,6 +22,10 @@ from peerlearn.unreadable import Unreadable
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.distill import ensemble_weights
+from pretrain.training_data import TrainingData
+
+if TYPE_CHECKING:
+    from pretrain.state import Training
 
 ENSEMBLE, WEIGHTED = "ensemble", "weighted-ensemble"
 TASK = "classification"
@@ -33,17 +37,19 @@ class AccuracyMonitor:
     def __init__(
         self,
         config: PretrainConfig,
-        watched: ImageDataset,
+        data: TrainingData,
         *,
-        held_out: bool,
         image_size: int,
         device: torch.device,
     ) -> None:
         self.config = config
-        self.watched = watched
-        self.held_out = held_out
         self.image_size = image_size
         self.device = device
+        assert data.test is not None
+        self.split, self.watched = "validation", data.validation
+        if self.watched is None:
+            limit = config.monitor.test_limit or len(data.test)
+            self.split, self.watched = "test", first_images(data.test, limit)
 
     def measure(self, cohort: Cohort, weights: Tensor) -> dict[str, float]:
         """Top-1 and top-5 in percent of every network and of both ensembles, by their names in metrics.jsonl.
@@ -52,6 +58,7 @@ class AccuracyMonitor:
             cohort: networks with classifiers.
             weights: (M,) or (M, C) of the weighted ensemble.
         """
+        assert self.watched is not None
         logits, labels = cohort_logits(
             cohort,
             self.watched,
@@ -59,26 +66,13 @@ class AccuracyMonitor:
             config=self.config,
             device=self.device,
         )
-        split = "validation" if self.held_out else "test"
-        row: dict[str, float] = {f"{split}/images": len(labels)}
+        row: dict[str, float] = {f"{self.split}/images": len(labels)}
         for name, scores in score_cohort(logits, labels, weights).items():
             prefix = f"net/{name}" if name.isdecimal() else name.replace("-", "_")
-            row[f"{prefix}/{split}_top1"] = scores.top1
+            row[f"{prefix}/{self.split}_top1"] = scores.top1
             if scores.top5 is not None:
-                row[f"{prefix}/{split}_top5"] = scores.top5
+                row[f"{prefix}/{self.split}_top5"] = scores.top5
         return row
-
-
-def labelled_test_split(name: str, root: str | None, limit: int | None = None) -> ImageDataset:
-    """The labelled test split of a dataset, or its first images.
-
-    Raises:
-        UserError: it cannot be had, or has no labels.
-    """
-    test = load_dataset(name, "test", root=root, limit=limit)
-    if test.labels is None:
-        raise UserError(f"{name} test has no labels to measure accuracy by")
-    return test
 
 
 class _Logits(nn.Module):
@@ -137,82 +131,77 @@ def score_cohort(
     return scores
 
 
-def write_final_accuracy(
-    cohort: Cohort,
-    config: PretrainConfig,
-    *,
-    root: str | None,
-    trained: ImageDataset,
-    validation: ImageDataset | None,
-    image_size: int,
-    weights: Tensor,
-    exports: Path,
-    results: Path,
-    step: int,
-    device: torch.device,
-) -> dict[str, ClassificationScores]:
+def write_final_accuracy(training: "Training", weights: Tensor) -> dict[str, ClassificationScores]:
     """Measure the last epoch's networks on the whole test split and write a result file of each score.
 
     Neither an epoch nor a network is chosen by it. The weighted ensemble's theta is solved on the held-out images
     where there are any, else it is the moving average of training.
 
     Args:
-        root: where the data lies; None = the usual places.
-        trained: the images the networks were trained on.
-        validation: those held out of training.
+        training: of the method supervised, at its last step, exported.
         weights: (M,) or (M, C), training's own theta.
-        exports: the folder of this step's exports.
-        results: the folder of result files.
 
     Raises:
-        UserError: the test split cannot be had, or the folder cannot be written.
+        UserError: the folder of result files cannot be written.
     """
     start = time.monotonic()
-    test = labelled_test_split(trained.name, root)
-    measured: dict[str, Any] = {"image_size": image_size, "config": config, "device": device}
-    if validation is not None and len(cohort.backbones) > 1:
-        held_out = cohort_logits(cohort, validation, **measured)
-        weights = ensemble_weights(*held_out, per_class=config.supervised.weights_per_class)
-    logits, labels = cohort_logits(cohort, test, **measured)
-    scores = score_cohort(logits, labels, weights)
+    config, data, cohort = training.config, training.data, training.cohort
+    assert data.test is not None
+    measured = partial(
+        cohort_logits,
+        cohort,
+        image_size=training.images.image_size,
+        config=config,
+        device=training.device,
+    )
+    if data.validation is not None and len(cohort.backbones) > 1:
+        weights = ensemble_weights(
+            *measured(data.validation), per_class=config.supervised.weights_per_class
+        )
+    scores = score_cohort(*measured(data.test), weights)
     seconds = round(time.monotonic() - start, 3)
-    hashes = {str(m): export_hash(exports / f"net-{m}") for m in range(len(logits))}
-    protocol = {
-        "split": "test",
-        "view": EVALUATION_VIEW,
-        "image_size": image_size,
-        "epoch": config.epochs,
-        "epoch_chosen_by": "the config: the last",
-        "train_split": trained.split,
-        "train_images": len(trained),
-    }
+    exports = training.run.exports / step_folder(training.step)
+    hashes = {str(m): export_hash(exports / f"net-{m}") for m in range(len(cohort.backbones))}
     for network, found in scores.items():
-        own = dict(protocol)
-        if network == ENSEMBLE:
-            own["ensemble"] = "mean of logits"
-        elif network == WEIGHTED:
-            own["ensemble"] = "logits weighted by theta of Eq. 9" + (
-                ", per class" if config.supervised.weights_per_class else ""
-            )
-            own["theta_from"] = (
-                "training batches, moving average"
-                if validation is None
-                else f"{len(validation)} held-out images"
-            )
         write_result(
-            results,
+            training.run.root / "results",
             task=TASK,
-            dataset=test.name,
-            step=step,
+            dataset=data.test.name,
+            step=training.step,
             network=network,
             metrics={
                 **accuracy_metrics(found.top1, found.n),
                 "top5": found.top5,
                 "calibration_error": found.calibration_error,
             },
-            protocol=own,
-            export_hash=hashes[network] if network.isdecimal() else hashes,
+            protocol=_protocol(training, network),
+            export_hash=hashes.get(network, hashes),
             seed=config.seed,
             seconds=seconds,
         )
     return scores
+
+
+def _protocol(training: "Training", network: str) -> dict[str, Any]:
+    """Under what a network's, or an ensemble's, final accuracy is measured."""
+    config, data = training.config, training.data
+    protocol = {
+        "split": "test",
+        "view": EVALUATION_VIEW,
+        "image_size": training.images.image_size,
+        "epoch": config.epochs,
+        "epoch_chosen_by": "the config: the last",
+        "train_split": data.train.split,
+        "train_images": len(data.train),
+    }
+    if network == ENSEMBLE:
+        protocol["ensemble"] = "mean of logits"
+    elif network == WEIGHTED:
+        per_class = ", per class" if config.supervised.weights_per_class else ""
+        protocol["ensemble"] = f"logits weighted by theta of Eq. 9{per_class}"
+        protocol["theta_from"] = (
+            "training batches, moving average"
+            if data.validation is None
+            else f"{len(data.validation)} held-out images"
+        )
+    return protocol

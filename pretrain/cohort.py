@@ -23,6 +23,7 @@ from peerlearn.shared_stages import (
 )
 from pretrain.batch_norm import split_batch_norm, sync_batch_norm
 from pretrain.config import CohortConfig, PretrainConfig
+from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import widen
 
 
@@ -95,16 +96,15 @@ def build_networks(
     num_classes: int,
     ranks: Ranks | None = None,
 ) -> Cohort:
-    """`build_cohort` with what the method of a run needs; ``num_classes`` counts for the supervised one."""
-    supervised = config.method == "supervised"
+    """`build_cohort` with what the method of a run needs; ``num_classes`` is 0 for those without labels."""
     return build_cohort(
         config.cohort,
         in_chans=in_chans,
         image_size=image_size,
         seed=config.seed,
         projects=config.contrastive,
-        num_classes=num_classes if supervised else 0,
-        teaching=config.supervised.teaching if supervised else "none",
+        num_classes=num_classes,
+        teaching=config.supervised.teaching if num_classes else "none",
         ranks=ranks,
     )
 
@@ -192,8 +192,6 @@ def _build_gate(
     cohort: Cohort, teaching: str, *, in_chans: int, image_size: int
 ) -> nn.Module | None:
     """What ONE and OKDDip mix logits by; and that the networks have the trunk they need."""
-    from pretrain.gates import EnsembleGate, PeerAttention
-
     networks = len(cohort.backbones)
     if teaching in ("cl_ilr", "one") and not cohort.shared_stages:
         raise UserError(

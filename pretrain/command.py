@@ -262,26 +262,13 @@ def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
 
 def _final_accuracy(training: "Training") -> "dict[str, ClassificationScores]":
     """Of a supervised run, also left in its result files; nothing of others."""
-    from peerlearn.checkpoint import step_folder
     from pretrain.accuracy import write_final_accuracy
     from pretrain.supervised import Supervised
 
-    method, run, data = training.method, training.run, training.data
+    method = training.method
     if not isinstance(method, Supervised):
         return {}
-    return write_final_accuracy(
-        training.cohort,
-        training.config,
-        root=data.root,
-        trained=data.train,
-        validation=data.validation,
-        image_size=training.images.image_size,
-        weights=method.ensemble_weights,
-        exports=run.exports / step_folder(training.step),
-        results=run.root / "results",
-        step=training.step,
-        device=training.device,
-    )
+    return write_final_accuracy(training, method.ensemble_weights)
 
 
 def _announce(training: "Training", attempt: int) -> None:

@@ -115,7 +115,7 @@ def queue_terms_by_network(
     with full_float32(query.device):
         query, key, rows = widen(query), widen(key.detach()), widen(rows.detach())
         for name, tensor in (("query", query), ("key", key), ("queue", rows)):
-            _require_finite(name, tensor)
+            require_finite("scl_hard", name, tensor)
         # Index order: network of the anchor, network of the candidates, anchor, candidate.
         same = torch.einsum("abd,cbd->acb", query, query)
         positive = torch.einsum("abd,cbd->acb", query, key)
@@ -212,7 +212,7 @@ def batch_terms_by_network(
 
     with full_float32(embedding.device):
         embedding = widen(embedding)
-        _require_finite("embedding", embedding)
+        require_finite("scl_hard", "embedding", embedding)
         logits = torch.einsum("abd,ckd->acbk", embedding, embedding) / temperature
         own_candidates = positive | negative
         cross_candidates = own_candidates | same if same_sample_positive else own_candidates
@@ -393,14 +393,19 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
-    """Raise NonFiniteError if a network's (rows, D) slice of the (M, rows, D) tensor is not finite."""
-    finite_rows = torch.isfinite(tensor).all(-1)
+def require_finite(term: str, name: str, tensor: Tensor) -> None:
+    """Raise NonFiniteError if a network's (rows, N) slice of the (M, rows, N) tensor holds NaN or Inf.
+
+    Args:
+        term: whose computation it would spoil, for the message.
+        name: of the tensor, likewise.
+    """
+    finite_rows = torch.isfinite(tensor.detach()).all(-1)
     if bool(finite_rows.all()):
         return
     network = int((~finite_rows).any(-1).nonzero()[0])
     bad = (~finite_rows[network]).nonzero().flatten()
     raise NonFiniteError(
-        f"scl_hard of network {network} is not finite: {name}[{network}] holds NaN or Inf "
+        f"{term} of network {network} is not finite: {name}[{network}] holds NaN or Inf "
         f"in {len(bad)} of {finite_rows.shape[1]} rows, the first is row {int(bad[0])}"
     )

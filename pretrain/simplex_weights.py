@@ -21,7 +21,7 @@ import torch
 from scipy.linalg import cho_factor, cho_solve, helmert
 from torch import Tensor
 
-from pretrain.losses import NonFiniteError
+from pretrain.losses import require_finite
 
 Array = npt.NDArray[np.float64]
 
@@ -82,19 +82,6 @@ def check_logits(term: str, logits: Tensor, labels: Tensor | None = None) -> Non
             f"labels must be (B,) with B of logits {tuple(logits.shape)}, got {tuple(labels.shape)}"
         )
     require_finite(term, "logits", logits)
-
-
-def require_finite(term: str, name: str, tensor: Tensor) -> None:
-    """Raise NonFiniteError if a network's (B, N) slice of the (M, B, N) tensor holds NaN or Inf."""
-    finite_rows = torch.isfinite(tensor.detach()).all(-1)
-    if bool(finite_rows.all()):
-        return
-    network = int((~finite_rows).any(-1).nonzero()[0])
-    bad = (~finite_rows[network]).nonzero().flatten()
-    raise NonFiniteError(
-        f"{term} of network {network} is not finite: {name}[{network}] holds NaN or Inf "
-        f"in {len(bad)} of {finite_rows.shape[1]} rows, the first is row {int(bad[0])}"
-    )
 
 
 class _Point(NamedTuple):

@@ -24,7 +24,7 @@ from peerlearn.errors import UserError
 from peerlearn.export import check_classifier, is_whole
 from peerlearn.loader import ViewLoader
 from peerlearn.run_dir import RunDirectory, environment, write_text
-from pretrain.accuracy import AccuracyMonitor, labelled_test_split
+from pretrain.accuracy import AccuracyMonitor
 from pretrain.bad_images import UnreadableImages
 from pretrain.cohort import Cohort, build_networks, named_state
 from pretrain.config import PretrainConfig
@@ -111,8 +111,6 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     num_classes = dataset.num_classes if supervised else 0
     if supervised:
         _check_negatives(config, dataset)
-        # What the end of the run needs is not to be missed there.
-        ranks.main_first(lambda: labelled_test_split(dataset.name, data.root))
     loader = ViewLoader(
         dataset,
         augmentation,
@@ -174,16 +172,7 @@ def _build_monitor(
     if not config.monitor.every_epochs or not ranks.main:
         return None
     if config.method == "supervised":
-        watched = data.validation or labelled_test_split(
-            data.train.name, data.root, config.monitor.test_limit
-        )
-        return AccuracyMonitor(
-            config,
-            watched,
-            held_out=data.validation is not None,
-            image_size=image_size,
-            device=ranks.device,
-        )
+        return AccuracyMonitor(config, data, image_size=image_size, device=ranks.device)
     return Monitor(
         config,
         data.train,

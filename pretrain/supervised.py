@@ -23,8 +23,7 @@ from pretrain.distill import (
     vanilla_by_network,
 )
 from pretrain.gates import scale_gradient
-from pretrain.losses import MCLTerms, batch_terms_by_network
-from pretrain.simplex_weights import require_finite
+from pretrain.losses import MCLTerms, batch_terms_by_network, require_finite
 from pretrain.terms import SupervisedTerms
 
 # The ensemble's weights that are reported move slowly, by every so many training batches.

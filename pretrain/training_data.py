@@ -20,45 +20,56 @@ class TrainingData(NamedTuple):
     """What was read for a run.
 
     train: the images to train on.
-    validation: those held out of training; None if none are.
     root: where the data lies; None = the usual places.
+    validation: those held out of training; None if none are.
+    test: the labelled test split; None where accuracy is not measured.
     """
 
     train: ImageDataset
-    validation: ImageDataset | None
     root: str | None
+    validation: ImageDataset | None = None
+    test: ImageDataset | None = None
 
 
 def load_training_data(config: PretrainConfig, ranks: Ranks) -> TrainingData:
     """The dataset of the config, or its fallback with a line that says so, without what is held out.
 
     Raises:
-        UserError: neither can be had, or labels that are asked for are missing.
+        UserError: neither can be had; or labels, a test split or images to hold out are asked for and missing.
     """
-    dataset, root = _load(config.data, ranks)
-    labelled = dataset.labels is not None and int(dataset.labels.min()) >= 0
-    if not labelled:
-        for key, asked in (
-            ("method supervised", config.method == "supervised"),
-            ("data.validation_percent", config.data.validation_percent > 0),
-            ("data.shots", config.data.shots is not None),
-        ):
-            if asked:
-                raise UserError(
-                    f"{key} needs a label for every image, which {dataset.name} {dataset.split} has not: choose "
-                    "another data.name or data.split"
-                )
-        return TrainingData(dataset, None, root)
+    train, root = _load(config.data, ranks)
+    supervised, settings = config.method == "supervised", config.data
+    for key, asked in (
+        ("method supervised", supervised),
+        ("data.validation_percent", settings.validation_percent > 0),
+        ("data.shots", settings.shots is not None),
+    ):
+        if asked and not _labelled(train):
+            raise UserError(
+                f"{key} needs a label for every image, which {train.name} {train.split} has not: choose another "
+                "data.name or data.split"
+            )
+    # Read before anything is trained: the end of the run needs it.
+    test = load_dataset(train.name, "test", root=root) if supervised else None
+    if test is not None and not _labelled(test):
+        raise UserError(f"{test.name} test has no labels to measure accuracy by")
     validation = None
-    if config.data.validation_percent:
-        assert dataset.labels is not None
-        kept, held_out = hold_out(dataset.labels, config.data.validation_percent, seed=config.seed)
-        dataset, validation = select_images(dataset, kept), select_images(dataset, held_out)
-    if config.data.shots is not None:
-        assert dataset.labels is not None
-        chosen = few_shots(dataset.labels, config.data.shots, seed=config.seed)
-        dataset = select_images(dataset, chosen)
-    return TrainingData(dataset, validation, root)
+    if settings.validation_percent and train.labels is not None:
+        kept, held_out = hold_out(train.labels, settings.validation_percent, seed=config.seed)
+        if not len(held_out):
+            raise UserError(
+                f"data.validation_percent {settings.validation_percent:g} holds nothing out of {train.name}: each of "
+                "its classes has a single image"
+            )
+        train, validation = select_images(train, kept), select_images(train, held_out)
+    if settings.shots is not None and train.labels is not None:
+        train = select_images(train, few_shots(train.labels, settings.shots, seed=config.seed))
+    return TrainingData(train, root, validation, test)
+
+
+def _labelled(dataset: ImageDataset) -> bool:
+    """Whether every image has a label."""
+    return dataset.labels is not None and int(dataset.labels.min()) >= 0
 
 
 def _load(data: DataConfig, ranks: Ranks) -> tuple[ImageDataset, str | None]:

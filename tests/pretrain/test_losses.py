@@ -303,6 +303,17 @@ def test_soft_kl_keeps_its_digits_in_float32(temperature, scale, seed):
     torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-12 * temperature**2)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 100.0, 1e4])
+def test_the_gradient_of_the_soft_kl_sums_to_zero_in_float32(temperature):
+    """It is T (q - p). A rounding that all candidates have in common adds up where their embeddings are the same."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(8, 51, generator=generator).mul(3)
+    student = (teacher + 1e-2 * torch.randn(8, 51, generator=generator)).requires_grad_()
+    soft_kl(teacher, student, temperature).sum().backward()
+    assert student.grad is not None
+    assert student.grad.double().sum(-1).abs().max() < 1e-7
+
+
 def test_soft_kl_equals_the_textbook_form_in_float64():
     for scale in (1e-3, 0.05, 1.0, 20.0, 200.0):
         teacher, student = scale * unit(5, 19, seed=17) * 4, scale * unit(5, 19, seed=18) * 4
