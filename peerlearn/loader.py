@@ -8,8 +8,6 @@ one that cannot.
 Dimension letters: N images, B batch per rank. Image tensors are (B, channels, height, width).
 """
 
-import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,24 +31,14 @@ from peerlearn.augment import (
 )
 from peerlearn.datasets import ImageDataset
 from peerlearn.errors import UserError
+from peerlearn.held_images import HeldImages, held_in_memory
 from peerlearn.image_folders import DecodeError
 from peerlearn.sampler import EpochOrder, check_class_aware, class_aware, shuffled
-from peerlearn.unreadable import (
-    Decoded,
-    Unreadable,
-    check_unreadable_rate,
-    decode_images,
-    read_substitute,
-    substitutes,
-)
+from peerlearn.unreadable import Decoded, Unreadable, decode_images, read_substitute
 from peerlearn.workers import Jobs, results, worker_pool
 
 # Of the device memory free at the start; the rest belongs to the networks.
 _RESIDENT_SHARE = 0.25
-_DECODE_CHUNK = 64
-_PROGRESS_INTERVAL_SECONDS = 10.0
-
-logger = logging.getLogger(__name__)
 
 
 class ViewBatch(NamedTuple):
@@ -248,75 +236,6 @@ def _noting_unreadable(
                 raise DecodeError(file, reason)
             unreadable.append(Unreadable(cut[position], str(file), reason))
         yield result.views
-
-
-class HeldImages(NamedTuple):
-    """A dataset's images in main memory.
-
-    images: uint8 (N, channels, height, width); what it holds for an unreadable image is undefined.
-    source: int64 (N,), the image to take for each: itself, or its substitute if it is unreadable.
-    unreadable: those that could not be decoded, by their number, in its order.
-    """
-
-    images: Tensor
-    source: Tensor
-    unreadable: dict[int, Unreadable]
-
-
-def held_in_memory(
-    dataset: ImageDataset, *, seed: int, max_unreadable_percent: float, workers: int = 0
-) -> HeldImages:
-    """Decode the image files of a dataset, by ``workers`` processes (0: by this one).
-
-    Raises UserError if more than ``max_unreadable_percent`` of them cannot be decoded, and for
-    images of several sizes.
-    """
-    source = torch.arange(len(dataset))
-    if isinstance(dataset.images, Tensor):
-        return HeldImages(dataset.images, source, {})
-    images, unreadable = _decoded_files(dataset.images, dataset.name, workers)
-    check_unreadable_rate(
-        len(unreadable), len(dataset), max_unreadable_percent, list(unreadable.values())
-    )
-    for index, image in unreadable.items():
-        drawn = substitutes(image, images=len(dataset), seed=seed)
-        source[index] = next(other for other in drawn if other not in unreadable)
-    return HeldImages(images, source, unreadable)
-
-
-def _decoded_files(
-    files: tuple[Path, ...], name: str, workers: int
-) -> tuple[Tensor, dict[int, Unreadable]]:
-    """uint8 (N, 3, height, width), all of the size of the first image that can be decoded."""
-    chunks = [files[first : first + _DECODE_CHUNK] for first in range(0, len(files), _DECODE_CHUNK)]
-    images, model = torch.empty(0, dtype=torch.uint8), None
-    unreadable: dict[int, Unreadable] = {}
-    done, reported = 0, time.monotonic()
-    pool = worker_pool(decode_images, chunks, workers=workers, device=torch.device("cpu"))
-    for decoded in results(pool):
-        for position, reason in decoded.failures.items():
-            index = done + position
-            unreadable[index] = Unreadable(index, str(files[index]), reason)
-        for index, image in enumerate(decoded.images, done):
-            if index in unreadable:
-                continue
-            if model is None:
-                model, images = files[index], images.new_empty((len(files), *image.shape))
-            if image.shape != images.shape[1:]:
-                raise UserError(
-                    f"{files[index]} is {_extent(image)} and {model} is {_extent(images)} pixels: "
-                    "images of several sizes need data.backend folder"
-                )
-            images[index] = image
-        done += len(decoded.images)
-        if time.monotonic() - reported > _PROGRESS_INTERVAL_SECONDS:
-            reported = time.monotonic()
-            logger.info("decoded %d of %d images of %s", done, len(files), name)
-    return images, unreadable
-
-
-def _extent(image: Tensor) -> str:
-    return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,9 @@ from peerlearn.augment import AUGMENTATIONS, Augmentation, draw_view_parameters
 from peerlearn.datasets import ImageDataset, load_dataset
 from peerlearn.errors import UserError
 from peerlearn.heartbeat import process_exists
+from peerlearn.held_images import held_in_memory
 from peerlearn.image_folders import decode_image
-from peerlearn.loader import ViewLoader, _fits, _resized_cut, held_in_memory
+from peerlearn.loader import ViewLoader, _fits, _resized_cut
 from peerlearn.sampler import class_aware
 from peerlearn.workers import results, worker_pool
 

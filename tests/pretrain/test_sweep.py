@@ -23,9 +23,10 @@ from peerlearn.run_dir import RunDirectory
 from peerlearn.stop import Stop
 from pretrain.sweep import Sweep, SweptRun, check_folder, plan_sweep, write_sweep
 from pretrain.sweep_config import read_sweep
+from pretrain.sweep_plot import axis_numbers, doubles
 from pretrain.sweep_run import run_missing
 from pretrain.sweep_scores import Score, paired_difference, score_sweep
-from pretrain.sweep_table import axis_numbers, doubles, grid_table, report
+from pretrain.sweep_table import grid_table, report
 from slurm.plan import plan_tasks
 from tests.e2e.runs import SMALL, command, environment, events
 
