@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from peerlearn.checkpoint import load_checkpoint, saved_steps
 from peerlearn.cli import main
@@ -132,6 +134,16 @@ def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen]) -
         assert all(process.poll() is None for process in processes), "a process ended early"
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def write_noise(root: Path, folders: dict[str, int]) -> None:
+    """So many 16-pixel images of noise in each folder below the root: 000.png, 001.png, ..."""
+    noise = np.random.default_rng(0)
+    for folder, count in folders.items():
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{number:03d}.png")
 
 
 def flip_last_byte(file: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole supervised runs: what they leave, what they resume to, and that ranks share them."""
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -14,9 +15,14 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch.utils.flop_counter import FlopCounterMode
 
 from peerlearn.backbones import create_backbone
+from peerlearn.cli import main
+from peerlearn.config import load_config
 from peerlearn.datasets import load_dataset
+from peerlearn.dist import Ranks
 from peerlearn.export import load_export
 from peerlearn.loader import evaluation_batches
+from pretrain import state
+from pretrain.config import PretrainConfig
 from pretrain.distill import ensemble_weights
 from pretrain.training_data import load_training_data
 from tests.e2e.runs import (
@@ -31,6 +37,7 @@ from tests.e2e.runs import (
     pretrain,
     rows,
     wait_for,
+    write_noise,
 )
 
 SUPERVISED = ["--method", "supervised", "--temperature", "0.1", "--cohort.projection", "mlp"]
@@ -125,8 +132,6 @@ def test_an_export_is_the_plain_network_with_its_classifier(finished):
 
 
 def test_the_verbs_export_and_knn_take_a_supervised_run(finished, tmp_path, capsys):
-    from peerlearn.cli import main
-
     assert main(["export", str(finished), "--output", str(tmp_path)]) == 0
     again, first = (
         folder / "net-0/model.safetensors"
@@ -232,10 +237,6 @@ def test_a_validation_split_is_watched_and_gives_the_weights(tmp_path):
     watched = [row for row in rows(run) if "net/0/validation_top1" in row]
     assert len(watched) == 3
     assert not any("test_top1" in key for row in rows(run) for key in row)
-    from peerlearn.config import load_config
-    from peerlearn.dist import Ranks
-    from pretrain.config import PretrainConfig
-
     config = load_config(PretrainConfig, run / "config.yaml")
     data = load_training_data(config, Ranks(torch.device("cpu")))
     assert data.validation is not None
@@ -322,65 +323,55 @@ def test_a_done_run_whose_results_are_gone_measures_again(tmp_path, capsys):
     first = {name: result["metrics"] for name, result in results(run).items()}
     for path in (run / "results").iterdir():
         path.unlink()
-    from peerlearn.cli import main
-
     assert main(["resume", str(run)]) == 0
     assert {name: result["metrics"] for name, result in results(run).items()} == first
     assert events(run, "done")[-1]["step"] == 6
 
 
+def folder_words(root: Path, *more: str) -> list[str]:
+    return ["--data.name", "folder", "--data.root", str(root), "--data.limit", "null", *more]
+
+
 def test_without_a_test_split_a_run_does_not_start(tmp_path, capsys):
     """Nor with a validation split and nothing to watch: the end of the run needs it."""
-    import shutil
-
-    from PIL import Image
-
-    for number in range(60):
-        file = tmp_path / f"data/train/class{number % 2}/{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (4 * number, 0, 0)).save(file)
-    words = ["--data.name", "folder", "--data.root", str(tmp_path / "data"), "--data.limit", "60"]
-    words += ["--data.validation_percent", "20", "--monitor.every_epochs", "0"]
+    root = tmp_path / "data"
+    write_noise(root, {"train/class0": 30, "train/class1": 30})
+    words = folder_words(root, "--data.validation_percent", "20", "--monitor.every_epochs", "0")
     assert pretrain(tmp_path / "r", *SUPERVISED, *words) == 1
     assert "test" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
-    shutil.copytree(tmp_path / "data/train", tmp_path / "data/test")
+    shutil.copytree(root / "train", root / "test")
     assert pretrain(tmp_path / "r", *SUPERVISED, *words, "--epochs", "1") == 0
 
 
-def test_substitutes_of_another_class_leave_fewer_negatives(tmp_path):
-    """Three classes of 40, an unreadable image in each, and as many negatives as pure groups leave."""
-    import numpy as np
-    from PIL import Image
+def test_classes_of_one_image_leave_nothing_to_hold_out(tmp_path, capsys):
+    folders = {f"{split}/class{number}": 1 for split in ("train", "test") for number in range(40)}
+    write_noise(tmp_path / "data", folders)
+    words = folder_words(tmp_path / "data", "--data.validation_percent", "20")
+    assert pretrain(tmp_path / "r", *SUPERVISED, *words) == 1
+    assert "data.validation_percent 20 holds nothing out" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
 
-    noise = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for number in range(120):
-            file = tmp_path / f"data/{split}/class{number % 3}/{number:03d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(file)
-    for number in range(12):
-        (tmp_path / f"data/train/class{number % 3}/{number:03d}.png").write_bytes(b"no image")
-    words = ["--data.name", "folder", "--data.root", str(tmp_path / "data"), "--data.limit", "120"]
-    words += ["--batch_size", "12", "--data.max_unreadable_percent", "50"]
-    words += ["--supervised.num_negatives", "8"]
-    assert pretrain(tmp_path / "r", *SUPERVISED, *words) == 0
+
+def test_substitutes_of_another_class_leave_fewer_negatives(tmp_path):
+    """Three classes of 40, unreadable images in each, and as many negatives as pure groups leave."""
+    root = tmp_path / "data"
+    write_noise(root, {f"{split}/class{c}": 40 for split in ("train", "test") for c in range(3)})
+    for file in root.glob("train/class?/00[0-3].png"):
+        file.write_bytes(b"no image")
+    words = folder_words(root, "--batch_size", "12", "--data.max_unreadable_percent", "50")
+    assert pretrain(tmp_path / "r", *SUPERVISED, *words, "--supervised.num_negatives", "8") == 0
     assert len(events(tmp_path / "r", "image_unreadable")) == 12
 
 
 def test_images_without_labels_are_refused(tmp_path, capsys):
-    from PIL import Image
-
-    for number in range(40):
-        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    words = ["--data.name", "folder", "--data.root", str(tmp_path), "--data.limit", "40"]
+    write_noise(tmp_path, {"images": 40})
+    words = folder_words(tmp_path / "images")
     assert pretrain(tmp_path / "r", *SUPERVISED, *words) == 1
     assert "method supervised needs a label for every image" in capsys.readouterr().err
 
 
 def test_a_step_with_a_poisoned_classifier_is_skipped_and_told(tmp_path, monkeypatch):
-    from pretrain import state
-
     build = state.build_networks
 
     def poisoned(*arguments, **named):
@@ -399,21 +390,15 @@ def test_a_step_with_a_poisoned_classifier_is_skipped_and_told(tmp_path, monkeyp
 
 def test_an_unreadable_image_that_is_drawn_often_counts_once(tmp_path):
     """A class of 4 among 40 images: the class-aware sampler draws each of them five times an epoch."""
-    import numpy as np
-    from PIL import Image
-
-    noise = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for number in range(40):
-            file = tmp_path / "data" / split / f"class{number < 4:d}" / f"{number:02d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(file)
-    (tmp_path / "data/train/class1/02.png").write_bytes(b"no image")
+    root = tmp_path / "data"
+    write_noise(
+        root, {f"{split}/{c}": n for split in ("train", "test") for c, n in (("a", 36), ("b", 4))}
+    )
+    (root / "train/b/002.png").write_bytes(b"no image")
     run = tmp_path / "r"
-    words = ["--data.name", "folder", "--data.root", str(tmp_path / "data"), "--data.limit", "40"]
-    words += ["--batch_size", "20", "--data.backend", "folder", "--data.workers", "1"]
-    assert pretrain(run, *SUPERVISED, *words, "--data.max_unreadable_percent", "3") == 0
+    words = folder_words(root, "--batch_size", "20", "--data.backend", "folder")
+    words += ["--data.workers", "1", "--data.max_unreadable_percent", "3"]
+    assert pretrain(run, *SUPERVISED, *words) == 0
     assert len(events(run, "image_unreadable")) == 1
     assert {row["unreadable_images"] for row in rows(run)[1:]} == {1}
     found = results(run)["0"]["metrics"]
