@@ -1,4 +1,4 @@
-"""The end of a run's metrics.jsonl, however long the file is: step, pace, newest kNN score."""
+"""The end of a run's metrics.jsonl, however long the file is: step, pace, newest accuracy."""
 
 import json
 import os
@@ -10,35 +10,38 @@ from typing import Any, NamedTuple
 _RATE_ROWS = 5
 _WINDOW_ROWS = 200
 _BLOCK_BYTES = 1 << 18
-# So far back the last kNN score is looked for.
+# So far back the last accuracy is looked for.
 _TAIL_BYTES = 1 << 26
 
 Row = dict[str, Any]
 
 
 class MetricsTail(NamedTuple):
-    """What the end of metrics.jsonl tells; ``knn`` holds the fields of RunStatus of that name."""
+    """What the end of metrics.jsonl tells; ``scores`` holds the fields of RunStatus for kNN and classifiers."""
 
     step: int | None
     attempt: int | None
     images_per_second: float | None
     steps_per_second: float | None
-    knn: dict[str, Any]
+    scores: dict[str, Any]
 
 
-_NO_KNN: dict[str, Any] = dict.fromkeys(
-    ("knn_top1", "knn_network", "knn_epoch", "knn_k", "knn_temperature")
+_UNSCORED: dict[str, Any] = dict.fromkeys(
+    (
+        *("knn_top1", "knn_network", "knn_epoch", "knn_k", "knn_temperature"),
+        *("classifier_top1", "classifier_network", "classifier_epoch", "classifier_split"),
+    )
 )
 
 
 def read_tail(file: Path) -> MetricsTail:
     """Read no more of the file than that takes; lines that cannot be read are left out."""
     rows: list[Row] = []
-    knn = _NO_KNN
+    scores = _UNSCORED
     for line in _lines_backwards(file):
-        scored = knn is _NO_KNN and b"knn_top1" in line
+        scored = scores is _UNSCORED and b"_top1" in line
         if len(rows) >= _WINDOW_ROWS and not scored:
-            if knn is not _NO_KNN:
+            if scores is not _UNSCORED:
                 break
             continue
         try:
@@ -50,7 +53,7 @@ def read_tail(file: Path) -> MetricsTail:
         if len(rows) < _WINDOW_ROWS:
             rows.append(row)
         if scored:
-            knn = _knn(row)
+            scores = _scores(row)
     rates = [r for row in rows if (r := number(row.get("images_per_second"))) is not None]
     newest = rows[0] if rows else {}
     return MetricsTail(
@@ -58,7 +61,7 @@ def read_tail(file: Path) -> MetricsTail:
         attempt=integer(newest.get("attempt")),
         images_per_second=statistics.median(rates[:_RATE_ROWS]) if rates else None,
         steps_per_second=_pace(rows),
-        knn=knn,
+        scores=scores,
     )
 
 
@@ -80,18 +83,27 @@ def _pace(rows: Sequence[Row]) -> float | None:
     return float((last["step"] - first["step"]) / (last["seconds"] - first["seconds"]))
 
 
-def _knn(row: Row) -> dict[str, Any]:
+def _scores(row: Row) -> dict[str, Any]:
+    """The ensemble's accuracy, or a single network's: by kNN, or of a supervised run's classifiers."""
     for network in ("ensemble", "net/0"):
-        score = number(row.get(f"{network}/knn_top1"))
-        if score is not None:
-            return {
+        epoch = number(row.get("epoch"))
+        if (score := number(row.get(f"{network}/knn_top1"))) is not None:
+            return _UNSCORED | {
                 "knn_top1": score,
                 "knn_network": network,
-                "knn_epoch": number(row.get("epoch")),
+                "knn_epoch": epoch,
                 "knn_k": integer(row.get("knn/k")),
                 "knn_temperature": number(row.get("knn/temperature")),
             }
-    return _NO_KNN
+        for split in ("test", "validation"):
+            if (score := number(row.get(f"{network}/{split}_top1"))) is not None:
+                return _UNSCORED | {
+                    "classifier_top1": score,
+                    "classifier_network": network,
+                    "classifier_epoch": epoch,
+                    "classifier_split": split,
+                }
+    return _UNSCORED
 
 
 def _lines_backwards(file: Path) -> Iterator[bytes]:

@@ -50,6 +50,10 @@ class RunStatus:
         knn_epoch: when, in epochs.
         knn_k: neighbours.
         knn_temperature: of the vote.
+        classifier_top1: of a supervised run, its newest accuracy in percent.
+        classifier_network: whose: ensemble (mean of logits), or net/0 of a single network.
+        classifier_epoch: when, in epochs.
+        classifier_split: on which images: test, or validation where some were held out.
         heartbeat_age_seconds: of the rank that has been silent longest; only while running.
         evaluations_pending: jobs that wait to evaluate it.
         evaluations_running: jobs that do.
@@ -70,6 +74,10 @@ class RunStatus:
     knn_epoch: float | None
     knn_k: int | None
     knn_temperature: float | None
+    classifier_top1: float | None
+    classifier_network: str | None
+    classifier_epoch: float | None
+    classifier_split: str | None
     heartbeat_age_seconds: float | None
     evaluations_pending: int
     evaluations_running: int
@@ -137,7 +145,7 @@ def read_status(
         heartbeat_age_seconds=round(max(0.0, age), 1) if runs_now and age is not None else None,
         evaluations_pending=evaluations.count("PENDING"),
         evaluations_running=len(evaluations) - evaluations.count("PENDING"),
-        **metrics.knn,
+        **metrics.scores,
     )
 
 

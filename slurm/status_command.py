@@ -52,8 +52,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "Example: peerlearn status runs --follow",
         epilog="--json prints a list with an object for each run, null for what is unknown: run, state, reason, live "
         "(whether it goes on by itself), job, restarts, step, total_steps, images_per_second, seconds_left, "
-        "knn_top1 (percent), knn_network, knn_epoch, knn_k, knn_temperature, heartbeat_age_seconds, "
-        "evaluations_pending, evaluations_running.",
+        "knn_top1 (percent), knn_network, knn_epoch, knn_k, knn_temperature, "
+        "classifier_top1 (percent, of a supervised run), classifier_network, classifier_epoch, classifier_split, "
+        "heartbeat_age_seconds, evaluations_pending, evaluations_running.",
     )
     parser.add_argument(
         "runs",
@@ -127,7 +128,7 @@ def _table(statuses: Sequence[RunStatus]) -> "Group":
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("run", overflow="fold")
     table.add_column("state", min_width=10)
-    for heading in ("step", "images/s", "time left", "kNN (epoch)", "heartbeat"):
+    for heading in ("step", "images/s", "time left", _score_heading(statuses), "heartbeat"):
         table.add_column(heading, justify="right", no_wrap=True)
     if evaluated:
         table.add_column("evaluations", no_wrap=True)
@@ -140,21 +141,32 @@ def _table(statuses: Sequence[RunStatus]) -> "Group":
         if evaluated:
             cells.append(Text(_evaluations(status)))
         table.add_row(*cells)
-    return Group(table, *([Text(text)] if (text := _knn_protocol(statuses)) else []))
+    return Group(table, *map(Text, (*_knn_protocol(statuses), *_classifier_protocol(statuses))))
+
+
+def _score_heading(statuses: Sequence[RunStatus]) -> str:
+    kinds = {
+        "kNN": any(status.knn_top1 is not None for status in statuses),
+        "classifier": any(status.classifier_top1 is not None for status in statuses),
+    }
+    return f"{'/'.join(kind for kind, shown in kinds.items() if shown) or 'top-1'} (epoch)"
 
 
 def _numbers(status: RunStatus) -> list[str]:
-    """The cells of one run: step, images/s, time left, kNN, heartbeat; a dash is unknown."""
+    """The cells of one run: step, images/s, time left, accuracy, heartbeat; a dash is unknown."""
     step = "-" if status.step is None else f"{status.step:,}"
     total = "" if status.total_steps is None else f"/{status.total_steps:,}"
     rate, left, beat = status.images_per_second, status.seconds_left, status.heartbeat_age_seconds
-    knn = "-" if status.knn_top1 is None else f"{status.knn_top1:.2f}"
-    epoch = "" if status.knn_epoch is None else f" ({status.knn_epoch:g})"
+    score, scored_epoch = status.knn_top1, status.knn_epoch
+    if score is None:
+        score, scored_epoch = status.classifier_top1, status.classifier_epoch
+    accuracy = "-" if score is None else f"{score:.2f}"
+    epoch = "" if scored_epoch is None else f" ({scored_epoch:g})"
     return [
         f"{step}{total}",
         "-" if rate is None else f"{rate:,.0f}",
         "-" if left is None else time_text(left),
-        f"{knn}{epoch}",
+        f"{accuracy}{epoch}",
         "-" if beat is None else f"{beat:.0f} s ago",
     ]
 
@@ -164,13 +176,29 @@ def _evaluations(status: RunStatus) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-def _knn_protocol(statuses: Sequence[RunStatus]) -> str:
-    """What the scores are; "" if there are none."""
-    scored = [status for status in statuses if status.knn_top1 is not None]
-    if not scored:
-        return ""
-    protocols = {(s.knn_network, s.knn_k, s.knn_temperature) for s in scored}
+def _knn_protocol(statuses: Sequence[RunStatus]) -> list[str]:
+    """What the kNN scores are, in one line; none if there are no such scores."""
+    protocols = {
+        (s.knn_network, s.knn_k, s.knn_temperature) for s in statuses if s.knn_top1 is not None
+    }
+    if not protocols:
+        return []
     if len(protocols) > 1:
-        return "kNN: the monitor's top-1 in %; --json names network, k and temperature"
+        return ["kNN: the monitor's top-1 in %; --json names network, k and temperature"]
     network, k, temperature = protocols.pop()
-    return f"kNN: the monitor's top-1 in %, {network}, k {k}, temperature {temperature}"
+    return [f"kNN: the monitor's top-1 in %, {network}, k {k}, temperature {temperature}"]
+
+
+def _classifier_protocol(statuses: Sequence[RunStatus]) -> list[str]:
+    """The same of supervised runs."""
+    protocols = {
+        (s.classifier_network, s.classifier_split)
+        for s in statuses
+        if s.classifier_top1 is not None
+    }
+    if not protocols:
+        return []
+    if len(protocols) > 1:
+        return ["classifier: top-1 in %; --json names network and split"]
+    network, split = protocols.pop()
+    return [f"classifier: top-1 in % on the {split} images, {network}"]

@@ -15,7 +15,7 @@ import pytest
 
 from peerlearn.cli import main
 from peerlearn.run_dir import RunDirectory
-from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, rows
+from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
 
@@ -62,11 +62,45 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> N
         "knn_epoch": 2.0,
         "knn_k": 5,
         "knn_temperature": 0.1,
+        "classifier_top1": None,
+        "classifier_network": None,
+        "classifier_epoch": None,
+        "classifier_split": None,
         "heartbeat_age_seconds": None,
         "evaluations_pending": 0,
         "evaluations_running": 0,
     }
     assert shown(capsys, finished) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("more", "network", "split"),
+    [
+        ((), "ensemble", "test"),
+        (("--data.validation_percent", "20"), "ensemble", "validation"),
+        (("--cohort.networks", "1"), "net/0", "test"),
+    ],
+)
+def test_a_supervised_run_shows_the_accuracy_of_its_classifiers(
+    more: tuple[str, ...],
+    network: str,
+    split: str,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "a"
+    assert pretrain(run, "--method", "supervised", "--alpha", "0", "--beta", "0", *more) == 0
+    (found,) = shown(capsys, run)
+    score = rows(run)[-1][f"{network}/{split}_top1"]
+    assert (found["classifier_top1"], found["classifier_epoch"]) == (score, 2.0)
+    assert (found["classifier_network"], found["classifier_split"]) == (network, split)
+    assert found["knn_top1"] is None
+    assert main(["status", str(run), str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "kNN/classifier (epoch)" in printed
+    assert f"{score:.2f} (2)" in printed
+    assert f"classifier: top-1 in % on the {split} images, {network}" in printed
 
 
 def test_two_ranks_run_one_falls_silent_they_are_killed(
