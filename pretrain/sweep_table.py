@@ -2,15 +2,19 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peerlearn.run_dir import write_text
 from pretrain.sweep import Cell, Sweep, unwritable
 from pretrain.sweep_plot import plot_sweep
 from pretrain.sweep_scores import ENSEMBLE, INDIVIDUAL, WEIGHTED, Findings, Score, score_sweep
+
+if TYPE_CHECKING:
+    import rich.table
 
 _STATISTICS = (
     "top-1 in percent at the last step: mean +- standard deviation over seeds; vs: mean difference over the seeds that "
@@ -120,25 +124,47 @@ def _difference_texts(score: Score | None) -> tuple[str, str, str]:
 
 
 def _print(tables: Sequence[Table], findings: Findings) -> None:
-    from rich import table as rich_table
     from rich.console import Console
     from rich.text import Text
 
     console = Console()
     for table in tables:
-        shown = rich_table.Table(title=Text(table.title), caption=Text(table.caption))
-        labels = table.headings.index("seeds")
-        for number, heading in enumerate(table.headings):
-            justify: Any = "left" if number < labels else "right"
-            whole = heading in ("score", "top-1")
-            shown.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=whole)
-        for row, below in zip(table.rows, [*table.rows[1:], [""]], strict=True):
-            # Labels are the user's: what looks like markup in them is none.
-            shown.add_row(*map(Text, row), end_section=row[0] != below[0])
-        console.print(shown)
+        console.print(_for_terminal(table))
     console.print(Text(_STATISTICS))
     for problem in findings.problems:
         print(f"missing: {problem.run}: {problem.why}")
+
+
+def _for_terminal(table: Table) -> "rich.table.Table":
+    """Narrow enough for 80 columns where labels allow: the score stands above its rows, and only labels are wrapped."""
+    from rich import box
+    from rich import table as rich_table
+    from rich.text import Text
+
+    # Titles and labels are the user's: what looks like markup in them is none.
+    shown = rich_table.Table(
+        title=Text(table.title),
+        caption=Text(table.caption),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    labels = table.headings.index("seeds")
+    for number, heading in enumerate(table.headings[1:], start=1):
+        is_label = number < labels
+        shown.add_column(
+            Text(heading),
+            justify="left" if is_label else "right",
+            overflow="fold",
+            no_wrap=not is_label,
+        )
+    for score, rows in itertools.groupby(table.rows, key=lambda row: row[0]):
+        shown.add_row(Text(score, style="bold"))
+        for row in rows:
+            shown.add_row(*map(Text, row[1:]))
+        shown.add_section()
+    return shown
 
 
 def _as_markdown(tables: Sequence[Table], findings: Findings) -> str:

@@ -416,6 +416,39 @@ def check_files(sweep: Sweep, scores: list[Score]) -> None:
     assert (sweep.root / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_80_columns_are_enough_for_the_printed_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    axis = {
+        "vanilla": "--alpha 0",
+        "EnsTeach + MCL (x2)": "",
+        "a [bold]label[/] of many words": "--alpha 1",
+    }
+    sweep = make(tmp_path, grids={"g": {"method": axis}})
+    scores = (69.52, 70.5, 81.25)
+    finish(
+        sweep,
+        {
+            (v.name, s): tuple(x + s * n for x in scores)
+            for n, v in enumerate(sweep.variants)
+            for s in (0, 1)
+        },
+    )
+    findings = report(sweep, whole=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ensemble"] in lines
+    assert ["vanilla", "2", "of", "2", "81.25", "+-", "0.00", "baseline"] in lines
+    score = find(findings.scores, "g", "EnsTeach + MCL (x2)", network="ensemble")
+    assert score.difference is not None
+    numbers = f"2 of 2 {score.mean:.2f} +- {score.std:.2f} {score.difference.mean:+.2f}"
+    low, high = (score.difference.mean + sign * score.difference.ci95 for sign in (-1, 1))
+    row = f"EnsTeach + MCL (x2) {numbers} {low:.2f} .. {high:.2f} {score.difference.p:.3f}"
+    assert row.split() in lines
+    # A longer label is wrapped between words.
+    assert any(line[:3] == ["a", "[bold]label[/]", "of"] and line[3] == "2" for line in lines)
+
+
 def test_differences_without_spread_have_no_p() -> None:
     first = {0: 70.0, 1: 80.5}
     zero = paired_difference(first, dict(first))
