@@ -1,0 +1,101 @@
+"""The scripts that make data sets for experiments: characters in (matplotlib's) fonts, halves of Fashion-MNIST."""
+
+import gzip
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageFont
+
+from peerlearn.datasets import load_dataset
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def families(folder: Path) -> set[str]:
+    names = {file.stem.partition("-")[2] for file in folder.rglob("*.png")}
+    return {str(ImageFont.truetype(FONTS / f"{name}.ttf").getname()[0]) for name in names}
+
+
+def test_no_family_is_in_both_splits_and_few_classes_are_the_first_of_many(tmp_path: Path) -> None:
+    root = tmp_path / "characters"
+    done = run("character_images.py", root, "--fonts", FONTS)
+    assert done.returncode == 0, done.stderr
+    train, test = (families(root / "60" / split) for split in ("train", "test"))
+    assert train
+    assert test
+    assert not train & test
+    for split in ("train", "test"):
+        many, few = (load_dataset("folder", split, root=str(root / n)) for n in ("60", "10"))
+        assert len(many.class_names) == 60
+        assert few.class_names == tuple(f"{ord(letter):04x}" for letter in "ABCDEFGHIJ")
+        assert many.labels is not None
+        per_class = many.labels.bincount()
+        assert per_class.unique().numel() == 1
+        assert len(few) == 10 * per_class[0]
+        # A font without the characters draws boxes, all alike: it is left out.
+        for font in (root / "60" / split / "0041").iterdir():
+            images = {
+                (root / "60" / split / name / font.name).read_bytes() for name in many.class_names
+            }
+            assert len(images) == 60
+        for name in few.class_names:
+            for image in (root / "10" / split / name).iterdir():
+                twin = root / "60" / split / name / image.name
+                assert image.read_bytes() == twin.read_bytes()
+
+
+def test_nothing_is_drawn_without_fonts_or_over_files(tmp_path: Path) -> None:
+    (tmp_path / "fonts").mkdir()
+    (tmp_path / "fonts" / "broken.ttf").write_bytes(b"\x00\x01\x00\x00 no font")
+    found = run("character_images.py", tmp_path / "a", "--fonts", tmp_path / "fonts")
+    assert (found.returncode, (tmp_path / "a").exists()) == (1, False)
+    assert "too few fonts" in found.stderr
+    found = run("character_images.py", tmp_path / "fonts")
+    assert found.returncode == 1
+    assert "is there already" in found.stderr
+
+
+def write_idx(file: Path, values: np.ndarray) -> None:
+    header = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape)
+    file.write_bytes(gzip.compress(header + values.tobytes()))
+
+
+def test_the_halves_of_fashion_mnist_hold_every_image_once(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    images, labels = {}, {}
+    random = np.random.default_rng(0)
+    for split, prefix, count in (("train", "train", 43), ("test", "t10k", 21)):
+        images[split] = random.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        labels[split] = (np.arange(count) * 7 % 10).astype(np.uint8)
+        write_idx(tmp_path / "root" / f"{prefix}-images-idx3-ubyte.gz", images[split])
+        write_idx(tmp_path / "root" / f"{prefix}-labels-idx1-ubyte.gz", labels[split])
+    done = run("fashion_mnist_parts.py", tmp_path / "parts", "--root", tmp_path / "root")
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "test"):
+        found = {}
+        for part, names in (("garments", "02346"), ("distinct", "15789")):
+            dataset = load_dataset("folder", split, root=str(tmp_path / "parts" / part))
+            assert dataset.class_names == tuple(names)
+            assert not isinstance(dataset.images, torch.Tensor)
+            assert dataset.labels is not None
+            for file, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
+                found[int(file.stem)] = int(names[label])
+                with Image.open(file) as image:
+                    assert np.array_equal(np.asarray(image), images[split][int(file.stem)])
+        assert found == dict(enumerate(labels[split].tolist()))
