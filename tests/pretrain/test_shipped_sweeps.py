@@ -20,7 +20,6 @@ NAMED = {
     "supervised.num_negatives": {"supervised.num_negatives"},
     "alpha": {"alpha"},
     "beta": {"beta"},
-    "alpha, beta": MCL | TEACHING,
 }
 
 
