@@ -1,6 +1,7 @@
-"""What all tests share: reproducible properties, and a disk that takes no more."""
+"""What all tests share: reproducible properties, Ctrl-C, and a disk that takes no more."""
 
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 # The same examples on every machine, however busy it is.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+
+# A shell without job control has what it runs in the background ignore SIGINT, and programs inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
