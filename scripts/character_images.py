@@ -11,6 +11,7 @@ training or test images. Characters that mirror another one (b and d, brackets) 
 import argparse
 import random
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -87,9 +88,7 @@ def write(fonts: Sequence[Font], characters: str, folder: Path) -> None:
             for number, font in enumerate(chosen):
                 font.images[place].save(images / f"{number:05d}-{font.name}.png")
         families = len({font.family for font in chosen})
-        print(
-            f"{folder / split}: {len(characters)} classes x {len(chosen)} fonts of {families} families"
-        )
+        print(f"{split}: {len(characters)} classes x {len(chosen)} fonts of {families} families")
 
 
 def main() -> None:
@@ -105,8 +104,17 @@ def main() -> None:
     fonts = read_fonts(arguments.fonts)
     if not all(split_families(fonts).values()):
         sys.exit(f"{arguments.fonts} has too few fonts with all characters: install more")
-    for characters in (CHARACTERS, CHARACTERS[:FEW]):
-        write(fonts, characters, arguments.folder / str(len(characters)))
+    try:
+        arguments.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not there: a part would be taken for the whole.
+        with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as scratch:
+            whole = Path(scratch) / "whole"
+            for characters in (CHARACTERS, CHARACTERS[:FEW]):
+                write(fonts, characters, whole / str(len(characters)))
+            whole.rename(arguments.folder)
+    except OSError as error:
+        sys.exit(f"{arguments.folder} cannot be written ({error.strerror}): name another folder")
+    print(f"written: {arguments.folder}")
 
 
 if __name__ == "__main__":

@@ -9,30 +9,31 @@ ankle boot) as PNG files, training and test split, with the images' own 28 pixel
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from peerlearn.datasets import load_dataset
+from peerlearn.datasets import ImageDataset, load_dataset
+from peerlearn.errors import UserError
 from peerlearn.progress import progress
 
 PARTS = {"garments": (0, 2, 3, 4, 6), "distinct": (1, 5, 7, 8, 9)}
 
 
-def write(split: str, folder: Path, root: str | None) -> None:
+def write(dataset: ImageDataset, folder: Path) -> None:
     """One split of both halves: part/split/class/index.png."""
-    dataset = load_dataset("fashion_mnist", split, root=root)
     assert isinstance(dataset.images, torch.Tensor)
     assert dataset.labels is not None
     place = {label: part for part, labels in PARTS.items() for label in labels}
     labels = dataset.labels.tolist()
     for label, part in place.items():
-        (folder / part / split / str(label)).mkdir(parents=True)
-    with progress(len(labels), f"{split} images") as report:
+        (folder / part / dataset.split / str(label)).mkdir(parents=True)
+    with progress(len(labels), f"{dataset.split} images") as report:
         for index, label in enumerate(labels):
             image = Image.fromarray(dataset.images[index, 0].numpy())
-            image.save(folder / place[label] / split / str(label) / f"{index:05d}.png")
+            image.save(folder / place[label] / dataset.split / str(label) / f"{index:05d}.png")
             report.advance()
 
 
@@ -46,8 +47,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} is there already: name another folder")
-    for split in ("train", "test"):
-        write(split, arguments.folder, arguments.root)
+    try:
+        datasets = [
+            load_dataset("fashion_mnist", split, root=arguments.root) for split in ("train", "test")
+        ]
+        arguments.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not there: a part would be taken for the whole.
+        with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as scratch:
+            whole = Path(scratch) / "whole"
+            for dataset in datasets:
+                write(dataset, whole)
+            whole.rename(arguments.folder)
+    except UserError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{arguments.folder} cannot be written ({error.strerror}): name another folder")
+    print(f"written: {arguments.folder}")
 
 
 if __name__ == "__main__":

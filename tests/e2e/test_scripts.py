@@ -1,7 +1,5 @@
 """The scripts that make data sets for experiments: characters in (matplotlib's) fonts, halves of Fashion-MNIST."""
 
-import gzip
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from PIL import Image, ImageFont
 
 from peerlearn.datasets import load_dataset
+from tests.idx_files import write_idx
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -69,15 +68,13 @@ def test_nothing_is_drawn_without_fonts_or_over_files(tmp_path: Path) -> None:
     found = run("character_images.py", tmp_path / "fonts")
     assert found.returncode == 1
     assert "is there already" in found.stderr
-
-
-def write_idx(file: Path, values: np.ndarray) -> None:
-    header = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape)
-    file.write_bytes(gzip.compress(header + values.tobytes()))
+    (tmp_path / "file").touch()
+    found = run("character_images.py", tmp_path / "file" / "a", "--fonts", FONTS)
+    assert (found.returncode, found.stderr.count("\n")) == (1, 1)
+    assert f"{tmp_path / 'file' / 'a'} cannot be written" in found.stderr
 
 
 def test_the_halves_of_fashion_mnist_hold_every_image_once(tmp_path: Path) -> None:
-    (tmp_path / "root").mkdir()
     images, labels = {}, {}
     random = np.random.default_rng(0)
     for split, prefix, count in (("train", "train", 43), ("test", "t10k", 21)):
@@ -85,17 +82,25 @@ def test_the_halves_of_fashion_mnist_hold_every_image_once(tmp_path: Path) -> No
         labels[split] = (np.arange(count) * 7 % 10).astype(np.uint8)
         write_idx(tmp_path / "root" / f"{prefix}-images-idx3-ubyte.gz", images[split])
         write_idx(tmp_path / "root" / f"{prefix}-labels-idx1-ubyte.gz", labels[split])
+    labels_file = tmp_path / "root" / "t10k-labels-idx1-ubyte.gz"
+    intact = labels_file.read_bytes()
+    labels_file.write_bytes(intact[:-9])
+    found = run("fashion_mnist_parts.py", tmp_path / "parts", "--root", tmp_path / "root")
+    assert (found.returncode, found.stderr.count("\n")) == (1, 1)
+    assert str(labels_file) in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    labels_file.write_bytes(intact)
     done = run("fashion_mnist_parts.py", tmp_path / "parts", "--root", tmp_path / "root")
     assert done.returncode == 0, done.stderr
     for split in ("train", "test"):
-        found = {}
+        indices = {}
         for part, names in (("garments", "02346"), ("distinct", "15789")):
             dataset = load_dataset("folder", split, root=str(tmp_path / "parts" / part))
             assert dataset.class_names == tuple(names)
             assert not isinstance(dataset.images, torch.Tensor)
             assert dataset.labels is not None
             for file, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
-                found[int(file.stem)] = int(names[label])
+                indices[int(file.stem)] = int(names[label])
                 with Image.open(file) as image:
                     assert np.array_equal(np.asarray(image), images[split][int(file.stem)])
-        assert found == dict(enumerate(labels[split].tolist()))
+        assert indices == dict(enumerate(labels[split].tolist()))

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import struct
 import tarfile
 import urllib.error
 import warnings
@@ -21,6 +20,7 @@ from peerlearn import datasets, packed_datasets
 from peerlearn.datasets import DATASET_NAMES, load_dataset
 from peerlearn.errors import UserError
 from peerlearn.image_folders import decode_image
+from tests.idx_files import write_idx
 
 DOWNLOADABLE = ("cifar10", "cifar100", "fashion_mnist", "stl10", "tinyimagenet")
 FASHION_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
@@ -171,12 +171,6 @@ def test_nothing_is_fetched_into_a_root_that_is_not_writable(
 
 
 # Fashion-MNIST
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(header + values.tobytes()))
 
 
 def write_fashion_mnist(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
