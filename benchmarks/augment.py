@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 
-from peerlearn.augment import (
+from peerlearn.data.augment import (
     AUGMENTATIONS,
     Augmentation,
     distort,

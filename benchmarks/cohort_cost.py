@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.optimizers import build_optimizer
 from peerlearn.config import load_config
-from peerlearn.dist import Ranks
 from pretrain.cohort import Cohort, build_networks
 from pretrain.command import SHIPPED
 from pretrain.config import PretrainConfig
 from pretrain.methods import Method, build_method
-from pretrain.optimizers import build_optimizer
 from pretrain.terms import objective
 
 CLASSES = 100

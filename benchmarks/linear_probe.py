@@ -24,8 +24,8 @@ from linear_eval.config import LinearConfig
 from linear_eval.logistic import fit_logistic
 from linear_eval.streams import streamed_batches
 from peerlearn.backbones import create_backbone
-from peerlearn.datasets import load_dataset
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.datasets import load_dataset
 from peerlearn.export import load_export, save_export
 
 CPU = torch.device("cpu")

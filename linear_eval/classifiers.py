@@ -16,11 +16,11 @@ from torch import Tensor
 from linear_eval.config import Inputs, LinearConfig
 from linear_eval.heads import LinearHeads
 from linear_eval.logistic import LogisticFit, fit_logistic
-from peerlearn.classification import top1
+from peerlearn.compute.schedules import learning_rate
 from peerlearn.counter_random import PERMUTATION, permutation
 from peerlearn.errors import UserError
-from peerlearn.progress import progress
-from peerlearn.schedules import learning_rate
+from peerlearn.evaluation.classification import top1
+from peerlearn.runs.progress import progress
 
 # A loss is read from the device only now and then.
 _LOSS_EVERY_STEPS = 20

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from linear_eval.config import LinearConfig
 from peerlearn.config import config_to_yaml, parse_config
-from peerlearn.network_selection import select_runs
+from peerlearn.evaluation.selection import select_runs
 
 SHIPPED = Path(__file__).parent / "configs"
 _TITLES = {
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     selections = select_runs(config.checkpoints(), config.network)
     # Imported here: a wrong key should not wait for torch.
     from linear_eval.evaluate import evaluate
-    from peerlearn.dist import evaluating_ranks
-    from peerlearn.score_table import report_scores
+    from peerlearn.compute.dist import evaluating_ranks
+    from peerlearn.evaluation.score_table import report_scores
 
     with evaluating_ranks(config.device) as ranks:
         found = [evaluate(config, selection, ranks) for selection in selections]

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import require
-from peerlearn.evaluation_data import EvaluationDataConfig
-from peerlearn.schedules import ScheduleConfig
+from peerlearn.evaluation.data import EvaluationDataConfig
 
 Inputs = Literal["raw", "standardised", "unit"]
 

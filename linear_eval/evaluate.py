@@ -21,21 +21,21 @@ from linear_eval.classifiers import (
 from linear_eval.config import LinearConfig
 from linear_eval.finetune import finetune
 from linear_eval.streams import streamed_batches
-from peerlearn.augment import EVALUATION_VIEW
-from peerlearn.classification import ClassificationScores, classification_scores
-from peerlearn.datasets import ImageDataset, select_images
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.augment import EVALUATION_VIEW
+from peerlearn.data.datasets import ImageDataset, select_images
+from peerlearn.data.subsets import hold_out
 from peerlearn.errors import UserError
-from peerlearn.evaluation_data import load_splits, warn_of_missing_classes
+from peerlearn.evaluation.classification import ClassificationScores, classification_scores
+from peerlearn.evaluation.data import load_splits, warn_of_missing_classes
+from peerlearn.evaluation.feature_cache import Extraction, load_features
+from peerlearn.evaluation.networks import frozen, load_backbones
+from peerlearn.evaluation.plots import plot_confusion
+from peerlearn.evaluation.results import write_result
+from peerlearn.evaluation.selection import ENSEMBLE, Selection, results_folder, run_setting
+from peerlearn.evaluation.uncertainty import accuracy_metrics
 from peerlearn.export import export_hash
-from peerlearn.exported_networks import frozen, load_backbones
-from peerlearn.feature_cache import Extraction, load_features
 from peerlearn.knn import ensemble_features
-from peerlearn.network_selection import ENSEMBLE, Selection, results_folder, run_setting
-from peerlearn.plots import plot_confusion
-from peerlearn.results import write_result
-from peerlearn.subsets import hold_out
-from peerlearn.uncertainty import accuracy_metrics
 
 # The mean of the networks' logits, beside ENSEMBLE, one classifier on the features of all.
 ENSEMBLE_LOGITS = "ensemble-logits"

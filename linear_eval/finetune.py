@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from linear_eval.classifiers import Classified
 from linear_eval.config import LinearConfig
 from linear_eval.streams import step_size, view_loader
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.schedules import learning_rate
 from peerlearn.counter_random import INITIAL_WEIGHTS, MODULE_NOISE, random_bits
-from peerlearn.datasets import ImageDataset
-from peerlearn.dist import Ranks
+from peerlearn.data.datasets import ImageDataset
 from peerlearn.errors import UserError
-from peerlearn.exported_networks import by_input, seen_by
-from peerlearn.features import extract_features
-from peerlearn.progress import progress
-from peerlearn.schedules import learning_rate
+from peerlearn.evaluation.features import extract_features
+from peerlearn.evaluation.networks import by_input, seen_by
+from peerlearn.runs.progress import progress
 
 
 def finetune(

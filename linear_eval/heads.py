@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peerlearn.compute.device import full_float32
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
-from peerlearn.device import full_float32
 
 # Of the initial weights; biases start at 0 (MoCo, main_lincls.py).
 _INITIAL_STD = 0.01

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from linear_eval.classifiers import Batches
 from linear_eval.config import LinearConfig
-from peerlearn.augment import Augmentation
-from peerlearn.datasets import ImageDataset
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.augment import Augmentation
+from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.loader import ViewLoader
 from peerlearn.errors import UserError
-from peerlearn.exported_networks import by_input
-from peerlearn.loader import ViewLoader
+from peerlearn.evaluation.networks import by_input
 
 
 def view_loader(

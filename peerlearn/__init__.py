@@ -5,7 +5,7 @@ from types import ModuleType
 import wrapt
 
 __version__ = "0.1.0"
-PACKAGES = ("peerlearn", "pretrain", "linear_eval", "slurm")
+PACKAGES = ("peerlearn", "pretrain", "linear_eval", "slurm", "studies")
 
 
 @wrapt.when_imported("timm")

@@ -24,8 +24,8 @@ from timm.models import (
 )
 from torch import nn
 
-from peerlearn.cifar_networks import CIFAR_NETWORKS, initialise_conv, plain_conv
 from peerlearn.errors import UserError
+from peerlearn.networks.cifar import CIFAR_NETWORKS, initialise_conv, plain_conv
 
 __all__ = ["create_backbone", "size_arguments"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.errors import UserError
-from peerlearn.run_dir import replace_folder
+from peerlearn.runs.directory import replace_folder
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -299,7 +299,7 @@ def _config(
             "input_size": [in_chans, image_size, image_size],
             "fixed_input_size": registered.get("fixed_input_size", False),
             "interpolation": "bilinear",
-            # peerlearn.augment.evaluation_view, in timm's terms.
+            # peerlearn.data.augment.evaluation_view, in timm's terms.
             "crop_pct": 0.875 if image_size >= 64 else 1.0,
             "mean": [float(value) for value in mean],
             "std": [float(value) for value in std],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peerlearn.device import full_float32
+from peerlearn.compute.device import full_float32
 
 _LOG = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peerlearn.augment import EVALUATION_VIEW
-from peerlearn.checkpoint import step_folder
-from peerlearn.classification import ClassificationScores, classification_scores
-from peerlearn.datasets import ImageDataset, first_images
+from peerlearn.data.augment import EVALUATION_VIEW
+from peerlearn.data.datasets import ImageDataset, first_images
+from peerlearn.data.unreadable import Unreadable
+from peerlearn.evaluation.classification import ClassificationScores, classification_scores
+from peerlearn.evaluation.features import extract_features
+from peerlearn.evaluation.results import write_result
+from peerlearn.evaluation.uncertainty import accuracy_metrics
 from peerlearn.export import export_hash
-from peerlearn.features import extract_features
-from peerlearn.results import write_result
-from peerlearn.uncertainty import accuracy_metrics
-from peerlearn.unreadable import Unreadable
+from peerlearn.runs.checkpoint import step_folder
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.distill import ensemble_weights

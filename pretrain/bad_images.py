@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.unreadable import Unreadable, check_unreadable_rate
 from peerlearn.errors import UserError
-from peerlearn.run_dir import RunDirectory
-from peerlearn.unreadable import Unreadable, check_unreadable_rate
+from peerlearn.runs.directory import RunDirectory
 
 
 class UnreadableImages:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
 from pretrain.losses import widen
 
 

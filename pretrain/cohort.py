@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peerlearn.backbones import create_backbone
+from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
-from peerlearn.dist import Ranks
 from peerlearn.errors import UserError
-from peerlearn.features import eval_mode
-from peerlearn.shared_stages import (
+from peerlearn.evaluation.features import eval_mode
+from peerlearn.networks.shared_stages import (
     default_share_stages,
     run_branches,
     run_trunk,

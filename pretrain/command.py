@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.config import check_complete, config_to_yaml, load_config, parse_config
 from peerlearn.errors import SaidByMainError, UsageError, UserError
-from peerlearn.run_dir import RunDirectory, default_run
-from peerlearn.run_lock import run_lock
-from peerlearn.stop import Stop, stop_signals
+from peerlearn.runs.directory import RunDirectory, default_run
+from peerlearn.runs.lock import run_lock
+from peerlearn.runs.stop import Stop, stop_signals
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
-    from peerlearn.classification import ClassificationScores
-    from peerlearn.dist import Ranks
+    from peerlearn.compute.dist import Ranks
+    from peerlearn.evaluation.classification import ClassificationScores
     from pretrain.state import Training
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -108,7 +108,7 @@ def _run(
 ) -> int:
     """Train, from the start or on from a save; None: on, if the run is there already."""
     # Imported here: a wrong key should not wait for torch.
-    from peerlearn.dist import start_ranks
+    from peerlearn.compute.dist import start_ranks
 
     with stop_signals(_STOP_SIGNALS, "saving after this step") as stop:
         ranks = start_ranks(config.device, timeout_seconds=config.rank_timeout_seconds)
@@ -211,7 +211,7 @@ def _note_failure(error: Exception, run: RunDirectory, ranks: "Ranks", attempt: 
 
 def _failure_kind(error: Exception) -> str:
     """What a supervisor needs to know: only what the user must mend comes back when the run is started again."""
-    from peerlearn.dist import LostRankError
+    from peerlearn.compute.dist import LostRankError
 
     if isinstance(error, LostRankError):
         return "lost_rank"
@@ -292,7 +292,7 @@ def _announce(training: "Training", attempt: int) -> None:
 
 
 def _train_on(training: "Training", attempt: int, stop: "Stop") -> bool:
-    from peerlearn.progress import progress
+    from peerlearn.runs.progress import progress
     from pretrain.metrics import MetricsLog
     from pretrain.train import measure_untrained, train
 

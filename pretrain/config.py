@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import require
-from peerlearn.schedules import ScheduleConfig
 
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
 

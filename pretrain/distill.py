@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerlearn.device import full_float32
+from peerlearn.compute.device import full_float32
 from pretrain.losses import require_finite, soft_kl, widen
 from pretrain.simplex_weights import check_logits, ensemble_weights
 

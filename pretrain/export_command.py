@@ -13,7 +13,7 @@ import yaml
 from peerlearn.arguments import ArgumentParser
 from peerlearn.config import load_config
 from peerlearn.errors import UsageError, UserError
-from peerlearn.network_selection import ENSEMBLE, select_networks
+from peerlearn.evaluation.selection import ENSEMBLE, select_networks
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
             "--network ensemble: an export is one network: choose 0, key-0, ... or all"
         )
     # Imported here: --help should not wait for torch.
-    from peerlearn.export_formats import convert_export, how_to_load, write_export
+    from peerlearn.exchange.export_formats import convert_export, how_to_load, write_export
 
     with tempfile.TemporaryDirectory() as scratch:
         if (checkpoint / "config.yaml").is_file():
@@ -92,7 +92,7 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
         UserError: no such save, or none that is whole, or it is not of the run's networks.
         UsageError: no such network.
     """
-    from peerlearn.checkpoint import step_folder
+    from peerlearn.runs.checkpoint import step_folder
     from pretrain.cohort import build_networks, load_named_state
     from pretrain.exports import TrainingImages, export_cohort
 
@@ -157,7 +157,7 @@ def _read_save(
     run: Path, step: int | None
 ) -> tuple[Path, dict[str, dict[str, "Tensor"]], dict[str, Any]]:
     """The save of a step, or the newest that is whole: its folder, tensors and state."""
-    from peerlearn.checkpoint import load_checkpoint, saved_step, saved_steps, step_folder
+    from peerlearn.runs.checkpoint import load_checkpoint, saved_step, saved_steps, step_folder
 
     folders = saved_steps(run / "checkpoints")
     if step is not None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peerlearn.datasets import ImageDataset
+from peerlearn.data.datasets import ImageDataset
 from peerlearn.export import save_export
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peerlearn.device import full_float32
+from peerlearn.compute.device import full_float32
 
 # Stands for "not a candidate". Finite, so that differences of two masked logits are 0 and not NaN.
 _EXCLUDED = -1e9

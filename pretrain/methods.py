@@ -9,8 +9,8 @@ Dimensions: M networks, B batch, K queue, D embedding size.
 import torch
 from torch import Tensor
 
+from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import SHUFFLE_BN, permutation
-from peerlearn.dist import Ranks
 from pretrain.cohort import (
     Cohort,
     load_named_state,

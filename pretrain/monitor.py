@@ -9,21 +9,21 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from peerlearn.augment import Augmentation
-from peerlearn.datasets import ImageDataset, first_images, load_dataset
+from peerlearn.data.augment import Augmentation
+from peerlearn.data.datasets import ImageDataset, first_images, load_dataset
+from peerlearn.data.loader import ViewLoader
+from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
-from peerlearn.features import eval_mode, extract_features
-from peerlearn.knn import ensemble_features, knn_scores, knn_top1
-from peerlearn.loader import ViewLoader
-from peerlearn.representation import (
+from peerlearn.evaluation.features import eval_mode, extract_features
+from peerlearn.evaluation.representation import (
     alignment,
     feature_std,
     peer_agreement,
     rankme,
     uniformity,
 )
-from peerlearn.run_dir import RunDirectory
-from peerlearn.unreadable import Unreadable
+from peerlearn.knn import ensemble_features, knn_scores, knn_top1
+from peerlearn.runs.directory import RunDirectory
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from peerlearn.checkpoint import (
+from peerlearn.compute.optimizers import load_optimizer_tensors
+from peerlearn.config import load_config
+from peerlearn.errors import UserError
+from peerlearn.runs.checkpoint import (
     DamagedSaveError,
     check_whole,
     load_checkpoint,
@@ -18,13 +21,10 @@ from peerlearn.checkpoint import (
     saved_steps,
     set_aside,
 )
-from peerlearn.config import load_config
-from peerlearn.errors import UserError
-from peerlearn.run_dir import environment
+from peerlearn.runs.directory import environment
+from peerlearn.runs.generators import load_generator_states
 from pretrain.cohort import load_named_state
 from pretrain.config import PretrainConfig
-from pretrain.generators import load_generator_states
-from pretrain.optimizers import load_optimizer_tensors
 from pretrain.state import Training
 
 # What may change between a save and its resumption without making it another run. More epochs are checked apart.

@@ -12,30 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlearn.checkpoint import (
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.optimizers import build_optimizer, optimizer_tensors
+from peerlearn.compute.precision import Precision
+from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.loader import ViewLoader
+from peerlearn.errors import UserError
+from peerlearn.export import check_classifier, is_whole
+from peerlearn.runs.checkpoint import (
     drop_old_checkpoints,
     save_checkpoint,
     saved_steps,
     step_folder,
 )
-from peerlearn.datasets import ImageDataset
-from peerlearn.dist import Ranks
-from peerlearn.errors import UserError
-from peerlearn.export import check_classifier, is_whole
-from peerlearn.loader import ViewLoader
-from peerlearn.run_dir import RunDirectory, environment, write_text
+from peerlearn.runs.deadline import deadline
+from peerlearn.runs.directory import RunDirectory, environment, write_text
+from peerlearn.runs.generators import generator_states, seed_generators
 from pretrain.accuracy import AccuracyMonitor
 from pretrain.bad_images import UnreadableImages
 from pretrain.cohort import Cohort, build_networks, named_state
 from pretrain.config import PretrainConfig
-from pretrain.deadline import deadline
 from pretrain.exports import TrainingImages, export_cohort
-from pretrain.generators import generator_states, seed_generators
 from pretrain.guards import StepGuard, require_finite_weights
 from pretrain.methods import Method, build_method
 from pretrain.monitor import Monitor
-from pretrain.optimizers import build_optimizer, optimizer_tensors
-from pretrain.precision import Precision
 from pretrain.training_data import (
     TrainingData,
     augmentation_of,

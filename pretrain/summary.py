@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from peerlearn.classification import ClassificationScores
-from peerlearn.run_dir import RunDirectory
+from peerlearn.evaluation.classification import ClassificationScores
+from peerlearn.runs.directory import RunDirectory
 
 
 def print_summary(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import NUM_NEGATIVES, random_bits
-from peerlearn.dist import Ranks
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.distill import (

@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.schedules import learning_rate
 from peerlearn.counter_random import MODULE_NOISE, random_bits
-from peerlearn.dist import Ranks
-from peerlearn.loader import ViewBatch
-from peerlearn.progress import Reporter
-from peerlearn.schedules import learning_rate
-from peerlearn.stop import Stop
+from peerlearn.data.loader import ViewBatch
+from peerlearn.runs.progress import Reporter
+from peerlearn.runs.stop import Stop
 from pretrain.accuracy import AccuracyMonitor
 from pretrain.cohort import statistics
 from pretrain.guards import checked_terms, gradient_fault

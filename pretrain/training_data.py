@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from peerlearn.augment import AUGMENTATIONS, Augmentation
-from peerlearn.datasets import ImageDataset, load_dataset, select_images
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.augment import AUGMENTATIONS, Augmentation
+from peerlearn.data.datasets import ImageDataset, load_dataset, select_images
+from peerlearn.data.subsets import few_shots, hold_out
 from peerlearn.errors import UserError
-from peerlearn.subsets import few_shots, hold_out
 from pretrain.config import DataConfig, PretrainConfig
 
 # The side of the views of image files, unless the config says otherwise.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from peerlearn.progress import progress
+from peerlearn.runs.progress import progress
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "aefghikmnrty" + "23456789" + "!#$%&*+-:;=?@~"
 FEW = 10

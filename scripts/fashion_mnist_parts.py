@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from peerlearn.datasets import ImageDataset, load_dataset
+from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.errors import UserError
-from peerlearn.progress import progress
+from peerlearn.runs.progress import progress
 
 PARTS = {"garments": (0, 2, 3, 4, 6), "distinct": (1, 5, 7, 8, 9)}
 

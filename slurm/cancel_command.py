@@ -8,14 +8,14 @@ from pathlib import Path
 
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UserError
-from peerlearn.json_lines import append_json_line
-from peerlearn.run_dir import now_text
-from peerlearn.run_lock import living_owner
+from peerlearn.runs.directory import now_text
+from peerlearn.runs.files import append_json_line
+from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, call
 from slurm.find_runs import find_runs
-from slurm.ledger import PIPELINE, Ledger
-from slurm.running import JobKey, Record, job_key, records_of, states_of
+from slurm.jobs import JobKey, Record, job_key, records_of, states_of
 from slurm.status import CANCELLED_FILE
+from studies.ledger import PIPELINE, Ledger
 
 
 def main(argv: Sequence[str]) -> int:

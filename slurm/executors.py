@@ -177,7 +177,7 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
         ],
         "teardown": [
             "rc=$?",
-            f'{python} slurm.after {shlex.quote(str(folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $rc',
+            f'{python} slurm.requeue {shlex.quote(str(folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $rc',
             "exit $?",
         ],
     }

@@ -1,7 +1,8 @@
 """What runs on the nodes: one process of a job, which runs its command as a child and says how that ended.
 
 The child knows nothing of SLURM but RANK, WORLD_SIZE, MASTER_ADDR and their like. It saves when it is told to stop and
-exits with 75. Whether the job then goes on is decided at the end of the batch script (`slurm.after`), in ordinary code.
+exits with 75. Whether the job then goes on is decided at the end of the batch script (`slurm.requeue`), in
+ordinary code.
 """
 
 import ctypes
@@ -21,8 +22,8 @@ from typing import IO, Any
 
 from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.errors import UserError
-from peerlearn.heartbeat import read_step
-from peerlearn.run_dir import write_text
+from peerlearn.runs.directory import write_text
+from peerlearn.runs.heartbeat import read_step
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, read_submission
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UserError
-from peerlearn.run_dir import RunDirectory
+from peerlearn.runs.directory import RunDirectory
 from slurm.find_runs import find_runs, is_run
-from slurm.running import JobWatch, Record, records_of, submission_of
+from slurm.jobs import JobWatch, Record, records_of, submission_of
 from slurm.status import RunStatus, read_statuses
 from slurm.submission import TRAINING_VERBS
 

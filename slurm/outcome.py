@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peerlearn.cli import DONE, SAVED_RUN_AGAIN
-from peerlearn.json_lines import append_json_line, read_json_lines
-from peerlearn.run_dir import now_text, write_text
+from peerlearn.runs.directory import now_text, write_text
+from peerlearn.runs.files import append_json_line, read_json_lines
 
 # done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
 Kind = Literal["done", "saved", "crashed", "failed"]

@@ -13,7 +13,7 @@ import yaml
 from peerlearn.cli import VERBS, dispatch
 from peerlearn.config import nearest
 from peerlearn.errors import UsageError, UserError
-from peerlearn.run_dir import RunDirectory, default_run
+from peerlearn.runs.directory import RunDirectory, default_run
 from slurm.submission import Task
 
 _NOT_AS_JOBS = ("submit", "status", "cancel", "logs", "pipeline")

@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from peerlearn.heartbeat import INTERVAL_SECONDS, Beat, read_beat, read_step
-from peerlearn.json_lines import read_json_lines
-from peerlearn.run_dir import RunDirectory
-from peerlearn.run_lock import living_owner
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import read_json_lines
+from peerlearn.runs.heartbeat import INTERVAL_SECONDS, Beat, read_beat, read_step
+from peerlearn.runs.lock import living_owner
 from slurm.client import JobState
+from slurm.jobs import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.metrics_tail import MetricsTail, integer, number, read_tail
 from slurm.outcome import Outcome
-from slurm.running import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.submission import TRAINING_VERBS, read_submission
 from slurm.wait import outcome_of
 

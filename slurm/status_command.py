@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from peerlearn.arguments import ArgumentParser
 from peerlearn.errors import UsageError
-from peerlearn.progress import time_text
+from peerlearn.runs.progress import time_text
 from slurm.find_runs import find_runs
-from slurm.running import JobWatch
+from slurm.jobs import JobWatch
 from slurm.status import RunStatus, read_statuses
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from filelock import FileLock, Timeout
 
 from peerlearn import PACKAGES
 from peerlearn.errors import UserError
-from peerlearn.heartbeat import process_started_at
-from peerlearn.json_lines import append_json_line, read_json_lines
-from peerlearn.run_dir import RunDirectory, now_text, write_text
+from peerlearn.runs.directory import RunDirectory, now_text, write_text
+from peerlearn.runs.files import append_json_line, read_json_lines
+from peerlearn.runs.heartbeat import process_started_at
 from slurm.config import SubmitConfig
 
 # Verbs whose jobs own the run directory; those of others only look at it.

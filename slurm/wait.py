@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from peerlearn.cli import SAVED_RUN_AGAIN
+from slurm.jobs import job_key, states_of
 from slurm.outcome import Kind, Outcome, read_history, read_outcomes, whole_outcome
-from slurm.running import job_key, states_of
 from slurm.submission import Submission, local_identity
 
 _POLL_SECONDS = 2.0

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from peerlearn.augment import (
+from peerlearn.counter_random import PERMUTATION, SUBSTITUTE, permutation, random_bits
+from peerlearn.data.augment import (
     AUGMENTATIONS,
     Augmentation,
     ViewParameters,
@@ -23,11 +24,10 @@ from peerlearn.augment import (
     normalise,
     resized_crop,
 )
-from peerlearn.counter_random import PERMUTATION, SUBSTITUTE, permutation, random_bits
-from peerlearn.datasets import ImageDataset
+from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.loader import ViewBatch, ViewLoader, evaluation_batches
+from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
-from peerlearn.loader import ViewBatch, ViewLoader, evaluation_batches
-from peerlearn.unreadable import Unreadable
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -183,7 +183,7 @@ def test_parameters_are_those_of_each_image_alone(
         used.append(parameters)
         return crops
 
-    monkeypatch.setattr("peerlearn.loader.distort", recording)
+    monkeypatch.setattr("peerlearn.data.loader.distort", recording)
     augmentation = AUGMENTATIONS["moco_v2"]
     batches = list(make(dataset, backend, augmentation=augmentation, workers=1).epoch(6))
     assert len(used) == 2 * len(batches)

@@ -5,11 +5,11 @@ from functools import partial
 
 import torch
 
-import peerlearn.features
+import peerlearn.evaluation.features
 import pretrain.methods
 import pretrain.state
 from peerlearn.cli import main
-from peerlearn.loader import ViewLoader
+from peerlearn.data.loader import ViewLoader
 
 
 def use_double_precision() -> None:
@@ -19,8 +19,8 @@ def use_double_precision() -> None:
         for batch in epoch(loader, *position):
             yield batch._replace(views=tuple(view.double() for view in batch.views))
 
-    evaluation_batches = peerlearn.features.evaluation_batches
-    peerlearn.features.evaluation_batches = lambda *args, **named: (
+    evaluation_batches = peerlearn.evaluation.features.evaluation_batches
+    peerlearn.evaluation.features.evaluation_batches = lambda *args, **named: (
         views.double() for views in evaluation_batches(*args, **named)
     )
     pretrain.methods.KeyQueue = partial(pretrain.methods.KeyQueue, dtype=torch.float64)

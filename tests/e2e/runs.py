@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from peerlearn.checkpoint import load_checkpoint, saved_steps
 from peerlearn.cli import main
-from peerlearn.run_dir import RunDirectory
+from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
+from peerlearn.runs.directory import RunDirectory
 from pretrain.metrics import CLOCK_WORDS
 
 SMALL = [

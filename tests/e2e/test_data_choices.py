@@ -10,7 +10,7 @@ from PIL import Image
 
 from peerlearn.cli import main
 from peerlearn.knn import knn_scores, knn_top1
-from peerlearn.run_dir import RunDirectory
+from peerlearn.runs.directory import RunDirectory
 
 TINY = [
     *("--batch_size", "16", "--epochs", "1", "--cohort.backbones", "conv4"),
@@ -96,9 +96,9 @@ def test_an_export_alone_needs_a_dataset_and_scores_like_the_features_it_holds(
 ):
     import torch
 
-    from peerlearn.datasets import load_dataset
+    from peerlearn.data.datasets import load_dataset
+    from peerlearn.evaluation.features import extract_features
     from peerlearn.export import load_export
-    from peerlearn.features import extract_features
 
     monkeypatch.chdir(tmp_path)
     export = tmp_path / "net-1"

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import peerlearn  # noqa: F401  timm learns our networks' names from it
-from peerlearn.checkpoint import load_checkpoint, saved_steps
 from peerlearn.cli import main
+from peerlearn.evaluation.selection import select_networks
 from peerlearn.export import load_export
-from peerlearn.network_selection import select_networks
+from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
 
 SMALL = [
     *("--data.name", "digits", "--data.limit", "32", "--data.image_size", "16"),

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import pretrain.train as training_loop
-from peerlearn.checkpoint import saved_steps
 from peerlearn.cli import main
+from peerlearn.runs.checkpoint import saved_steps
 from tests.e2e.runs import (
     SMALL,
     STEPS,
@@ -85,7 +85,7 @@ def test_a_step_with_nan_is_as_if_its_batch_had_not_been(poisoned_steps, tmp_pat
 
 
 def load(folder: Path):
-    from peerlearn.checkpoint import load_checkpoint
+    from peerlearn.runs.checkpoint import load_checkpoint
 
     return load_checkpoint(folder)[0]
 

@@ -12,16 +12,16 @@ from PIL import Image
 
 from peerlearn.cli import main
 from peerlearn.config import load_config
-from peerlearn.datasets import ImageDataset, load_dataset
+from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.errors import UserError
-from peerlearn.evaluation_data import _check_classes
+from peerlearn.evaluation.data import _check_classes
+from peerlearn.evaluation.networks import weights_hash
 from peerlearn.export import load_export
-from peerlearn.exported_networks import weights_hash
 from pretrain.cohort import build_cohort
 from pretrain.config import PretrainConfig
 from pretrain.exports import TrainingImages, export_cohort
 from tests.e2e.runs import ends, flip_last_byte, launch, pretrain
-from tests.peerlearn.test_datasets import write_cifar10, write_tinyimagenet
+from tests.peerlearn.data.test_datasets import write_cifar10, write_tinyimagenet
 
 CPU = ["--device", "cpu"]
 LOGISTIC = ["--method", "logistic_regression", "--inputs", "standardised", "--penalties_c", "0.1"]
@@ -324,9 +324,9 @@ def test_features_of_several_processes_are_each_images_own(tmp_path, runs):
     code = """
 import sys, torch
 from pathlib import Path
-from peerlearn.datasets import first_images, load_dataset
-from peerlearn.dist import evaluating_ranks
-from peerlearn.feature_cache import Extraction, load_features
+from peerlearn.data.datasets import first_images, load_dataset
+from peerlearn.compute.dist import evaluating_ranks
+from peerlearn.evaluation.feature_cache import Extraction, load_features
 with evaluating_ranks("cpu") as ranks:
     how = Extraction(ranks=ranks, batch_size=7, workers=0, cached=False)
     images = first_images(load_dataset("digits", "test"), int(sys.argv[3]))
@@ -344,9 +344,9 @@ with evaluating_ranks("cpu") as ranks:
         ranks = [torch.load(whole / f"{rank}.pt", weights_only=True) for rank in range(3)]
         assert torch.equal(ranks[0], ranks[1])
         assert torch.equal(ranks[0], ranks[2])
-        from peerlearn.datasets import first_images
-        from peerlearn.dist import Ranks
-        from peerlearn.feature_cache import Extraction, load_features
+        from peerlearn.compute.dist import Ranks
+        from peerlearn.data.datasets import first_images
+        from peerlearn.evaluation.feature_cache import Extraction, load_features
 
         how = Extraction(ranks=Ranks(torch.device("cpu")), batch_size=100, workers=0, cached=False)
         images = first_images(load_dataset("digits", "test"), n)

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import peerlearn  # noqa: F401  timm learns our networks' names from it
-from peerlearn.checkpoint import load_checkpoint, saved_steps
 from peerlearn.cli import main
 from peerlearn.export import load_export
-from peerlearn.run_dir import RunDirectory
+from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
+from peerlearn.runs.directory import RunDirectory
 from tests.e2e.runs import SMALL, pretrain, rows, without_clocks
 
 
@@ -248,8 +248,8 @@ def test_an_existing_run_is_never_overwritten(finished, capsys):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(finished, tmp_path, poison):
+    from peerlearn.compute.dist import Ranks
     from peerlearn.config import load_config
-    from peerlearn.dist import Ranks
     from pretrain.config import PretrainConfig
     from pretrain.losses import NonFiniteError
     from pretrain.state import build, export, save

@@ -167,7 +167,7 @@ STOPPED_WHILE_MAIN_SAVES = """
 import os, signal, sys
 import pretrain.state, pretrain.train
 from peerlearn.cli import main
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
 rank, victim = os.environ["RANK"], os.environ["VICTIM"]
 def stop():
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from peerlearn.checkpoint import saved_steps
 from peerlearn.cli import main
+from peerlearn.runs.checkpoint import saved_steps
 from tests.e2e.runs import (
     SMALL,
     STEPS,
@@ -547,7 +547,7 @@ def test_a_torn_last_row_of_metrics_is_dropped(undisturbed, half_done):
 
 
 def test_a_line_follows_a_torn_one_on_a_line_of_its_own(tmp_path):
-    from peerlearn.run_dir import RunDirectory
+    from peerlearn.runs.directory import RunDirectory
 
     run = RunDirectory(tmp_path)
     (tmp_path / "events.jsonl").write_text('{"event": "a"}\n{"event": "b')

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFont
 
-from peerlearn.datasets import load_dataset
+from peerlearn.data.datasets import load_dataset
 from tests.idx_files import write_idx
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

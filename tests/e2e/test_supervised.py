@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peerlearn.backbones import create_backbone
 from peerlearn.cli import main
+from peerlearn.compute.dist import Ranks
 from peerlearn.config import load_config
-from peerlearn.datasets import load_dataset
-from peerlearn.dist import Ranks
+from peerlearn.data.datasets import load_dataset
+from peerlearn.data.loader import evaluation_batches
 from peerlearn.export import load_export
-from peerlearn.loader import evaluation_batches
 from pretrain import state
 from pretrain.config import PretrainConfig
 from pretrain.distill import ensemble_weights

@@ -14,10 +14,10 @@ from linear_eval.classifiers import (
     mean_of_logits,
 )
 from linear_eval.config import LinearConfig
-from peerlearn.classification import top1
+from peerlearn.compute.schedules import ScheduleConfig
+from peerlearn.data.subsets import hold_out
 from peerlearn.errors import UserError
-from peerlearn.schedules import ScheduleConfig
-from peerlearn.subsets import hold_out
+from peerlearn.evaluation.classification import top1
 
 CPU = torch.device("cpu")
 CLASSES = 4

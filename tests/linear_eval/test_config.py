@@ -7,9 +7,9 @@ import pytest
 from linear_eval.command import SHIPPED
 from linear_eval.config import LinearConfig
 from peerlearn.cli import main
+from peerlearn.commands.configs_command import HEADER_FIELDS, read_header
+from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import load_config
-from peerlearn.configs_command import HEADER_FIELDS, read_header
-from peerlearn.schedules import ScheduleConfig
 
 CONFIGS = sorted(SHIPPED.glob("*.yaml"))
 

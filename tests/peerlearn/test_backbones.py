@@ -18,9 +18,9 @@ from torchvision.models import densenet as torchvision_densenet
 
 import peerlearn
 from peerlearn.backbones import create_backbone
-from peerlearn.cifar_networks import BasicBlock, DenseLayer, PreActivationBlock
 from peerlearn.errors import UserError
-from peerlearn.shared_stages import (
+from peerlearn.networks.cifar import BasicBlock, DenseLayer, PreActivationBlock
+from peerlearn.networks.shared_stages import (
     default_share_stages,
     forward_shared,
     share_low_stages,

@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import peerlearn.run_dir
+import peerlearn.runs.directory
 from peerlearn.backbones import create_backbone
 from peerlearn.errors import UserError
 from peerlearn.export import export_hash, load_export, save_export
-from peerlearn.shared_stages import share_low_stages
+from peerlearn.networks.shared_stages import share_low_stages
 
 # Name, in_chans, small_images, image_size.
 NETWORKS = [
@@ -321,7 +321,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
         synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         real(descriptor)
 
-    monkeypatch.setattr(peerlearn.run_dir.os, "fsync", fsync)
+    monkeypatch.setattr(peerlearn.runs.directory.os, "fsync", fsync)
     network = ("conv4", 1, False, 28)
     save(trained(*network), tmp_path / "net-0", network)
     assert {"model.safetensors", "config.json", "README.md", ".net-0.tmp"} <= set(synced)

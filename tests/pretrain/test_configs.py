@@ -2,9 +2,9 @@
 
 import pytest
 
+from peerlearn.commands.configs_command import HEADER_FIELDS, main, read_header
+from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import config_to_yaml, load_config
-from peerlearn.configs_command import HEADER_FIELDS, main, read_header
-from peerlearn.schedules import ScheduleConfig
 from pretrain.cohort import build_cohort
 from pretrain.command import SHIPPED
 from pretrain.config import (

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
 from pretrain.cohort import Cohort
 from pretrain.config import CohortConfig, PretrainConfig, QueueConfig
 from pretrain.losses import MCLTerms, queue_terms, view_terms

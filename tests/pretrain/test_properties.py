@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from peerlearn.schedules import ScheduleConfig, learning_rate
+from peerlearn.compute.schedules import ScheduleConfig, learning_rate
+from peerlearn.runs.generators import generator_states, load_generator_states, seed_generators
 from pretrain.cohort import Cohort, momentum_peers, update_momentum
-from pretrain.generators import generator_states, load_generator_states, seed_generators
 from pretrain.guards import DivergedError, StepGuard, checked_terms, gradient_fault
 from pretrain.key_queue import KeyQueue
 from pretrain.losses import MCLTerms, NonFiniteError

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlearn.dist import Ranks
+from peerlearn.compute.dist import Ranks
 from peerlearn.errors import UserError
 from pretrain.cohort import Cohort, build_cohort
 from pretrain.config import CohortConfig, PretrainConfig, SupervisedConfig

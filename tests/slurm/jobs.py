@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from peerlearn.heartbeat import read_beat, read_step
-from peerlearn.run_dir import RunDirectory
-from slurm.running import JobWatch
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.heartbeat import read_beat, read_step
+from slurm.jobs import JobWatch
 from slurm.status import RunStatus, read_statuses
 from tests.e2e.runs import SMALL, ends, environment, launch
 from tests.slurm.cluster import Cluster

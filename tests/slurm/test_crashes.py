@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from peerlearn.checkpoint import saved_steps
-from peerlearn.run_dir import RunDirectory
+from peerlearn.runs.checkpoint import saved_steps
+from peerlearn.runs.directory import RunDirectory
 from slurm.outcome import read_history
 from tests.e2e.runs import assert_same_run, events, flip_last_byte, small_disk
 from tests.slurm.cluster import Cluster
@@ -100,7 +100,7 @@ def test_stuck_rank(cluster: Cluster, together: Path, tmp_path: Path) -> None:
     assert failed["kind"] == "lost_rank"
     log = (RunDirectory(run).logs(1) / "rank-0.log").read_text()
     assert "Current thread" in log
-    assert re.search(r"File .*peerlearn/dist.py., line \d+ in", log)
+    assert re.search(r"File .*peerlearn/compute/dist.py., line \d+ in", log)
     assert [line["decision"] for line in outcomes(run)] == ["requeue", "done"]
     assert_same_run(run, together)
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import slurm.after
 import slurm.job
-from peerlearn.run_dir import RunDirectory
+import slurm.requeue
+from peerlearn.runs.directory import RunDirectory
 from slurm.config import SubmitConfig
 from slurm.job import _Process, _Signals, free_port
 from slurm.outcome import read_outcomes
@@ -154,10 +154,10 @@ def test_on_a_full_disk_the_exit_code_tells(
     assert stopped.value.code == exit_code
     monkeypatch.setenv("SLURM_JOB_ID", "51")
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm.after, "call", lambda *words: calls.append(words))
-    monkeypatch.setattr(slurm.after, "_REQUEUE_SECONDS", 0)
+    monkeypatch.setattr(slurm.requeue, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(slurm.requeue, "_REQUEUE_SECONDS", 0)
     srun = exit_code if exit_code > 0 else 128 - exit_code
-    assert slurm.after.after(submission, 0, srun, restart=0) == srun
+    assert slurm.requeue.after(submission, 0, srun, restart=0) == srun
     assert calls == ([] if exit_code == 78 else [("scontrol", "requeue", "51")])
 
 
@@ -165,10 +165,10 @@ def test_a_start_that_can_leave_no_trace_is_not_repeated(
     submission: Submission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "51")
-    monkeypatch.setattr(slurm.after, "call", lambda *words: pytest.fail("requeued"))
+    monkeypatch.setattr(slurm.requeue, "call", lambda *words: pytest.fail("requeued"))
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(slurm.after, "add_to_history", full)
-    assert slurm.after.after(submission, 0, 137, restart=0) == 137
+    monkeypatch.setattr(slurm.requeue, "add_to_history", full)
+    assert slurm.requeue.after(submission, 0, 137, restart=0) == 137

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from peerlearn.cli import main
-from peerlearn.heartbeat import process_started_at
-from peerlearn.run_dir import RunDirectory
-from slurm.ledger import PIPELINE, Ledger
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.heartbeat import process_started_at
 from slurm.submission import JOBS_FILE, jobs_of
+from studies.ledger import PIPELINE, Ledger
 from tests.e2e.runs import (
     SMALL,
     STEPS,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from peerlearn.cli import main
-from peerlearn.run_dir import RunDirectory
+from peerlearn.runs.directory import RunDirectory
 from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until

@@ -20,11 +20,11 @@ import slurm.submission
 from peerlearn import PACKAGES
 from peerlearn.cli import main
 from peerlearn.config import load_config
-from peerlearn.run_dir import RunDirectory
-from slurm.command import CLUSTERS
+from peerlearn.runs.directory import RunDirectory
 from slurm.config import SubmitConfig
 from slurm.job import free_port
 from slurm.submission import jobs_of, read_submission
+from slurm.submit_command import CLUSTERS
 from tests.e2e.runs import (
     SMALL,
     assert_same_run,

@@ -1,0 +1,1 @@
+"""Verbs about the installation and about runs of any kind."""

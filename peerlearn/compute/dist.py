@@ -1,0 +1,326 @@
+"""The processes of one job ("ranks"): who they are, and what they tell each other.
+
+Everything works unchanged for a single process, where nothing is sent. A launcher (torchrun, accelerate, SLURM) is
+recognised by the environment it sets; accelerate picks the device and the backend.
+"""
+
+import datetime
+import faulthandler
+import json
+import logging
+import math
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from peerlearn.compute.device import choose_device
+from peerlearn.errors import SaidByMainError, UserError
+from peerlearn.runs.heartbeat import Heartbeat, SilenceWatch, name_culprits
+
+# How long the others wait while the main rank evaluates or writes to slow storage.
+_PATIENCE_SECONDS = 2 * 3600.0
+_POLL_SECONDS = 0.01
+_EVALUATION_TIMEOUT_SECONDS = 600.0
+# Elements of one all-reduce: enough to fill a network, little enough to bound the copy.
+_BUCKET_ELEMENTS = 2**25
+# Newer torch has renamed it, and warns of the older name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Ranks:
+    """This process among those of the job.
+
+    Attributes:
+        rank: 0..world_size-1; 0 is the main rank, which writes the run directory.
+        world_size: how many there are.
+        device: the one this process computes on.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        timeout_seconds: float = math.inf,
+        patient_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+        self._timeout_seconds = timeout_seconds
+        self._patient_group = patient_group
+        self._heartbeat: Heartbeat | None = None
+        self._stacks: TextIO | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        # A copied network still belongs to the same process.
+        return self
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def start_heartbeat(self, folder: Path, stacks: TextIO) -> None:
+        """Let this rank leave signs of life in ``folder``, by which the others can name it if it dies.
+
+        Its threads' stacks are written to ``stacks`` once a step takes longer than the ranks' timeout.
+        """
+        self._heartbeat = Heartbeat(folder, self.rank)
+        self._stacks = stacks
+
+    def at_step(self, step: int) -> None:
+        """The rank begins this step: for those who watch it, and for whoever asks where it died."""
+        if self._heartbeat:
+            self._heartbeat.at_step(step)
+        if self._stacks and self._timeout_seconds < threading.TIMEOUT_MAX:
+            faulthandler.dump_traceback_later(self._timeout_seconds, file=self._stacks)
+
+    def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Every rank's tensor, of one shape, side by side along ``dim`` in rank order. No gradient passes."""
+        if self.world_size == 1:
+            return tensor
+        part = tensor.detach().movedim(dim, 0).contiguous()
+        whole = part.new_empty((self.world_size * part.shape[0], *part.shape[1:]))
+        with self._collective("gather"):
+            _all_gather(whole, part)
+        return whole.movedim(0, dim)
+
+    def gather_with_gradient(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """`gather`, differentiable: every rank's gradients of this rank's part are added up.
+
+        A loss that every rank computes from the whole therefore counts ``world_size`` times in this rank's
+        gradient; the mean over ranks that follows (`average_`) makes it count once.
+        """
+        if self.world_size == 1:
+            return tensor
+        gathered: Tensor = _Gather.apply(tensor, dim, self)
+        return gathered
+
+    @torch.no_grad()
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over the ranks, in place, few collectives for all of them.
+
+        The order of the sums is fixed by the shapes alone, so that a resumed run adds up as before. (Torch's DDP
+        rearranges its buckets after the first step, and with them the last bits.)
+        """
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).div_(self.world_size)
+            with self._collective("average"):
+                dist.all_reduce(flat)
+            for tensor, mean in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(mean.view(tensor.shape))
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over ranks, of a small tensor, as a new one."""
+        total = values.clone()
+        if self.world_size > 1:
+            with self._collective("add_up"):
+                dist.all_reduce(total)
+        return total
+
+    def any(self, condition: bool) -> bool:
+        """Whether it holds on any rank; every rank learns the same."""
+        if self.world_size == 1:
+            return condition
+        return bool(self.add_up(torch.tensor([float(condition)], device=self.device)) > 0)
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, which JSON must know, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor([len(text)], device=self.device)).tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        padded[: len(text)] = text
+        rows = self.gather(padded.unsqueeze(0)).cpu().numpy()
+        return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Call on the main rank alone; every rank gets the result, which JSON must know.
+
+        The others wait as long as an evaluation or a slow save may take, not only the ranks' timeout, while the main
+        rank gives signs of life.
+
+        Raises:
+            UserError: the main rank raised one, there.
+            SaidByMainError: it did, here.
+        """
+        if self.world_size == 1:
+            return function()
+        answer: dict[str, Any] = {}
+        failure: Exception | None = None
+        if self.main:
+            try:
+                answer["value"] = function()
+            except Exception as error:
+                failure = error
+                answer["error"] = str(error) or type(error).__name__
+        answer = self._broadcast(answer)
+        if failure is not None:
+            raise failure
+        if "error" in answer:
+            raise SaidByMainError(answer["error"])
+        value: T = answer["value"]
+        return value
+
+    def told_once(self, error: UserError) -> UserError:
+        """For an error that every rank meets alike: itself on the main rank, which tells it, and silent elsewhere."""
+        return error if self.main else SaidByMainError(str(error))
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """Call on the main rank, then on the others: what the first prepares (a download), they find ready."""
+        if self.world_size == 1:
+            return function()
+        values: list[T] = []
+        self.from_main(lambda: values.append(function()))
+        return values[0] if self.main else function()
+
+    def close(self, failed: str | None = None) -> None:
+        """End the heartbeat and, after a success, the process group."""
+        faulthandler.cancel_dump_traceback_later()
+        if self._heartbeat:
+            self._heartbeat.end(failed)
+        if self.world_size > 1 and failed is None:
+            # Together, or the first to leave would cut the others off.
+            self._broadcast({})
+            dist.destroy_process_group()
+
+    def _broadcast(self, value: dict[str, Any]) -> dict[str, Any]:
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        with self._collective("wait for rank 0"):
+            size = torch.tensor([len(text)])
+            self._send_from_main(size)
+            content = text if self.main else torch.empty(int(size), dtype=torch.uint8)
+            self._send_from_main(content)
+        answer: dict[str, Any] = json.loads(content.numpy().tobytes())
+        return answer
+
+    def _send_from_main(self, tensor: Tensor) -> None:
+        work: Any = dist.broadcast(tensor, 0, group=self._patient_group, async_op=True)
+        if self._heartbeat and not self.main:
+            silence = SilenceWatch(self._heartbeat.folder, 0)
+            while not work.is_completed():
+                if silence.seconds() > self._timeout_seconds:
+                    raise RuntimeError("rank 0 gives no sign of life")
+                time.sleep(_POLL_SECONDS)
+        work.wait()
+
+    @contextmanager
+    def _collective(self, name: str) -> Iterator[None]:
+        if self._heartbeat:
+            self._heartbeat.enter(name)
+        try:
+            yield
+        except RuntimeError as error:  # what gloo raises; NCCL's errors are subclasses
+            if self._stacks:
+                faulthandler.dump_traceback(self._stacks)
+            raise LostRankError(f"{self._culprits()}; rank {self.rank} stops too") from error
+        finally:
+            if self._heartbeat:
+                self._heartbeat.leave()
+
+    def _culprits(self) -> str:
+        if self._heartbeat is None:
+            return "another rank is gone (see the other ranks' messages)"
+        return name_culprits(self._heartbeat.folder, rank=self.rank, world_size=self.world_size)
+
+
+class LostRankError(UserError):
+    """Another rank is gone. The message names it."""
+
+
+def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
+    """Join the processes that a launcher started, or be the only one.
+
+    Args:
+        device: auto, cpu, cuda, ...; of several processes each gets a GPU of its own.
+        timeout_seconds: how long a rank waits for the others in a collective before it gives up.
+
+    Raises:
+        UserError: no such device, or the ranks do not find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks(choose_device(device), timeout_seconds=timeout_seconds)
+    kind = choose_device(device).type
+    # Imported here: a single process does not need it.
+    from accelerate import PartialState
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+            state = PartialState(
+                cpu=kind == "cpu", timeout=datetime.timedelta(seconds=timeout_seconds)
+            )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the {os.environ['WORLD_SIZE']} processes did not find each other ({reason}): start all of them "
+            "by torchrun or accelerate launch, and see that MASTER_ADDR and MASTER_PORT can be reached"
+        ) from error
+    # Only the others are patient: the main rank never waits for one of them longer than anywhere else.
+    patience = timeout_seconds if state.is_main_process else max(timeout_seconds, _PATIENCE_SECONDS)
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
+    return Ranks(
+        state.device,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        timeout_seconds=timeout_seconds,
+        patient_group=group,
+    )
+
+
+@contextmanager
+def evaluating_ranks(device: str) -> Iterator[Ranks]:
+    """`start_ranks` for an evaluation: leave the group together at the end, or in disorder after a failure."""
+    ranks = start_ranks(device, timeout_seconds=_EVALUATION_TIMEOUT_SECONDS)
+    failed: str | None = "it was interrupted"
+    try:
+        yield ranks
+        failed = None
+    finally:
+        ranks.close(failed)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dim: int, ranks: Ranks) -> Tensor:
+        ctx.dim, ctx.ranks, ctx.size = dim, ranks, tensor.shape[dim]
+        return ranks.gather(tensor, dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        total = ctx.ranks.add_up(grad.contiguous())
+        return total.narrow(ctx.dim, ctx.ranks.rank * ctx.size, ctx.size), None, None
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one type, each of at most ``_BUCKET_ELEMENTS`` unless one tensor alone has more."""
+    bucket: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        full = elements + tensor.numel() > _BUCKET_ELEMENTS
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,223 @@
+"""Labelled and unlabelled image sets, read from the layouts in which they are published.
+
+Images are uint8 (channels, height, width) throughout.
+"""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from peerlearn.data import image_folders, packed_datasets
+from peerlearn.data.downloads import cache_folder
+from peerlearn.data.files import Content
+from peerlearn.data.image_folders import decode_image
+from peerlearn.errors import UserError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageDataset:
+    """One split of an image set.
+
+    images: uint8 (N, channels, height, width), or N image files, each decoded when it is read.
+    labels: int64 (N,), indices into ``class_names``, -1 for an unlabelled image of a partly
+        labelled split; None for a split without labels.
+    mean, std: per channel, of images in [0, 1], as published for the training set.
+    """
+
+    name: str
+    split: str
+    images: Tensor | tuple[Path, ...]
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the images are files, which may turn out unreadable."""
+        return not isinstance(self.images, Tensor)
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def read(self, index: int) -> Tensor:
+        """Image ``index``: uint8 (channels, height, width). Raises as ``decode_image``."""
+        if isinstance(self.images, Tensor):
+            return self.images[index]
+        return decode_image(self.images[index])
+
+    def fingerprint(self) -> str:
+        """A SHA-256 in hex that stays the same wherever the same data lies.
+
+        It covers order, labels and class names, and the pixels of images held in memory; of image
+        files the names below their common folder and the sizes, and where all of them together have
+        no more than 256 MiB their bytes.
+        """
+        digest = hashlib.sha256(repr((self.name, self.split, self.class_names)).encode())
+        if isinstance(self.images, Tensor):
+            digest.update(repr(tuple(self.images.shape)).encode())
+            digest.update(self.images.contiguous().numpy().data)
+        else:
+            base = os.path.commonpath([path.parent for path in self.images])
+            names = (path.relative_to(base).as_posix() for path in self.images)
+            digest.update("\0".join(names).encode(errors="surrogateescape"))
+            sizes = [_size(path) for path in self.images]
+            digest.update(repr(sizes).encode())
+            if sum(sizes) <= _HASHED_BYTES:
+                for path in self.images:
+                    digest.update(_content(path))
+        if self.labels is not None:
+            digest.update(self.labels.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+# Read to tell one set of image files from another; of more, names and sizes must do.
+_HASHED_BYTES = 2**28
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 for a file that is not there, which is told when it is decoded."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def load_dataset(
+    name: str, split: str = "train", *, root: str | None = None, limit: int | None = None
+) -> ImageDataset:
+    """The split of a data set; ``limit`` keeps its first n images.
+
+    digits         scikit-learn's 1797 digits, 8x8, one channel, grey levels 0..16 scaled to 0..255
+                   and never resized here; train: the first 1437 of the file, test: the last 360
+    fashion_mnist  the four published idx .gz files, in root or root/FashionMNIST/raw
+    cifar10        in root or root/cifar-10-batches-bin the binary version, or else in root or
+                   root/cifar-10-batches-py the python version, of which nothing is ever run
+    cifar100       with its fine labels: likewise, in root, root/cifar-100-binary or
+                   root/cifar-100-python
+    stl10          the binary version, in root or root/stl10_binary; also the splits unlabeled
+                   (no labels) and train+unlabeled (label -1 for the unlabelled part, which is last)
+    tinyimagenet   root or root/tiny-imagenet-200: train/WNID/images/*, words.txt; test is the
+                   published val/images with val_annotations.txt (the test labels are not public)
+    imagenet       train/WNID/*; test is val/WNID/*
+    folder         any images: see ``peerlearn.data.image_folders.any_folder``; ImageNet's statistics
+
+    Without a root, imagenet and folder are an error and all others are looked for in
+    ``peerlearn.data.downloads.cache_folder()``. Fashion-MNIST is next looked for in Debian's package;
+    what is still missing, imagenet and folder apart, is downloaded into the root.
+    Folders are read in sorted order, whatever the file system says.
+    Raises UserError for an unknown name or split, a missing root or file, a failed download,
+    a damaged file, a folder without images and a ``limit`` below 1.
+    """
+    if name not in _SOURCES:
+        near = difflib.get_close_matches(name, DATASET_NAMES, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"unknown data.name {name!r}, did you mean {near!r}? Known: {', '.join(DATASET_NAMES)}"
+        )
+    source = _SOURCES[name]
+    if split not in source.splits:
+        raise UserError(f"{name} has no split {split!r}: choose from {', '.join(source.splits)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"data.limit is {limit}: give a positive number of images, or leave it out")
+    if root is None and source.root_holds is not None:
+        raise UserError(f"{name} needs data.root: the folder that holds {source.root_holds}")
+    content = source.read(split, cache_folder() if root is None else _existing(root))
+    dataset = ImageDataset(
+        name=name,
+        split=split,
+        images=content.images,
+        labels=content.labels,
+        class_names=content.class_names,
+        mean=source.mean,
+        std=source.std,
+    )
+    return dataset if limit is None else first_images(dataset, limit)
+
+
+def first_images(dataset: ImageDataset, limit: int) -> ImageDataset:
+    """The dataset's first ``limit`` images, or all of them where there are fewer."""
+    images, labels = dataset.images[:limit], dataset.labels
+    return replace(
+        dataset,
+        # Cloned, so that the images left out do not stay in memory.
+        images=images.clone() if isinstance(images, Tensor) else images,
+        labels=None if labels is None else labels[:limit].clone(),
+    )
+
+
+def select_images(dataset: ImageDataset, index: Tensor) -> ImageDataset:
+    """The images of these numbers, int64 (n,), in their order."""
+    images, labels = dataset.images, dataset.labels
+    return replace(
+        dataset,
+        images=images[index]
+        if isinstance(images, Tensor)
+        else tuple(images[i] for i in index.tolist()),
+        labels=None if labels is None else labels[index],
+    )
+
+
+def _existing(root: str) -> Path:
+    folder = Path(os.path.expanduser(root))
+    if not os.path.isdir(folder):
+        raise UserError(f"data.root {folder} is not a folder: mend the path, or create it first")
+    return folder
+
+
+class _Source(NamedTuple):
+    read: Callable[[str, Path], Content]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    splits: tuple[str, ...] = ("train", "test")
+    # Set where the user must say where the data lies.
+    root_holds: str | None = None
+
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_SOURCES = {
+    "digits": _Source(packed_datasets.digits, (0.3054,), (0.3753,)),
+    "fashion_mnist": _Source(packed_datasets.fashion_mnist, (0.2860,), (0.3530,)),
+    "cifar10": _Source(packed_datasets.cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _Source(
+        packed_datasets.cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
+    "stl10": _Source(
+        packed_datasets.stl10,
+        (0.4467, 0.4398, 0.4066),
+        (0.2603, 0.2566, 0.2713),
+        ("train", "test", "unlabeled", "train+unlabeled"),
+    ),
+    "tinyimagenet": _Source(
+        image_folders.tinyimagenet, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
+    ),
+    "imagenet": _Source(
+        image_folders.imagenet,
+        _IMAGENET_MEAN,
+        _IMAGENET_STD,
+        root_holds="train/WNID/*.JPEG and val/WNID/*.JPEG",
+    ),
+    "folder": _Source(image_folders.any_folder, _IMAGENET_MEAN, _IMAGENET_STD, root_holds="images"),
+}
+DATASET_NAMES = tuple(_SOURCES)

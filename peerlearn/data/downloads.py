@@ -1,0 +1,102 @@
+"""Where data sets are kept when the user names no folder, and how they get there."""
+
+import logging
+import os
+import socket
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+
+from peerlearn.data.files import folder_with
+from peerlearn.errors import UserError
+
+# For each single wait. torchvision sets none, and without one a firewall that drops packets, as on
+# many compute nodes, holds up a run for minutes.
+_SOCKET_TIMEOUT_SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """This user's folder for data sets, which need not exist yet.
+
+    It is $XDG_CACHE_HOME/peerlearn, or else ~/.cache/peerlearn.
+    Raises UserError if the user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification wants relative paths ignored.
+    if os.path.isabs(base):
+        return Path(base, "peerlearn")
+    try:
+        return Path.home() / ".cache" / "peerlearn"
+    except RuntimeError as error:
+        raise UserError("this user has no home folder to keep data in: set data.root") from error
+
+
+def find_or_download(
+    name: str, root: Path, *, marker: str, published: str, url: str, md5: str, advice: str
+) -> Path:
+    """The folder that holds the file ``marker``: root or root/published.
+
+    Where neither does, the archive at ``url``, which holds the folder ``published``, is fetched and
+    unpacked in root; an archive that already lies there is taken. Raises as ``download``.
+    """
+
+    def fetch(target: str) -> None:
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        download_and_extract_archive(url, root, extract_root=os.path.dirname(target), md5=md5)
+
+    folder = folder_with(marker, root, root / published)
+    return folder or download(name, root, published, fetch, advice)
+
+
+def download(
+    name: str, root: Path, published: str, fetch: Callable[[str], None], advice: str
+) -> Path:
+    """Make the folder root/published by ``fetch``, which is given a path to make it at.
+
+    ``root`` is created if need be. Raises UserError, closing with ``advice``, if root is not
+    writable or the files cannot be had.
+    """
+    from filelock import FileLock
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            raise UserError(f"{root} lacks the files of {name} and is not writable: {advice}")
+        # The ranks of a run get here together: one fetches, and the folder appears complete.
+        with FileLock(root / ".download.lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
+            if not (root / published).exists():
+                logger.info("downloading %s to %s", name, root)
+                with _socket_timeout(_SOCKET_TIMEOUT_SECONDS):
+                    fetch(os.path.join(scratch, published))
+                (root / published).parent.mkdir(exist_ok=True)
+                os.rename(os.path.join(scratch, published), root / published)
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        HTTPException,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{root} lacks the files of {name}, and the download failed ({reason}): {advice}"
+        ) from error
+    return root / published
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

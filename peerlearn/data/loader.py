@@ -1,0 +1,473 @@
+"""Batches of random views for training, and of evaluation views in order.
+
+What a training batch holds is a function of (dataset, recipe, seed, epoch, step) and of nothing
+else: neither the number of workers nor of ranks, nor where an epoch is taken up again. The dataset
+includes which of its files can be decoded: another image, drawn by counters too, takes the place of
+one that cannot.
+
+Dimension letters: N images, B batch per rank. Image tensors are (B, channels, height, width).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import tee
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from peerlearn.data.augment import (
+    Augmentation,
+    ViewParameters,
+    distort,
+    draw_view_parameters,
+    evaluation_view,
+    normalise,
+    resized_crop,
+)
+from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.held_images import HeldImages, held_in_memory
+from peerlearn.data.image_folders import DecodeError
+from peerlearn.data.sampler import EpochOrder, check_class_aware, class_aware, shuffled
+from peerlearn.data.unreadable import Decoded, Unreadable, decode_images, read_substitute
+from peerlearn.data.workers import Jobs, results, worker_pool
+from peerlearn.errors import UserError
+
+# Of the device memory free at the start; the rest belongs to the networks.
+_RESIDENT_SHARE = 0.25
+
+
+class ViewBatch(NamedTuple):
+    """What one rank trains on in one step.
+
+    index: int64 (B,) on the CPU, the number in the dataset of each image drawn.
+    labels: int64 (B,) on the device, None for a dataset without labels.
+    views: one float32 (B, channels, size, size) per view, on the device, normalised.
+    unreadable: those of ``index`` that cannot be decoded, in the batch's order: labels and views in
+        their rows are a substitute's (``peerlearn.data.unreadable.substitutes``).
+    """
+
+    index: Tensor  # type: ignore[assignment]  # not tuple.index
+    labels: Tensor | None
+    views: tuple[Tensor, ...]
+    unreadable: tuple[Unreadable, ...]
+
+
+class ViewLoader:
+    """Random views of a dataset, epoch by epoch, for one rank.
+
+    An epoch has len(dataset) // ``batch_size_global`` global batches, made up by
+    ``peerlearn.data.sampler``: of shuffled images, or, with ``images_per_class``, of groups of so many
+    images of one class. Of each batch, rank r takes the r-th contiguous block, which may cut a
+    group. Views are those of ``draw_view_parameters``, so that an image that an epoch draws again
+    is seen otherwise. Those of a substitute are drawn by the number of the image it stands for, so
+    that its two uses differ; its label is its own, so a group it comes into has two classes.
+
+    ``backend`` says where crops are cut:
+    memory   on the device, from images held in memory, image files being decoded once at the
+             start; all must be of one size. They stay on a CUDA device if they take at most a
+             quarter of its free memory, else in main memory.
+    folder   in ``workers`` processes (0: in this one), which decode the images of a batch anew in
+             each epoch and hand over crops rounded to uint8: up to 1/510 away from memory's.
+    Flips and colours follow on the device in both.
+
+    ``unreadable`` are the images that memory could not decode at the start, the whole dataset's;
+    folder learns of them batch by batch.
+
+    Raises UserError if the ranks cannot share ``batch_size_global`` evenly, if the dataset is
+    smaller than that, if it has no labels for ``images_per_class`` or the batch no whole number of
+    groups, and if memory meets images of several sizes or cannot decode more than
+    ``max_unreadable_percent`` of the dataset. Folder leaves it to its caller to count, over an epoch
+    and all ranks, and to call ``check_unreadable_rate``; it raises UserError, while an epoch runs,
+    only for an image of which no substitute can be decoded either.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        augmentation: Augmentation,
+        *,
+        backend: Literal["memory", "folder"],
+        image_size: int,
+        batch_size_global: int,
+        seed: int,
+        device: torch.device,
+        views: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        max_unreadable_percent: float = 1.0,
+        images_per_class: int | None = None,
+    ) -> None:
+        if batch_size_global < 1 or batch_size_global % world_size:
+            raise UserError(
+                f"batch_size {batch_size_global} cannot be shared by {world_size} ranks: "
+                f"make it a multiple of {world_size}"
+            )
+        if len(dataset) < batch_size_global:
+            raise UserError(
+                f"{dataset.name} {dataset.split} has {len(dataset)} images, fewer than one batch: "
+                f"lower batch_size ({batch_size_global}) or raise data.limit"
+            )
+        if images_per_class is not None:
+            check_class_aware(
+                _labels(dataset), batch_size=batch_size_global, images_per_class=images_per_class
+            )
+        self.steps_per_epoch = len(dataset) // batch_size_global
+        self._images_per_class = images_per_class
+        self._dataset = dataset
+        self._device = device
+        self._batch_size_global = batch_size_global
+        self._rank, self._world_size = rank, world_size
+        self._recipe = _Recipe(
+            augmentation=augmentation, views=views, image_size=image_size, seed=seed
+        )
+        self.unreadable: tuple[Unreadable, ...] = ()
+        self._cropper: _Cropper
+        if backend == "memory":
+            held = held_in_memory(
+                dataset, seed=seed, max_unreadable_percent=max_unreadable_percent, workers=workers
+            )
+            self.unreadable = tuple(held.unreadable.values())
+            self._cropper = _MemoryCropper(held, self._recipe, device)
+        elif backend == "folder":
+            self._cropper = _FolderCropper(dataset.images, self._recipe, device, workers)
+        else:
+            raise ValueError(f"unknown backend {backend!r}")
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
+        """The batches of an epoch from ``start_step`` on, the same as in the whole epoch."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
+        augmentation, dataset = self._recipe.augmentation, self._dataset
+        for batch in self._cropper.cut(self._draws(epoch, start_step)):
+            views = (
+                distort(_pixels(crops, self._device), parameters, augmentation)
+                for crops, parameters in zip(batch.crops, batch.parameters, strict=True)
+            )
+            yield ViewBatch(
+                index=batch.index,
+                labels=None if dataset.labels is None else self._to_device(dataset.labels, batch),
+                views=tuple(normalise(view, dataset.mean, dataset.std) for view in views),
+                unreadable=batch.unreadable,
+            )
+
+    def _to_device(self, labels: Tensor, batch: "_CroppedBatch") -> Tensor:
+        return labels[batch.source].to(self._device, non_blocking=True)
+
+    def _draws(self, epoch: int, start_step: int) -> Iterator["_Draws"]:
+        order = self._order(epoch)
+        per_rank = self._batch_size_global // self._world_size
+        block = slice(self._rank * per_rank, (self._rank + 1) * per_rank)
+        for step in range(start_step, self.steps_per_epoch):
+            yield _Draws(epoch=epoch, index=order.index[step, block], draw=order.draw[step, block])
+
+    def _order(self, epoch: int) -> EpochOrder:
+        batch_size, seed = self._batch_size_global, self._recipe.seed
+        if self._images_per_class is None:
+            return shuffled(len(self._dataset), batch_size=batch_size, seed=seed, epoch=epoch)
+        return class_aware(
+            _labels(self._dataset),
+            batch_size=batch_size,
+            images_per_class=self._images_per_class,
+            seed=seed,
+            epoch=epoch,
+        )
+
+
+def _labels(dataset: ImageDataset) -> Tensor:
+    if dataset.labels is None:
+        raise UserError(
+            f"{dataset.name} {dataset.split} has no labels, which batches by images_per_class need: "
+            "choose another data.name or data.split, or leave images_per_class out"
+        )
+    return dataset.labels
+
+
+def evaluation_batches(
+    dataset: ImageDataset,
+    *,
+    image_size: int,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    start: int = 0,
+    stop: int | None = None,
+    unreadable: list[Unreadable] | None = None,
+) -> Iterator[Tensor]:
+    """The evaluation views of images start..stop-1 in order, normalised, on the device.
+
+    Yields float32 (batch_size, channels, image_size, image_size); the last may be smaller.
+    ``workers`` processes decode image files and round their views to uint8; images in memory are
+    viewed on the device. An image that cannot be decoded raises UserError or, where a list
+    ``unreadable`` is given, is appended to it and seen as black.
+    """
+    positions = range(len(dataset))[start:stop]
+    cuts = [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
+    images = dataset.images
+    views: Iterator[Tensor]
+    if isinstance(images, Tensor):
+        batches = (images[cut.start : cut.stop].to(device) for cut in cuts)
+        views = (evaluation_view(batch, size=image_size) for batch in batches)
+    else:
+        function = partial(_evaluation_views, size=image_size)
+        jobs = [images[cut.start : cut.stop] for cut in cuts]
+        pool = worker_pool(function, jobs, workers=workers, device=device)
+        noted = _noting_unreadable(results(pool), cuts, images, unreadable)
+        views = (_pixels(batch, device) for batch in noted)
+    for view in views:
+        yield normalise(view, dataset.mean, dataset.std)
+
+
+def _noting_unreadable(
+    evaluated: Iterator["_EvaluationResult"],
+    cuts: Sequence[range],
+    files: tuple[Path, ...],
+    unreadable: list[Unreadable] | None,
+) -> Iterator[Tensor]:
+    for cut, result in zip(cuts, evaluated, strict=True):
+        for position, reason in result.failures.items():
+            file = files[cut[position]]
+            if unreadable is None:
+                raise DecodeError(file, reason)
+            unreadable.append(Unreadable(cut[position], str(file), reason))
+        yield result.views
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    augmentation: Augmentation
+    views: int
+    image_size: int
+    seed: int
+
+    def parameters(
+        self, draws: "_Draws", *, height: int | Tensor, width: int | Tensor
+    ) -> tuple[ViewParameters, ...]:
+        """One set for each view of a batch of images of these sizes."""
+        return tuple(
+            draw_view_parameters(
+                self.augmentation,
+                seed=self.seed,
+                epoch=draws.epoch,
+                index=draws.index,
+                draw=draws.draw,
+                view=view,
+                height=height,
+                width=width,
+            )
+            for view in range(self.views)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draws:
+    """The images of one batch of this rank, (B,), and each one's draw number within the epoch."""
+
+    epoch: int
+    index: Tensor
+    draw: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CroppedBatch:
+    """``crops``: per view (B, channels, size, size), uint8 or float32 in [0, 1], on any device.
+
+    ``source`` (B,) is the image whose pixels and labels each of ``index`` has: itself, or the
+    substitute of one of ``unreadable``.
+    """
+
+    index: Tensor
+    source: Tensor
+    unreadable: tuple[Unreadable, ...]
+    parameters: tuple[ViewParameters, ...]
+    crops: tuple[Tensor, ...]
+
+
+class _Cropper(Protocol):
+    def cut(self, batches: Iterator[_Draws]) -> Iterator[_CroppedBatch]: ...
+
+
+class _MemoryCropper:
+    def __init__(self, held: HeldImages, recipe: _Recipe, device: torch.device) -> None:
+        self._recipe, self._device = recipe, device
+        self._images = held.images.to(device) if _fits(held.images, device) else held.images
+        self._source, self._unreadable = held.source, held.unreadable
+
+    def cut(self, batches: Iterator[_Draws]) -> Iterator[_CroppedBatch]:
+        height, width = self._images.shape[2:]
+        for draws in batches:
+            parameters = self._recipe.parameters(draws, height=height, width=width)
+            source = self._source[draws.index]
+            images = self._images[source.to(self._images.device)].to(self._device)
+            crops = (resized_crop(images, one.box, self._recipe.image_size) for one in parameters)
+            yield _CroppedBatch(
+                index=draws.index,
+                source=source,
+                unreadable=tuple(
+                    self._unreadable[i] for i in draws.index.tolist() if i in self._unreadable
+                ),
+                parameters=parameters,
+                crops=tuple(crops),
+            )
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return images.nbytes <= _RESIDENT_SHARE * free_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CropJob:
+    """A batch on its way to a worker: arrays, which travel by value, and undecoded images."""
+
+    epoch: int
+    index: np.ndarray
+    draw: np.ndarray
+    images: Sequence[Path] | np.ndarray
+
+
+class _CropResult(NamedTuple):
+    """``failures``: why those at these positions could not be decoded; their rows are black."""
+
+    failures: dict[int, str]
+    height: Tensor
+    width: Tensor
+    crops: tuple[Tensor, ...]
+
+
+class _FolderCropper:
+    def __init__(
+        self, images: Tensor | tuple[Path, ...], recipe: _Recipe, device: torch.device, workers: int
+    ) -> None:
+        self._images, self._recipe = images, recipe
+        self._jobs = Jobs(())
+        self._pool = worker_pool(
+            partial(_cut, recipe=recipe),
+            self._jobs,
+            workers=workers,
+            device=device,
+            persistent=True,
+        )
+
+    def cut(self, batches: Iterator[_Draws]) -> Iterator[_CroppedBatch]:
+        sent, awaited = tee(batches)
+        # Not a method of this object: the cycle would keep the workers until a garbage collection.
+        self._jobs.pending = map(partial(_crop_job, self._images), sent)
+        for draws, result in zip(awaited, results(self._pool), strict=True):
+            source: Tensor = draws.index
+            unreadable: tuple[Unreadable, ...] = ()
+            if result.failures:
+                assert not isinstance(self._images, Tensor)
+                source, unreadable = _substitute(result, draws, self._images, self._recipe)
+            # Cheaper to draw again than to carry eleven small tensors out of the worker.
+            parameters = self._recipe.parameters(draws, height=result.height, width=result.width)
+            yield _CroppedBatch(
+                index=draws.index,
+                source=source,
+                unreadable=unreadable,
+                parameters=parameters,
+                crops=result.crops,
+            )
+
+
+def _crop_job(all_images: Tensor | tuple[Path, ...], draws: _Draws) -> _CropJob:
+    # The images go along, so that no worker holds a copy of the dataset or its million paths.
+    images = (
+        all_images[draws.index].numpy()
+        if isinstance(all_images, Tensor)
+        else [all_images[i] for i in draws.index.tolist()]
+    )
+    return _CropJob(
+        epoch=draws.epoch, index=draws.index.numpy(), draw=draws.draw.numpy(), images=images
+    )
+
+
+def _cut(job: _CropJob, *, recipe: _Recipe) -> _CropResult:
+    images, failures = (
+        Decoded(list(torch.from_numpy(job.images)), {})
+        if isinstance(job.images, np.ndarray)
+        else decode_images(job.images)
+    )
+    draws = _Draws(
+        epoch=job.epoch, index=torch.from_numpy(job.index), draw=torch.from_numpy(job.draw)
+    )
+    height = torch.tensor([image.shape[1] for image in images])
+    width = torch.tensor([image.shape[2] for image in images])
+    crops = (
+        torch.stack(
+            [
+                _resized_cut(image, box, recipe.image_size)
+                for image, box in zip(images, parameters.box.tolist(), strict=True)
+            ]
+        )
+        for parameters in recipe.parameters(draws, height=height, width=width)
+    )
+    return _CropResult(failures, height, width, tuple(crops))
+
+
+def _substitute(
+    result: _CropResult, draws: _Draws, files: Sequence[Path], recipe: _Recipe
+) -> tuple[Tensor, tuple[Unreadable, ...]]:
+    """Fill the black rows of a result; returns ``source`` and ``unreadable`` of its batch.
+
+    For the main process, which alone has every path: the images that cannot be decoded are few.
+    """
+    source, unreadable = draws.index.clone(), []
+    for position, reason in result.failures.items():
+        row = slice(position, position + 1)
+        index = int(draws.index[position])
+        image = Unreadable(index, str(files[index]), reason)
+        unreadable.append(image)
+        source[position], pixels = read_substitute(image, files, seed=recipe.seed)
+        job = _CropJob(
+            epoch=draws.epoch,
+            index=draws.index[row].numpy(),
+            draw=draws.draw[row].numpy(),
+            images=pixels[None].numpy(),
+        )
+        cut = _cut(job, recipe=recipe)
+        result.height[row], result.width[row] = cut.height, cut.width
+        for crops, crop in zip(result.crops, cut.crops, strict=True):
+            crops[row] = crop
+    return source, tuple(unreadable)
+
+
+def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
+    """``resized_crop`` of one image, rounded to uint8 (channels, size, size).
+
+    Its dense resampling matrices pay on a device; on one large image this is faster.
+    """
+    top, left, height, width = box
+    rows = slice(max(top, 0), max(top + height, 0))
+    columns = slice(max(left, 0), max(left + width, 0))
+    crop = image[None, :, rows, columns].to(torch.float32)
+    if crop.shape[2:] != (height, width):
+        above, before = min(max(-top, 0), height), min(max(-left, 0), width)
+        below, after = height - above - crop.shape[2], width - before - crop.shape[3]
+        crop = pad(crop, (before, after, above, below))
+    resized = interpolate(crop, (size, size), mode="bilinear", antialias=True)
+    return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+
+
+class _EvaluationResult(NamedTuple):
+    failures: dict[int, str]
+    views: Tensor
+
+
+def _evaluation_views(files: Sequence[Path], *, size: int) -> _EvaluationResult:
+    images, failures = decode_images(files)
+    views = [evaluation_view(image[None], size=size) for image in images]
+    return _EvaluationResult(failures, torch.cat(views).mul_(255).round_().to(torch.uint8))
+
+
+def _pixels(images: Tensor, device: torch.device) -> Tensor:
+    """Images on the device as float32 in [0, 1]."""
+    images = images.to(device, non_blocking=True)
+    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images

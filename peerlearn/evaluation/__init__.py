@@ -1,0 +1,1 @@
+"""What evaluators share: networks, features, scores, tables, pictures."""

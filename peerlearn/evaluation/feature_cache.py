@@ -1,0 +1,208 @@
+"""Features of exported networks, computed once and kept on disk.
+
+    CACHE/features/KEY.safetensors   KEY.json {"sha256", "export_hash", "dataset", "transform", ...}
+
+KEY is the hash of what decides the features: the export, the images, the transform and the kind of device. The JSON is
+written last; features whose bytes are not those it names are computed again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from filelock import FileLock
+from torch import Tensor
+
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.augment import EVALUATION_VIEW
+from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.downloads import cache_folder
+from peerlearn.errors import UserError
+from peerlearn.evaluation.features import extract_features
+from peerlearn.evaluation.networks import by_input, frozen, load_backbones
+from peerlearn.export import export_hash
+from peerlearn.runs.directory import write_text
+from peerlearn.runs.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """How features are computed; none of it changes them beyond rounding.
+
+    Attributes:
+        ranks: the processes that share the work.
+        batch_size: images encoded at once by each of them.
+        workers: of each of them, that read image files.
+        cached: keep features on disk, and take those that are there.
+    """
+
+    ranks: Ranks
+    batch_size: int
+    workers: int
+    cached: bool
+
+
+def load_features(
+    folders: Mapping[str, Path], dataset: ImageDataset, how: Extraction
+) -> dict[str, Tensor]:
+    """The features of every image of a dataset, by every exported network: pooled backbone output.
+
+    Images are sized and normalised as each network's config.json says (`peerlearn.data.augment.evaluation_view`). All
+    ranks call it together and all get all features.
+
+    Args:
+        folders: the export of each network, by its name.
+        dataset: in whose order the features come; its own mean and std are not used.
+
+    Returns:
+        float32 (N, D) by the networks' names, on the CPU.
+
+    Raises:
+        UserError: an export that cannot be loaded or takes other channels, an image that cannot be decoded, features
+            that are not finite.
+    """
+    ranks = how.ranks
+    if not how.cached:
+        return _extract(folders, dataset, how)
+    keys = ranks.from_main(
+        lambda: {
+            name: cache_key(folder, dataset, ranks.device.type) for name, folder in folders.items()
+        }
+    )
+    root = cache_folder() / "features"
+    with ExitStack() as held:
+        ranks.from_main(lambda: _lock_missing(held, root, keys))
+        found = {name: _read(root, key) for name, key in keys.items()}
+        missing = {
+            name: folder for name, folder in folders.items() if ranks.any(found[name] is None)
+        }
+        computed = _extract(missing, dataset, how) if missing else {}
+        if ranks.main:
+            for name, features in computed.items():
+                _write(root, keys[name], features, folders[name], dataset)
+    return {name: computed[name] if name in computed else _present(found[name]) for name in folders}
+
+
+def cache_key(folder: Path, dataset: ImageDataset, device_type: str) -> str:
+    """The SHA-256, in hex, of all that decides a network's features of a dataset.
+
+    Image files count by name, size and time of change: their bytes would take as long to read as to encode.
+    """
+    parts: dict[str, Any] = {
+        "export": export_hash(folder),
+        "dataset": dataset.fingerprint(),
+        "transform": EVALUATION_VIEW,
+        "device": device_type,
+    }
+    if not isinstance(dataset.images, Tensor):
+        stamps = ((file.stat().st_size, file.stat().st_mtime_ns) for file in dataset.images)
+        parts["files"] = hashlib.sha256(repr(list(stamps)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _extract(
+    folders: Mapping[str, Path], dataset: ImageDataset, how: Extraction
+) -> dict[str, Tensor]:
+    backbones = load_backbones(folders, dataset)
+    features: dict[str, Tensor] = {}
+    groups = by_input(backbones, dataset)
+    total, unit = len(groups) * len(dataset), f"{dataset.name} {dataset.split} images"
+    every = [backbone.to(how.ranks.device) for backbone in backbones.values()]
+    with frozen(every), progress(total, unit, quiet=not how.ranks.main) as report:
+        for view, size, names in groups:
+            found = extract_features(
+                [backbones[name] for name in names],
+                view,
+                image_size=size,
+                batch_size=how.batch_size,
+                device=how.ranks.device,
+                workers=how.workers,
+                progress=report.advance,
+                ranks=how.ranks,
+            )
+            features |= dict(zip(names, found, strict=True))
+    _check_finite(features, folders, dataset)
+    return features
+
+
+def _check_finite(
+    features: Mapping[str, Tensor], folders: Mapping[str, Path], dataset: ImageDataset
+) -> None:
+    for name, found in features.items():
+        bad = (~found.isfinite()).any(dim=1).sum()
+        if bad:
+            raise UserError(
+                f"{folders[name]} gives NaN or Inf features for {int(bad)} of {len(dataset)} images of "
+                f"{dataset.name} {dataset.split}: its training has diverged; choose an earlier export"
+            )
+
+
+def _lock_missing(held: ExitStack, root: Path, keys: Mapping[str, str]) -> None:
+    """Of two processes that want the same features, one computes them and the other waits for it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # In one order everywhere, so that no two processes wait for each other.
+        for key in sorted(set(keys.values())):
+            if not _facts(root, key).exists():
+                held.enter_context(FileLock(root / f"{key}.lock"))
+    except OSError as error:
+        raise UserError(
+            f"{root}: cannot be written ({error.strerror}): set cache to false, or XDG_CACHE_HOME to a folder "
+            "that can"
+        ) from error
+
+
+def _facts(root: Path, key: str) -> Path:
+    return root / f"{key}.json"
+
+
+def _read(root: Path, key: str) -> Tensor | None:
+    """The features, or None where there are none or their bytes have changed."""
+    file = root / f"{key}.safetensors"
+    try:
+        expected = json.loads(_facts(root, key).read_text())["sha256"]
+        with file.open("rb") as stream:
+            whole = hashlib.file_digest(stream, "sha256").hexdigest() == expected
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        logger.warning("%s is damaged: its features are computed again", file)
+        return None
+    return safetensors.torch.load_file(file)["features"]
+
+
+def _write(root: Path, key: str, features: Tensor, export: Path, dataset: ImageDataset) -> None:
+    file = root / f"{key}.safetensors"
+    temporary = root / f".{key}.{os.getpid()}.tmp"
+    try:
+        safetensors.torch.save_file({"features": features.contiguous()}, temporary)
+        with temporary.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        temporary.replace(file)
+        facts = {
+            "sha256": sha256,
+            "export_hash": export_hash(export),
+            "dataset": f"{dataset.name} {dataset.split}",
+            "images": len(features),
+            "transform": EVALUATION_VIEW,
+        }
+        write_text(_facts(root, key), json.dumps(facts, indent=2) + "\n")
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        logger.warning("%s could not be written (%s): features are not kept", file, error)
+
+
+def _present(features: Tensor | None) -> Tensor:
+    assert features is not None
+    return features

@@ -1,0 +1,198 @@
+"""`peerlearn import`: networks of other programs' checkpoints as exports."""
+
+import argparse
+import hashlib
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from peerlearn.arguments import ArgumentParser
+from peerlearn.errors import UsageError, UserError
+from peerlearn.runs.directory import replace_folder
+
+if TYPE_CHECKING:
+    from peerlearn.exchange.foreign_checkpoints import ForeignCheckpoint, ForeignNetwork
+
+
+class _Images(NamedTuple):
+    """What images a network expects, and how that is known."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+
+_LARGEST_SIZE = 8192
+_IMAGENET = _Images(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's, assumed")
+# The numbers of the MCL authors' main_cifar.py.
+_CIFAR100 = _Images(
+    32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "CIFAR-100's, assumed of a 3x3 stem"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`peerlearn import FILE [--output DIR] [--image_size N] [--mean ...] [--std ...]`. Returns the exit code."""
+    arguments = _parse(argv)
+    file: Path = arguments.file
+    # Imported here: --help should not wait for torch.
+    from peerlearn.exchange.foreign_checkpoints import read_foreign
+
+    checkpoint = read_foreign(file)
+    images = [_expected_images(network, arguments) for network in checkpoint.networks]
+    output: Path = arguments.output or Path("imported") / _plain_stem(file)
+    sha256 = _sha256(file)
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} is there already: choose another folder by --output")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".import-") as scratch:
+            whole = Path(scratch) / output.name
+            for network, expected in zip(checkpoint.networks, images, strict=True):
+                folder = whole / _folder_name(network.name)
+                _save(folder, file, sha256, checkpoint, network, expected)
+            # All networks at once, or none: a part would pass for the whole.
+            replace_folder(whole, output)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}): choose another folder by --output"
+        ) from error
+    _report(file, sha256, checkpoint, images, output)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="peerlearn import",
+        description="Turn the networks of another program's checkpoint into exports: of MoCo v1, v2 and v3, of the MCL "
+        "authors' code, and of torchvision's and timm's ResNets. Nothing in the file is run. "
+        "Example: peerlearn import moco_v2.pth.tar",
+    )
+    parser.add_argument("file", type=Path, help="a .pth, .pt, .tar or .safetensors file")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the exports (default: imported/ and the file's name)"
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="pixels that the networks expect (default: 224, or 32)"
+    )
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            help="per channel, of images in [0, 1] (default: ImageNet's, CIFAR-100's for 3x3 stems)",
+        )
+    return parser.parse_args(argv)
+
+
+def _expected_images(network: "ForeignNetwork", arguments: argparse.Namespace) -> _Images:
+    """The size and normalisation asked for, else those of the data set that such a stem is made for.
+
+    Raises:
+        UsageError: they do not fit the network's channels, or are out of range.
+    """
+    from peerlearn.networks.cifar import CIFAR_NETWORKS
+
+    small = network.small_images or network.architecture in CIFAR_NETWORKS
+    images = _CIFAR100 if small else _IMAGENET
+    if arguments.image_size is not None:
+        if not 1 <= arguments.image_size <= _LARGEST_SIZE:
+            raise UsageError(
+                f"--image_size must be within 1..{_LARGEST_SIZE}, got {arguments.image_size}"
+            )
+        images = images._replace(size=arguments.image_size)
+    if (arguments.mean is None) != (arguments.std is None):
+        raise UsageError("--mean and --std belong together: give both, or neither")
+    if arguments.mean is not None:
+        images = images._replace(
+            mean=tuple(arguments.mean), std=tuple(arguments.std), source="as given by --mean, --std"
+        )
+    if not len(images.mean) == len(images.std) == network.in_chans:
+        raise UsageError(
+            f"{network.source} takes {network.in_chans} channels: give as many numbers by --mean and --std"
+        )
+    if not all(0 < value < math.inf for value in images.std):
+        raise UsageError(f"--std must be positive and finite, got {arguments.std}")
+    if not all(map(math.isfinite, images.mean)):
+        raise UsageError(f"--mean must be finite, got {arguments.mean}")
+    return images
+
+
+def _plain_stem(file: Path) -> str:
+    """moco_v2.pth.tar is moco_v2."""
+    name = file
+    while name.suffix in (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt"):
+        name = name.with_suffix("")
+    return name.name
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _folder_name(network: str) -> str:
+    return f"net-{network.removeprefix('key-')}{'-key' if network.startswith('key-') else ''}"
+
+
+def _save(
+    folder: Path,
+    file: Path,
+    sha256: str,
+    checkpoint: "ForeignCheckpoint",
+    network: "ForeignNetwork",
+    images: _Images,
+) -> None:
+    from peerlearn.export import save_export
+
+    save_export(
+        network.backbone,
+        folder,
+        architecture=network.architecture,
+        in_chans=network.in_chans,
+        small_images=network.small_images,
+        image_size=images.size,
+        mean=images.mean,
+        std=images.std,
+        provenance={
+            "layout": checkpoint.layout,
+            "file": file.name,
+            "SHA-256 of the file": sha256,
+            "network in the file": network.source,
+            "mean and standard deviation": images.source,
+            **({} if network.counted else {"batch counters": "not in the file, set to 0"}),
+            **({"stem": _SMALL_STEM} if network.small_images else {}),
+        },
+        origin=f"imported from {file.name}",
+    )
+
+
+# Tensors tell the kernel's size, but not its stride.
+_SMALL_STEM = "3x3, taken to be without stride and max-pool"
+
+
+def _report(
+    file: Path,
+    sha256: str,
+    checkpoint: "ForeignCheckpoint",
+    images: Sequence[_Images],
+    output: Path,
+) -> None:
+    print(f"{file}: {file.stat().st_size:,} bytes, SHA-256 {sha256}")
+    print(f"layout: {checkpoint.layout}")
+    for network, expected in zip(checkpoint.networks, images, strict=True):
+        print(
+            f"{output / _folder_name(network.name)}: {network.source} is {network.architecture}, matched "
+            f"{network.matched} of {network.matched} tensors"
+            + ("" if network.counted else ", batch counters are not in the file: set to 0")
+            + (f", stem {_SMALL_STEM}" if network.small_images else "")
+            + f"; {network.in_chans} x {expected.size} x {expected.size} pixels, mean and standard deviation "
+            + expected.source
+        )
+    left_out = (f"{group} {count}" for group, count in checkpoint.left_out.items())
+    print(f"left out, in tensors: {', '.join(left_out) or 'nothing'}")
+    if checkpoint.beside:
+        print(f"not read, beside the state dict: {', '.join(checkpoint.beside)}")
+    print(f"use them: peerlearn knn --checkpoint {output} --data.name DATASET")

@@ -1,0 +1,1 @@
+"""Networks that are not timm's, and how networks share stages."""

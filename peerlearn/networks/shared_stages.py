@@ -1,0 +1,138 @@
+"""Low stages that several networks of one architecture share, run once per forward.
+
+Letters: B batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from peerlearn.errors import UserError
+from peerlearn.networks.cifar import StagedNetwork
+
+
+def stage_names(backbone: nn.Module) -> tuple[str, ...] | None:
+    """The child modules that are the stages, low to high; None if the network has no named ones."""
+    if not isinstance(backbone, StagedNetwork | ResNet):
+        return None
+    return tuple(name for name, _ in backbone.named_children() if name.startswith("layer"))
+
+
+def default_share_stages(backbones: Sequence[nn.Module]) -> int:
+    """How many low stages the paper shares (Mutual Contrastive Learning, sections 3.1 and 4.1).
+
+    None among two networks. Among more, all but the last stage of the CIFAR networks (3 stages)
+    and all but the last two of the ImageNet networks (4 stages). None among networks that cannot
+    share, being unlike or without named stages.
+    """
+    names = stage_names(backbones[0])
+    alike = all(_layout(other) == _layout(backbones[0]) for other in backbones[1:])
+    if len(backbones) <= 2 or names is None or not alike:
+        return 0
+    return len(names) - (1 if len(names) == 3 else 2)
+
+
+def share_low_stages(backbones: Sequence[nn.Module], stages: int) -> None:
+    """Makes the first network's stem and first `stages` stages those of all the others.
+
+    Every network stays complete, with a complete state dict; the shared modules are the same
+    objects, so that parameters() over all of them yields each shared tensor once.
+
+    Raises:
+        UserError: unlike networks, none with named stages, or more stages than can be shared.
+    """
+    if stages == 0:
+        return
+    first = backbones[0]
+    names = stage_names(first)
+    if names is None:
+        raise UserError(
+            f"cohort.share_stages={stages}: {_architecture(first)} has no named stages; "
+            "set cohort.share_stages to 0"
+        )
+    if not 0 < stages < len(names):
+        raise UserError(
+            f"cohort.share_stages={stages}: {_architecture(first)} can share 0 to "
+            f"{len(names) - 1} of its {len(names)} stages"
+        )
+    for other in backbones[1:]:
+        if _layout(other) != _layout(first):
+            raise UserError(
+                f"cohort.share_stages={stages}: networks of unlike architecture "
+                f"({_architecture(first)}, {_architecture(other)}) cannot share stages; "
+                "set cohort.share_stages to 0 or cohort.backbones to one architecture"
+            )
+        trunk, _ = _split(first, stages)
+        for name, module in trunk.items():
+            setattr(other, name, module)
+
+
+def forward_shared(backbones: Sequence[nn.Module], images: Tensor, stages: int) -> list[Tensor]:
+    """Features of every network, the low stages that they share run once.
+
+    Args:
+        backbones: networks after `share_low_stages(backbones, stages)`.
+        images: (B, channels, height, width).
+        stages: how many stages are shared; 0: the networks are independent.
+
+    Returns:
+        Per network (B, num_features), bit for bit what the whole network gives.
+
+    Raises:
+        ValueError: the networks do not share these stages.
+    """
+    return run_branches(backbones, run_trunk(backbones, images, stages), stages)
+
+
+def run_trunk(backbones: Sequence[nn.Module], images: Tensor, stages: int) -> Tensor:
+    """What the shared stages make of images: (B, channels, height, width), the images themselves for 0 stages."""
+    return _run(_split(backbones[0], stages)[0], images) if stages else images
+
+
+def run_branches(backbones: Sequence[nn.Module], trunk: Tensor, stages: int) -> list[Tensor]:
+    """The features (B, num_features) of every network from what `run_trunk` gave.
+
+    Raises:
+        ValueError: the networks do not share these stages.
+    """
+    if stages == 0:
+        return [backbone(trunk) for backbone in backbones]
+    shared, _ = _split(backbones[0], stages)
+    features = []
+    for backbone in backbones:
+        low, own = _split(backbone, stages)
+        if any(low[name] is not shared[name] for name in shared):
+            raise ValueError(f"the networks do not share their first {stages} stages")
+        features.append(_run(own, trunk))
+    return features
+
+
+Modules = dict[str, nn.Module]
+
+
+def _split(backbone: nn.Module, stages: int) -> tuple[Modules, Modules]:
+    """The modules up to and including stage number `stages`, and all those above it, by name.
+
+    The children of a network with named stages run one after the other, as they are declared.
+    """
+    children = list(backbone.named_children())
+    end = 1 + [name for name, _ in children].index(f"layer{stages}")
+    return dict(children[:end]), dict(children[end:])
+
+
+def _run(modules: Modules, x: Tensor) -> Tensor:
+    for module in modules.values():
+        x = module(x)
+    return x
+
+
+def _layout(backbone: nn.Module) -> tuple[str, dict[str, torch.Size]]:
+    shapes = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
+    return _architecture(backbone), shapes
+
+
+def _architecture(backbone: nn.Module) -> str:
+    config = getattr(backbone, "pretrained_cfg", {"architecture": type(backbone).__name__})
+    return str(config["architecture"])

@@ -1,0 +1,172 @@
+"""Checkpoints: one folder per saved step, safetensors and JSON only, so nothing is ever unpickled.
+
+    checkpoints/step-00001000/{NAME.safetensors ..., state.json, manifest.json}   checkpoints/latest
+
+The manifest holds the SHA-256 of every other file and is written last: a folder without a valid one is no save.
+A save that turns out damaged is set aside as ``step-00001000.bad``.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from peerlearn.errors import UserError
+from peerlearn.runs.directory import replace_folder, write_text
+
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedSaveError(UserError):
+    """A save that is not whole: a file is missing, cut short or changed."""
+
+
+def step_folder(step: int) -> str:
+    """The name of a step's folder, the same under checkpoints/ and export/."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Save a step: every group of tensors in a file of its own, ``state`` as JSON, then ``latest``.
+
+    The folder appears under its name only when every file in it is on the disk. Where the disk does not take it, what
+    was written of it is removed and the older saves stay.
+
+    Raises:
+        OSError: the disk is full, or fails otherwise.
+    """
+    final = root / step_folder(step)
+    temporary = root / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, group in tensors.items():
+            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+            # Not save_file, whose files none but their owner can read and whose errors have no number.
+            (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(contiguous))
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        replace_folder(temporary, final)
+        write_text(root / "latest", final.name + "\n")
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the state of one save, every file checked against the manifest.
+
+    Raises:
+        DamagedSaveError: a file is missing or its bytes are not those that were saved.
+        UserError: a newer program wrote it.
+    """
+    names = check_whole(folder)
+    try:
+        # What the manifest does not name was not saved with it.
+        tensors = {
+            name.removesuffix(".safetensors"): safetensors.torch.load_file(folder / name)
+            for name in names
+            if name.endswith(".safetensors")
+        }
+        return tensors, json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedSaveError(f"{folder}: {error}") from error
+
+
+def check_whole(folder: Path) -> list[str]:
+    """Check every file of a save against its manifest, without loading it.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        DamagedSaveError: a file is missing or its bytes are not those that were saved.
+        UserError: a newer program wrote it.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
+        step = int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise DamagedSaveError(
+            f"{folder}: no readable {_MANIFEST}, so this save is not whole"
+        ) from error
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder}: format {version} is newer than this program's "
+            f"{FORMAT_VERSION}: update peerlearn, or move that folder away to go on from an older save"
+        )
+    if step_folder(step) != folder.name:
+        raise DamagedSaveError(f"{folder}: its {_MANIFEST} is that of step {step}")
+    for name, sha256 in hashes.items():
+        file = folder / name
+        if file.parent != folder or not file.is_file() or _sha256(file) != sha256:
+            raise DamagedSaveError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
+    if "state.json" not in hashes:
+        raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no state.json")
+    return sorted(hashes)
+
+
+def saved_steps(root: Path) -> list[Path]:
+    """The folders of all saves, the newest first, whole or not; those set aside are left out."""
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=saved_step, reverse=True)
+
+
+def saved_step(folder: Path) -> int:
+    """The step of a save's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a save so that it is never taken for one again; returns the new path."""
+    bad = folder.with_name(f"{folder.name}.bad")
+    number = 1
+    while bad.exists():
+        number += 1
+        bad = folder.with_name(f"{folder.name}.bad{number}")
+    os.rename(folder, bad)
+    return bad
+
+
+def drop_old_checkpoints(
+    root: Path, *, keep_last: int, keep_every_steps: int | None = None
+) -> None:
+    """Delete all saves but the newest ``keep_last`` and those of every ``keep_every_steps``-th step.
+
+    One that cannot be deleted stays, with a warning: that is no reason to stop.
+    """
+    for folder in saved_steps(root)[keep_last:]:
+        if keep_every_steps is None or saved_step(folder) % keep_every_steps:
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", folder, error)
+
+
+def remove_stumps(root: Path) -> None:
+    """Delete what saves that were killed midway have left."""
+    for stump in root.glob(".tmp-*"):
+        shutil.rmtree(stump, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

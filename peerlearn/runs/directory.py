@@ -1,0 +1,316 @@
+"""The run directory: one folder that holds everything a run reads and writes.
+
+RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/rank-R.log  DONE | FAILED
+      checkpoints/  export/  results/
+"""
+
+import datetime
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from peerlearn import PACKAGES
+from peerlearn.errors import UserError
+from peerlearn.runs.files import append_text, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("peerlearn", "torch", "torchvision", "timm", "numpy", "faiss-gpu")
+
+
+class RunDirectory:
+    """Paths and plain files of one run.
+
+    Attributes:
+        root: the folder.
+        metrics_count: how many rows metrics.jsonl has, or will have once the disk takes them.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.metrics_count = 0
+        # Lines that a full disk has not taken yet, by file.
+        self._unwritten: dict[Path, list[str]] = {}
+
+    def check_new(self) -> None:
+        """Make sure that a run can be started here.
+
+        Raises:
+            UserError: the folder holds a run already, or anything else.
+        """
+        if (self.root / "config.yaml").exists():
+            raise UserError(
+                f"{self.root} holds a run already: `peerlearn resume {self.root}` continues it, "
+                "--run names another folder"
+            )
+        if self.root.exists() and (not self.root.is_dir() or self._holds_anything()):
+            raise UserError(f"{self.root} is there and no run: choose another folder by --run")
+
+    def _holds_anything(self) -> bool:
+        # A start that was refused or killed early may have left its lock behind, a submission is there before its run.
+        return any(
+            path.name not in (".lock", "owner.json", "slurm") for path in self.root.iterdir()
+        )
+
+    def create_folder(self) -> None:
+        """Make the folder of a new run.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def write_config(self, config_yaml: str) -> None:
+        """Write config.yaml, which makes the folder a run.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            write_text(self.config, config_yaml)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.root}: cannot be written ({error.strerror}): choose another folder by --run"
+        )
+
+    def check_exists(self) -> None:
+        """Make sure that this is a run.
+
+        Raises:
+            UserError: it is not.
+        """
+        if not self.config.is_file():
+            raise UserError(f"{self.root} is not a run directory: it has no config.yaml")
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "export"
+
+    def check_there(self) -> None:
+        """Make sure that the run directory has not been moved or removed while it is in use.
+
+        Raises:
+            UserError: it has.
+        """
+        if not self.config.is_file():
+            raise UserError(
+                f"{self.root} is gone: moved or removed while training; `peerlearn resume` goes on where it is now"
+            )
+
+    @property
+    def done(self) -> bool:
+        return (self.root / "DONE").exists()
+
+    def start_attempt(self, facts: Mapping[str, Any]) -> int:
+        """Number this start of the program, counted from 1, and make its log folder.
+
+        Also writes env.json and clears an earlier DONE or FAILED.
+
+        Args:
+            facts: what evaluators need to know of the training; goes into env.json.
+        """
+        attempt = self.newest_attempt() + 1
+        try:
+            self.logs(attempt).mkdir(parents=True)
+            env = {**environment(), "training": facts}
+            write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        for mark in ("DONE", "FAILED"):
+            (self.root / mark).unlink(missing_ok=True)
+        return attempt
+
+    def newest_attempt(self) -> int:
+        """The number of the latest start of the program; 0 before the first."""
+        folders = (self.root / "logs").glob("attempt-*")
+        names = (folder.name.removeprefix("attempt-") for folder in folders)
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def logs(self, attempt: int) -> Path:
+        """The folder of an attempt's logs and heartbeats, one of each per rank."""
+        return self.root / "logs" / f"attempt-{attempt}"
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one logged step to metrics.jsonl; NaN and Inf, which JSON does not know, become null."""
+        self.metrics_count += 1
+        self._append_line(self.metrics, {key: _json_number(value) for key, value in row.items()})
+
+    def metric_rows(self) -> Iterator[dict[str, Any]]:
+        """The logged steps; a last line cut short by a crash is left out.
+
+        Raises:
+            UserError: another line is damaged.
+        """
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = dict(json.loads(line))
+                if not isinstance(row.get("step"), int):
+                    raise ValueError("it has no step")
+                yield row
+            except (ValueError, TypeError, RecursionError) as error:
+                if number == len(lines):
+                    return
+                raise UserError(
+                    f"{self.metrics}: line {number} is damaged: mend or remove it"
+                ) from error
+
+    def cut_metrics(self, step: int) -> int:
+        """Drop the rows that training from ``step`` on writes anew: those after it, at step 0 all of them.
+
+        Returns:
+            How many are left.
+        """
+        kept = [json.dumps(row) + "\n" for row in self.metric_rows() if 0 < step >= row["step"]]
+        write_text(self.metrics, "".join(kept))
+        self.metrics_count = len(kept)
+        return len(kept)
+
+    def sync_metrics(self) -> None:
+        """Wait until the rows so far are on the disk, so that no save is ahead of them."""
+        if self.metrics.exists():
+            _sync(self.metrics)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Add one line to events.jsonl: what happened, when, and its facts."""
+        self._append_line(self.root / "events.jsonl", {"time": now_text(), "event": name, **fields})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events so far; lines that cannot be read are left out."""
+        rows = read_json_lines(self.root / "events.jsonl")
+        return (row for row in rows if "event" in row)
+
+    def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Add a line; one that a full disk does not take is kept and written with the next."""
+        lines = [*self._unwritten.pop(path, []), json.dumps(row) + "\n"]
+        try:
+            append_text(path, "".join(lines))
+        except OSError as error:
+            self._unwritten[path] = lines
+            if len(lines) == 1:
+                logger.warning("%s cannot be written (%s): keeping its lines", path, error.strerror)
+
+    def mark_done(self) -> None:
+        """Leave DONE: the run has finished and its last step is saved and exported."""
+        write_text(self.root / "DONE", "")
+        (self.root / "FAILED").unlink(missing_ok=True)
+
+    def mark_failed(self, reason: str) -> None:
+        """Leave FAILED with the reason."""
+        write_text(self.root / "FAILED", reason + "\n")
+
+
+def default_run(argv: Sequence[str]) -> Path:
+    """Where a run goes that was not told: runs/ and its config's name.
+
+    Args:
+        argv: the words after `pretrain`.
+    """
+    named = argv and not argv[0].startswith("-")
+    return Path("runs") / (Path(argv[0]).stem if named else "pretrain")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for env.json and every result."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _LIBRARIES},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda_devices": devices,
+        "code_sha256": _code_sha256(),
+    }
+
+
+@cache
+def _code_sha256() -> str:
+    """Of this project's Python files as they were when the process first asked: those it runs."""
+    home = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((home / package).rglob("*.py")):
+            digest.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def now_text() -> str:
+    """The time, for people: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace a small file as a whole: it is either the old or the new text, never half of it.
+
+    ``durable`` waits until it is on the disk.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Make a finished temporary folder appear as ``final`` at once, durably; an older ``final`` goes."""
+    for path in (*temporary.rglob("*"), temporary):
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.replace(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

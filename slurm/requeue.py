@@ -1,0 +1,124 @@
+"""The end of a batch script: after a start of a job, requeue it or leave it.
+
+`python -P -m slurm.requeue FOLDER TASK CODE` on the job's first node; CODE is srun's.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from peerlearn.errors import UserError
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.heartbeat import read_step
+from peerlearn.runs.lock import run_lock
+from slurm.client import call
+from slurm.outcome import (
+    UNWRITTEN_CODES,
+    Outcome,
+    add_to_history,
+    decide,
+    read_history,
+    read_outcomes,
+    whole_outcome,
+)
+from slurm.submission import Submission, read_submission
+
+# SLURM kills the batch script of a requeued job; this long it may take.
+_REQUEUE_SECONDS = 300.0
+
+
+def main(folder: str, task: str, code: str) -> int:
+    """Returns the exit code of the batch script, if it is not requeued."""
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return after(read_submission(Path(folder)), int(task), int(code), restart=restart)
+
+
+def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
+    """Decide, write the decision down, and act on it."""
+    run = submission.trained_run(task)
+    attempt = run.newest_attempt() if run else 0
+    history = read_history(submission.folder, task)
+    outcome = _outcome(submission, task, code, restart)
+    if run and outcome.step is None and attempt > (history[-1]["attempt"] if history else 0):
+        # Of processes that were killed with all theirs, the run itself knows how far they had come.
+        outcome = replace(outcome, step=read_step(run.logs(attempt)))
+    decision, reason = decide(
+        outcome,
+        history,
+        max_crashes=submission.config.max_crashes,
+        makes_steps=submission.tasks[task].words[0] != "watch",
+    )
+    job = _job()
+    try:
+        add_to_history(
+            submission.folder,
+            task,
+            outcome,
+            job=job,
+            restart=restart,
+            decision=decision,
+            reason=reason,
+            attempt=attempt,
+        )
+    except OSError as error:
+        # A start that leaves no trace could be repeated for ever.
+        decision, reason = "failed", f"{reason}; {submission.folder}: {error.strerror}"
+    print(f"job {job}, start {restart}: {outcome.kind}, {decision} ({reason})", flush=True)
+    if decision == "requeue":
+        try:
+            _requeue(job, run, outcome)
+        except UserError as error:
+            decision, reason = "failed", f"{reason}; could not be requeued: {error}"
+    if decision == "failed" and run:
+        _mark_failed(run, job, reason)
+    return code
+
+
+def _outcome(submission: Submission, task: int, code: int, restart: int) -> Outcome:
+    found = read_outcomes(submission.folder, task=task, restart=restart)
+    if not found and code == 128 + signal.SIGUSR2:
+        return Outcome(kind="saved", code=code, reason="told to stop while starting")
+    for kind, told in UNWRITTEN_CODES.items():
+        if not found and code == told != 0:
+            return Outcome(
+                kind=kind, code=code, reason="its log says why: no file could be written"
+            )
+    processes = submission.config.nodes * submission.config.tasks_per_node
+    return whole_outcome(found, code=code, processes=processes)
+
+
+def _mark_failed(run: RunDirectory, job: str, reason: str) -> None:
+    """Leave the reason in the run, if it is this job's to fail.
+
+    Without its config there is no run yet, and what stood in its place would keep it from beginning. One that another
+    process holds, or has finished, does not fail by this job's being turned away.
+    """
+    if not run.config.exists():
+        return
+    with contextlib.suppress(UserError, OSError), run_lock(run.root):
+        if not run.done:
+            run.event("job_failed", job=job, reason=reason)
+            run.mark_failed(reason)
+
+
+def _requeue(job: str, run: RunDirectory | None, outcome: Outcome) -> None:
+    if run and run.config.exists():
+        run.event("requeued", job=job, reason=outcome.reason, step=outcome.step)
+    call("scontrol", "requeue", job)
+    time.sleep(_REQUEUE_SECONDS)
+
+
+def _job() -> str:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"peerlearn: {error}")

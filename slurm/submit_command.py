@@ -1,0 +1,133 @@
+"""`peerlearn submit`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from peerlearn.cli import dispatch
+from peerlearn.config import parse_config
+from peerlearn.errors import UsageError, UserError
+from slurm.config import SubmitConfig
+from slurm.plan import plan_tasks
+from slurm.submission import Submission, Task, create_submission, locked_home
+
+CLUSTERS = Path(__file__).parent / "clusters"
+
+
+def main(argv: Sequence[str]) -> int:
+    """`peerlearn submit [--cluster C] [--key value ...] [--dry_run] -- VERB ...`. Returns the exit code."""
+    words = list(argv)
+    own, command = _split(words)
+    if {"-h", "--help"} & set(command):
+        return dispatch(command)
+    config, dry_run = read_cluster(own)
+    # Whichever side of the dashes it stands on, nothing is to happen.
+    dry_run = dry_run or "--dry_run" in command
+    home, tasks = plan_tasks([word for word in command if word != "--dry_run"], config.sweep)
+    name = config.name or job_name(tasks, home)
+    if dry_run:
+        _print_plan(home, tasks, config, name)
+        return 0
+    from slurm.executors import submit
+
+    _check_checkpoints(tasks, config)
+    with locked_home(home):
+        _check_free(tasks)
+        submission = create_submission(home, tasks, config)
+        jobs = submit(submission, name)
+    _announce(submission, jobs)
+    if not config.wait and config.executor != "debug":
+        return 0
+    from slurm.wait import wait_for_jobs
+
+    return wait_for_jobs(submission, jobs)
+
+
+def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
+    """`--cluster C` and further keys as a config, and whether `--dry_run` was given."""
+    words = list(words)
+    for position, word in enumerate(words):
+        if word == "--cluster" or word.startswith("--cluster="):
+            taken = 1 if "=" in word else 2
+            named = word.partition("=")[2] or (words[position + 1 :] or [""])[0]
+            words = [named, *words[:position], *words[position + taken :]]
+            break
+    else:
+        if not {"-h", "--help"} & set(words):
+            raise UsageError(
+                "--cluster is missing: local, debug, slurm, or the YAML file of your cluster (docs/slurm.md)"
+            )
+    if words[:1] == [""]:
+        raise UsageError("--cluster needs a name or a file: local, debug, slurm, my_cluster.yaml")
+    return parse_config(
+        SubmitConfig,
+        words,
+        verb="submit",
+        description="Run any verb as a job.",
+        example="peerlearn submit --cluster local -- pretrain mcl_fashion_mnist_demo --run runs/a",
+        shipped=CLUSTERS,
+        usage="--cluster C [--key value ...] [--dry_run] -- VERB ...",
+    )
+
+
+def job_name(tasks: Sequence[Task], home: Path) -> str:
+    """What squeue shows: the verb, and the run or the sweep."""
+    folder = home.parent.name if home.name == "slurm" else home.name
+    return f"{tasks[0].words[0]}-{folder}" if folder else tasks[0].words[0]
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    if "--" in words:
+        at = words.index("--")
+        return words[:at], words[at + 1 :]
+    if {"-h", "--help"} & set(words):
+        return words, []
+    raise UsageError(
+        "the command stands after --: peerlearn submit --cluster local -- pretrain ..."
+    )
+
+
+def _check_free(tasks: Sequence[Task]) -> None:
+    from slurm.jobs import check_free
+
+    for task in tasks:
+        if task.run is not None and task.trains:
+            check_free(Path(task.run))
+
+
+def _check_checkpoints(tasks: Sequence[Task], config: SubmitConfig) -> None:
+    """What is to be evaluated must be there, unless a job that comes first is to make it."""
+    for task in (task for task in tasks if not task.trains):
+        asked = yaml.safe_load(task.config_yaml or "{}").get("checkpoint", [])
+        for checkpoint in [asked] if isinstance(asked, str) else asked:
+            if config.dependency is None and not Path(checkpoint).exists():
+                raise UserError(
+                    f"--checkpoint {checkpoint} is not there (with --dependency it need not be yet)"
+                )
+
+
+def _print_plan(home: Path, tasks: list[Task], config: SubmitConfig, name: str) -> None:
+    submission = Submission(
+        folder=home / f"{tasks[0].words[0]}-N",
+        tasks=tasks,
+        config=config,
+        working_directory=str(Path.cwd()),
+    )
+    for number, task in enumerate(tasks):
+        print(f"# task {number}: peerlearn {' '.join(submission.command(number))}")
+        if task.config_yaml is not None:
+            print(f"# {submission.config_file(number)}:\n{task.config_yaml}")
+    if config.executor == "slurm":
+        from slurm.executors import batch_script
+
+        print(batch_script(submission, name))
+
+
+def _announce(submission: Submission, jobs: Sequence[str]) -> None:
+    for task, job in zip(submission.tasks, jobs, strict=True):
+        place = f" ({task.run})" if task.run else ""
+        print(f"job {job}: {' '.join(task.words)}{place}")
+    print(f"submission: {submission.folder}")
+    sys.stdout.flush()

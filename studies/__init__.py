@@ -1,0 +1,1 @@
+"""Many runs and their evaluations from one description: grids, seeds, tables."""

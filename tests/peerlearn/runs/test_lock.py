@@ -1,0 +1,243 @@
+"""One run directory, one live process: with real processes, and records written by hand."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peerlearn.errors import UserError
+from peerlearn.runs import lock as module
+from peerlearn.runs.lock import run_lock
+
+# Says who held the lock before, holds it until its input ends, and may start a process that outlives it.
+HOLDER = """
+import subprocess
+import sys
+from pathlib import Path
+
+from peerlearn.errors import UserError
+from peerlearn.runs.lock import run_lock
+
+try:
+    with run_lock(Path(sys.argv[1])) as last:
+        child = subprocess.Popen(["sleep", "600"]) if "child" in sys.argv else None
+        print(child.pid if child else last, flush=True)
+        sys.stdin.read()
+except UserError as error:
+    print(f"refused: {error}", flush=True)
+"""
+
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a holder of ``tmp_path``; none outlives the test."""
+    processes = []
+
+    def popen(*words: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path), *words],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield popen
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def said(process: subprocess.Popen) -> str:
+    return process.stdout.readline().rstrip("\n")
+
+
+def read_owner(root: Path) -> dict:
+    return json.loads((root / "owner.json").read_text())
+
+
+def test_a_second_process_is_refused_with_the_owner_named_until_the_first_ends(start, tmp_path):
+    first = start()
+    assert said(first) == "None"
+    owner = read_owner(tmp_path)
+    assert (owner["pid"], owner["host"]) == (first.pid, socket.gethostname())
+    named = f"process {first.pid} on {socket.gethostname()}, since {owner['since']}"
+    refusal = f"{tmp_path} is in use by {named}: wait for it, or stop it first"
+    second = start()
+    assert said(second) == f"refused: {refusal}"
+    second.wait()
+    with pytest.raises(UserError) as raised, run_lock(tmp_path):
+        pass
+    assert str(raised.value) == refusal
+    # Neither refusal touched the record or the lock of the first.
+    assert read_owner(tmp_path)["since"] == owner["since"]
+    assert first.poll() is None
+    first.communicate("")
+    assert first.returncode == 0
+    assert not (tmp_path / "owner.json").exists()
+    with run_lock(tmp_path) as last:
+        assert last is None
+
+
+def test_a_killed_owner_loses_the_lock_at_once_and_is_named_to_the_next(start, tmp_path):
+    first = start()
+    said(first)
+    owner = read_owner(tmp_path)
+    first.kill()
+    first.wait()
+    second = start()
+    named = f"process {first.pid} on {socket.gethostname()}, since {owner['since']}"
+    assert said(second) == named
+    assert read_owner(tmp_path)["pid"] == second.pid
+
+
+def test_what_a_killed_owner_has_started_does_not_keep_its_lock(start, tmp_path):
+    first = start("child")
+    child = int(said(first))
+    try:
+        first.kill()
+        first.wait()
+        os.kill(child, 0)
+        with run_lock(tmp_path) as last:
+            assert f"process {first.pid}" in last
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_an_owner_that_is_stopped_and_long_silent_still_holds_the_lock(start, tmp_path):
+    """On one machine the lock decides, not the beat."""
+    first = start()
+    said(first)
+    first.send_signal(signal.SIGSTOP)
+    owner = read_owner(tmp_path)
+    (tmp_path / "owner.json").write_text(json.dumps({**owner, "time_seconds": 0.0}))
+    with pytest.raises(UserError, match=f"in use by process {first.pid} "), run_lock(tmp_path):
+        pass
+
+
+def test_of_several_that_start_at_once_one_gets_the_lock(start):
+    processes = [start() for _ in range(4)]
+    answers = [said(process) for process in processes]
+    assert answers.count("None") == 1
+    for process, answer in zip(processes, answers, strict=True):
+        if answer == "None":
+            assert process.poll() is None
+        else:
+            assert answer.startswith("refused: ")
+            assert "is in use by " in answer
+
+
+# The record
+
+
+@given(
+    host=st.sampled_from([socket.gethostname(), "elsewhere"]),
+    age=st.one_of(st.floats(-1e4, 50), st.floats(70, 1e9)),
+    job=st.sampled_from([None, "7", "8"]),
+    own_job=st.sampled_from([None, "7"]),
+)
+def test_a_record_keeps_others_out_only_if_it_beats_elsewhere_for_another_job(
+    host, age, job, own_job, tmp_path_factory
+):
+    """The lock itself was free: its owner is dead, or where flock does not reach."""
+    root = tmp_path_factory.mktemp("run")
+    record = {
+        "host": host,
+        "pid": 4,
+        "job": job,
+        "since": "then",
+        "time_seconds": time.time() - age,
+    }
+    (root / "owner.json").write_text(json.dumps(record))
+    requeued = own_job is not None and job == own_job
+    name = f"process 4 on {host}{f', SLURM job {job}' if job else ''}, since then"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SLURM_JOB_ID", raising=False)
+        if own_job:
+            patch.setenv("SLURM_JOB_ID", own_job)
+        if host == "elsewhere" and age < 60 and not requeued:
+            with pytest.raises(UserError, match=f"in use by {name}: wait for it"), run_lock(root):
+                pass
+            assert read_owner(root) == record
+        else:
+            with run_lock(root) as last:
+                assert last == name
+                ours = read_owner(root)
+                assert (ours["host"], ours["pid"]) == (socket.gethostname(), os.getpid())
+                assert ours["job"] == own_job
+                assert abs(ours["time_seconds"] - time.time()) < 60
+            assert not (root / "owner.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "null", "{}"])
+def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
+    (tmp_path / "owner.json").write_text(content)
+    with run_lock(tmp_path) as last:
+        assert last is None
+
+
+def test_the_record_beats_while_the_lock_is_held_and_not_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BEAT_SECONDS", 0.001)
+    beats = []
+    write_owner = module._write_owner
+
+    def writing(file: Path, since: str) -> None:
+        write_owner(file, since)
+        beats.append(read_owner(tmp_path))
+
+    monkeypatch.setattr(module, "_write_owner", writing)
+    with run_lock(tmp_path):
+        deadline = time.monotonic() + 60
+        while len(beats) < 5:
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.001)
+    written = len(beats)
+    times = [beat.pop("time_seconds") for beat in beats]
+    assert times == sorted(set(times))
+    assert all(beat == beats[0] for beat in beats)
+    assert not (tmp_path / "owner.json").exists()
+    time.sleep(0.02)
+    assert len(beats) == written
+
+
+def test_without_room_for_the_record_the_lock_still_holds(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_text", fail)
+    with run_lock(tmp_path) as last:
+        assert last is None
+        with pytest.raises(UserError, match="in use by another process: "), run_lock(tmp_path):
+            pass
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_failure_within_frees_the_lock_and_is_the_one_that_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="within"), run_lock(tmp_path):
+        raise RuntimeError("within")
+    assert not (tmp_path / "owner.json").exists()
+    with run_lock(tmp_path) as last:
+        assert last is None
+
+
+def test_what_is_no_folder_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"\A.*/file: cannot be locked \(.+\): is it writable\?\Z"),
+        run_lock(tmp_path / "file"),
+    ):
+        pass
