@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -324,3 +324,13 @@ def _may_be_in_flight(entry: Entry) -> bool:
         return False
     age = time.time() - entry.begun_seconds
     return age < _IN_FLIGHT_SECONDS.get(entry.executor, 1.0)
+
+
+def jobs_without_a_run(folders: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder and the job of whatever a pipeline has handed over that is no run's and has not ended: its watching
+    and summing up. Folders that hold no pipeline give none."""
+    for folder in folders:
+        if (folder / "pipeline.yaml").is_file():
+            for entry in Ledger(folder / PIPELINE).entries().values():
+                if entry.job is not None and entry.kind is None:
+                    yield folder, {**entry.job, "verb": entry.key.split()[0]}
