@@ -1,8 +1,9 @@
-"""Configs: frozen dataclasses, filled from a YAML file and then from the command line.
+"""Configs: frozen dataclasses, filled from a YAML file and then from the command line; and the words of other verbs.
 
 An unknown key is an error that names the nearest one; a value out of range is refused by the dataclass itself.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -10,13 +11,21 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from peerlearn.errors import UsageError, UserError
 
 Config = TypeVar("Config")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a wrong word is one line, as everywhere else, and no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the UsageError."""
+        raise UsageError(f"{message} (`{self.prog} --help` explains)")
 
 
 def parse_config(
@@ -229,8 +238,6 @@ def _build_parser(
 
 
 def _parse(parser: Any, config_class: type[Config], words: Sequence[str]) -> Config:
-    import argparse
-
     try:
         values = parser.instantiate(parser.parse_args(words))
         fields = dataclasses.fields(config_class)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import replace_folder
+from peerlearn.runs.files import replace_folder
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

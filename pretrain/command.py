@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from peerlearn.cli import SAVED_RUN_AGAIN
 from peerlearn.config import check_complete, config_to_yaml, load_config, parse_config
-from peerlearn.errors import SaidByMainError, UsageError, UserError
+from peerlearn.errors import SAVED_RUN_AGAIN, SaidByMainError, UsageError, UserError
 from peerlearn.runs.directory import RunDirectory, default_run
 from peerlearn.runs.lock import run_lock
 from peerlearn.runs.stop import Stop, stop_signals
@@ -262,7 +261,7 @@ def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
 
 def _final_accuracy(training: "Training") -> "dict[str, ClassificationScores]":
     """Of a supervised run, also left in its result files; nothing of others."""
-    from pretrain.accuracy import write_final_accuracy
+    from pretrain.final_accuracy import write_final_accuracy
     from pretrain.supervised import Supervised
 
     method = training.method

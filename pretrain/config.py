@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peerlearn.compute.optimizers import OptimizerConfig
 from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import require
 
@@ -190,34 +191,6 @@ class DataConfig:
         require(
             0 <= self.max_unreadable_percent <= 100,
             f"data.max_unreadable_percent must be within 0..100, got {self.max_unreadable_percent}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimiser; the learning rate is `base_lr` of the run.
-
-    Attributes:
-        name: sgd, lars or adamw.
-        momentum: of sgd and lars.
-        nesterov: of sgd and lars.
-        weight_decay: L2 penalty (sgd, lars) or decoupled decay (adamw).
-        decay_norm_and_bias: decay batch-norm weights and biases too, as MoCo does.
-    """
-
-    name: Literal["sgd", "lars", "adamw"] = "sgd"
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    decay_norm_and_bias: bool = True
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.momentum < 1, f"optimizer.momentum must be within 0..1, got {self.momentum}"
-        )
-        require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay must be at least 0, got {self.weight_decay}",
         )
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.config import load_config
+from peerlearn.config import ArgumentParser, load_config
 from peerlearn.errors import UsageError, UserError
 from peerlearn.evaluation.selection import ENSEMBLE, select_networks
 from pretrain.config import PretrainConfig

@@ -21,7 +21,7 @@ from peerlearn.runs.checkpoint import (
     saved_steps,
     set_aside,
 )
-from peerlearn.runs.directory import environment
+from peerlearn.runs.environment import environment
 from peerlearn.runs.generators import load_generator_states
 from pretrain.cohort import load_named_state
 from pretrain.config import PretrainConfig

@@ -26,7 +26,9 @@ from peerlearn.runs.checkpoint import (
     step_folder,
 )
 from peerlearn.runs.deadline import deadline
-from peerlearn.runs.directory import RunDirectory, environment, write_text
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.environment import environment
+from peerlearn.runs.files import write_text
 from peerlearn.runs.generators import generator_states, seed_generators
 from pretrain.accuracy import AccuracyMonitor
 from pretrain.bad_images import UnreadableImages
@@ -156,7 +158,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         cohort=cohort,
         method=method,
         optimizer=build_optimizer(cohort, config.optimizer, lr=config.lr),
-        precision=Precision(config, device),
+        precision=Precision(config.precision, device, tf32=config.tf32),
         guard=StepGuard(
             [cohort, *([method.peers] if method.peers else [])],
             max_skipped_in_a_row=config.max_skipped_steps,

@@ -7,15 +7,14 @@ import signal
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
+from peerlearn.config import ArgumentParser
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import now_text
+from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, call
-from slurm.find_runs import find_runs
 from slurm.jobs import JobKey, Record, job_key, records_of, states_of
-from slurm.status import CANCELLED_FILE
+from slurm.status import CANCELLED_FILE, find_runs
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from peerlearn.cli import SAVED_RUN_AGAIN
-from peerlearn.errors import UserError
-from peerlearn.runs.directory import write_text
+from peerlearn.errors import SAVED_RUN_AGAIN, UserError
+from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, read_submission

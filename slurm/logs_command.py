@@ -8,12 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
+from peerlearn.config import ArgumentParser
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
-from slurm.find_runs import find_runs, is_run
 from slurm.jobs import JobWatch, Record, records_of, submission_of
-from slurm.status import RunStatus, read_statuses
+from slurm.status import RunStatus, find_runs, is_run, read_statuses
 from slurm.submission import TRAINING_VERBS
 
 _POLL_SECONDS = 0.5

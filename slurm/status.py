@@ -1,13 +1,17 @@
-"""What is known of runs: from their own files, and from Slurm where it answers. Nothing is written."""
+"""Which runs a command line means, and what is known of them: from their own files, and from Slurm where it answers.
+
+Nothing is written.
+"""
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import read_json_lines
 from peerlearn.runs.heartbeat import INTERVAL_SECONDS, Beat, read_beat, read_step
@@ -15,14 +19,15 @@ from peerlearn.runs.lock import living_owner
 from slurm.client import JobState
 from slurm.jobs import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.metrics_tail import MetricsTail, integer, number, read_tail
-from slurm.outcome import Outcome
-from slurm.submission import TRAINING_VERBS, read_submission
-from slurm.wait import outcome_of
+from slurm.outcome import Outcome, outcome_of
+from slurm.submission import JOBS_FILE, TRAINING_VERBS, read_submission
 
 # What `peerlearn cancel` has ended: {"job", "time"}. Slurm keeps no memory of it without accounting, and of an array's
 # task that was still waiting not even then.
 CANCELLED_FILE = Path("slurm") / "cancelled.jsonl"
 
+# A run lies so deep below a folder that is named for it, at most.
+_LEVELS = 2
 _FRESH_BEAT_SECONDS = 4 * INTERVAL_SECONDS
 # Those that tell how a start began or ended.
 _EVENTS = ("started", "stopped", "done", "failed", "requeued", "job_failed")
@@ -360,3 +365,37 @@ def _time_of(text: object) -> float:
 def _printable(line: str) -> str:
     """Without what would move the cursor of a terminal."""
     return "".join(character if character.isprintable() else " " for character in line)
+
+
+def find_runs(words: Sequence[Path]) -> list[Path]:
+    """The runs named, and those of folders named: a sweep, a pipeline, `runs`.
+
+    Raises:
+        UserError: a folder is not there, or none of them holds a run.
+    """
+    for word in words:
+        if not word.exists():
+            raise UserError(f"{word} is not there: name run directories, or a folder that has some")
+    found = [run for word in words for run in _runs_below(word, _LEVELS)]
+    if not found:
+        raise UserError(f"no run in {', '.join(map(str, words))}: name run directories")
+    return list({run.absolute(): run for run in found}.values())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run, or has been submitted to become one."""
+    return (folder / "config.yaml").is_file() or (folder / JOBS_FILE).is_file()
+
+
+def _runs_below(folder: Path, levels: int) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+        return
+    if (folder / "pipeline.yaml").is_file():
+        levels = _LEVELS
+    if levels == 0 or not folder.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _runs_below(path, levels - 1)

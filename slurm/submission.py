@@ -23,10 +23,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peerlearn import PACKAGES
+from peerlearn import HOME, PACKAGES
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import RunDirectory, now_text, write_text
-from peerlearn.runs.files import append_json_line, read_json_lines
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.environment import now_text
+from peerlearn.runs.files import append_json_line, read_json_lines, write_text
 from peerlearn.runs.heartbeat import process_started_at
 from slurm.config import SubmitConfig
 
@@ -34,7 +35,6 @@ from slurm.config import SubmitConfig
 TRAINING_VERBS = ("pretrain", "resume")
 JOBS_FILE = Path("slurm") / "jobs.jsonl"
 _LOCK_SECONDS = 120.0
-_HOME = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ def _copy_code(target: Path) -> None:
     try:
         for package in PACKAGES:
             shutil.copytree(
-                _HOME / package, target / package, ignore=shutil.ignore_patterns("__pycache__")
+                HOME / package, target / package, ignore=shutil.ignore_patterns("__pycache__")
             )
     except shutil.Error as error:
         # A list of (source, target, reason).
@@ -263,7 +263,7 @@ def _write(submission: Submission) -> None:
 
 def _revision() -> dict[str, Any] | None:
     """The commit that the copied code comes from, and whether it was changed since; None outside a checkout."""
-    git = ("git", "-C", str(_HOME))
+    git = ("git", "-C", str(HOME))
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         commit, changes = (

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     _announce(submission, jobs)
     if not config.wait and config.executor != "debug":
         return 0
-    from slurm.wait import wait_for_jobs
+    from slurm.outcome import wait_for_jobs
 
     return wait_for_jobs(submission, jobs)
 

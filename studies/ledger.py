@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from peerlearn.errors import UserError
 from peerlearn.evaluation.results import JOB_VARIABLE
-from peerlearn.runs.directory import now_text
+from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line, read_json_lines
 from slurm.config import SubmitConfig
 from slurm.outcome import Kind

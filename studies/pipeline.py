@@ -15,7 +15,8 @@ import yaml
 
 from peerlearn.config import config_to_yaml, load_config
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import RunDirectory, write_text
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import write_text
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
 from slurm.submit_command import read_cluster

@@ -16,7 +16,8 @@ from typing import Any
 
 from peerlearn.config import config_to_yaml, load_config, nearest, parse_config
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import RunDirectory, write_text
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import write_text
 from pretrain.command import SHIPPED, lacks_results
 from pretrain.config import PretrainConfig
 from studies.sweep_config import SweepConfig, read_sweep

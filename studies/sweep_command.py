@@ -6,10 +6,8 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.cli import SAVED_RUN_AGAIN
-from peerlearn.config import config_to_yaml, find_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.config import ArgumentParser, config_to_yaml, find_config
+from peerlearn.errors import SAVED_RUN_AGAIN, UsageError, UserError
 from peerlearn.runs.stop import stop_signals
 from studies.sweep import (
     CONFIG_FILE,

@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from peerlearn.cli import SAVED_RUN_AGAIN
+from peerlearn import HOME
+from peerlearn.errors import SAVED_RUN_AGAIN
 from peerlearn.runs.files import append_text
 from peerlearn.runs.stop import Stop
 from studies.sweep import Sweep, SweptRun, config_file, unwritable
 
 _LOOK_SECONDS = 0.2
-_HOME = Path(__file__).resolve().parent.parent
 
 
 def run_missing(sweep: Sweep, stop: Stop) -> bool:
@@ -51,7 +51,7 @@ def _run(sweep: Sweep, run: SweptRun, stop: Stop) -> int:
     """One run in a process of its own, told to stop when this one is. Returns its exit code."""
     # By its resolved config: what becomes of a file that it names, meanwhile, changes no later run.
     words = ["pretrain", str(config_file(sweep, run.variant)), *run.own_words, "--auto_resume"]
-    paths = [str(_HOME), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         with run.log.open("ab") as output:
             child = subprocess.Popen(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from peerlearn.runs.directory import write_text
+from peerlearn.runs.files import write_text
 from studies.sweep import Cell, Sweep, unwritable
 from studies.sweep_plot import plot_sweep
 from studies.sweep_scores import ENSEMBLE, INDIVIDUAL, WEIGHTED, Findings, Score, score_sweep

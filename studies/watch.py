@@ -19,9 +19,9 @@ from peerlearn.runs.stop import Stop
 from slurm.client import JobState
 from slurm.config import SubmitConfig
 from slurm.jobs import JobKey, Record, job_key, states_of
+from slurm.outcome import outcome_of
 from slurm.plan import plan_tasks
 from slurm.submission import TRAINING_VERBS, Task, jobs_of, read_submission
-from slurm.wait import outcome_of
 from studies.landed import Export, Training, landed_exports
 from studies.ledger import EVALUATIONS, Entry, Ledger, Order, hand_over
 

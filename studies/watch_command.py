@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.cli import SAVED_RUN_AGAIN
-from peerlearn.errors import UsageError, UserError
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import SAVED_RUN_AGAIN, UsageError, UserError
 from peerlearn.runs.stop import Stop, stop_signals
 from slurm.submit_command import read_cluster
 from studies.advance import advance, end_watch

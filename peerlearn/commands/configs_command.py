@@ -4,8 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.config import nearest
+from peerlearn.config import ArgumentParser, nearest
 from peerlearn.errors import UsageError
 
 # verb -> the package and folder that hold its shipped configs

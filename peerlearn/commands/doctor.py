@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
-from peerlearn.arguments import ArgumentParser
+from peerlearn.compute.cpu import BF16_UNITS, cpu_flags
+from peerlearn.config import ArgumentParser
 
-CPU_INFO = Path("/proc/cpuinfo")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 _FASHION_MNIST_FILES = [
@@ -155,16 +155,6 @@ def check_cuda() -> Check:
         found=found or "none: training runs on the CPU",
         fix=fix if shutil.which("nvidia-smi") else "",
     )
-
-
-# Names of the instructions in /proc/cpuinfo, x86's and Arm's.
-BF16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-FP16_UNITS = frozenset(("avx512_fp16", "amx_fp16", "asimdhp"))
-
-
-def cpu_flags() -> set[str]:
-    """What the processor can do, by Linux' names; empty on other systems."""
-    return set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
 
 
 def check_cpu_bf16() -> Check:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlearn.commands.doctor import BF16_UNITS, FP16_UNITS, cpu_flags
-from pretrain.config import PretrainConfig
+from peerlearn.compute.cpu import BF16_UNITS, FP16_UNITS, cpu_flags
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,22 +23,22 @@ class Precision:
     averaged before they are looked at.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, precision: str, device: torch.device, *, tf32: bool = False) -> None:
         self._device = device
-        self._type = _AUTOCAST[config.precision]
+        self._type = _AUTOCAST[precision]
         self._unscaled = False
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         if device.type == "cuda":
-            tf32 = "tf32" if config.tf32 else "ieee"
-            torch.backends.cuda.matmul.fp32_precision = tf32
-            torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
-        elif config.tf32:
+            products = "tf32" if tf32 else "ieee"
+            torch.backends.cuda.matmul.fp32_precision = products
+            torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+        elif tf32:
             logger.warning("tf32 has no effect on %s: it is a format of CUDA devices", device.type)
         if device.type == "cpu" and self._type is not None and not cpu_computes(self._type):
             logger.warning(
                 "precision %s is many times slower than fp32 on this CPU, which has no units for it: "
                 "set precision to fp32",
-                config.precision,
+                precision,
             )
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -28,7 +28,7 @@ from peerlearn.errors import UserError
 from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, frozen, load_backbones
 from peerlearn.export import export_hash
-from peerlearn.runs.directory import write_text
+from peerlearn.runs.files import write_text
 from peerlearn.runs.progress import progress
 
 logger = logging.getLogger(__name__)

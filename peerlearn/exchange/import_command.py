@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from peerlearn.arguments import ArgumentParser
+from peerlearn.config import ArgumentParser
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import replace_folder
+from peerlearn.runs.files import replace_folder
 
 if TYPE_CHECKING:
     from peerlearn.exchange.foreign_checkpoints import ForeignCheckpoint, ForeignNetwork

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import replace_folder, write_text
+from peerlearn.runs.files import replace_folder, write_text
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"

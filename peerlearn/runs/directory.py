@@ -4,27 +4,18 @@ RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/ra
       checkpoints/  export/  results/
 """
 
-import datetime
-import hashlib
 import json
 import logging
 import math
-import os
-import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peerlearn import PACKAGES
 from peerlearn.errors import UserError
-from peerlearn.runs.files import append_text, read_json_lines
+from peerlearn.runs.environment import environment, now_text
+from peerlearn.runs.files import append_text, read_json_lines, sync, write_text
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = ("peerlearn", "torch", "torchvision", "timm", "numpy", "faiss-gpu")
 
 
 class RunDirectory:
@@ -196,7 +187,7 @@ class RunDirectory:
     def sync_metrics(self) -> None:
         """Wait until the rows so far are on the disk, so that no save is ahead of them."""
         if self.metrics.exists():
-            _sync(self.metrics)
+            sync(self.metrics)
 
     def event(self, name: str, **fields: Any) -> None:
         """Add one line to events.jsonl: what happened, when, and its facts."""
@@ -237,80 +228,5 @@ def default_run(argv: Sequence[str]) -> Path:
     return Path("runs") / (Path(argv[0]).stem if named else "pretrain")
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for env.json and every result."""
-    import torch
-
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _LIBRARIES},
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda_devices": devices,
-        "code_sha256": _code_sha256(),
-    }
-
-
-@cache
-def _code_sha256() -> str:
-    """Of this project's Python files as they were when the process first asked: those it runs."""
-    home = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        for file in sorted((home / package).rglob("*.py")):
-            digest.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def now_text() -> str:
-    """The time, for people: UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a small file as a whole: it is either the old or the new text, never half of it.
-
-    ``durable`` waits until it is on the disk.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Make a finished temporary folder appear as ``final`` at once, durably; an older ``final`` goes."""
-    for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.replace(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

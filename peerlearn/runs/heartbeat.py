@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peerlearn.runs.directory import write_text
+from peerlearn.runs.files import write_text
 
 INTERVAL_SECONDS = 2.0
 # A beat older than this is no beat: several were missed.

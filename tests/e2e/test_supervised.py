@@ -19,7 +19,7 @@ from peerlearn.cli import main
 from peerlearn.compute.dist import Ranks
 from peerlearn.config import load_config
 from peerlearn.data.datasets import load_dataset
-from peerlearn.data.loader import evaluation_batches
+from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.export import load_export
 from pretrain import state
 from pretrain.config import PretrainConfig

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import RunDirectory, write_text
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import write_text
 
 VALUES = st.one_of(st.floats(), st.integers(), st.text(max_size=6), st.none())
 ROWS = st.lists(
