@@ -119,18 +119,19 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.root / "DONE").exists()
 
-    def start_attempt(self, facts: Mapping[str, Any]) -> int:
+    def start_attempt(self, verb: str, facts: Mapping[str, Any]) -> int:
         """Number this start of the program, counted from 1, and make its log folder.
 
         Also writes env.json and clears an earlier DONE or FAILED.
 
         Args:
+            verb: verb of the command line that trains; by it `peerlearn resume` knows who goes on.
             facts: what evaluators need to know of the training; goes into env.json.
         """
         attempt = self.newest_attempt() + 1
         try:
             self.logs(attempt).mkdir(parents=True)
-            env = {**environment(), "training": facts}
+            env = {**environment(), "verb": verb, "training": facts}
             write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
         except OSError as error:
             raise self._unwritable(error) from error
