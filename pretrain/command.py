@@ -124,7 +124,7 @@ def _train(
         joined_ranks(config.device, timeout_seconds=config.rank_timeout_seconds) as ranks,
     ):
         finished = run_training(
-            lambda: build(config, run, ranks),
+            partial(build, config, run, ranks),
             train,
             verb="pretrain",
             config=config,
