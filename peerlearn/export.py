@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.errors import UserError
-from peerlearn.runs.files import replace_folder
+from peerlearn.runs.files import file_sha256, replace_folder
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -154,7 +154,7 @@ def export_hash(folder: Path) -> str:
     Raises:
         UserError: one of the two cannot be read.
     """
-    digests = [_file_sha256(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    digests = [_sha256_in_export(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -229,7 +229,7 @@ def _check_seal(folder: Path, config: dict[str, Any]) -> None:
             f"{folder / CONFIG_FILE}: its SHA-256 is not the one it was written with: export the network again, or "
             f"remove {_SEAL!r} from it if the change is meant"
         )
-    if hashes.get(WEIGHTS_FILE) != _file_sha256(folder / WEIGHTS_FILE):
+    if hashes.get(WEIGHTS_FILE) != _sha256_in_export(folder / WEIGHTS_FILE):
         raise UserError(
             f"{folder / WEIGHTS_FILE}: damaged, its SHA-256 is not that of {CONFIG_FILE}: export the network again"
         )
@@ -249,10 +249,9 @@ def _digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _file_sha256(file: Path) -> str:
+def _sha256_in_export(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(file)
     except OSError as error:
         raise _unreadable(file, error) from error
 

@@ -1,7 +1,6 @@
 """`peerlearn import`: networks of other programs' checkpoints as exports."""
 
 import argparse
-import hashlib
 import math
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.files import replace_folder
+from peerlearn.runs.files import file_sha256, replace_folder
 
 if TYPE_CHECKING:
     from peerlearn.exchange.foreign_checkpoints import ForeignCheckpoint, ForeignNetwork
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = read_foreign(file)
     images = [_expected_images(network, arguments) for network in checkpoint.networks]
     output: Path = arguments.output or Path("imported") / _plain_stem(file)
-    sha256 = _sha256(file)
+    sha256 = file_sha256(file)
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} is there already: choose another folder by --output")
@@ -126,11 +125,6 @@ def _plain_stem(file: Path) -> str:
     while name.suffix in (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt"):
         name = name.with_suffix("")
     return name.name
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _folder_name(network: str) -> str:

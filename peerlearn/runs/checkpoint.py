@@ -6,7 +6,6 @@ The manifest holds the SHA-256 of every other file and is written last: a folder
 A save that turns out damaged is set aside as ``step-00001000.bad``.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peerlearn.errors import UserError
-from peerlearn.runs.files import replace_folder, write_text
+from peerlearn.runs.files import file_sha256, replace_folder, write_text
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -59,7 +58,7 @@ def save_checkpoint(
             # Not save_file, whose files none but their owner can read and whose errors have no number.
             (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(contiguous))
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         replace_folder(temporary, final)
@@ -117,7 +116,7 @@ def check_whole(folder: Path) -> list[str]:
         raise DamagedSaveError(f"{folder}: its {_MANIFEST} is that of step {step}")
     for name, sha256 in hashes.items():
         file = folder / name
-        if file.parent != folder or not file.is_file() or _sha256(file) != sha256:
+        if file.parent != folder or not file.is_file() or file_sha256(file) != sha256:
             raise DamagedSaveError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
     if "state.json" not in hashes:
         raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no state.json")
@@ -165,8 +164,3 @@ def remove_stumps(root: Path) -> None:
     """Delete what saves that were killed midway have left."""
     for stump in root.glob(".tmp-*"):
         shutil.rmtree(stump, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
