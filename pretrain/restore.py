@@ -17,12 +17,12 @@ from peerlearn.runs.checkpoint import (
     check_whole,
     load_checkpoint,
     remove_stumps,
-    saved_step,
     saved_steps,
     set_aside,
 )
 from peerlearn.runs.environment import environment
 from peerlearn.runs.generators import load_generator_states
+from peerlearn.runs.step_folders import LATEST_FILE, step_folders
 from pretrain.cohort import load_named_state
 from pretrain.config import PretrainConfig
 from pretrain.state import Training
@@ -97,8 +97,8 @@ def roll_back(training: Training, *, before_step: int, reason: str) -> None:
     run, ranks = training.run, training.ranks
 
     def choose() -> str:
-        for folder in saved_steps(run.checkpoints):
-            if saved_step(folder) > before_step:
+        for step, folder in step_folders(run.checkpoints):
+            if step > before_step:
                 set_aside(folder)
         name = _newest_whole_save(training) if saved_steps(run.checkpoints) else None
         if name is None:
@@ -139,7 +139,7 @@ def _has_ever_saved(training: Training) -> bool:
     events = {event["event"] for event in run.events()}
     if events & {"saved", "checkpoint_damaged"}:
         return True
-    left = (run.checkpoints / "latest", *run.checkpoints.glob("step-*.bad*"))
+    left = (run.checkpoints / LATEST_FILE, *run.checkpoints.glob("step-*.bad*"))
     if any(path.exists() for path in left):
         return True
     first_save = training.config.checkpoint.every_steps or training.steps_per_epoch

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import UsageError, UserError
+from peerlearn.runs.export_folders import network_folder
 from peerlearn.runs.files import file_sha256, replace_folder
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".import-") as scratch:
             whole = Path(scratch) / output.name
             for network, expected in zip(checkpoint.networks, images, strict=True):
-                folder = whole / _folder_name(network.name)
+                folder = whole / network_folder(network.name)
                 _save(folder, file, sha256, checkpoint, network, expected)
             # All networks at once, or none: a part would pass for the whole.
             replace_folder(whole, output)
@@ -127,10 +128,6 @@ def _plain_stem(file: Path) -> str:
     return name.name
 
 
-def _folder_name(network: str) -> str:
-    return f"net-{network.removeprefix('key-')}{'-key' if network.startswith('key-') else ''}"
-
-
 def _save(
     folder: Path,
     file: Path,
@@ -178,7 +175,7 @@ def _report(
     print(f"layout: {checkpoint.layout}")
     for network, expected in zip(checkpoint.networks, images, strict=True):
         print(
-            f"{output / _folder_name(network.name)}: {network.source} is {network.architecture}, matched "
+            f"{output / network_folder(network.name)}: {network.source} is {network.architecture}, matched "
             f"{network.matched} of {network.matched} tensors"
             + ("" if network.counted else ", batch counters are not in the file: set to 0")
             + (f", stem {_SMALL_STEM}" if network.small_images else "")

@@ -9,7 +9,6 @@ A save that turns out damaged is set aside as ``step-00001000.bad``.
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peerlearn.errors import UserError
-from peerlearn.runs.files import file_sha256, replace_folder, write_text
+from peerlearn.runs.files import file_sha256, replace_folder
+from peerlearn.runs.step_folders import step_folder, step_folders, write_latest
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -30,11 +30,6 @@ logger = logging.getLogger(__name__)
 
 class DamagedSaveError(UserError):
     """A save that is not whole: a file is missing, cut short or changed."""
-
-
-def step_folder(step: int) -> str:
-    """The name of a step's folder, the same under checkpoints/ and export/."""
-    return f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -62,7 +57,7 @@ def save_checkpoint(
         manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         replace_folder(temporary, final)
-        write_text(root / "latest", final.name + "\n")
+        write_latest(final)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -125,13 +120,7 @@ def check_whole(folder: Path) -> list[str]:
 
 def saved_steps(root: Path) -> list[Path]:
     """The folders of all saves, the newest first, whole or not; those set aside are left out."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=saved_step, reverse=True)
-
-
-def saved_step(folder: Path) -> int:
-    """The step of a save's folder."""
-    return int(folder.name.removeprefix("step-"))
+    return [folder for _, folder in step_folders(root)]
 
 
 def set_aside(folder: Path) -> Path:
@@ -152,8 +141,8 @@ def drop_old_checkpoints(
 
     One that cannot be deleted stays, with a warning: that is no reason to stop.
     """
-    for folder in saved_steps(root)[keep_last:]:
-        if keep_every_steps is None or saved_step(folder) % keep_every_steps:
+    for step, folder in step_folders(root)[keep_last:]:
+        if keep_every_steps is None or step % keep_every_steps:
             try:
                 shutil.rmtree(folder)
             except OSError as error:
