@@ -8,13 +8,14 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from peerlearn.config import check_complete, config_to_yaml, load_config, parse_config
 from peerlearn.errors import SAVED_RUN_AGAIN, SaidByMainError, UsageError, UserError
 from peerlearn.runs.directory import RunDirectory, default_run
 from peerlearn.runs.lock import run_lock
 from peerlearn.runs.stop import Stop, stop_signals
+from peerlearn.runs.training_facts import TrainingFacts
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -217,16 +218,16 @@ def _failure_kind(error: Exception) -> str:
     return "user" if isinstance(error, UserError) else "crash"
 
 
-def _facts(training: "Training") -> dict[str, Any]:
+def _facts(training: "Training") -> TrainingFacts:
     """What evaluators need to know of the training."""
-    return {
-        "dataset": training.dataset.name,
-        "data_root": training.data.root,
-        "images": len(training.dataset),
-        "seed": training.config.seed,
-        "lr": training.config.lr,
-        "processes": training.ranks.world_size,
-    }
+    return TrainingFacts(
+        dataset=training.dataset.name,
+        data_root=training.data.root,
+        images=len(training.dataset),
+        seed=training.config.seed,
+        lr=training.config.lr,
+        processes=training.ranks.world_size,
+    )
 
 
 def _train(training: "Training", attempt: int, stop: "Stop") -> bool:

@@ -18,6 +18,7 @@ from peerlearn.runs.checkpoint import (
     load_checkpoint,
     remove_stumps,
     saved_steps,
+    saves_set_aside,
     set_aside,
 )
 from peerlearn.runs.environment import environment
@@ -139,7 +140,7 @@ def _has_ever_saved(training: Training) -> bool:
     events = {event["event"] for event in run.events()}
     if events & {"saved", "checkpoint_damaged"}:
         return True
-    left = (run.checkpoints / LATEST_FILE, *run.checkpoints.glob("step-*.bad*"))
+    left = (run.checkpoints / LATEST_FILE, *saves_set_aside(run.checkpoints))
     if any(path.exists() for path in left):
         return True
     first_save = training.config.checkpoint.every_steps or training.steps_per_epoch

@@ -12,6 +12,7 @@ from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import network_folder, read_seal
 from peerlearn.runs.step_folders import latest_step, step_folders
+from peerlearn.runs.training_facts import TrainingFacts
 
 Training = Literal["none", "live", "done", "dead"]
 
@@ -74,10 +75,18 @@ def _steps_per_epoch(run: Path) -> int:
         UserError: the run does not tell.
     """
     try:
-        images = json.loads((run / "env.json").read_text())["training"]["images"]
+        images = TrainingFacts.read(RunDirectory(run).env).images
         batch = yaml.safe_load((run / "config.yaml").read_text())["batch_size"]
         return max(1, int(images) // int(batch))
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, yaml.YAMLError) as error:
+    except (
+        UserError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        yaml.YAMLError,
+    ) as error:
         raise UserError(
             f"{run}: its env.json and config.yaml do not tell the steps of an epoch, which every_epochs needs"
         ) from error

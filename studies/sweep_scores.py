@@ -1,6 +1,5 @@
 """What the runs of a sweep score at their last step, over seeds, and against the baseline of their row."""
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from peerlearn.errors import UserError
 from peerlearn.evaluation.results import read_result
 from peerlearn.evaluation.uncertainty import spread_over_runs
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.training_facts import TrainingFacts
 from studies.sweep import Cell, Sweep, SweptRun
 from studies.sweep_run import why_not_done
 
@@ -315,12 +315,12 @@ def _knn(directory: RunDirectory, last_step: int) -> tuple[str, dict[Key, float]
                 raise UserError(f"metrics.jsonl: {name} of step {last_step} is no number")
             values[(network, "top1")] = value
     try:
-        facts = json.loads((directory.root / "env.json").read_text())["training"]
+        facts = TrainingFacts.read(directory.env)
         measured = (
-            f"kNN top-1 on {facts['dataset']} (k {row['knn/k']}, temperature {row['knn/temperature']}, "
+            f"kNN top-1 on {facts.dataset} (k {row['knn/k']}, temperature {row['knn/temperature']}, "
             f"{row['knn/train_images']:,} neighbours, n {row['knn/test_images']:,})"
         )
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (UserError, ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"env.json or metrics.jsonl lacks what the kNN was measured by: {type(error).__name__}: {error}"
         ) from error

@@ -1,15 +1,15 @@
 """Which exported networks `--checkpoint` and `--network` mean."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import exported_networks, is_export, is_key_network, network_in
 from peerlearn.runs.step_folders import latest_step, step_folders, step_of
+from peerlearn.runs.training_facts import TrainingFacts
 
 ENSEMBLE = "ensemble"
 
@@ -128,11 +128,8 @@ def results_folder(asked: str | None, selection: Selection) -> Path:
     return Path(asked) if asked else (selection.run or Path()) / "results"
 
 
-def run_setting(run: Path | None, name: str, default: Any) -> Any:
-    """A fact of the run's env.json that evaluators need: dataset, data_root, seed."""
-    if run is None:
-        return default
-    try:
-        return json.loads((run / "env.json").read_text())["training"][name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'env.json'} does not tell the run's {name}") from error
+def run_setting(
+    run: Path | None, name: Literal["dataset", "data_root", "seed"], default: Any
+) -> Any:
+    """A fact of the run's training; the default for exports that belong to no run."""
+    return default if run is None else getattr(TrainingFacts.read(RunDirectory(run).env), name)

@@ -24,6 +24,9 @@ from peerlearn.runs.step_folders import step_folder, step_folders, write_latest
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
+_STATE = "state.json"
+# Ends the name of a save that was set aside.
+_BAD = ".bad"
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def save_checkpoint(
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
             # Not save_file, whose files none but their owner can read and whose errors have no number.
             (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(contiguous))
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
         hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -79,7 +82,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             for name in names
             if name.endswith(".safetensors")
         }
-        return tensors, json.loads((folder / "state.json").read_text())
+        return tensors, json.loads((folder / _STATE).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedSaveError(f"{folder}: {error}") from error
 
@@ -113,8 +116,8 @@ def check_whole(folder: Path) -> list[str]:
         file = folder / name
         if file.parent != folder or not file.is_file() or file_sha256(file) != sha256:
             raise DamagedSaveError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
-    if "state.json" not in hashes:
-        raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no state.json")
+    if _STATE not in hashes:
+        raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no {_STATE}")
     return sorted(hashes)
 
 
@@ -125,13 +128,18 @@ def saved_steps(root: Path) -> list[Path]:
 
 def set_aside(folder: Path) -> Path:
     """Rename a save so that it is never taken for one again; returns the new path."""
-    bad = folder.with_name(f"{folder.name}.bad")
+    bad = folder.with_name(folder.name + _BAD)
     number = 1
     while bad.exists():
         number += 1
-        bad = folder.with_name(f"{folder.name}.bad{number}")
+        bad = folder.with_name(f"{folder.name}{_BAD}{number}")
     os.rename(folder, bad)
     return bad
+
+
+def saves_set_aside(root: Path) -> list[Path]:
+    """What `set_aside` has renamed there."""
+    return list(root.glob(f"*{_BAD}*"))
 
 
 def drop_old_checkpoints(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
-from peerlearn.runs.environment import environment, now_text
+from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_text, read_json_lines, sync, write_text
+from peerlearn.runs.training_facts import TrainingFacts
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,10 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def env(self) -> Path:
+        return self.root / "env.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -119,19 +124,18 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.root / "DONE").exists()
 
-    def start_attempt(self, facts: Mapping[str, Any]) -> int:
+    def start_attempt(self, facts: TrainingFacts) -> int:
         """Number this start of the program, counted from 1, and make its log folder.
 
         Also writes env.json and clears an earlier DONE or FAILED.
 
         Args:
-            facts: what evaluators need to know of the training; goes into env.json.
+            facts: of the training; they go into env.json.
         """
         attempt = self.newest_attempt() + 1
         try:
             self.logs(attempt).mkdir(parents=True)
-            env = {**environment(), "training": facts}
-            write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
+            facts.write(self.env)
         except OSError as error:
             raise self._unwritable(error) from error
         for mark in ("DONE", "FAILED"):
