@@ -89,7 +89,7 @@ def resume(argv: Sequence[str]) -> int:
 def lacks_results(config: PretrainConfig, run: RunDirectory) -> bool:
     """Whether a run's accuracies, which only supervised ones have, are not there (any more)."""
     supervised = config.method == "supervised"
-    return supervised and not any((run.root / "results").glob("classification-*.json"))
+    return supervised and not any(run.results.glob("classification-*.json"))
 
 
 _RESUME_HELP = """\
@@ -161,7 +161,7 @@ def _train_locked(
             resume_latest(training, allow_elastic=allow_elastic)
         attempt = ranks.from_main(lambda: _start(training, held, taken_from, resumes=resumes))
         logs = run.logs(attempt)
-        stacks = log_to(logs / f"rank-{ranks.rank}.log")
+        stacks = log_to(run.log(attempt, ranks.rank))
         ranks.start_heartbeat(logs, stacks)
         return _train(training, attempt, stop)
     except (SaidByMainError, RefusedResumeError):
@@ -170,7 +170,7 @@ def _train_locked(
         _note_failure(error, run, ranks, attempt)
         if isinstance(error, UserError):
             raise
-        where = f" (traceback in {run.logs(attempt) / f'rank-{ranks.rank}.log'})" if attempt else ""
+        where = f" (traceback in {run.log(attempt, ranks.rank)})" if attempt else ""
         raise UserError(f"{type(error).__name__}: {error}{where}") from error
 
 
@@ -249,7 +249,7 @@ def _train(training: "Training", attempt: int, stop: "Stop") -> bool:
         except DivergedError as again:
             raise UserError(
                 f"{again}, again after going back to a save: lower base_lr, and look at the images of the "
-                f"step_skipped events in {run.root / 'events.jsonl'}"
+                f"step_skipped events in {run.event_log}"
             ) from again
     if ranks.main:
         scores = _final_accuracy(training) if finished else {}

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from peerlearn.exchange.export_formats import convert_export, how_to_load, write_export
 
     with tempfile.TemporaryDirectory() as scratch:
-        if (checkpoint / "config.yaml").is_file():
+        if RunDirectory(checkpoint).begun:
             exports = _rebuild_exports(checkpoint, arguments.network, arguments.step, Path(scratch))
             home = RunDirectory(checkpoint).exports / exports[0].parent.name
         else:
@@ -126,7 +126,7 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
 
 def _saved_config(state: dict[str, Any], save: Path, scratch: Path) -> PretrainConfig:
     """The config that the save's networks were trained by."""
-    file = scratch / "config.yaml"
+    file = RunDirectory(scratch).config
     try:
         file.write_text(yaml.safe_dump(state["config"]))
         return load_config(PretrainConfig, file)

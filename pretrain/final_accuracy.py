@@ -54,7 +54,7 @@ def write_final_accuracy(training: Training, weights: Tensor) -> dict[str, Class
     hashes = {name: export_hash(exports / network_folder(name)) for name in names}
     for network, found in scores.items():
         write_result(
-            training.run.root / "results",
+            training.run.results,
             task=TASK,
             dataset=data.test.name,
             step=training.step,

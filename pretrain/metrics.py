@@ -97,7 +97,7 @@ def _open_board(training: "Training") -> "SummaryWriter | None":
 
     purged = training.step + 1 if training.step else 0
     try:
-        return SummaryWriter(training.run.root / "tb", purge_step=purged)
+        return SummaryWriter(training.run.tensorboard, purge_step=purged)
     except OSError as error:
         logger.warning("TensorBoard is off: %s", error)
         return None

@@ -181,7 +181,7 @@ class _Process:
         }
         if place.num_tasks > 1:
             variables |= self._rendezvous()
-        traces = self.submission.folder / "outcomes" / f"nccl-{self.task}-{self.restart}-rank-"
+        traces = self.submission.outcomes / f"nccl-{self.task}-{self.restart}-rank-"
         defaults = {
             "OMP_NUM_THREADS": str(self.submission.config.cpus_per_task),
             # NCCL's flight recorder: at a timeout the last collectives of every rank are written beside the outcomes.
@@ -195,7 +195,7 @@ class _Process:
         """Where the processes meet: rank 0 finds a free port and tells the others by a file."""
         place = self.place
         name = f"rendezvous-{place.job_id}-{self.restart}.json"
-        file = self.submission.folder / "outcomes" / name
+        file = self.submission.outcomes / name
         if place.global_rank == 0:
             address = os.environ.get("MASTER_ADDR") or socket.gethostname()
             found = {

@@ -15,7 +15,7 @@ from peerlearn.errors import DONE, SAVED_RUN_AGAIN
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line, read_json_lines, write_text
 from slurm.jobs import job_key, states_of
-from slurm.submission import Submission, local_identity
+from slurm.submission import OUTCOMES_FOLDER, Submission, local_identity
 
 _POLL_SECONDS = 2.0
 # done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
@@ -44,14 +44,14 @@ class Outcome:
 
 def write_outcome(folder: Path, *, task: int, restart: int, rank: int, outcome: Outcome) -> None:
     """Leave it for the end of the batch script."""
-    file = folder / "outcomes" / f"{task}-{restart}-{rank}.json"
+    file = folder / OUTCOMES_FOLDER / f"{task}-{restart}-{rank}.json"
     write_text(file, json.dumps(asdict(outcome)) + "\n")
 
 
 def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome]:
     """What the processes of one start have left, by rank."""
     found = {}
-    for file in (folder / "outcomes").glob(f"{task}-{restart}-*.json"):
+    for file in (folder / OUTCOMES_FOLDER).glob(f"{task}-{restart}-*.json"):
         found[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
     return found
 

@@ -9,6 +9,7 @@ import yaml
 from peerlearn.cli import dispatch
 from peerlearn.config import parse_config
 from peerlearn.errors import UsageError, UserError
+from peerlearn.runs.directory import JOBS_FOLDER
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
 from slurm.submission import Submission, Task, create_submission, locked_home
@@ -74,7 +75,7 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
 
 def job_name(tasks: Sequence[Task], home: Path) -> str:
     """What squeue shows: the verb, and the run or the sweep."""
-    folder = home.parent.name if home.name == "slurm" else home.name
+    folder = home.parent.name if home.name == JOBS_FOLDER else home.name
     return f"{tasks[0].words[0]}-{folder}" if folder else tasks[0].words[0]
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from peerlearn.config import config_to_yaml, parse_config
 from peerlearn.errors import UsageError, UserError
+from peerlearn.runs.directory import PIPELINE_FILE
 from peerlearn.runs.stop import Stop
 from studies.advance import advance, ask_again, submit_watch
 from studies.pipeline import (
-    CONFIG_FILE,
     Pipeline,
     is_pipeline,
     load_pipeline,
@@ -57,7 +57,7 @@ def resume(argv: Sequence[str]) -> int:
     made = load_pipeline(root)
     config, dry_run = parse_config(
         PipelineConfig,
-        [str(root / CONFIG_FILE), *argv[1:]],
+        [str(root / PIPELINE_FILE), *argv[1:]],
         verb="resume",
         description="Submit what a pipeline lacks; changed keys hold from now on.",
         example="peerlearn resume runs/fashion_mnist --seeds 0 1 2 3",

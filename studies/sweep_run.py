@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peerlearn import HOME
 from peerlearn.errors import SAVED_RUN_AGAIN
+from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import append_text
 from peerlearn.runs.stop import Stop
 from studies.sweep import Sweep, SweptRun, config_file, unwritable
@@ -89,7 +90,7 @@ def why_not_done(run: SweptRun) -> str:
     state = run.state
     if state == "done":
         return ""
-    if failed := _lines(run.folder / "FAILED"):
+    if failed := _lines(RunDirectory(run.folder).failed_mark):
         return " ".join(failed)
     said = (_lines(run.log) or [""])[-1]
     if said.startswith("peerlearn: "):

@@ -216,7 +216,7 @@ def read_scores(run: SweptRun) -> RunScores:
     networks = run.variant.config.cohort.networks
     directory = RunDirectory(run.folder)
     step = _last_step(directory)
-    files = sorted((run.folder / "results").glob("classification-*.json"))
+    files = sorted(directory.results.glob("classification-*.json"))
     if files:
         measured, values = _classified(files, step)
     else:

@@ -51,7 +51,7 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
     if is_export(checkpoint):
         return _select_export(checkpoint, network)
     exports = checkpoint
-    if (checkpoint / "config.yaml").is_file():
+    if RunDirectory(checkpoint).begun:
         exports = _latest(checkpoint)
     everything = exported_networks(exports)
     if not everything:
@@ -110,7 +110,7 @@ def _select_export(folder: Path, network: str) -> Selection:
 
 def _run_of(exports: Path) -> Path | None:
     run = exports.parent.parent
-    return run if (run / "config.yaml").is_file() else None
+    return run if RunDirectory(run).begun else None
 
 
 def _latest(run: Path) -> Path:
@@ -125,7 +125,7 @@ def _latest(run: Path) -> Path:
 
 def results_folder(asked: str | None, selection: Selection) -> Path:
     """Where result files go: the folder asked for, else the run's, else results/ here."""
-    return Path(asked) if asked else (selection.run or Path()) / "results"
+    return Path(asked) if asked else RunDirectory(selection.run or Path()).results
 
 
 def run_setting(

@@ -36,6 +36,11 @@ def is_key_network(network: str) -> bool:
     return network.startswith(KEY_PREFIX)
 
 
+def network_order(network: str) -> tuple[bool, int, str]:
+    """What to sort networks by: query networks first, by number."""
+    return is_key_network(network), len(network), network
+
+
 def is_export(folder: Path) -> bool:
     """Whether a network is there, whichever program wrote it."""
     return (folder / WEIGHTS_FILE).is_file()
@@ -60,6 +65,4 @@ def exported_networks(folder: Path) -> dict[str, Path]:
         for path in folder.glob("net-*")
         if (network := network_in(path.name)) and is_export(path)
     }
-    return dict(
-        sorted(found.items(), key=lambda item: (is_key_network(item[0]), len(item[0]), item[0]))
-    )
+    return {network: found[network] for network in sorted(found, key=network_order)}

@@ -57,6 +57,15 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def numbered_files(folder: Path, before: str, after: str = "") -> dict[int, Path]:
+    """The files and folders below ``folder`` whose names are a number between two texts, by their numbers."""
+    named = {
+        path.name.removeprefix(before).removesuffix(after): path
+        for path in folder.glob(f"{before}*{after}")
+    }
+    return {int(number): path for number, path in named.items() if number.isdecimal()}
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file, in order; lines that cannot be read are left out, of a file that is not there all."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:
