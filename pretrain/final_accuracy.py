@@ -12,8 +12,9 @@ from peerlearn.evaluation.results import write_result
 from peerlearn.evaluation.uncertainty import accuracy_metrics
 from peerlearn.export import export_hash
 from peerlearn.runs.export_folders import network_folder
+from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
 from peerlearn.runs.step_folders import step_folder
-from pretrain.accuracy import ENSEMBLE, WEIGHTED, cohort_logits, score_cohort
+from pretrain.accuracy import cohort_logits, score_cohort
 from pretrain.distill import ensemble_weights
 from pretrain.state import Training
 
@@ -86,7 +87,7 @@ def _protocol(training: Training, network: str) -> dict[str, Any]:
     }
     if network == ENSEMBLE:
         protocol["ensemble"] = "mean of logits"
-    elif network == WEIGHTED:
+    elif network == WEIGHTED_ENSEMBLE:
         per_class = ", per class" if config.supervised.weights_per_class else ""
         protocol["ensemble"] = f"logits weighted by theta of Eq. 9{per_class}"
         protocol["theta_from"] = (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peerlearn.runs.score_names import score_name
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.terms import Terms, objective
@@ -48,7 +49,7 @@ class MetricsLog:
         row = {"loss": values.pop(0), "images_per_second": self._rate(step)}
         for name, term in zip(terms._fields, terms, strict=True):
             for m in range(len(term)):
-                row[f"net/{m}/{name}"] = values.pop(0)
+                row[score_name(m, name)] = values.pop(0)
         return row
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -113,4 +114,6 @@ def gradient_norms(cohort: Cohort) -> dict[str, float]:
         parameters = (p for _, part in cohort.parts(m) for p in part.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-    return {f"net/{m}/gradient_norm": norm for m, norm in enumerate(torch.stack(norms).tolist())}
+    return {
+        score_name(m, "gradient_norm"): norm for m, norm in enumerate(torch.stack(norms).tolist())
+    }

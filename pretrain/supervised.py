@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import NUM_NEGATIVES, random_bits
+from peerlearn.runs.score_names import score_name
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.distill import (
@@ -178,7 +179,9 @@ class Supervised:
         row = {}
         if len(self.ensemble_weights) > 1:
             means = self.ensemble_weights.view(len(self.ensemble_weights), -1).mean(1)
-            row = {f"net/{m}/ensemble_weight": weight for m, weight in enumerate(means.tolist())}
+            row = {
+                score_name(m, "ensemble_weight"): weight for m, weight in enumerate(means.tolist())
+            }
         if self.config.supervised.teaching != "none":
             row["teaching_weight"] = self.teaching_weight
         return row

@@ -12,6 +12,14 @@ from peerlearn.compute.schedules import learning_rate
 from peerlearn.counter_random import MODULE_NOISE, random_bits
 from peerlearn.data.loader import ViewBatch
 from peerlearn.runs.progress import Reporter
+from peerlearn.runs.score_names import (
+    KNN_TOP1,
+    PIXELS,
+    TOP1,
+    measured_part,
+    parse_score_name,
+    score_name,
+)
 from peerlearn.runs.stop import Stop
 from pretrain.accuracy import AccuracyMonitor
 from pretrain.cohort import statistics
@@ -140,7 +148,7 @@ def _measure(training: Training, *, pixels: bool = False) -> dict[str, float]:
         assert monitor is not None
         row = monitor.measure(training.cohort, method.peers)
         if pixels and (top1 := monitor.pixels_top1()) is not None:
-            row["pixels/knn_top1"] = top1
+            row[score_name(PIXELS, KNN_TOP1)] = top1
         return row
 
     row = training.ranks.from_main(measure)
@@ -178,11 +186,14 @@ def _statistics(training: Training) -> list[Tensor]:
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:
     """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1."""
-    found = {key.rpartition("/"): value for key, value in row.items() if key.endswith("_top1")}
+    named = {name: value for key, value in row.items() if (name := parse_score_name(key))}
+    found = {name: value for name, value in named.items() if name.figure.endswith(TOP1)}
     if not found:
         return f"epoch {epoch}"
-    kind = next(iter(found))[2].removesuffix("_top1").replace("knn", "kNN")
-    scores = "  ".join(f"{network} {value:.2f}" for (network, _, _), value in found.items())
+    kind = next(iter(found)).figure.removesuffix(TOP1).replace("knn", "kNN")
+    scores = "  ".join(
+        f"{measured_part(name.network)} {value:.2f}" for name, value in found.items()
+    )
     return f"epoch {epoch}  {kind} top-1 %: {scores}"
 
 

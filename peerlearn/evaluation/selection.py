@@ -8,10 +8,9 @@ from typing import Any, Literal
 from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import exported_networks, is_export, is_key_network, network_in
+from peerlearn.runs.score_names import ENSEMBLE as ENSEMBLE
 from peerlearn.runs.step_folders import latest_step, step_folders, step_of
 from peerlearn.runs.training_facts import TrainingFacts
-
-ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """One home for each fact that several parts must agree on: elsewhere its literal does not stand in the code."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,18 @@ def texts_of(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(("name", "home"), NAMES.items())
 def test_a_name_of_a_file_or_folder_stands_in_one_file(name: str, home: str):
     assert [file for file, texts in literals().items() if name in texts] == [home]
+
+
+def test_names_of_scores_are_written_and_parsed_in_one_file():
+    home = "peerlearn/runs/score_names.py"
+    spelt = re.compile(r"(^|\W)(net|ensemble|pixels|knn)/|/\w+_top1")
+    found = {
+        (file, text)
+        for file, texts in literals().items()
+        for text in texts
+        if spelt.search(text) and "\n" not in text and file != home
+    }
+    assert not found
 
 
 def test_one_function_hashes_files():
