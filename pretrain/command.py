@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from peerlearn.config import check_complete, config_to_yaml, load_config, parse_config
-from peerlearn.errors import SAVED_RUN_AGAIN, SaidByMainError, UsageError, UserError
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN, USAGE, SaidByMainError, UsageError, UserError
 from peerlearn.runs.directory import RunDirectory, default_run
 from peerlearn.runs.lock import run_lock
 from peerlearn.runs.stop import Stop, stop_signals
@@ -56,7 +56,7 @@ def resume(argv: Sequence[str]) -> int:
     words = list(argv)
     if not words or {"-h", "--help"} & set(words):
         print(_RESUME_HELP)
-        return 0 if words else 2
+        return DONE if words else USAGE
     if words[0].startswith("-"):
         raise UsageError(f"RUN comes before {words[0]}: peerlearn resume RUN {' '.join(words)}")
     run = RunDirectory(Path(words.pop(0)))

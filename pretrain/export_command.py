@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from peerlearn.config import ArgumentParser, load_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.evaluation.selection import ENSEMBLE, select_networks
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, is_key_network, network_folder
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             ) from error
         print(f"{folder}{'' if written else ': is there already, the same'}")
     print(f"to load one: {how_to_load(folders[0], arguments.format)}")
-    return 0
+    return DONE
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

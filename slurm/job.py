@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from peerlearn.errors import SAVED_RUN_AGAIN, UserError
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
@@ -222,7 +222,7 @@ class _Process:
         if self.run_directory and attempt > attempt_before:
             step = read_step(self.run_directory.logs(attempt))
             events = [e for e in self.run_directory.events() if e.get("attempt") == attempt]
-        if code == 0:
+        if code == DONE:
             return Outcome(kind="done", code=code, reason="done", step=step)
         if code in (SAVED_RUN_AGAIN, -signal.SIGUSR2):
             # Not yet able to save, it had nothing to save.

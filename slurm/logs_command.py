@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.config import ArgumentParser
-from peerlearn.errors import UserError
+from peerlearn.errors import DONE, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import numbered_files
 from slurm.jobs import JobWatch, Record, records_of, submission_of
@@ -31,14 +31,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.follow:
         with contextlib.suppress(KeyboardInterrupt):
             _follow(run, arguments.rank, arguments.attempt)
-        return 0
+        return DONE
     files = _log_files(run, arguments.rank, arguments.attempt)
     if not files:
         raise UserError(_nothing_yet(run))
     printer = _Printer()
     for file in files:
         printer.print_new(file)
-    return 0
+    return DONE
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peerlearn.errors import DONE, SAVED_RUN_AGAIN
+from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line, read_json_lines, write_text
 from slurm.jobs import job_key, states_of
@@ -113,8 +113,8 @@ def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) ->
             step=step,
         )
 
-    if code == 0:
-        return Outcome(kind="done", code=0, reason="done", step=step)
+    if code == DONE:
+        return Outcome(kind="done", code=DONE, reason="done", step=step)
     # A save is one of all processes: whoever tells of it speaks for all.
     known = first("saved") or first("crashed") or first("failed")
     if known:
@@ -200,10 +200,10 @@ def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
             del waiting[job]
             outcome = outcome_of(submission, jobs.index(job), state.state if state else "gone")
             print(f"job {job}: {outcome.kind} ({outcome.reason})", flush=True)
-            codes.append({"done": 0, "saved": SAVED_RUN_AGAIN}.get(outcome.kind, 1))
+            codes.append({"done": DONE, "saved": SAVED_RUN_AGAIN}.get(outcome.kind, FAILURE))
         if waiting:
             time.sleep(_POLL_SECONDS)
-    return max(codes, key=lambda code: (code == 1, code))
+    return max(codes, key=lambda code: (code == FAILURE, code))
 
 
 def _identity(job: str, executor: str) -> dict[str, Any]:
@@ -217,9 +217,9 @@ def outcome_of(submission: Submission, task: int, state: str) -> Outcome:
         last = history[-1] if history else None
         if last and last["decision"] != "requeue":
             kind: Kind = "done" if last["decision"] == "done" else "failed"
-            return Outcome(kind=kind, code=0, reason=last["reason"], step=last["step"])
-        return Outcome(kind="failed", code=1, reason=state)
+            return Outcome(kind=kind, code=DONE, reason=last["reason"], step=last["step"])
+        return Outcome(kind="failed", code=FAILURE, reason=state)
     found = read_outcomes(submission.folder, task=task, restart=0)
     processes = submission.config.tasks_per_node
     done = len(found) == processes and not any(outcome.code for outcome in found.values())
-    return whole_outcome(found, code=0 if done else 1, processes=processes)
+    return whole_outcome(found, code=DONE if done else FAILURE, processes=processes)

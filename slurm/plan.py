@@ -12,7 +12,7 @@ import yaml
 
 from peerlearn.cli import VERBS, dispatch
 from peerlearn.config import nearest
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory, default_run
 from slurm.submission import Task
 
@@ -136,7 +136,7 @@ def _printed(words: list[str]) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         code = dispatch(words)
-    if code != 0:
+    if code != DONE:
         raise UserError(f"`peerlearn {' '.join(words)}` ends with {code}")
     return printed.getvalue()
 

@@ -8,7 +8,7 @@ import yaml
 
 from peerlearn.cli import dispatch
 from peerlearn.config import parse_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.runs.directory import JOBS_FOLDER
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     name = config.name or job_name(tasks, home)
     if dry_run:
         _print_plan(home, tasks, config, name)
-        return 0
+        return DONE
     from slurm.executors import submit
 
     _check_checkpoints(tasks, config)
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         jobs = submit(submission, name)
     _announce(submission, jobs)
     if not config.wait and config.executor != "debug":
-        return 0
+        return DONE
     from slurm.outcome import wait_for_jobs
 
     return wait_for_jobs(submission, jobs)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from peerlearn import HOME
-from peerlearn.errors import SAVED_RUN_AGAIN
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import append_text
 from peerlearn.runs.stop import Stop
@@ -41,9 +41,9 @@ def run_missing(sweep: Sweep, stop: Stop) -> bool:
         print(f"{head}: {verb} (`peerlearn logs {run.folder} -f` follows it)", flush=True)
         begun = time.monotonic()
         code = _run(sweep, run, stop)
-        if code == SAVED_RUN_AGAIN or (stop.requested and code != 0):
+        if code == SAVED_RUN_AGAIN or (stop.requested and code != DONE):
             return False
-        ended = "done" if code == 0 else f"failed: {why_not_done(run)}"
+        ended = "done" if code == DONE else f"failed: {why_not_done(run)}"
         print(f"{head}: {ended} ({time.monotonic() - begun:.0f} s)", flush=True)
     return True
 

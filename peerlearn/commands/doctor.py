@@ -21,6 +21,7 @@ from types import ModuleType
 
 from peerlearn.compute.cpu import BF16_UNITS, cpu_flags
 from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, FAILURE
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -320,7 +321,7 @@ def main(argv: list[str]) -> int:
         _print_rich(checks)
     else:
         _print_plain(checks)
-    return 0 if ok else 1
+    return DONE if ok else FAILURE
 
 
 def _print_plain(checks: Sequence[Check]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peerlearn.config import ArgumentParser
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.runs.export_folders import network_folder
 from peerlearn.runs.files import file_sha256, replace_folder
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             f"{output}: cannot be written ({error.strerror}): choose another folder by --output"
         ) from error
     _report(file, sha256, checkpoint, images, output)
-    return 0
+    return DONE
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
