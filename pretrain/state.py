@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from peerlearn.data.bad_images import UnreadableImages
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader
 from peerlearn.errors import UserError
+from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.export import check_classifier, is_whole
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
@@ -50,6 +51,7 @@ class Training:
     Attributes:
         step: number of optimiser steps done.
         watch: what is measured after epochs, on the main rank where the config asks for it.
+        results: final accuracies by network, of methods that measure some.
     """
 
     config: PretrainConfig
@@ -66,6 +68,7 @@ class Training:
     unreadable: UnreadableImages
     watch: Watch | None
     step: int = 0
+    results: dict[str, ClassificationScores] = field(default_factory=dict)
 
     @property
     def dataset(self) -> ImageDataset:

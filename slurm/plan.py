@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from peerlearn.cli import VERBS, dispatch
+from peerlearn.cli import dispatch
+from peerlearn.commands.verbs import VERBS
 from peerlearn.config import nearest
 from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory, default_run

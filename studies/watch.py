@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from peerlearn.cli import VERBS
+from peerlearn.commands.verbs import VERBS
 from peerlearn.config import nearest
 from peerlearn.errors import UsageError, UserError
 from peerlearn.evaluation.results import read_result

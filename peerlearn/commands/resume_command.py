@@ -1,15 +1,28 @@
-"""`peerlearn resume`: of a run or of a pipeline."""
+"""`peerlearn resume`: of a run, by the verb that trains it, or of a pipeline."""
 
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.runs.directory import PIPELINE_FILE
+from peerlearn.commands.verbs import VERBS
+from peerlearn.errors import UserError
+from peerlearn.runs.directory import PIPELINE_FILE, RunDirectory
+from peerlearn.runs.training_facts import training_verb
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn resume RUN|PIPELINE [--key value ...]`. Returns the exit code."""
-    first = argv[0] if argv else ""
-    pipeline = bool(first) and (Path(first) / PIPELINE_FILE).is_file()
-    module = importlib.import_module("studies.pipeline_command" if pipeline else "pretrain.command")
-    return int(module.resume(argv))
+    """`peerlearn resume RUN|PIPELINE [--key value ...]`. Returns the exit code.
+
+    Raises:
+        UserError: no verb of this version trains the run.
+    """
+    folder = Path(argv[0] if argv else "")
+    if (folder / PIPELINE_FILE).is_file():
+        return int(importlib.import_module("studies.pipeline_command").resume(argv))
+    env = RunDirectory(folder).env
+    verb = training_verb(env)
+    module = importlib.import_module(VERBS[verb].module) if verb in VERBS else None
+    resume = getattr(module, "resume", None)
+    if resume is None:
+        raise UserError(f"{env}: verb {verb!r} has no runs that could be resumed")
+    return int(resume(argv))

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -181,9 +182,31 @@ def seed_modules(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(random_bits(MODULE_NOISE, seed, step, rank)))
 
 
+def _nothing(training: Any) -> None:
+    """What a program leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program(Generic[T]):
+    """What trains.
+
+    Attributes:
+        build: loads the data and creates the networks of a config, at step 0.
+        train: trains from ``training.step`` on. True at the end of training; False if it was asked to stop, and saved.
+        facts: what evaluators need to know of the training, for env.json.
+        finish: last work of the main rank at the end of training, before DONE is written.
+        summarise: prints what has been learned, on the main rank.
+    """
+
+    build: Callable[[Any, RunDirectory, Ranks], T]
+    train: Callable[[Attempt[T]], bool]
+    facts: Callable[[T], TrainingFacts | None] = _nothing
+    finish: Callable[[T], None] = _nothing
+    summarise: Callable[[T], None] = _nothing
+
+
 def run_training(
-    build: Callable[[], T],
-    train: Callable[[Attempt[T]], bool],
+    program: Program[T],
     *,
     verb: str,
     config: Any,
@@ -192,16 +215,13 @@ def run_training(
     stop: Stop,
     resumes: bool,
     allow_elastic: bool = False,
-    facts: Callable[[T], TrainingFacts | None] = lambda training: None,
-    finish: Callable[[T], None] = lambda training: None,
-) -> bool:
+) -> T | None:
     """Take the run directory, build the training, resume it, train it. All ranks call it together.
 
     Where training diverges it goes back, once, to the save before.
 
     Args:
-        build: loads the data and creates the networks, at step 0.
-        train: trains from ``training.step`` on. True at the end of training; False if it was asked to stop, and saved.
+        program: what trains.
         verb: verb of the command line, by which `peerlearn resume` knows who goes on with the run.
         config: config of the run.
         run: directory of the run.
@@ -209,11 +229,9 @@ def run_training(
         stop: whether a signal asks to stop.
         resumes: whether the run is there already and goes on.
         allow_elastic: whether another number of processes may go on.
-        facts: what evaluators need to know of the training, for env.json.
-        finish: called on the main rank at the end of training, before DONE is written.
 
     Returns:
-        What ``train`` returned.
+        The training at its end; None if it was asked to stop, and saved.
 
     Raises:
         UserError: one line that names what failed; FAILED and the log of the rank tell it too.
@@ -224,26 +242,28 @@ def run_training(
         if resumes:
             taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
         # Before a new run is written: what cannot be had leaves nothing behind.
-        training = build()
+        training = program.build(config, run, ranks)
         ranks.from_main(lambda: check_room(training))
         number = None
         try:
             if resumes:
                 resume_latest(training, allow_elastic=allow_elastic)
             number = ranks.from_main(
-                lambda: _start(training, verb, facts(training), held, taken_from, resumes=resumes)
+                lambda: _start(
+                    training, verb, program.facts(training), held, taken_from, resumes=resumes
+                )
             )
             logs = run.logs(number)
             stacks = log_to(run.log(number, ranks.rank))
             ranks.start_heartbeat(logs, stacks)
-            finished = _train(Attempt(training, number, stop), train)
+            finished = _train(Attempt(training, number, stop), program.train)
             if ranks.main:
                 if finished:
-                    finish(training)
+                    program.finish(training)
                 run.event("done" if finished else "stopped", attempt=number, step=training.step)
                 if finished:
                     run.mark_done()
-            return finished
+            return training if finished else None
         except (SaidByMainError, RefusedResumeError):
             raise
         except Exception as error:

@@ -14,6 +14,8 @@ from peerlearn.runs.save_config import SaveConfig
 class Resumable(Protocol):
     """A training that goes on after any stop as if it had never stopped.
 
+    What inherits from it need not write what it leaves as it stands here.
+
     Attributes:
         config: frozen dataclass that config.yaml holds; `peerlearn.config.changeable` marks the fields that may change
             between a save and its resumption.
@@ -31,38 +33,49 @@ class Resumable(Protocol):
 
     @property
     def saves(self) -> SaveConfig:
-        """When to save."""
+        """When to save: as ``config.checkpoint`` says."""
+        saves: SaveConfig = self.config.checkpoint
+        return saves
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass over the data."""
+        """Steps of one pass over the data: without epochs, all of them."""
+        return self.total_steps
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole training."""
+        raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
         """What changes when the data do: a run that was saved on other data is not resumed."""
+        return ""
 
     @property
     def dataset_name(self) -> str:
         """The data, by a name for people."""
+        return "the data"
 
     def headline(self) -> str:
         """What is trained on what, for people."""
+        return type(self).__name__
 
     def trained(self) -> nn.Module:
         """What learns, of which nothing is saved that holds NaN or Inf."""
+        raise NotImplementedError
 
     def bytes_to_come(self) -> int:
         """What a later save holds beyond `tensors` of now: the optimiser's state, before its first step."""
+        return 0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor that steps change, by group and name; each group becomes a file."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Every other value that steps change, as JSON knows it."""
+        return {}
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Put back what `tensors` and `state` gave.
@@ -71,3 +84,4 @@ class Resumable(Protocol):
             KeyError, TypeError, AttributeError: it is no such save.
             ValueError: a tensor does not fit.
         """
+        raise NotImplementedError

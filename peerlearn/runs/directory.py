@@ -277,14 +277,15 @@ class RunDirectory:
         write_text(self.failed_mark, reason + "\n")
 
 
-def default_run(argv: Sequence[str]) -> Path:
+def default_run(argv: Sequence[str], verb: str = "pretrain") -> Path:
     """Where a run goes that was not told: runs/ and its config's name.
 
     Args:
-        argv: the words after `pretrain`.
+        argv: the words after the verb.
+        verb: name for a run without a config.
     """
     named = argv and not argv[0].startswith("-")
-    return Path("runs") / (Path(argv[0]).stem if named else "pretrain")
+    return Path("runs") / (Path(argv[0]).stem if named else verb)
 
 
 def _json_number(value: Any) -> Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from peerlearn import PACKAGES
-from peerlearn.cli import VERBS, check_siblings
+from peerlearn.cli import check_siblings
+from peerlearn.commands.verbs import VERBS
 from peerlearn.errors import UserError
 
 ROOT = Path(__file__).parents[2]

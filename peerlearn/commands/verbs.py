@@ -1,0 +1,63 @@
+"""The verbs of the command, and where each lives: imported when it is used, so that `--help` answers at once."""
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """Where a verb lives: a function from the words after the verb to an exit code.
+
+    Attributes:
+        dry_run: whether it knows --dry_run, by which it prints its resolved config.
+    """
+
+    module: str
+    function: str
+    help: str
+    dry_run: bool = False
+
+
+VERBS = {
+    "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks", True),
+    "resume": Verb(
+        "peerlearn.commands.resume_command",
+        "main",
+        "continue a run, or a pipeline, where it was",
+        True,
+    ),
+    "knn": Verb(
+        "peerlearn.evaluation.knn_command", "main", "score exported networks by weighted kNN", True
+    ),
+    "linear": Verb(
+        "linear_eval.command", "main", "train linear classifiers on exported networks", True
+    ),
+    "submit": Verb(
+        "slurm.submit_command", "main", "run any of these as a job, on a cluster or here"
+    ),
+    "pipeline": Verb(
+        "studies.pipeline_command",
+        "main",
+        "pretrain with several seeds and evaluate as it goes",
+        True,
+    ),
+    "sweep": Verb(
+        "studies.sweep_command",
+        "main",
+        "pretrain a grid of configs with several seeds, compare",
+        True,
+    ),
+    "watch": Verb("studies.watch_command", "main", "evaluate a run's exports as they land"),
+    "summary": Verb("studies.summary_command", "main", "sum up a pipeline's scores over its seeds"),
+    "status": Verb("slurm.status_command", "main", "show how runs and their jobs stand"),
+    "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
+    "logs": Verb("slurm.logs_command", "main", "print what a run has logged, and follow it"),
+    "export": Verb(
+        "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
+    ),
+    "import": Verb(
+        "peerlearn.exchange.import_command", "main", "read another program's checkpoint"
+    ),
+    "configs": Verb("peerlearn.commands.configs_command", "main", "list the shipped configs"),
+    "doctor": Verb(
+        "peerlearn.commands.doctor", "main", "check what is installed and what is missing"
+    ),
+}

@@ -1,0 +1,153 @@
+"""A verb that trains: `peerlearn VERB [CONFIG] ...` starts a run, `peerlearn resume RUN` goes on with it.
+
+Nothing here waits for torch before the words are read.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peerlearn.config import (
+    changeable_keys,
+    check_complete,
+    config_to_yaml,
+    load_config,
+    parse_config,
+)
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN, USAGE, UsageError
+from peerlearn.runs.directory import RunDirectory, default_run
+from peerlearn.runs.stop import stop_signals
+
+if TYPE_CHECKING:
+    from peerlearn.compute.attempt import Program
+
+# SIGUSR2 is SLURM's, near the time limit, where a job asks for it.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_AUTO_RESUME, _ALLOW_ELASTIC = "--auto_resume", "--allow_elastic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What a training verb consists of.
+
+    Attributes:
+        verb: name of the verb.
+        config_class: config of its runs: a frozen dataclass with the keys run, seed, device and rank_timeout_seconds.
+        description: description for --help.
+        example: command line for --help.
+        program: gives what trains, imported as late as this is called.
+        shipped: folder of its shipped configs; None without.
+        lacks_results: whether a run that is done lacks what its end writes, so that it is resumed all the same.
+    """
+
+    verb: str
+    config_class: Any
+    description: str
+    example: str
+    program: Callable[[], "Program[Any]"]
+    shipped: Path | None = None
+    lacks_results: Callable[[Any, RunDirectory], bool] = lambda config, run: False
+
+
+def start(trainer: Trainer, argv: Sequence[str]) -> int:
+    """`peerlearn VERB [CONFIG] [--key value ...] [--auto_resume] [--dry_run]`. Returns the exit code."""
+    words = [word for word in argv if word != _AUTO_RESUME]
+    auto_resume = len(words) < len(argv)
+    config, dry_run = parse_config(
+        trainer.config_class,
+        words,
+        verb=trainer.verb,
+        description=f"{trainer.description} --auto_resume: go on with the run that is there already, if there is one.",
+        example=trainer.example,
+        shipped=trainer.shipped,
+    )
+    if dry_run:
+        print(config_to_yaml(config), end="")
+        return DONE
+    run = RunDirectory(Path(config.run) if config.run else default_run(words, trainer.verb))
+    if not auto_resume:
+        run.check_new()
+    return _train(trainer, config, run, may_resume=auto_resume)
+
+
+def resume(trainer: Trainer, argv: Sequence[str]) -> int:
+    """`peerlearn resume RUN [--allow_elastic] [--key value ...]`. Returns the exit code."""
+    words = list(argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(_RESUME_HELP.format(keys=", ".join(changeable_keys(trainer.config_class))))
+        return DONE if words else USAGE
+    if words[0].startswith("-"):
+        raise UsageError(f"RUN comes before {words[0]}: peerlearn resume RUN {' '.join(words)}")
+    run = RunDirectory(Path(words.pop(0)))
+    run.check_exists()
+    if any(word.split("=")[0] == "--run" for word in words):
+        raise UsageError(
+            "--run: a run goes on where it lies; for a run of its own copy the folder, then resume the copy"
+        )
+    check_complete(trainer.config_class, run.config)
+    allow_elastic = _ALLOW_ELASTIC in words
+    config, dry_run = parse_config(
+        trainer.config_class,
+        [str(run.config), *(word for word in words if word != _ALLOW_ELASTIC)],
+        verb="resume",
+        description="Continue a run.",
+        example="peerlearn resume runs/demo",
+    )
+    if dry_run:
+        print(config_to_yaml(config), end="")
+        return DONE
+    unchanged = config == load_config(trainer.config_class, run.config)
+    if run.done and unchanged and not trainer.lacks_results(config, run):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{run.root} is done already; more epochs: --epochs N")
+        return DONE
+    return _train(trainer, config, run, may_resume=True, allow_elastic=allow_elastic)
+
+
+_RESUME_HELP = """\
+usage: peerlearn resume RUN [--allow_elastic] [--key value ...]
+
+Continue a run from its newest whole checkpoint, as if it had never stopped.
+Example: peerlearn resume runs/demo
+
+  --allow_elastic  go on with another number of processes: valid, but not bit for bit the same run
+  --key value      a key that may change; any other change is refused. They are:
+                   {keys}"""
+
+
+def _train(
+    trainer: Trainer,
+    config: Any,
+    run: RunDirectory,
+    *,
+    may_resume: bool,
+    allow_elastic: bool = False,
+) -> int:
+    """Train, on from a save where ``may_resume`` and the run is there already."""
+    from peerlearn.compute.attempt import run_training
+    from peerlearn.compute.dist import joined_ranks
+
+    program = trainer.program()
+    with (
+        stop_signals(STOP_SIGNALS, "saving after this step") as stop,
+        joined_ranks(config.device, timeout_seconds=config.rank_timeout_seconds) as ranks,
+    ):
+        training = run_training(
+            program,
+            verb=trainer.verb,
+            config=config,
+            run=run,
+            ranks=ranks,
+            stop=stop,
+            # Asked by the main rank alone: it may have begun to write the run before another asks.
+            resumes=may_resume and ranks.from_main(run.config.exists),
+            allow_elastic=allow_elastic,
+        )
+        if ranks.main and training is not None:
+            program.summarise(training)
+        elif ranks.main:
+            print(f"saved; `peerlearn resume {run.root}` continues")
+    return SAVED_RUN_AGAIN if training is None else DONE
