@@ -1,4 +1,4 @@
-"""The one command. A verb's module is imported when the verb is used, so that `--help` answers at once."""
+"""The command `peerlearn`. A verb's module is imported when the verb is used, so that `--help` answers at once."""
 
 import importlib
 import importlib.util
@@ -14,10 +14,13 @@ from peerlearn.errors import DONE, FAILURE, USAGE, SaidByMainError, UsageError, 
 
 
 class Verb(NamedTuple):
-    """Where a verb lives: a function from the words after the verb to an exit code.
+    """Where a verb lives.
 
     Attributes:
-        dry_run: whether it knows --dry_run, by which it prints its resolved config.
+        module: name of the module that holds the verb.
+        function: name of the function that runs it: from the words after the verb to an exit code.
+        help: what the verb does, for `peerlearn --help`.
+        dry_run: whether the verb knows --dry_run, which prints its resolved config.
     """
 
     module: str
@@ -31,7 +34,7 @@ VERBS = {
     "resume": Verb(
         "peerlearn.commands.resume_command",
         "main",
-        "continue a run, or a pipeline, where it was",
+        "continue a run or a pipeline that has stopped",
         True,
     ),
     "knn": Verb(
@@ -41,25 +44,29 @@ VERBS = {
         "linear_eval.command", "main", "train linear classifiers on exported networks", True
     ),
     "submit": Verb(
-        "slurm.submit_command", "main", "run any of these as a job, on a cluster or here"
+        "slurm.submit_command",
+        "main",
+        "run any other verb as a job, on a cluster or on this machine",
     ),
     "pipeline": Verb(
         "studies.pipeline_command",
         "main",
-        "pretrain with several seeds and evaluate as it goes",
+        "pretrain with several seeds, evaluate each export, sum up",
         True,
     ),
     "sweep": Verb(
         "studies.sweep_command",
         "main",
-        "pretrain a grid of configs with several seeds, compare",
+        "pretrain a grid of configs with several seeds, compare them",
         True,
     ),
-    "watch": Verb("studies.watch_command", "main", "evaluate a run's exports as they land"),
+    "watch": Verb(
+        "studies.watch_command", "main", "evaluate each export of a run once it is there"
+    ),
     "summary": Verb("studies.summary_command", "main", "sum up a pipeline's scores over its seeds"),
-    "status": Verb("slurm.status_command", "main", "show how runs and their jobs stand"),
+    "status": Verb("slurm.status_command", "main", "show the state of runs and of their jobs"),
     "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
-    "logs": Verb("slurm.logs_command", "main", "print what a run has logged, and follow it"),
+    "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it"),
     "export": Verb(
         "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
     ),
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(words)
     except UsageError as error:
-        # Every process of a job reads the same words: one complaint is enough.
+        # Every process of a job reads the same words, so one complaint is enough.
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
     except SaidByMainError:
         return FAILURE
@@ -92,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", FAILURE)
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); nobody is left to be told.
+        # The reader of our output is gone (`| head`), so nobody would read a message.
         sys.stderr.close()
         return DONE
     except Exception as error:
@@ -105,10 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    """Run one verb; returns its exit code.
+    """Run one verb.
+
+    Returns:
+        The verb's exit code.
 
     Raises:
-        UserError: as the verb does; `main` makes one line of it.
+        UserError: the verb raised it; `main` prints it as one line.
     """
     if not words or words[0] in ("-h", "--help"):
         print(_help())
@@ -136,10 +146,10 @@ def dispatch(words: list[str]) -> int:
 def check_siblings() -> None:
     """Make sure that generic package names mean this project's folders.
 
-    Under ``python -m`` the working directory comes first, and a stray ``pretrain.py`` there would win.
+    Under ``python -m`` the working directory comes first on the path, and a stray ``pretrain.py`` there would win.
 
     Raises:
-        UserError: one does not; the message names the file in the way.
+        UserError: a name means another file; the message gives that file.
     """
     for name in PACKAGES[1:]:
         spec = importlib.util.find_spec(name)
@@ -155,7 +165,7 @@ def _help() -> str:
     lines = [
         "usage: peerlearn VERB ...",
         "",
-        "Pretrain a cohort of networks that teach each other, and see what the features are worth.",
+        "Pretrain a cohort of networks that teach each other, and measure how good their features are.",
         "",
     ]
     lines += [f"  {name:<10} {verb.help}" for name, verb in VERBS.items()]
