@@ -1,4 +1,4 @@
-"""`peerlearn resume`: of a run or of a pipeline."""
+"""`peerlearn resume`: continue a run or a pipeline."""
 
 import importlib
 from collections.abc import Sequence
@@ -6,7 +6,11 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn resume RUN|PIPELINE [--key value ...]`. Returns the exit code."""
+    """`peerlearn resume RUN|PIPELINE [--key value ...]`.
+
+    Returns:
+        The exit code.
+    """
     first = argv[0] if argv else ""
     pipeline = bool(first) and (Path(first) / "pipeline.yaml").is_file()
     module = importlib.import_module("studies.pipeline_command" if pipeline else "pretrain.command")
