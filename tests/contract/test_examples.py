@@ -10,6 +10,7 @@ EXAMPLES = (
     "peerlearn.backbones.create_backbone",
     "peerlearn.export.load_export",
     "peerlearn.knn.knn_scores",
+    "pretrain.losses.queue_terms",
 )
 
 
