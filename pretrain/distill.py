@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlearn.compute.device import full_float32
-from pretrain.losses import require_finite, soft_kl, widen
+from pretrain.finite import require_finite
+from pretrain.losses import soft_kl, widen
 from pretrain.simplex_weights import check_logits, ensemble_weights
 
 __all__ = [

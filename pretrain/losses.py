@@ -23,13 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlearn.compute.device import full_float32
+from pretrain.finite import require_finite
 
 # Stands for "not a candidate". Finite, so that differences of two masked logits are 0 and not NaN.
 _EXCLUDED = -1e9
-
-
-class NonFiniteError(ValueError):
-    """A NaN or Inf reached a loss. The message names the term, the network and the tensor."""
 
 
 class MCLTerms(NamedTuple):
@@ -401,21 +398,3 @@ def _check_temperatures(temperature: float, soft_temperature: float) -> None:
 def widen(tensor: Tensor) -> Tensor:
     """float32, or float64 as it is: what losses are computed in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def require_finite(term: str, name: str, tensor: Tensor) -> None:
-    """Raise NonFiniteError if a network's (rows, N) slice of the (M, rows, N) tensor holds NaN or Inf.
-
-    Args:
-        term: whose computation it would spoil, for the message.
-        name: of the tensor, likewise.
-    """
-    finite_rows = torch.isfinite(tensor.detach()).all(-1)
-    if bool(finite_rows.all()):
-        return
-    network = int((~finite_rows).any(-1).nonzero()[0])
-    bad = (~finite_rows[network]).nonzero().flatten()
-    raise NonFiniteError(
-        f"{term} of network {network} is not finite: {name}[{network}] holds NaN or Inf "
-        f"in {len(bad)} of {finite_rows.shape[1]} rows, the first is row {int(bad[0])}"
-    )

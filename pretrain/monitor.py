@@ -74,12 +74,15 @@ class Monitor:
             max_unreadable_percent=100.0,
         )
 
-    def measure(self, cohort: Cohort, peers: Cohort | None = None) -> dict[str, float]:
+    def measure(
+        self, cohort: Cohort, peers: Cohort | None = None, *, pixels: bool = False
+    ) -> dict[str, float]:
         """Every figure of every network, by its name in metrics.jsonl; accuracies in percent.
 
         Args:
             cohort: the query networks.
             peers: the momentum networks, measured too where the config asks for them.
+            pixels: whether raw pixels are measured too, which a network has to beat.
         """
         row: dict[str, float] = {}
         networks = {f"net/{m}": backbone for m, backbone in enumerate(cohort.backbones)}
@@ -93,7 +96,10 @@ class Monitor:
             train, train_labels = self._features(self.train, networks)
             names = list(networks)[: len(cohort.backbones)]
             row |= self._knn((train, train_labels), (test, test_labels), cohort_names=names)
-        return row | self._probe_figures(cohort)
+        row |= self._probe_figures(cohort)
+        if pixels and (top1 := self.pixels_top1()) is not None:
+            row["pixels/knn_top1"] = top1
+        return row
 
     def pixels_top1(self) -> float | None:
         """kNN top-1 of the raw pixels in percent, which a network has to beat; None for large images and files."""

@@ -82,6 +82,15 @@ def optimizer_tensors(optimizer: "torch.optim.Optimizer") -> dict[str, "torch.Te
     }
 
 
+def bytes_to_come(optimizer: "torch.optim.Optimizer") -> int:
+    """Size of the state that the optimiser will have after its first step, of the parameters that have none yet."""
+    import torch
+
+    moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return sum(moments * p.nbytes for p in parameters if p not in optimizer.state)
+
+
 def load_optimizer_tensors(
     optimizer: "torch.optim.Optimizer", tensors: dict[str, "torch.Tensor"]
 ) -> None:

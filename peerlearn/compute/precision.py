@@ -65,10 +65,14 @@ class Precision:
             self.scaler.update()
         self._unscaled = False
 
-    @property
-    def overflow_is_normal(self) -> bool:
-        """Whether the scale alone may have made a gradient overflow, so that a smaller scale mends it."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+    def overflow_is_a_fault(self) -> Tensor:
+        """Whether a gradient that is not finite is a fault, because no smaller scale can mend it.
+
+        Returns:
+            bool (), on the device, so that nobody waits for it.
+        """
+        scale: Tensor = self.scaler.scale(torch.ones((), device=self._device))
+        return scale <= 1.0
 
     def metrics(self) -> dict[str, float]:
         """The scale of fp16's losses; nothing otherwise."""

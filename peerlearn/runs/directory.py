@@ -119,10 +119,11 @@ class RunDirectory:
     def done(self) -> bool:
         return (self.root / "DONE").exists()
 
-    def start_attempt(self, facts: Mapping[str, Any]) -> int:
+    def start_attempt(self, verb: str, facts: Mapping[str, Any]) -> int:
         """Number this start of the program, make its log folder, write env.json, clear an earlier DONE or FAILED.
 
         Args:
+            verb: verb of the command that trains, by which `peerlearn resume` knows what to continue.
             facts: facts about the training that evaluators need, for env.json.
 
         Returns:
@@ -134,7 +135,7 @@ class RunDirectory:
         attempt = self.newest_attempt() + 1
         try:
             self.logs(attempt).mkdir(parents=True)
-            env = {**environment(), "training": facts}
+            env = {**environment(), "verb": verb, "training": facts}
             write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
         except OSError as error:
             raise self._unwritable(error) from error

@@ -241,11 +241,11 @@ def test_a_start_is_numbered_after_the_highest_before_it(earlier, odd, tmp_path_
     run = RunDirectory(root)
     run.mark_done()
     run.mark_failed("before")
-    attempt = run.start_attempt({"seed": 3})
+    attempt = run.start_attempt("pretrain", {"seed": 3})
     assert attempt == max(earlier, default=0) + 1
     assert run.logs(attempt).is_dir()
     assert json.loads((root / "env.json").read_text())["training"] == {"seed": 3}
     assert not run.done
     assert not (root / "FAILED").exists()
-    assert run.start_attempt({}) == attempt + 1
+    assert run.start_attempt("pretrain", {}) == attempt + 1
     shutil.rmtree(root)
