@@ -20,7 +20,7 @@ from peerlearn.errors import UsageError, UserError
 
 Config = TypeVar("Config")
 
-# Of a field's metadata.
+# Key in a field's metadata.
 _CHANGEABLE = "changeable"
 
 
@@ -144,8 +144,9 @@ def changeable(
     """A field of a config that may change between a save and its resumption without making it another run.
 
     Args:
-        default, default_factory: as of `dataclasses.field`; of a group of keys every key may change.
-        to_more: it may only grow.
+        default: as in `dataclasses.field`.
+        default_factory: as in `dataclasses.field`; if the field is a group of keys, every key may change.
+        to_more: whether the value may only grow.
     """
     metadata = {_CHANGEABLE: "more" if to_more else "free"}
     if default_factory is not dataclasses.MISSING:
@@ -154,7 +155,7 @@ def changeable(
 
 
 def changeable_keys(config_class: Any) -> list[str]:
-    """The dotted keys that `changeable` marks, in order, as people read them: ``epochs (more)``, ``checkpoint.*``."""
+    """The dotted keys that `changeable` marks, in order, in a form for people: ``epochs (more)``, ``checkpoint.*``."""
     return [text for _, text in _changeable(config_class, "")]
 
 
