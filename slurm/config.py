@@ -31,12 +31,12 @@ class SubmitConfig:
         nodes: number of machines of one job.
         tasks_per_node: number of processes on each machine, one per GPU where there are GPUs.
         gpus_per_node: number of GPUs of each machine.
-        cpus_per_task: number of cores of each process, and of its threads unless OMP_NUM_THREADS is set.
+        cpus_per_task: number of cores of each process; also the number of its threads, unless OMP_NUM_THREADS is set.
         memory_gb: memory of each machine in GB; null = the cluster's default.
         time_minutes: time limit of one start in minutes; a job that needs more is requeued, as often as necessary.
         signal_seconds: seconds before the time limit at which the job is told to save; longer than a step, an
             evaluation and a save together.
-        max_crashes: number of crashes after which a job is still started again; after one more it is not.
+        max_crashes: largest number of crashes after which the job is started again.
         setup: shell lines that prepare each start (`module load ...`).
         environment: variables of the processes, as NAME=value.
         sbatch: further options for sbatch, as name=value without dashes: exclusive, mail-type=FAIL, ...

@@ -135,7 +135,7 @@ def decide(
     Args:
         outcome: outcome of the start.
         earlier: starts before it, as `read_history` returns them.
-        max_crashes: number of crashes after which a job is still started again.
+        max_crashes: largest number of crashes after which the job is started again.
         makes_steps: whether the command makes steps; only then must a start make progress.
 
     Returns:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         PipelineConfig,
         argv,
         verb="pipeline",
-        description="Pretrain with several seeds, evaluate every checkpoint as it lands, and sum up.",
+        description="Pretrain with several seeds, evaluate every export once it is there, and sum up.",
         example="peerlearn pipeline fashion_mnist --seeds 0 1 --folder runs/try",
         shipped=SHIPPED,
     )
