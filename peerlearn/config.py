@@ -308,7 +308,10 @@ def _parse(parser: Any, config_class: type[Config], words: Sequence[str]) -> Con
 
 
 def _readable(error: Exception) -> str:
-    """jsonargparse's type errors as ``key: expected int, got 'a'``."""
+    """jsonargparse's type errors as ``key: expected int, got 'a'``.
+
+    It tells of them in prose alone, which pyproject.toml therefore pins by its minor version.
+    """
     text = _one_line(error)
     match = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
     if text.lower().startswith("unrecognized arguments"):

@@ -12,14 +12,13 @@ from peerlearn.data.datasets import ImageDataset, first_images
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.evaluation.classification import ClassificationScores, classification_scores
 from peerlearn.evaluation.features import extract_features
+from peerlearn.runs.score_names import ENSEMBLE, TOP1, WEIGHTED_ENSEMBLE, score_name
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.training_data import TrainingData
 
 if TYPE_CHECKING:
     pass
-
-ENSEMBLE, WEIGHTED = "ensemble", "weighted-ensemble"
 
 
 class AccuracyMonitor:
@@ -59,10 +58,9 @@ class AccuracyMonitor:
         )
         row: dict[str, float] = {f"{self.split}/images": len(labels)}
         for name, scores in score_cohort(logits, labels, weights).items():
-            prefix = f"net/{name}" if name.isdecimal() else name.replace("-", "_")
-            row[f"{prefix}/{self.split}_top1"] = scores.top1
+            row[score_name(name, self.split + TOP1)] = scores.top1
             if scores.top5 is not None:
-                row[f"{prefix}/{self.split}_top5"] = scores.top5
+                row[score_name(name, self.split + "_top5")] = scores.top5
         return row
 
 
@@ -118,5 +116,5 @@ def score_cohort(
     if len(logits) > 1:
         scores[ENSEMBLE] = classification_scores(logits.mean(0), labels)
         theta = weights.view(len(logits), 1, -1)
-        scores[WEIGHTED] = classification_scores((theta * logits).sum(0), labels)
+        scores[WEIGHTED_ENSEMBLE] = classification_scores((theta * logits).sum(0), labels)
     return scores

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peerlearn.config import (
     changeable_keys,
@@ -17,6 +17,7 @@ from peerlearn.config import (
 from peerlearn.errors import DONE, SAVED_RUN_AGAIN, USAGE, UsageError
 from peerlearn.runs.directory import RunDirectory, default_run
 from peerlearn.runs.stop import stop_signals
+from peerlearn.runs.training_facts import TrainingFacts
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -144,13 +145,13 @@ def _train(
     return DONE if finished else SAVED_RUN_AGAIN
 
 
-def _facts(training: "Training") -> dict[str, Any]:
+def _facts(training: "Training") -> TrainingFacts:
     """What evaluators need to know of the training."""
-    return {
-        "dataset": training.dataset.name,
-        "data_root": training.data.root,
-        "images": len(training.dataset),
-        "seed": training.config.seed,
-        "lr": training.config.lr,
-        "processes": training.ranks.world_size,
-    }
+    return TrainingFacts(
+        dataset=training.dataset.name,
+        data_root=training.data.root,
+        images=len(training.dataset),
+        seed=training.config.seed,
+        lr=training.config.lr,
+        processes=training.ranks.world_size,
+    )

@@ -11,8 +11,10 @@ from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.evaluation.results import write_result
 from peerlearn.evaluation.uncertainty import accuracy_metrics
 from peerlearn.export import export_hash
-from peerlearn.runs.checkpoint import step_folder
-from pretrain.accuracy import ENSEMBLE, WEIGHTED, cohort_logits, score_cohort
+from peerlearn.runs.export_folders import network_folder
+from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
+from peerlearn.runs.step_folders import step_folder
+from pretrain.accuracy import cohort_logits, score_cohort
 from pretrain.distill import ensemble_weights
 from pretrain.state import Training
 
@@ -49,10 +51,11 @@ def write_final_accuracy(training: Training, weights: Tensor) -> dict[str, Class
     scores = score_cohort(*measured(data.test), weights)
     seconds = round(time.monotonic() - start, 3)
     exports = training.run.exports / step_folder(training.step)
-    hashes = {str(m): export_hash(exports / f"net-{m}") for m in range(len(cohort.backbones))}
+    names = map(str, range(len(cohort.backbones)))
+    hashes = {name: export_hash(exports / network_folder(name)) for name in names}
     for network, found in scores.items():
         write_result(
-            training.run.root / "results",
+            training.run.results,
             task=TASK,
             dataset=data.test.name,
             step=training.step,
@@ -84,7 +87,7 @@ def _protocol(training: Training, network: str) -> dict[str, Any]:
     }
     if network == ENSEMBLE:
         protocol["ensemble"] = "mean of logits"
-    elif network == WEIGHTED:
+    elif network == WEIGHTED_ENSEMBLE:
         per_class = ", per class" if config.supervised.weights_per_class else ""
         protocol["ensemble"] = f"logits weighted by theta of Eq. 9{per_class}"
         protocol["theta_from"] = (

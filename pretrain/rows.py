@@ -2,6 +2,7 @@
 
 import torch
 
+from peerlearn.runs.score_names import TOP1, measured_part, parse_score_name, score_name
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.terms import Terms, objective
@@ -14,7 +15,7 @@ def loss_row(terms: Terms, config: PretrainConfig) -> dict[str, float]:
     row = {"loss": values.pop(0)}
     for name, term in zip(terms._fields, terms, strict=True):
         for m in range(len(term)):
-            row[f"net/{m}/{name}"] = values.pop(0)
+            row[score_name(m, name)] = values.pop(0)
     return row
 
 
@@ -28,14 +29,17 @@ def gradient_norms(cohort: Cohort) -> dict[str, float]:
         parameters = (p for _, part in cohort.parts(m) for p in part.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-    return {f"net/{m}/gradient_norm": norm for m, norm in enumerate(torch.stack(norms).tolist())}
+    return {
+        score_name(m, "gradient_norm"): norm for m, norm in enumerate(torch.stack(norms).tolist())
+    }
 
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:
     """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1."""
-    found = {key.rpartition("/"): value for key, value in row.items() if key.endswith("_top1")}
-    if not found:
+    named = {name: value for key, value in row.items() if (name := parse_score_name(key))}
+    top1 = {name: value for name, value in named.items() if name.figure.endswith(TOP1)}
+    if not top1:
         return f"epoch {epoch}"
-    kind = next(iter(found))[2].removesuffix("_top1").replace("knn", "kNN")
-    scores = "  ".join(f"{network} {value:.2f}" for (network, _, _), value in found.items())
+    kind = next(iter(top1)).figure.removesuffix(TOP1).replace("knn", "kNN")
+    scores = "  ".join(f"{measured_part(name.network)} {value:.2f}" for name, value in top1.items())
     return f"epoch {epoch}  {kind} top-1 %: {scores}"

@@ -24,11 +24,11 @@ from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader
 from peerlearn.errors import UserError
 from peerlearn.export import check_classifier, is_whole
-from peerlearn.runs.checkpoint import step_folder
 from peerlearn.runs.directory import RunDirectory
-from peerlearn.runs.files import write_text
+from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
 from peerlearn.runs.generators import seed_generators
 from peerlearn.runs.save_config import SaveConfig
+from peerlearn.runs.step_folders import step_folder, write_latest
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
 from pretrain.config import PretrainConfig
 from pretrain.exports import TrainingImages, export_cohort
@@ -211,7 +211,7 @@ def export_last_again(training: Training) -> None:
     """Where a run that was killed, or tampered with, lacks the exports of its last step, or they are damaged."""
     folder = training.run.exports / step_folder(training.step)
     networks = range(training.config.cohort.networks)
-    if not all(is_whole(folder / f"net-{m}") for m in networks):
+    if not all(is_whole(folder / network_folder(str(m))) for m in networks):
         export(training, must=True)
 
 
@@ -230,18 +230,18 @@ def export(training: Training, *, must: bool) -> None:
     folder = run.exports / step_folder(training.step)
     groups = {"": training.cohort}
     if config.checkpoint.export_key_networks and training.method.peers is not None:
-        groups["-key"] = training.method.peers
+        groups[KEY_PREFIX] = training.method.peers
     try:
-        for suffix, cohort in groups.items():
+        for prefix, cohort in groups.items():
             export_cohort(
                 cohort,
                 folder,
                 config=config,
                 images=training.images,
                 step=training.step,
-                suffix=suffix,
+                prefix=prefix,
             )
-        write_text(run.exports / "latest", folder.name + "\n")
+        write_latest(folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         message = f"{folder} could not be written ({error.strerror})"

@@ -16,6 +16,7 @@ from peerlearn.data.datasets import ImageDataset
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.score_names import score_name
 from pretrain.accuracy import AccuracyMonitor
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
@@ -222,14 +223,16 @@ class Supervised(Method):
     @classmethod
     def lacks_results(cls, run: RunDirectory) -> bool:
         """Whether there is no result file (any more)."""
-        return not any((run.root / "results").glob(f"{TASK}-*.json"))
+        return not any(run.results.glob(f"{TASK}-*.json"))
 
     def metrics(self) -> dict[str, float]:
         """How the reported ensemble weighs its networks (the mean over classes), and how much teaching counts."""
         row = {}
         if len(self.ensemble_weights) > 1:
             means = self.ensemble_weights.view(len(self.ensemble_weights), -1).mean(1)
-            row = {f"net/{m}/ensemble_weight": weight for m, weight in enumerate(means.tolist())}
+            row = {
+                score_name(m, "ensemble_weight"): weight for m, weight in enumerate(means.tolist())
+            }
         if self.config.supervised.teaching != "none":
             row["teaching_weight"] = self.teaching_weight
         return row

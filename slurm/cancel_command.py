@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from peerlearn.config import ArgumentParser
-from peerlearn.errors import UserError
+from peerlearn.errors import DONE, UserError
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     for run in runs:
         if run not in ended:
             print(f"{run}: nothing to cancel: {_why_nothing(run)}")
-    return 0
+    return DONE
 
 
 def _pipeline_jobs(words: Sequence[Path], known: Container[JobKey]) -> list[tuple[Path, Record]]:

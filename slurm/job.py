@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from peerlearn.errors import SAVED_RUN_AGAIN, UserError
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
@@ -184,7 +184,7 @@ class _Process:
         }
         if place.num_tasks > 1:
             variables |= self._rendezvous()
-        traces = self.submission.folder / "outcomes" / f"nccl-{self.task}-{self.restart}-rank-"
+        traces = self.submission.outcomes / f"nccl-{self.task}-{self.restart}-rank-"
         defaults = {
             "OMP_NUM_THREADS": str(self.submission.config.cpus_per_task),
             # NCCL's flight recorder: at a timeout the last collectives of every rank are written beside the outcomes.
@@ -198,7 +198,7 @@ class _Process:
         """The address at which the processes meet. Rank 0 finds a free port and tells the others by a file."""
         place = self.place
         name = f"rendezvous-{place.job_id}-{self.restart}.json"
-        file = self.submission.folder / "outcomes" / name
+        file = self.submission.outcomes / name
         if place.global_rank == 0:
             address = os.environ.get("MASTER_ADDR") or socket.gethostname()
             meeting = {
@@ -225,7 +225,7 @@ class _Process:
         if self.run_directory and attempt > attempt_before:
             step = read_step(self.run_directory.logs(attempt))
             events = [e for e in self.run_directory.events() if e.get("attempt") == attempt]
-        if code == 0:
+        if code == DONE:
             return Outcome(kind="done", code=code, reason="done", step=step)
         if code in (SAVED_RUN_AGAIN, -signal.SIGUSR2):
             # Killed by the signal before it could handle it: there was nothing to save yet.

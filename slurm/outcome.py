@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peerlearn.errors import DONE, SAVED_RUN_AGAIN
+from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line, read_json_lines, write_text
 from slurm.jobs import job_key, states_of
-from slurm.submission import Submission, local_identity
+from slurm.submission import OUTCOMES_FOLDER, Submission, local_identity
 
 _POLL_SECONDS = 2.0
 # done; saved, to be continued; crashed, which another start may not repeat; failed by what the user must mend.
@@ -44,16 +44,16 @@ class Outcome:
 
 def write_outcome(folder: Path, *, task: int, restart: int, rank: int, outcome: Outcome) -> None:
     """Write the outcome of a process, for the end of the batch script."""
-    file = folder / "outcomes" / f"{task}-{restart}-{rank}.json"
+    file = folder / OUTCOMES_FOLDER / f"{task}-{restart}-{rank}.json"
     write_text(file, json.dumps(asdict(outcome)) + "\n")
 
 
 def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome]:
     """The outcomes that the processes of one start have written, by rank."""
-    outcomes = {}
-    for file in (folder / "outcomes").glob(f"{task}-{restart}-*.json"):
-        outcomes[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
-    return outcomes
+    found = {}
+    for file in (folder / OUTCOMES_FOLDER).glob(f"{task}-{restart}-*.json"):
+        found[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
+    return found
 
 
 def read_history(folder: Path, task: int) -> list[dict[str, Any]]:
@@ -113,8 +113,8 @@ def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) ->
             step=step,
         )
 
-    if code == 0:
-        return Outcome(kind="done", code=0, reason="done", step=step)
+    if code == DONE:
+        return Outcome(kind="done", code=DONE, reason="done", step=step)
     # All processes save together, so one that tells of a save speaks for all.
     known = first("saved") or first("crashed") or first("failed")
     if known:
@@ -200,10 +200,10 @@ def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
             del waiting[job]
             outcome = outcome_of(submission, jobs.index(job), state.state if state else "gone")
             print(f"job {job}: {outcome.kind} ({outcome.reason})", flush=True)
-            codes.append({"done": 0, "saved": SAVED_RUN_AGAIN}.get(outcome.kind, 1))
+            codes.append({"done": DONE, "saved": SAVED_RUN_AGAIN}.get(outcome.kind, FAILURE))
         if waiting:
             time.sleep(_POLL_SECONDS)
-    return max(codes, key=lambda code: (code == 1, code))
+    return max(codes, key=lambda code: (code == FAILURE, code))
 
 
 def _identity(job: str, executor: str) -> dict[str, Any]:
@@ -217,9 +217,9 @@ def outcome_of(submission: Submission, task: int, state: str) -> Outcome:
         last = history[-1] if history else None
         if last and last["decision"] != "requeue":
             kind: Kind = "done" if last["decision"] == "done" else "failed"
-            return Outcome(kind=kind, code=0, reason=last["reason"], step=last["step"])
-        return Outcome(kind="failed", code=1, reason=state)
-    outcomes = read_outcomes(submission.folder, task=task, restart=0)
+            return Outcome(kind=kind, code=DONE, reason=last["reason"], step=last["step"])
+        return Outcome(kind="failed", code=FAILURE, reason=state)
+    found = read_outcomes(submission.folder, task=task, restart=0)
     processes = submission.config.tasks_per_node
-    done = len(outcomes) == processes and not any(each.code for each in outcomes.values())
-    return whole_outcome(outcomes, code=0 if done else 1, processes=processes)
+    done = len(found) == processes and not any(outcome.code for outcome in found.values())
+    return whole_outcome(found, code=DONE if done else FAILURE, processes=processes)

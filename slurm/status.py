@@ -4,7 +4,6 @@ This module writes nothing.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,19 +11,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory
 from peerlearn.runs.files import read_json_lines
-from peerlearn.runs.heartbeat import INTERVAL_SECONDS, Beat, read_beat, read_step
+from peerlearn.runs.heartbeat import INTERVAL_SECONDS, Beat, read_beats, read_step
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState
 from slurm.jobs import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.metrics_tail import MetricsTail, integer, number, read_tail
 from slurm.outcome import Outcome, outcome_of
-from slurm.submission import JOBS_FILE, TRAINING_VERBS, read_submission
+from slurm.submission import (
+    JOBS_FILE,
+    OUTCOMES_FOLDER,
+    TRAINING_VERBS,
+    job_numbers,
+    read_submission,
+)
 
 # The jobs that `peerlearn cancel` has ended: {"job", "time"}. Slurm does not remember them without accounting, and
 # never remembers an array's task that was still waiting.
-CANCELLED_FILE = Path("slurm") / "cancelled.jsonl"
+CANCELLED_FILE = Path(JOBS_FOLDER) / "cancelled.jsonl"
 
 # The largest depth of a run below a folder on the command line.
 _LEVELS = 2
@@ -116,7 +121,7 @@ def read_status(
         states: states of those jobs that are still known.
     """
     history = _read_history(run, records)
-    metrics = read_tail(run / "metrics.jsonl")
+    metrics = read_tail(RunDirectory(run).metrics)
     job = history.newest_job(states)
     state, reason, live = _state(history, job, states.get(job_key(job)) if job else None)
     if state == "failed" and job is not None and _is_newer(job, history.started):
@@ -216,13 +221,10 @@ def _read_history(run: Path, records: Sequence[Record]) -> _History:
 
 
 def _read_beats(folder: Path) -> list[Beat]:
-    names = (file.name.split(".")[0] for file in folder.glob("rank-*.heartbeat.json"))
-    ranks = [int(name.removeprefix("rank-")) for name in names if name[5:].isdecimal()]
-    beats = [read_beat(folder, rank) for rank in ranks]
     return [
         beat
-        for beat in beats
-        if beat and number(beat.time_seconds) is not None and integer(beat.pid) is not None
+        for beat in read_beats(folder)
+        if number(beat.time_seconds) is not None and integer(beat.pid) is not None
     ]
 
 
@@ -283,7 +285,7 @@ def _dead(history: _History, job: Record | None) -> tuple[str, str | None, bool]
     outcome = _local_outcome(job, history) if job else None
     if outcome is not None and outcome.kind in ("crashed", "failed"):
         return "failed", outcome.reason, False
-    if job is not None and not (history.run / "config.yaml").is_file():
+    if job is not None and not RunDirectory(history.run).begun:
         return "dead", f"job {job['job']} is gone, and the run never began", False
     since = max((beat.time_seconds for beat in history.beats), default=None)
     if since is None:
@@ -301,7 +303,7 @@ class _Mark(NamedTuple):
 
 
 def _read_mark(run: Path) -> _Mark | None:
-    done, failed = run / "DONE", run / "FAILED"
+    done, failed = RunDirectory(run).done_mark, RunDirectory(run).failed_mark
     with contextlib.suppress(OSError):
         return _Mark("done", None, done.stat().st_mtime)
     with contextlib.suppress(OSError):
@@ -324,7 +326,7 @@ def _outcome(run: Path, job: Record) -> Outcome | None:
     """The outcome of a job, from the files of its submission; None if they do not tell."""
     folder = submission_of(run, job)
     try:
-        task = json.loads((folder / "jobs.json").read_text()).index(job["job"])
+        task = job_numbers(folder).index(job["job"])
         return outcome_of(read_submission(folder), task, "")
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
@@ -334,7 +336,7 @@ def _local_outcome(job: Record, history: _History) -> Outcome | None:
     """The outcome of a local job, if it wrote one and the run has not been started after that."""
     if job["executor"] == "slurm":
         return None
-    files = (submission_of(history.run, job) / "outcomes").glob("*-0-*.json")
+    files = (submission_of(history.run, job) / OUTCOMES_FOLDER).glob("*-0-*.json")
     written = max((file.stat().st_mtime for file in files), default=None)
     if written is None or any(beat.time_seconds > written for beat in history.beats):
         return None
@@ -384,14 +386,14 @@ def find_runs(words: Sequence[Path]) -> list[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run, or was submitted to become one."""
-    return (folder / "config.yaml").is_file() or (folder / JOBS_FILE).is_file()
+    return RunDirectory(folder).begun or (folder / JOBS_FILE).is_file()
 
 
 def _runs_below(folder: Path, levels: int) -> Iterator[Path]:
     if is_run(folder):
         yield folder
         return
-    if (folder / "pipeline.yaml").is_file():
+    if (folder / PIPELINE_FILE).is_file():
         levels = _LEVELS
     if levels == 0 or not folder.is_dir():
         return

@@ -9,7 +9,6 @@ RUN/slurm/evaluations.jsonl (evaluations), PIPELINE/slurm/pipeline.jsonl (pretra
 If a submitter dies between `intent` and `job`, the job can be found by its name or by the folder of its submission.
 """
 
-import json
 import os
 import secrets
 import shutil
@@ -24,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from peerlearn.errors import UserError
 from peerlearn.evaluation.results import JOB_VARIABLE
+from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line, read_json_lines
 from slurm.config import SubmitConfig
@@ -31,14 +31,15 @@ from slurm.outcome import Kind
 from slurm.submission import (
     Task,
     create_submission,
+    job_numbers,
     jobs_of,
     local_identity,
     read_submission,
     record_jobs,
 )
 
-EVALUATIONS = Path("slurm") / "evaluations.jsonl"
-PIPELINE = Path("slurm") / "pipeline.jsonl"
+EVALUATIONS = Path(JOBS_FOLDER) / "evaluations.jsonl"
+PIPELINE = Path(JOBS_FOLDER) / "pipeline.jsonl"
 _LOCK_SECONDS = 120.0
 # How long it may take until the job of an sbatch is visible whose caller was killed.
 _IN_FLIGHT_SECONDS = {"slurm": 60.0}
@@ -280,7 +281,7 @@ def _find_job(entry: Entry) -> str | None:
     if not entry.folder.is_dir():
         return None
     try:
-        return str(json.loads((entry.folder / "jobs.json").read_text())[0])
+        return job_numbers(entry.folder)[0]
     except (OSError, ValueError, LookupError):
         pass
     job = _job_named(entry.name) if entry.executor == "slurm" else _local_job(entry.folder)
@@ -334,7 +335,7 @@ def jobs_without_a_run(folders: Iterable[Path]) -> Iterator[tuple[Path, dict[str
     Folders without a pipeline have none.
     """
     for folder in folders:
-        if (folder / "pipeline.yaml").is_file():
+        if (folder / PIPELINE_FILE).is_file():
             for entry in Ledger(folder / PIPELINE).entries().values():
                 if entry.job is not None and entry.kind is None:
                     yield folder, {**entry.job, "verb": entry.key.split()[0]}

@@ -15,7 +15,7 @@ import yaml
 
 from peerlearn.config import config_to_yaml, load_config
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory
 from peerlearn.runs.files import write_text
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
@@ -31,7 +31,6 @@ from studies.watch import (
     survey_jobs,
 )
 
-CONFIG_FILE = "pipeline.yaml"
 _LONGEST_NAME = 60
 _PROFILES = ("cluster", "evaluation_cluster", "watch_cluster")
 
@@ -109,7 +108,7 @@ class Pipeline:
 
 def is_pipeline(folder: Path) -> bool:
     """Whether the folder holds a pipeline."""
-    return (folder / CONFIG_FILE).is_file()
+    return (folder / PIPELINE_FILE).is_file()
 
 
 def planned_runs(root: Path, config: PipelineConfig) -> list[PlannedRun]:
@@ -244,7 +243,7 @@ def write_pipeline(pipeline: Pipeline) -> None:
         for each in pipeline.evaluations:
             text = yaml.safe_dump(each.config, sort_keys=False, allow_unicode=True)
             write_text(folder / f"evaluate-{name_of(each.line)}.yaml", text)
-        write_text(pipeline.root / CONFIG_FILE, config_to_yaml(pipeline.config))
+        write_text(pipeline.root / PIPELINE_FILE, config_to_yaml(pipeline.config))
     except OSError as error:
         raise UserError(
             f"{pipeline.root}: cannot be written ({error.strerror}): choose another --folder"
@@ -253,8 +252,8 @@ def write_pipeline(pipeline: Pipeline) -> None:
 
 def remove_pipeline(pipeline: Pipeline) -> None:
     """Remove what `write_pipeline` wrote. No job may have been submitted."""
-    (pipeline.root / CONFIG_FILE).unlink(missing_ok=True)
-    for name in ("configs", "slurm"):
+    (pipeline.root / PIPELINE_FILE).unlink(missing_ok=True)
+    for name in ("configs", JOBS_FOLDER):
         shutil.rmtree(pipeline.root / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         pipeline.root.rmdir()  # Unless it holds anything else.
@@ -266,7 +265,7 @@ def load_pipeline(root: Path) -> Pipeline:
     Raises:
         UserError: a file is missing or damaged.
     """
-    config = load_config(PipelineConfig, root / CONFIG_FILE)
+    config = load_config(PipelineConfig, root / PIPELINE_FILE)
     folder = root / "configs"
     try:
         return Pipeline(

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.config import config_to_yaml, parse_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.runs.directory import PIPELINE_FILE
 from peerlearn.runs.stop import Stop
 from studies.advance import advance, ask_again, submit_watch
 from studies.pipeline import (
-    CONFIG_FILE,
     Pipeline,
     is_pipeline,
     load_pipeline,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     pipeline = plan_pipeline(root, config)
     if dry_run:
         _print_plan(pipeline)
-        return 0
+        return DONE
     write_pipeline(pipeline)
     result = advance(pipeline, Stop())
     if result.troubles and not _anything_submitted(pipeline):
@@ -65,7 +65,7 @@ def resume(argv: Sequence[str]) -> int:
     made = load_pipeline(root)
     config, dry_run = parse_config(
         PipelineConfig,
-        [str(root / CONFIG_FILE), *argv[1:]],
+        [str(root / PIPELINE_FILE), *argv[1:]],
         verb="resume",
         description="Submit the missing jobs of a pipeline. Changed keys count from now on.",
         example="peerlearn resume runs/fashion_mnist --seeds 0 1 2 3",
@@ -75,7 +75,7 @@ def resume(argv: Sequence[str]) -> int:
     pipeline = plan_pipeline(root, config, made)
     if dry_run:
         _print_plan(pipeline)
-        return 0
+        return DONE
     write_pipeline(pipeline)
     ask_again(pipeline)
     return _go_on(pipeline, advance(pipeline, Stop()))
@@ -87,7 +87,7 @@ def _go_on(pipeline: Pipeline, result: Pass) -> int:
         print(f"{trouble}; it is tried again by the watch", flush=True)
     if result.finished:
         print(f"pipeline: {pipeline.root}: all is submitted", flush=True)
-        return 0
+        return DONE
     here = pipeline.clusters["watch_cluster"].executor == "debug"
     if pipeline.config.watch == "here" or here:
         print(f"pipeline: {pipeline.root}: watching here", flush=True)
@@ -95,7 +95,7 @@ def _go_on(pipeline: Pipeline, result: Pass) -> int:
     if said := submit_watch(pipeline):
         print(f"{said}: watch {pipeline.root}")
     print(f"pipeline: {pipeline.root}", flush=True)
-    return 0
+    return DONE
 
 
 def _anything_submitted(pipeline: Pipeline) -> bool:

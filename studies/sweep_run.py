@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from peerlearn import HOME
-from peerlearn.errors import SAVED_RUN_AGAIN
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN
+from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import append_text
 from peerlearn.runs.stop import Stop
 from studies.sweep import Sweep, SweptRun, config_file, unwritable
@@ -40,9 +41,9 @@ def run_missing(sweep: Sweep, stop: Stop) -> bool:
         print(f"{head}: {verb} (`peerlearn logs {run.folder} -f` follows it)", flush=True)
         begun = time.monotonic()
         code = _run(sweep, run, stop)
-        if code == SAVED_RUN_AGAIN or (stop.requested and code != 0):
+        if code == SAVED_RUN_AGAIN or (stop.requested and code != DONE):
             return False
-        ended = "done" if code == 0 else f"failed: {why_not_done(run)}"
+        ended = "done" if code == DONE else f"failed: {why_not_done(run)}"
         print(f"{head}: {ended} ({time.monotonic() - begun:.0f} s)", flush=True)
     return True
 
@@ -93,7 +94,7 @@ def why_not_done(run: SweptRun) -> str:
     state = run.state
     if state == "done":
         return ""
-    if failed := _lines(run.folder / "FAILED"):
+    if failed := _lines(RunDirectory(run.folder).failed_mark):
         return " ".join(failed)
     said = (_lines(run.log) or [""])[-1]
     if said.startswith("peerlearn: "):

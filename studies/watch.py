@@ -179,11 +179,11 @@ def training_of(run: Path, survey: Survey) -> Training:
     record = _training_job(run)
     if record and survey.live(job_key(record)):
         return "live"
-    if (run / "DONE").exists():
+    if RunDirectory(run).done:
         return "done"
     if _owner_lives(run, survey):
         return "live"
-    return "dead" if record or (run / "config.yaml").is_file() else "none"
+    return "dead" if record or RunDirectory(run).begun else "none"
 
 
 def _owner_lives(run: Path, survey: Survey) -> bool:
@@ -242,7 +242,7 @@ def _results(entry: Entry, run: Path) -> list[Path]:
     """The result files that the entry's job wrote: they name it."""
     if "step" not in entry.facts:
         return []
-    folder = Path(entry.facts.get("results") or run / "results")
+    folder = Path(entry.facts.get("results") or RunDirectory(run).results)
     found = []
     for path in sorted(folder.glob(f"*-{entry.facts['step']:08d}-*.json")):
         try:
@@ -313,7 +313,7 @@ def _order(
     return Order(
         key=key,
         task=task,
-        home=run / "slurm",
+        home=RunDirectory(run).jobs,
         config=replace(cluster, wait=False, sweep=[], name=None, dependency=None),
         prefix="eval",
         facts={
@@ -327,7 +327,7 @@ def _order(
 def failure_of(run: Path) -> str:
     """The reason why a stopped run is not done, as far as its files tell."""
     try:
-        return (run / "FAILED").read_text().strip()
+        return RunDirectory(run).failed_mark.read_text().strip()
     except OSError:
         pass
     stopped = [e for e in RunDirectory(run).events() if e["event"] in ("started", "stopped")]

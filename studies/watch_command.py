@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peerlearn.config import ArgumentParser
-from peerlearn.errors import SAVED_RUN_AGAIN, UsageError, UserError
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UsageError, UserError
 from peerlearn.runs.stop import Stop, stop_signals
 from slurm.submit_command import read_cluster
 from studies.advance import advance, end_watch
@@ -90,7 +90,7 @@ def watch(look: Callable[[Stop], Pass], interval_seconds: float, *, once: bool) 
             except UserError as error:
                 result = Pass(finished=False, troubles=[error])
             if result.finished:
-                return 0
+                return DONE
             trouble = result.troubles[0] if result.troubles else None
             if trouble is None or result.training or result.live:
                 since = time.monotonic()
@@ -100,7 +100,7 @@ def watch(look: Callable[[Stop], Pass], interval_seconds: float, *, once: bool) 
                 print(f"{trouble}; it is tried again every {interval_seconds:g} s", flush=True)
             said = str(trouble or "")
             if once:
-                return 0
+                return DONE
             _sleep(interval_seconds, stop)
     return SAVED_RUN_AGAIN
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.config import ArgumentParser, nearest
-from peerlearn.errors import UsageError
+from peerlearn.errors import DONE, UsageError
 
 # Verb -> the package and the folder that hold its shipped configs.
 CONFIG_FOLDERS = {
@@ -35,11 +35,11 @@ def main(argv: Sequence[str]) -> int:
     name = parser.parse_args(argv).name
     if name is not None:
         print(_find(Path(name).stem).read_text(), end="")
-        return 0
+        return DONE
     for verb, place in CONFIG_FOLDERS.items():
         for path in sorted(config_folder(*place).glob("*.yaml")):
             print(f"{verb:<8}  {path.stem:<32} {_summary(read_header(path))}")
-    return 0
+    return DONE
 
 
 def _summary(header: dict[str, str]) -> str:

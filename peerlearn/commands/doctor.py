@@ -21,6 +21,7 @@ from types import ModuleType
 
 from peerlearn.compute.cpu import BF16_UNITS, cpu_flags
 from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, FAILURE
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -35,7 +36,7 @@ _SINFO_TIMEOUT_SECONDS = 5
 
 # Required distributions without a row of their own. A test compares all minima with pyproject.toml.
 OTHER_LIBRARIES = {
-    "jsonargparse": "4.49",
+    "jsonargparse": "4.53.*",
     "rich": "13",
     "tensorboard": "2.18",
     "scikit-learn": "1.5",
@@ -122,7 +123,8 @@ def check_other_libraries() -> Check:
         ok=not wrong,
         required=True,
         found=f"missing or too old: {', '.join(wrong)}" if wrong else f"all {count}",
-        fix="pip install " + " ".join(f"'{name}>={minimum}'" for name, minimum in wrong.items()),
+        fix="pip install "
+        + " ".join(f"'{name}{_relation(wanted)}{wanted}'" for name, wanted in wrong.items()),
     )
 
 
@@ -323,7 +325,7 @@ def main(argv: list[str]) -> int:
         _print_rich(checks)
     else:
         _print_plain(checks)
-    return 0 if ok else 1
+    return DONE if ok else FAILURE
 
 
 def _print_plain(checks: Sequence[Check]) -> None:
@@ -396,6 +398,11 @@ def _version_of(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _relation(wanted: str) -> str:
+    """How pip is asked for a minimum, or for one minor version."""
+    return "==" if wanted.endswith(".*") else ">="
 
 
 def _at_least(version: str, minimum: str) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from peerlearn.runs.logs import log_to, log_to_terminal
 from peerlearn.runs.metrics import MetricsLog
 from peerlearn.runs.progress import Reporter, progress
 from peerlearn.runs.stop import Stop
+from peerlearn.runs.training_facts import TrainingFacts
 
 T = TypeVar("T", bound=Resumable)
 
@@ -191,7 +192,7 @@ def run_training(
     stop: Stop,
     resumes: bool,
     allow_elastic: bool = False,
-    facts: Callable[[T], Mapping[str, Any]] = lambda training: {},
+    facts: Callable[[T], TrainingFacts | None] = lambda training: None,
     finish: Callable[[T], None] = lambda training: None,
 ) -> bool:
     """Take the run directory, build the training, resume it, train it. All ranks call it together.
@@ -234,7 +235,7 @@ def run_training(
                 lambda: _start(training, verb, facts(training), held, taken_from, resumes=resumes)
             )
             logs = run.logs(number)
-            stacks = log_to(logs / f"rank-{ranks.rank}.log")
+            stacks = log_to(run.log(number, ranks.rank))
             ranks.start_heartbeat(logs, stacks)
             finished = _train(Attempt(training, number, stop), train)
             if ranks.main:
@@ -250,15 +251,14 @@ def run_training(
             _note_failure(error, run, ranks, number)
             if isinstance(error, UserError):
                 raise
-            log = run.logs(number) / f"rank-{ranks.rank}.log" if number else None
-            where = f" (traceback in {log})" if log else ""
+            where = f" (traceback in {run.log(number, ranks.rank)})" if number else ""
             raise UserError(f"{type(error).__name__}: {error}{where}") from error
 
 
 def _start(
     training: Resumable,
     verb: str,
-    facts: Mapping[str, Any],
+    facts: TrainingFacts | None,
     held: contextlib.ExitStack,
     taken_from: str | None,
     *,
@@ -310,7 +310,7 @@ def _train(attempt: Attempt[T], train: Callable[[Attempt[T]], bool]) -> bool:
     except DivergedError as again:
         raise UserError(
             f"{again}, again after going back to a save: lower base_lr, and look at the images of the "
-            f"step_skipped events in {attempt.training.run.root / 'events.jsonl'}"
+            f"step_skipped events in {attempt.training.run.event_log}"
         ) from again
 
 

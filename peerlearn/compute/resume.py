@@ -17,12 +17,13 @@ from peerlearn.runs.checkpoint import (
     check_whole,
     load_checkpoint,
     remove_stumps,
-    saved_step,
     saved_steps,
+    saves_set_aside,
     set_aside,
 )
 from peerlearn.runs.environment import environment
 from peerlearn.runs.generators import load_generator_states
+from peerlearn.runs.step_folders import LATEST_FILE, step_folders
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,8 @@ def roll_back(training: Resumable, *, before_step: int, reason: str) -> None:
     run, ranks = training.run, training.ranks
 
     def choose() -> str:
-        for folder in saved_steps(run.checkpoints):
-            if saved_step(folder) > before_step:
+        for step, folder in step_folders(run.checkpoints):
+            if step > before_step:
                 set_aside(folder)
         name = _newest_whole_save(training) if saved_steps(run.checkpoints) else None
         if name is None:
@@ -123,7 +124,7 @@ def _has_ever_saved(training: Resumable) -> bool:
     events = {event["event"] for event in run.events()}
     if events & {"saved", "checkpoint_damaged"}:
         return True
-    left = (run.checkpoints / "latest", *run.checkpoints.glob("step-*.bad*"))
+    left = (run.checkpoints / LATEST_FILE, *saves_set_aside(run.checkpoints))
     if any(path.exists() for path in left):
         return True
     first_save = training.saves.every_steps or training.steps_per_epoch

@@ -1,7 +1,9 @@
 """The run directory: one folder that holds everything a run reads and writes.
 
 RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/rank-R.log  DONE | FAILED
-      checkpoints/  export/  results/
+      checkpoints/  export/  results/  slurm/
+
+Other code gets these paths from here.
 """
 
 import json
@@ -12,8 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
-from peerlearn.runs.environment import environment, now_text
-from peerlearn.runs.files import append_text, read_json_lines, sync, write_text
+from peerlearn.runs.environment import now_text
+from peerlearn.runs.files import (
+    append_text,
+    numbered_files,
+    read_json_lines,
+    sync,
+    write_text,
+)
+from peerlearn.runs.lock import LOCK_FILES
+from peerlearn.runs.training_facts import TrainingFacts, write_env
+
+# What was submitted for a run lies in it; for several runs at once, in the folder that holds them.
+JOBS_FOLDER = "slurm"
+# A folder of runs that holds this file is a pipeline.
+PIPELINE_FILE = "pipeline.yaml"
+_ATTEMPT = "attempt-"
+# What stands before and after the rank.
+_LOG = ("rank-", ".log")
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +56,7 @@ class RunDirectory:
         Raises:
             UserError: the folder holds a run already, or something else.
         """
-        if (self.root / "config.yaml").exists():
+        if self.config.exists():
             raise UserError(
                 f"{self.root} holds a run already: `peerlearn resume {self.root}` continues it, "
                 "--run names another folder"
@@ -48,9 +66,7 @@ class RunDirectory:
 
     def _holds_anything(self) -> bool:
         # A start that was refused or killed early may have left its lock. A submission is there before its run.
-        return any(
-            path.name not in (".lock", "owner.json", "slurm") for path in self.root.iterdir()
-        )
+        return any(path.name not in (*LOCK_FILES, JOBS_FOLDER) for path in self.root.iterdir())
 
     def create_folder(self) -> None:
         """Make the folder of a new run.
@@ -85,8 +101,13 @@ class RunDirectory:
         Raises:
             UserError: the folder has no config.yaml.
         """
-        if not self.config.is_file():
+        if not self.begun:
             raise UserError(f"{self.root} is not a run directory: it has no config.yaml")
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run: its config is written first."""
+        return self.config.is_file()
 
     @property
     def config(self) -> Path:
@@ -97,6 +118,14 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def event_log(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def env(self) -> Path:
+        return self.root / "env.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -104,27 +133,51 @@ class RunDirectory:
     def exports(self) -> Path:
         return self.root / "export"
 
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tb"
+
+    @property
+    def jobs(self) -> Path:
+        return self.root / JOBS_FOLDER
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def done_mark(self) -> Path:
+        return self.root / "DONE"
+
+    @property
+    def failed_mark(self) -> Path:
+        return self.root / "FAILED"
+
     def check_there(self) -> None:
         """Make sure that the run directory has not been moved or removed while it is in use.
 
         Raises:
             UserError: config.yaml is gone.
         """
-        if not self.config.is_file():
+        if not self.begun:
             raise UserError(
                 f"{self.root} is gone: moved or removed while training; `peerlearn resume` goes on where it is now"
             )
 
     @property
     def done(self) -> bool:
-        return (self.root / "DONE").exists()
+        return self.done_mark.exists()
 
-    def start_attempt(self, verb: str, facts: Mapping[str, Any]) -> int:
+    def start_attempt(self, verb: str, facts: TrainingFacts | None) -> int:
         """Number this start of the program, make its log folder, write env.json, clear an earlier DONE or FAILED.
 
         Args:
             verb: verb of the command that trains, by which `peerlearn resume` knows what to continue.
-            facts: facts about the training that evaluators need, for env.json.
+            facts: facts about the training that evaluators need, for env.json; None if it makes no exports for them.
 
         Returns:
             The number of this start, counted from 1.
@@ -135,23 +188,28 @@ class RunDirectory:
         attempt = self.newest_attempt() + 1
         try:
             self.logs(attempt).mkdir(parents=True)
-            env = {**environment(), "verb": verb, "training": facts}
-            write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
+            write_env(self.env, verb, facts)
         except OSError as error:
             raise self._unwritable(error) from error
-        for mark in ("DONE", "FAILED"):
-            (self.root / mark).unlink(missing_ok=True)
+        for mark in (self.done_mark, self.failed_mark):
+            mark.unlink(missing_ok=True)
         return attempt
 
     def newest_attempt(self) -> int:
         """The number of the latest start of the program; 0 before the first."""
-        folders = (self.root / "logs").glob("attempt-*")
-        names = (folder.name.removeprefix("attempt-") for folder in folders)
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        return max(numbered_files(self.attempts, _ATTEMPT), default=0)
 
     def logs(self, attempt: int) -> Path:
         """The folder of an attempt's logs and heartbeats; each rank has one of both."""
-        return self.root / "logs" / f"attempt-{attempt}"
+        return self.attempts / f"{_ATTEMPT}{attempt}"
+
+    def log(self, attempt: int, rank: int) -> Path:
+        """What a rank logs in an attempt."""
+        return self.logs(attempt) / f"{_LOG[0]}{rank}{_LOG[1]}"
+
+    def rank_logs(self, attempt: int) -> dict[int, Path]:
+        """The logs there are of an attempt, by rank."""
+        return numbered_files(self.logs(attempt), *_LOG)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one logged step to metrics.jsonl. NaN and Inf, which JSON does not know, become null."""
@@ -196,11 +254,11 @@ class RunDirectory:
 
     def event(self, name: str, **fields: Any) -> None:
         """Add one line to events.jsonl: the time, the name of the event, and its facts."""
-        self._append_line(self.root / "events.jsonl", {"time": now_text(), "event": name, **fields})
+        self._append_line(self.event_log, {"time": now_text(), "event": name, **fields})
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The events so far. Lines that cannot be read are left out."""
-        rows = read_json_lines(self.root / "events.jsonl")
+        rows = read_json_lines(self.event_log)
         return (row for row in rows if "event" in row)
 
     def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
@@ -215,12 +273,12 @@ class RunDirectory:
 
     def mark_done(self) -> None:
         """Write DONE: the run has finished, and its last step is saved and exported."""
-        write_text(self.root / "DONE", "")
-        (self.root / "FAILED").unlink(missing_ok=True)
+        write_text(self.done_mark, "")
+        self.failed_mark.unlink(missing_ok=True)
 
     def mark_failed(self, reason: str) -> None:
         """Write FAILED with the reason."""
-        write_text(self.root / "FAILED", reason + "\n")
+        write_text(self.failed_mark, reason + "\n")
 
 
 def default_run(argv: Sequence[str]) -> Path:

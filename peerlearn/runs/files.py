@@ -1,6 +1,7 @@
-"""Files that stay whole through a crash or a full disk: small texts, folders, and JSON lines."""
+"""Files that stay whole through a crash or a full disk: small texts, folders and JSON lines; and hashes of files."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -50,6 +51,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def numbered_files(folder: Path, before: str, after: str = "") -> dict[int, Path]:
+    """The files and folders below ``folder`` whose names are a number between two texts, by their numbers."""
+    named = {
+        path.name.removeprefix(before).removesuffix(after): path
+        for path in folder.glob(f"{before}*{after}")
+    }
+    return {int(number): path for number, path in named.items() if number.isdecimal()}
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -83,7 +83,7 @@ def _open_board(run: RunDirectory, step: int) -> "SummaryWriter | None":
     from torch.utils.tensorboard import SummaryWriter
 
     try:
-        return SummaryWriter(run.root / "tb", purge_step=step + 1 if step else 0)
+        return SummaryWriter(run.tensorboard, purge_step=step + 1 if step else 0)
     except OSError as error:
         logger.warning("TensorBoard is off: %s", error)
         return None

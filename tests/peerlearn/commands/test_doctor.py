@@ -149,7 +149,7 @@ class TestPackages:
     def test_the_minima_are_those_of_pyproject(self, monkeypatch: pytest.MonkeyPatch) -> None:
         project = tomllib.loads(PYPROJECT.read_text())["project"]
         wanted = dict(
-            line.replace("[signatures]", "").split(">=") for line in project["dependencies"]
+            re.split(">=|==", line.replace("[signatures]", "")) for line in project["dependencies"]
         )
         asked = dict(doctor.OTHER_LIBRARIES)
         monkeypatch.setattr(
