@@ -25,12 +25,12 @@ from peerlearn.runs.files import (
 from peerlearn.runs.lock import LOCK_FILES
 from peerlearn.runs.training_facts import TrainingFacts, write_env
 
-# What was submitted for a run lies in it; for several runs at once, in the folder that holds them.
+# The folder of a run's submissions. Submissions of several runs lie in a folder of that name above the runs.
 JOBS_FOLDER = "slurm"
 # A folder of runs that holds this file is a pipeline.
 PIPELINE_FILE = "pipeline.yaml"
 _ATTEMPT = "attempt-"
-# What stands before and after the rank.
+# The text before and after the rank in the name of a log.
 _LOG = ("rank-", ".log")
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class RunDirectory:
         return self.attempts / f"{_ATTEMPT}{attempt}"
 
     def log(self, attempt: int, rank: int) -> Path:
-        """What a rank logs in an attempt."""
+        """The log of a rank in an attempt."""
         return self.logs(attempt) / f"{_LOG[0]}{rank}{_LOG[1]}"
 
     def rank_logs(self, attempt: int) -> dict[int, Path]:
