@@ -2,8 +2,8 @@
 
     python benchmarks/augment.py [--rounds 9] [--batch 512]
 
-The two alternate within one run, in turns of about equal length; times are CPU seconds of one
-thread. Both end in normalised float32 views, PIL's collated into batches as a DataLoader does it.
+The two alternate within one run, in turns of about equal length. Times are CPU seconds of one
+thread. Both end in normalised float32 views. PIL's views are collated into batches as by a DataLoader.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
 def _measure(
     recipe: Augmentation, images: Tensor, *, rounds: int, batches: int
 ) -> tuple[list[float], list[float]]:
-    """CPU seconds per batch of PIL and of the tensors, round by round after one to warm up."""
+    """CPU seconds per batch of PIL and of the tensors, round by round, after one round to warm up."""
     pipeline = _pil_pipeline(recipe)
     pil_images = [transforms.functional.to_pil_image(image) for image in images]
 

@@ -1,4 +1,4 @@
-"""What training a supervised cohort costs against one network alone: the last columns of the paper's Table 1.
+"""The cost of training a supervised cohort, relative to one network: the last columns of the paper's Table 1.
 
     python benchmarks/cohort_cost.py [--backbones resnet32 wrn_16_2] [--batch_size 128] [--rounds 5] [--device cpu]
 
@@ -35,7 +35,7 @@ NO_MCL = {"alpha": 0.0, "beta": 0.0}
 
 
 def variants(base: PretrainConfig) -> dict[str, PretrainConfig]:
-    """The columns of Table 1, from one network alone on."""
+    """The columns of Table 1; the first is a single network."""
 
     def but(networks: int, teaching: str, **settings: float) -> PretrainConfig:
         return dataclasses.replace(
@@ -56,7 +56,7 @@ def variants(base: PretrainConfig) -> dict[str, PretrainConfig]:
 
 
 class Step:
-    """One training step of a variant, again and again on the same batch."""
+    """One training step of a variant, which can be repeated on the same batch."""
 
     def __init__(self, config: PretrainConfig, images: Tensor, labels: Tensor) -> None:
         device = images.device
@@ -79,7 +79,7 @@ class Step:
         self.method.end_step()
 
     def seconds(self) -> float:
-        """Of one step."""
+        """The seconds of one step."""
         if self.images.is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -89,13 +89,13 @@ class Step:
         return time.perf_counter() - start
 
     def flops(self) -> int:
-        """Of one step, forward and backward."""
+        """The floating-point operations of one step, forward and backward."""
         with FlopCounterMode(display=False) as counter:
             self()
         return counter.get_total_flops()
 
     def bytes(self) -> int:
-        """What autograd keeps of one forward pass, each storage once, and weights, gradients and momentum."""
+        """The bytes that autograd keeps after one forward pass, plus weights, gradients and momentum."""
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Step:
         return sum(kept.values()) + 3 * sum(p.nbytes for p in parameters)
 
     def peak_bytes(self) -> int | None:
-        """On a GPU."""
+        """The peak memory of one step on a GPU."""
         if not self.images.is_cuda:
             return None
         torch.cuda.reset_peak_memory_stats()
@@ -123,7 +123,7 @@ class Step:
 
 
 def measure(backbone: str, *, batch_size: int, rounds: int, device: torch.device) -> list[dict]:
-    """A row per variant, each number against the first variant's."""
+    """A row for each variant; its numbers are relative to those of the first variant."""
     base = load_config(PretrainConfig, SHIPPED / "supervised_cifar100.yaml")
     base = dataclasses.replace(
         base,
@@ -138,7 +138,7 @@ def measure(backbone: str, *, batch_size: int, rounds: int, device: torch.device
     peaks = {}
     for name, step in steps.items():
         step()
-        # Alone on the GPU, or the others' weights would count.
+        # Only one variant is on the GPU at a time, so that the weights of the others do not count.
         peaks[name] = step.peak_bytes()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -163,7 +163,7 @@ def measure(backbone: str, *, batch_size: int, rounds: int, device: torch.device
 
 
 def show(rows: Sequence[dict]) -> None:
-    """A Markdown table."""
+    """Print a Markdown table."""
     print("| network | variant | computation | memory | time (range over rounds) |")
     print("|---|---|---|---|---|")
     for row in rows:

@@ -2,7 +2,7 @@
 
     python benchmarks/linear_probe.py [--rounds 5]
 
-Each pair alternates within one run; times are CPU seconds of one thread, ratios are of medians.
+Each pair alternates within one run. Times are CPU seconds of one thread. Ratios are those of medians.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _compare(first: Callable[[], object], second: Callable[[], object], rounds: int) -> str:
-    """Medians and their ratio, after one round to warm up."""
+    """Print the medians of a pair and their ratio, after one round to warm up."""
     both = [(_seconds(first), _seconds(second)) for _ in range(rounds + 1)][1:]
     one, other = (statistics.median(side) for side in zip(*both, strict=True))
     spread = [b / a for a, b in both]

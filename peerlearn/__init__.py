@@ -1,4 +1,4 @@
-"""peerlearn: networks that teach each other, and what their checkpoints are good for."""
+"""peerlearn: pretraining of networks that teach each other, and what all programs of this project share."""
 
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +13,8 @@ PACKAGES = ("peerlearn", "pretrain", "linear_eval", "slurm", "studies")
 
 @wrapt.when_imported("timm")
 def _register_networks(timm: ModuleType) -> None:
-    """Makes the networks of `peerlearn.backbones` known to timm as soon as timm itself is loaded.
+    """Make the networks of `peerlearn.backbones` known to timm as soon as timm itself is loaded.
 
-    A hook and not an import, because torch and timm take seconds that `peerlearn --help` must not.
+    This is a hook and not an import: torch and timm take seconds to load, and `peerlearn --help` must answer at once.
     """
     import peerlearn.backbones  # noqa: F401

@@ -4,7 +4,7 @@ All of them map images (B, channels, height, width) to pooled features (B, num_f
 this module registers with timm the CIFAR networks as NAME_cifar and, for timm's ResNet family,
 networks with a small-image stem as NAME_small, so that exports of both load through timm too.
 
-Letters: B batch.
+Dimensions: B batch.
 """
 
 import difflib
@@ -40,19 +40,30 @@ def create_backbone(
     """A network with random initial weights, without its classifier.
 
     Args:
-        name: one of `CIFAR_NETWORKS`, or any name timm knows.
+        name: name of the network: one of `CIFAR_NETWORKS`, or any name timm knows.
         in_chans: channels of the images.
-        small_images: 3x3 stem without stride and pooling, for images of about 32 pixels. The
-            CIFAR networks have it in any case; of timm's, the ResNet family (module `resnet`).
-        image_size: height and width in pixels of the images, for the few networks that depend on
-            it (conv4, and timm's of fixed input size, such as ViTs); None: the network's default.
+        small_images: whether the stem is a 3x3 convolution without stride and pooling, for images
+            of about 32 pixels. The CIFAR networks have such a stem in any case. Of timm's networks
+            the ResNet family (module `resnet`) can have it.
+        image_size: height and width of the images in pixels. Only conv4 and timm's networks of
+            fixed input size, such as ViTs, depend on it. None = the network's default.
 
     Returns:
         A module from images (B, in_chans, height, width) to features (B, num_features), with
         `.num_features` and timm's `.pretrained_cfg`.
 
     Raises:
-        UserError: unknown name, no small-image stem, or a size the network cannot take.
+        UserError: the name is unknown, the network has no small-image stem, or it cannot take
+            images of this size.
+
+    Example:
+        >>> import torch
+        >>> from peerlearn.backbones import create_backbone
+        >>> backbone = create_backbone("resnet32", in_chans=1)
+        >>> backbone.num_features
+        64
+        >>> backbone(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 64])
     """
     network_name = _timm_name(name, small_images)
     try:
@@ -68,8 +79,8 @@ def create_backbone(
             f"network {name!r} cannot be built for images of {in_chans} channels and {size}: "
             f"{error or type(error).__name__}"
         ) from error
-    # timm's num_features is the last convolution's width; where layers follow the pooling
-    # (MobileNetV3, EfficientViT), head_hidden_size is the width of what comes out.
+    # timm's num_features is the width of the last convolution. Where layers follow the pooling
+    # (MobileNetV3, EfficientViT), head_hidden_size is the width of the output.
     backbone.num_features = getattr(backbone, "head_hidden_size", backbone.num_features)
     return backbone
 
@@ -79,7 +90,7 @@ def size_arguments(network_name: str, image_size: int | None) -> dict[str, Any]:
 
     Args:
         network_name: a name timm knows.
-        image_size: height and width in pixels; None: the network's default.
+        image_size: height and width of the images in pixels; None = the network's default.
     """
     if image_size is None:
         return {}
@@ -131,7 +142,7 @@ def _small_stem(timm_name: str, **model_arguments: Any) -> nn.Module:
     return network
 
 
-# Every network of this module by its name in timm, and how many resolutions it can show a detector.
+# Name in timm -> the function that builds the network, and how many resolutions it can give a detector.
 TIMM_NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     f"{name}_cifar": (network, 4 if name == "conv4" else 3)
     for name, network in CIFAR_NETWORKS.items()

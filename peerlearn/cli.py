@@ -1,4 +1,4 @@
-"""The one command. A verb's module is imported when the verb is used, so that `--help` answers at once."""
+"""The command `peerlearn`. A verb's module is imported when the verb is used, so that `--help` answers at once."""
 
 import importlib
 import importlib.util
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(words)
     except UsageError as error:
-        # Every process of a job reads the same words: one complaint is enough.
+        # Every process of a job reads the same words, so one complaint is enough.
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
     except SaidByMainError:
         return FAILURE
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", FAILURE)
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); nobody is left to be told.
+        # The reader of our output is gone (`| head`), so nobody would read a message.
         sys.stderr.close()
         return DONE
     except Exception as error:
@@ -45,10 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    """Run one verb; returns its exit code.
+    """Run one verb.
+
+    Returns:
+        The verb's exit code.
 
     Raises:
-        UserError: as the verb does; `main` makes one line of it.
+        UserError: the verb raised it; `main` prints it as one line.
     """
     if not words or words[0] in ("-h", "--help"):
         print(_help())
@@ -76,10 +79,10 @@ def dispatch(words: list[str]) -> int:
 def check_siblings() -> None:
     """Make sure that generic package names mean this project's folders.
 
-    Under ``python -m`` the working directory comes first, and a stray ``pretrain.py`` there would win.
+    Under ``python -m`` the working directory comes first on the path, and a stray ``pretrain.py`` there would win.
 
     Raises:
-        UserError: one does not; the message names the file in the way.
+        UserError: a name means another file; the message gives that file.
     """
     for name in PACKAGES[1:]:
         spec = importlib.util.find_spec(name)
@@ -95,7 +98,7 @@ def _help() -> str:
     lines = [
         "usage: peerlearn VERB ...",
         "",
-        "Pretrain a cohort of networks that teach each other, and see what the features are worth.",
+        "Pretrain a cohort of networks that teach each other, and measure how good their features are.",
         "",
     ]
     lines += [f"  {name:<10} {verb.help}" for name, verb in VERBS.items()]

@@ -1,6 +1,7 @@
-"""Configs: frozen dataclasses, filled from a YAML file and then from the command line; and the words of other verbs.
+"""Configs: frozen dataclasses, filled from a YAML file and then from the command line.
 
-An unknown key is an error that names the nearest one; a value out of range is refused by the dataclass itself.
+An unknown key is an error that names the nearest one. The dataclass itself refuses a value out of range.
+Verbs without a config read their words with `ArgumentParser`.
 """
 
 import argparse
@@ -19,15 +20,19 @@ from peerlearn.errors import UsageError, UserError
 
 Config = TypeVar("Config")
 
-# Of a field's metadata.
+# Key in a field's metadata.
 _CHANGEABLE = "changeable"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a wrong word is one line, as everywhere else, and no usage text."""
+    """argparse that reports a wrong word as one line, like all errors here, instead of the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the UsageError."""
+        """Report a wrong word.
+
+        Raises:
+            UsageError: always.
+        """
         raise UsageError(f"{message} (`{self.prog} --help` explains)")
 
 
@@ -45,18 +50,20 @@ def parse_config(
 
     Args:
         config_class: a frozen dataclass; nested dataclasses become dotted keys.
-        argv: the words after the verb. CONFIG is a path, or the name of a file of ``shipped``. Several words after a
+        argv: words after the verb. CONFIG is a path, or the name of a file in ``shipped``. Several words after a
             key are a list: ``--checkpoint runs/a runs/b``.
-        verb, description, example: for ``--help``.
-        shipped: the folder of shipped configs.
-        usage: how the words look, for ``--help``.
+        verb: name of the verb, for ``--help`` and for error messages.
+        description: one sentence about the verb, for ``--help``.
+        example: a command that uses the verb, for ``--help``.
+        shipped: folder of the verb's shipped configs; None = the verb has none.
+        usage: pattern of the words after the verb, for ``--help``.
 
     Returns:
         The config, and whether ``--dry_run`` was given.
 
     Raises:
-        UsageError: an unknown key or file, a value of the wrong type or out of range.
-        SystemExit: ``--help``.
+        UsageError: a key or a file is unknown, or a value has the wrong type or is out of range.
+        SystemExit: the words ask for ``--help``.
     """
     words = list(argv)
     sources = []
@@ -73,7 +80,11 @@ def parse_config(
 
 
 def load_config(config_class: type[Config], path: Path) -> Config:
-    """Read a whole config file, as strictly as `parse_config`."""
+    """Read a whole config file, as strictly as `parse_config`.
+
+    Raises:
+        UsageError: the file is missing, a key is unknown, or a value has the wrong type or is out of range.
+    """
     if not path.is_file():
         raise UsageError(f"{path}: no such config file")
     _check_file_keys(path, config_class)
@@ -82,10 +93,10 @@ def load_config(config_class: type[Config], path: Path) -> Config:
 
 
 def check_complete(config_class: Any, path: Path) -> None:
-    """Make sure that a file of `config_to_yaml` still holds every key.
+    """Make sure that a file which `config_to_yaml` wrote still holds every key.
 
     Raises:
-        UserError: it was cut short, or emptied.
+        UserError: the file was cut short, or emptied.
     """
     _check_file_keys(path, config_class)
     present = dict(_flatten(yaml.safe_load(path.read_text()), ""))
@@ -105,10 +116,10 @@ def config_to_yaml(config: Any) -> str:
 
 
 def find_config(name: str, shipped: Path | None) -> Path:
-    """A path as it stands, else a shipped config's name.
+    """The path of a config, which is named by its path or as a shipped config.
 
     Raises:
-        UsageError: neither, with the nearest shipped names.
+        UsageError: the name is neither a file nor a shipped config; the message gives the nearest name.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -133,8 +144,9 @@ def changeable(
     """A field of a config that may change between a save and its resumption without making it another run.
 
     Args:
-        default, default_factory: as of `dataclasses.field`; of a group of keys every key may change.
-        to_more: it may only grow.
+        default: as in `dataclasses.field`.
+        default_factory: as in `dataclasses.field`; if the field is a group of keys, every key may change.
+        to_more: whether the value may only grow.
     """
     metadata = {_CHANGEABLE: "more" if to_more else "free"}
     if default_factory is not dataclasses.MISSING:
@@ -143,7 +155,7 @@ def changeable(
 
 
 def changeable_keys(config_class: Any) -> list[str]:
-    """The dotted keys that `changeable` marks, in order, as people read them: ``epochs (more)``, ``checkpoint.*``."""
+    """The dotted keys that `changeable` marks, in order, in a form for people: ``epochs (more)``, ``checkpoint.*``."""
     return [text for _, text in _changeable(config_class, "")]
 
 
@@ -167,19 +179,23 @@ def _changeable(config_class: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def require(condition: bool, message: str) -> None:
-    """For ``__post_init__`` of a config: refuse values that make no sense, by a message that begins with the key."""
+    """Refuse a config value that makes no sense; for ``__post_init__``.
+
+    Raises:
+        ValueError: the condition does not hold. The message begins with the key.
+    """
     if not condition:
         raise ValueError(message)
 
 
 def nearest(name: str, known: Any) -> str:
-    """``"; did you mean 'a'?"`` for the known name closest to ``name``, or nothing."""
+    """``"; did you mean 'a'?"`` for the known name closest to ``name``; "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def config_keys(config_class: Any) -> dict[str, bool]:
-    """Every dotted key of a config class, in order; True marks those that are a group of further keys."""
+    """Every dotted key of a config class, in order. True marks a key that is a group of further keys."""
     return dict(_walk(config_class, ""))
 
 
@@ -230,12 +246,12 @@ def _check_word_keys(words: Sequence[str], config_class: Any, verb: str) -> None
 
 
 def _join_lists(words: Sequence[str], config_class: Any) -> list[str]:
-    """``--key a b`` as ``--key [a, b]``; a key that is always a list takes one word too."""
+    """Write ``--key a b`` as ``--key [a, b]``. Where the key's type is a list, one word becomes a list too."""
     hints = dict(_hints(config_class, ""))
     joined: list[str] = []
     key, values = "", []
     for word in [*words, "--"]:
-        # -1 is a value.
+        # A word with one dash, such as -1, is a value.
         if not word.startswith("--"):
             values.append(word)
             continue
@@ -266,7 +282,7 @@ def _hints(config_class: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def _build_parser(
     config_class: Any, verb: str, description: str = "", example: str = "", usage: str = ""
 ) -> Any:
-    # Imported here: a verb that takes no config should not wait for it.
+    # Imported here: a verb that takes no config should not wait for jsonargparse.
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
@@ -297,19 +313,19 @@ def _readable(error: Exception) -> str:
     It tells of them in prose alone, which pyproject.toml therefore pins by its minor version.
     """
     text = _one_line(error)
-    found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
+    match = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
     if text.lower().startswith("unrecognized arguments"):
         return f"{text} (CONFIG comes before the --keys)"
-    if found:
-        key, expected, value = found.groups()
+    if match:
+        key, expected, value = match.groups()
         return f"{key}: expected {_type_names(expected)}, got {value!r}"
-    found = re.fullmatch(
+    match = re.fullmatch(
         r'Parser key "([^"]+)": Does not validate against any of the Union subtypes '
         r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)",
         text,
     )
-    if found:
-        key, expected, value = found.groups()
+    if match:
+        key, expected, value = match.groups()
         return f"{key}: expected {_type_names(expected).replace(', ', ' or ')}, got {value!r}"
     return text
 

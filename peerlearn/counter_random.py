@@ -3,7 +3,7 @@
 Each word (stream, seed, epoch, sample index, ...) is folded into a 64-bit state with the mixing
 function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014; constants: Stafford's variant 13).
 A draw can therefore be repeated alone, in any order, on any worker, rank or device.
-Only integer operations and one exact scaling are used, so results are equal bit for bit everywhere.
+The arithmetic is integer operations and one exact scaling, so results are equal bit for bit everywhere.
 
 The first word is one of the streams below, so that draws for different purposes never coincide.
 """
@@ -11,7 +11,7 @@ The first word is one of the streams below, so that draws for different purposes
 import torch
 from torch import Tensor
 
-# A stream keeps its number for ever: another one would change every run.
+# A stream keeps its number for ever: another number would change every run.
 VIEWS = 1
 PERMUTATION = 2
 SHUFFLE_BN = 4
@@ -42,7 +42,7 @@ def _mix_int(state: int) -> int:
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
-    # torch shifts int64 arithmetically: the copies of the sign bit have to go.
+    # torch shifts int64 arithmetically. The mask removes the copies of the sign bit.
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -65,16 +65,21 @@ def _checked(word: int | Tensor) -> int | Tensor:
 def random_bits(*words: int | Tensor) -> Tensor:
     """64 random bits for each tuple of words.
 
-    ``words``: at least one; integers or integer tensors that broadcast together, on one device.
-    Negative words are words like any other. Order and number of words matter.
-    Returns int64 of the broadcast shape (a scalar for integers alone); all 2**64 patterns occur.
-    Raises ValueError without words, for a word outside int64 and for a floating-point tensor.
+    Args:
+        words: at least one integer or integer tensor. Tensors lie on one device and broadcast together. A word may be
+            negative. The order and the number of the words matter.
+
+    Returns:
+        int64 of the broadcast shape, a scalar for integers alone. All 2**64 patterns occur.
+
+    Raises:
+        ValueError: there are no words, a word lies outside int64, or a tensor is not of integers.
     """
     if not words:
         raise ValueError("random_bits needs at least one word")
     state: int | Tensor = len(words)
     for word in map(_checked, words):
-        # Most words of a call are integers: they need no tensor until the first tensor comes.
+        # Most words of a call are integers. No tensor is made before the first tensor comes.
         if isinstance(state, int) and isinstance(word, int):
             state = _mix_int(((state + _INCREMENT) & _MASK) ^ (word & _MASK))
         else:
@@ -84,10 +89,25 @@ def random_bits(*words: int | Tensor) -> Tensor:
 
 
 def uniform(*words: int | Tensor) -> Tensor:
-    """Uniform float64 in [0, 1) on the grid of 2**-53; words and errors as in ``random_bits``."""
+    """Uniform float64 in [0, 1) on the grid of 2**-53.
+
+    Args:
+        words: as in `random_bits`.
+
+    Raises:
+        ValueError: as in `random_bits`.
+    """
     return _shift_right(random_bits(*words), 11).to(torch.float64) * 2.0**-53
 
 
 def permutation(length: int, *words: int) -> Tensor:
-    """A random permutation of 0 .. length - 1, int64 (length,); errors as in ``random_bits``."""
+    """A random permutation of 0 .. length - 1: int64 (length,).
+
+    Args:
+        length: how many numbers are permuted.
+        words: as in `random_bits`.
+
+    Raises:
+        ValueError: as in `random_bits`.
+    """
     return random_bits(*words, torch.arange(length)).argsort(stable=True)

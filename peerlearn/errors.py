@@ -1,10 +1,10 @@
-"""The errors a user can cause and mend, which the command line prints as one line; and exit codes."""
+"""Errors that a user can cause and mend, and exit codes. The command line prints such an error as one line."""
 
 DONE, FAILURE, USAGE, SAVED_RUN_AGAIN = 0, 1, 2, 75
 
 
 class UserError(Exception):
-    """A file, a key or a state the user can mend. The message names it and the fix; exit code 1."""
+    """A file, a key or a state that the user can mend. The message names it and the fix. Exit code 1."""
 
 
 class UsageError(UserError):
@@ -12,4 +12,4 @@ class UsageError(UserError):
 
 
 class SaidByMainError(UserError):
-    """A failure that the main rank reports; the other ranks end by it in silence. Exit code 1."""
+    """A failure that the main rank reports. The other ranks raise it and print nothing. Exit code 1."""

@@ -2,8 +2,9 @@
 
     FOLDER/  model.safetensors (timm's key names)   config.json (timm's local-dir layout)   README.md
 
-Nothing in it depends on when, where or in which attempt it was written, and nothing is unpickled. config.json holds
-the SHA-256 of the weights and of its own other entries: safetensors alone would load a flipped byte in silence.
+The bytes do not depend on when, where or in which attempt an export was written, and nothing is unpickled.
+config.json holds the SHA-256 of the weights and of its own other entries: safetensors alone would load a flipped
+byte in silence.
 """
 
 import hashlib
@@ -39,22 +40,22 @@ def save_export(
     origin: str = "pretrained by peerlearn",
     classifier: nn.Linear | None = None,
 ) -> str:
-    """Write `folder` as a whole; an older one of that name is replaced.
+    """Write `folder` as a whole. An older folder of that name is replaced.
 
     Args:
-        backbone: what `create_backbone` made of the next four arguments. Floating-point tensors
-            are stored as float32, stages shared with other networks in full.
-        folder: the export; its parents are made.
-        architecture: name given to `create_backbone`.
-        in_chans: likewise.
-        small_images: likewise.
-        image_size: likewise, in pixels.
-        mean: per channel, what the training images were normalised with.
-        std: likewise.
-        provenance: name -> value, told in README.md alone; no times or paths.
-        origin: for README.md's title, after the network's name.
-        classifier: from the backbone's features to class logits; stored under timm's name for it, so that timm's
-            network gives logits. `load_export` leaves it out: an export's features are what evaluations see.
+        backbone: network that `create_backbone` made from the four arguments below. Floating-point
+            tensors are stored as float32. Stages shared with other networks are stored in full.
+        folder: folder of the export; missing parents are made.
+        architecture: name of the network, as given to `create_backbone`.
+        in_chans: channels of the images, as given to `create_backbone`.
+        small_images: whether the network has a small-image stem, as given to `create_backbone`.
+        image_size: height and width of the images in pixels, as given to `create_backbone`.
+        mean: mean per channel by which the training images were normalised.
+        std: standard deviation per channel by which the training images were normalised.
+        provenance: facts about the training, name -> value, for README.md alone. Times and paths do not belong here.
+        origin: words about the network's origin, for README.md's title after the network's name.
+        classifier: layer from the backbone's features to class logits. It is stored under timm's name for it, so that
+            timm's network gives logits. `load_export` leaves it out, because evaluations see the features.
 
     Returns:
         `export_hash(folder)`.
@@ -71,8 +72,8 @@ def save_export(
     card = _model_card(
         config["architecture"], origin, call, provenance, classifies=classifier is not None
     )
-    # Not save_file, whose files none but their owner can read. One entry of metadata, because the
-    # order of several would differ from run to run.
+    # Not save_file: only their owner could read its files. One entry of metadata, because the
+    # order of several entries would differ from run to run.
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_folder(
         folder,
@@ -86,10 +87,10 @@ def save_export(
 
 
 def classifier_name(backbone: nn.Module) -> str:
-    """What timm calls the classifier of this network.
+    """timm's name for the classifier of this network.
 
     Raises:
-        UserError: it has none, or several.
+        UserError: the network has no classifier, or several.
     """
     registered: Any = backbone.pretrained_cfg
     name = registered.get("classifier")
@@ -104,11 +105,13 @@ def check_classifier(
     """Make sure that timm's network has a linear classifier that an export can fill.
 
     Args:
-        backbone: what `create_backbone` made of the last two arguments.
-        num_classes: C.
+        backbone: network that `create_backbone` made from `in_chans` and `image_size`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        image_size: height and width of the images in pixels.
 
     Raises:
-        UserError: it has another kind, none, or several.
+        UserError: timm's network has another kind of classifier, none, or several.
     """
     registered: Any = backbone.pretrained_cfg
     architecture, name = registered["architecture"], f"{classifier_name(backbone)}.weight"
@@ -119,10 +122,10 @@ def check_classifier(
             in_chans=in_chans,
             **size_arguments(architecture, image_size),
         )
-    found = network.state_dict().get(name)
+    weight = network.state_dict().get(name)
     expected = (num_classes, backbone.num_features)
-    if found is None or tuple(found.shape) != expected:
-        shape = None if found is None else tuple(found.shape)
+    if weight is None or tuple(weight.shape) != expected:
+        shape = None if weight is None else tuple(weight.shape)
         raise _without_classifier(architecture, f"{name!r} is {shape} in timm, not {expected}")
 
 
@@ -134,7 +137,7 @@ def _without_classifier(architecture: str, why: str) -> UserError:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `folder` with these files as a whole; an older one of that name is replaced, parents are made."""
+    """Write `folder` with these files as a whole. An older folder is replaced; missing parents are made."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -144,10 +147,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def export_hash(folder: Path) -> str:
-    """SHA-256 in hex of what decides the features: the weights and config.json.
+    """SHA-256 in hex of the two files that decide the features: the weights and config.json.
 
     Raises:
-        UserError: one of the two cannot be read.
+        UserError: one of the two files cannot be read.
     """
     digests = [_sha256_in_export(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -157,7 +160,21 @@ def load_export(folder: Path | str) -> nn.Module:
     """The network of an export in eval mode, with `.num_features` and timm's `.pretrained_cfg`.
 
     Raises:
-        UserError: a file is missing, damaged, or does not fit the network it names.
+        UserError: a file is missing or damaged, or the weights do not fit the network that config.json names.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from peerlearn.backbones import create_backbone
+        >>> from peerlearn.export import load_export, save_export
+        >>> folder = Path(tempfile.mkdtemp()) / "net-0"
+        >>> sha256 = save_export(
+        ...     create_backbone("resnet32", in_chans=1), folder, architecture="resnet32", in_chans=1,
+        ...     small_images=False, image_size=28, mean=[0.286], std=[0.353], provenance={"dataset": "none"},
+        ... )
+        >>> network = load_export(folder)
+        >>> network(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 64])
     """
     folder = Path(folder)
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
@@ -197,7 +214,7 @@ def load_export(folder: Path | str) -> nn.Module:
             raise UserError(
                 f"{config_file}: its {name} is {values!r}, not {in_chans} numbers; export the network again"
             )
-    # Last: what does not fit is told more plainly than by a hash.
+    # The hashes come last: the messages above say more plainly what does not fit.
     _check_seal(folder, config)
     backbone.load_state_dict(weights)
     backbone.pretrained_cfg = {  # type: ignore[assignment]
@@ -214,7 +231,11 @@ def _sealed(config: dict[str, Any], weights: bytes) -> dict[str, Any]:
 
 
 def _check_seal(folder: Path, config: dict[str, Any]) -> None:
-    """Make sure that both files are as they were written. An export by another program has no hashes to compare."""
+    """Make sure that both files are as they were written. Exports by other programs have no hashes to compare.
+
+    Raises:
+        UserError: a file has changed since it was written.
+    """
     if SEAL not in config:
         return
     hashes = config[SEAL] if isinstance(config[SEAL], dict) else {}
@@ -231,7 +252,7 @@ def _check_seal(folder: Path, config: dict[str, Any]) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether an export of this project is there, with the bytes it was written with."""
+    """Whether the folder holds an export of this project with the bytes that were written."""
     try:
         config = dict(json.loads((folder / CONFIG_FILE).read_text()))
         _check_seal(folder, config)
@@ -258,14 +279,14 @@ def _unreadable(file: Path, error: OSError) -> UserError:
     )
 
 
-def state_misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """One line per tensor of a state dict that is missing, too many or of another shape; none if it fits."""
-    lines = [f"{name!r} is missing" for name in expected if name not in found]
-    lines += [f"{name!r} is not part of it" for name in found if name not in expected]
+def state_misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """One line for each tensor of a state dict that is missing, superfluous or of another shape; none if all fit."""
+    lines = [f"{name!r} is missing" for name in expected if name not in given]
+    lines += [f"{name!r} is not part of it" for name in given if name not in expected]
     return lines + [
-        f"{name!r} is {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+        f"{name!r} is {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in given and given[name].shape != tensor.shape
     ]
 
 
@@ -299,9 +320,9 @@ def _config(
             "std": [float(value) for value in std],
             "num_classes": 0,
             "pool_size": None,
-            # Named, timm would adapt these weights as if they were made for RGB.
+            # With a name here, timm would adapt these weights as if they were made for RGB.
             "first_conv": None,
-            # Named, timm adds a new classifier when asked for num_classes.
+            # With a name here, timm adds a new classifier when it is asked for num_classes.
             "classifier": registered.get("classifier"),
         },
     }

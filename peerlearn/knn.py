@@ -4,7 +4,7 @@ The rule is the one of InstDisc (Wu et al. 2018, section 3.4), MoCo's CIFAR cola
 (`eval_knn.py`): cosine similarity, and each of the k nearest training images votes for its class
 with weight exp(similarity / temperature).
 
-Letters: N training images, Q queries, D feature dimensions, C classes.
+Dimensions: N training images, Q queries, D features, C classes.
 """
 
 import functools
@@ -20,7 +20,7 @@ from peerlearn.compute.device import full_float32
 
 _LOG = logging.getLogger(__name__)
 
-# Similarities held at once by the torch search: 128 MiB, whatever N and Q are.
+# How many similarities the torch search holds at once: 128 MiB, whatever N and Q are.
 _TILE_ELEMENTS = 2**25
 
 _Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -28,18 +28,18 @@ _Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class KNNProtocol:
-    """What a kNN score must be published with; the same features score points apart under another.
+    """The settings of a kNN score. The same features score points apart under other settings, so publish them together.
 
     The defaults are those of MoCo's colab, lightly and VISSL. Elsewhere: InstDisc (200, 0.07),
     DINO (10 to 200, 0.07), solo-learn (20, 0.07).
 
     Args:
-        k: neighbours that vote; a smaller training set votes whole.
-        temperature: divides the cosine similarity, no unit.
+        k: number of neighbours that vote; of a smaller training set all images vote.
+        temperature: divisor of the cosine similarity, without unit.
 
     Raises:
-        ValueError: if k < 1, or the temperature is not positive and finite, or so low that
-            k exp(1 / temperature) exceeds float64 (below 0.00143 at k = 200).
+        ValueError: k is below 1, or the temperature is not positive and finite, or it is so low
+            that k exp(1 / temperature) exceeds float64 (below 0.00143 at k = 200).
     """
 
     k: int = 200
@@ -59,7 +59,7 @@ class KNNProtocol:
     def score_dtype(self) -> torch.dtype:
         """float32 where the highest possible score fits (from 0.012 up at k = 200), else float64.
 
-        It follows from the protocol alone, so that no data set changes it.
+        The dtype follows from the protocol alone, so that no data set changes it.
         """
         fits = self._log_highest_score() <= math.log(torch.finfo(torch.float32).max)
         return torch.float32 if fits else torch.float64
@@ -77,29 +77,41 @@ def knn_scores(
     temperature: float,
     num_classes: int,
 ) -> Tensor:
-    """Scores every query for every class: score_c = sum of exp(cosine / temperature) over the
-    query's k nearest training images of class c.
+    """Score every query for every class by weighted kNN.
 
-    The search is exact and in float32: faiss on the CPU where it is installed, torch elsewhere and
-    on CUDA. Votes are added up in float64. Which of several training images at exactly the k-th
-    similarity vote is the search's choice. A zero vector has similarity 0 to everything.
+    score_c is the sum of exp(cosine / temperature) over those of the query's k nearest training
+    images that are of class c. The search is exact and in float32: by faiss on the CPU where it is
+    installed, else by torch. Votes are added up in float64. If several training images have exactly
+    the k-th similarity, the search chooses which of them vote. A zero vector has similarity 0 to
+    everything.
 
     Args:
-        train_features: (N, D), N >= 1, any real dtype, normalised here. The search runs on their
-            device.
-        train_labels: (N,) integers in [0, C).
-        features: (Q, D), the queries, normalised here; Q = 0 is allowed.
-        k: neighbours that vote; all N if k > N.
-        temperature: see `KNNProtocol`, which also gives published values of both.
-        num_classes: C, which the labels at hand may not cover.
+        train_features: features of the training images, (N, D) with N >= 1, of any real dtype,
+            normalised here. The search runs on their device.
+        train_labels: classes of the training images, (N,) integers in [0, C).
+        features: features of the queries, (Q, D), normalised here; Q may be 0.
+        k: number of neighbours that vote; all N if k > N.
+        temperature: divisor of the cosine similarity; `KNNProtocol` gives published values.
+        num_classes: number of classes C; the labels at hand need not cover all of them.
 
     Returns:
         (Q, C) on the queries' device, not normalised over the classes. float32, or float64 where
         the temperature is so low that float32 could overflow (`KNNProtocol.score_dtype`).
 
     Raises:
-        ValueError: for an empty training set, sizes that do not match, labels out of range,
-            features that are not finite, and what `KNNProtocol` refuses.
+        ValueError: the training set is empty, sizes do not match, labels are out of range,
+            features are not finite, or `KNNProtocol` refuses k or temperature.
+
+    Example:
+        >>> import torch
+        >>> from peerlearn.knn import knn_scores, knn_top1
+        >>> train = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+        >>> queries = torch.tensor([[3.0, 1.0], [0.0, 5.0]])
+        >>> scores = knn_scores(train, torch.tensor([0, 0, 1]), queries, k=1, temperature=0.1, num_classes=2)
+        >>> scores.argmax(dim=1)
+        tensor([0, 1])
+        >>> knn_top1(scores, torch.tensor([0, 0]))
+        50.0
     """
     (scores,) = knn_sweep(
         train_features,
@@ -122,14 +134,18 @@ def knn_sweep(
     """`knn_scores` under every protocol, by one search for the largest k.
 
     Args:
-        protocols: at least one.
+        train_features: as in `knn_scores`.
+        train_labels: as in `knn_scores`.
+        features: as in `knn_scores`.
+        protocols: settings to score by, at least one.
+        num_classes: as in `knn_scores`.
 
     Returns:
-        One (Q, C) per protocol, each as `knn_scores` gives it, but for the choice among training images of exactly
-        the k-th similarity.
+        One (Q, C) per protocol, each as `knn_scores` gives it. Only the choice among training images of exactly the
+        k-th similarity may differ.
 
     Raises:
-        ValueError: as `knn_scores`.
+        ValueError: as in `knn_scores`.
     """
     train = unit_rows(train_features, "train_features").float()
     queries = unit_rows(features, "features").float().to(train.device)
@@ -141,11 +157,11 @@ def knn_sweep(
         )
     _check_labels("train_labels", train_labels, len(train), num_classes)
 
-    # The votes are added on the CPU: there the sum has one order, on CUDA scatter_add_ has none.
+    # The votes are added up on the CPU, where the sum has one order. On CUDA scatter_add_ has none.
     largest_k = min(max(protocol.k for protocol in protocols), len(train))
     search = _search_for(train.device)
     similarities, neighbours = (each.cpu() for each in search(train, queries, largest_k))
-    # Rounding may leave a cosine above 1, and KNNProtocol bounds the score by k exp(1 / T).
+    # Rounding may leave a cosine above 1, but KNNProtocol bounds the score by k exp(1 / T).
     similarities = similarities.double().clamp_(-1, 1)
     classes = train_labels.cpu().long()[neighbours]
     scores = []
@@ -158,14 +174,14 @@ def knn_sweep(
 
 
 def knn_top1(scores: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in percent; of several highest classes the lowest is the prediction.
+    """Top-1 accuracy in percent. If several classes have the highest score, the lowest is the prediction.
 
     Args:
-        scores: (Q, C), Q >= 1.
-        labels: (Q,) integers in [0, C).
+        scores: scores of the queries, (Q, C) with Q >= 1.
+        labels: classes of the queries, (Q,) integers in [0, C).
 
     Raises:
-        ValueError: for no queries, sizes that do not match or labels out of range.
+        ValueError: there are no queries, sizes do not match, or labels are out of range.
     """
     if scores.ndim != 2 or len(scores) == 0:
         raise ValueError(f"scores must be (Q, C) with Q >= 1, not {tuple(scores.shape)}")
@@ -178,17 +194,17 @@ def knn_top1(scores: Tensor, labels: Tensor) -> float:
 def ensemble_features(features: Sequence[Tensor]) -> Tensor:
     """One feature for a cohort: its networks' L2-normalised features side by side.
 
-    A cosine of two such rows is the mean of the networks' cosines, so every network has one voice
-    whatever its scale and width.
+    The cosine of two such rows is the mean of the networks' cosines, so every network has the same
+    weight whatever its scale and width.
 
     Args:
-        features: one (N, D_m) per network, on one device.
+        features: features of each network m, (N, D_m), all on one device.
 
     Returns:
-        (N, sum of D_m), float64 if any of them is, else float32.
+        (N, sum of D_m), float64 if any of the inputs is, else float32.
 
     Raises:
-        ValueError: for no network, differing N, or features that are not finite.
+        ValueError: there is no network, N differs, or features are not finite.
     """
     if len(features) == 0:
         raise ValueError("features is empty: an ensemble needs at least one network")
@@ -202,14 +218,14 @@ def ensemble_features(features: Sequence[Tensor]) -> Tensor:
 def unit_rows(features: Tensor, name: str = "features") -> Tensor:
     """L2-normalised copy of (N, D) features, without gradient; a zero row stays zero.
 
-    Rows are divided by their largest entry first, so that no square over- or underflows and
-    features of any finite scale keep their direction.
+    Rows are first divided by their largest entry. So no square over- or underflows, and features of
+    any finite scale keep their direction.
 
     Returns:
         (N, D), float64 for float64, float32 for every other dtype.
 
     Raises:
-        ValueError: if the shape is not (N, D) with D >= 1 or an entry is not finite.
+        ValueError: the shape is not (N, D) with D >= 1, or an entry is not finite.
     """
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"{name} must be (N, D) with D >= 1, not {tuple(features.shape)}")
@@ -243,7 +259,7 @@ def _search_for(device: torch.device) -> _Search:
 
 @functools.cache
 def _faiss_search() -> _Search | None:
-    """The search by faiss, or None, said once per process, where it cannot be imported."""
+    """The search by faiss, or None where faiss cannot be imported; a warning says so once per process."""
     try:
         from faiss import METRIC_INNER_PRODUCT, knn
     except ImportError as error:
@@ -263,7 +279,7 @@ def _faiss_search() -> _Search | None:
 def _search_with_torch(train: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest dot products of each query, (Q, k), and their training rows, (Q, k)."""
     chunk = max(1, _TILE_ELEMENTS // len(train))
-    # TF32 is off by about 5e-4, which at temperature 0.07 is a percent of a vote.
+    # An error of TF32 is about 5e-4, which at temperature 0.07 is a percent of a vote.
     with full_float32(train.device):
         found = [(part @ train.T).topk(k, dim=1) for part in queries.split(chunk)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])

@@ -115,6 +115,16 @@ def queue_terms(
     Raises:
         NonFiniteError: an input holds NaN or Inf.
         ValueError: shapes, ``filled`` or temperatures that make no sense.
+
+    Example:
+        >>> import torch
+        >>> from pretrain.losses import queue_terms
+        >>> same = torch.nn.functional.normalize(torch.ones(2, 4, 8), dim=-1)  # M = 2, B = 4, D = 8
+        >>> terms = queue_terms(same, same, same[:, :3], temperature=0.1)  # K = 3
+        >>> [round(float(term), 3) for term in terms]  # 2 ln(K + 1), 0, 4 ln(K + 2), 0
+        [2.773, 0.0, 6.438, 0.0]
+        >>> round(float(terms.total()), 3)
+        2.03
     """
     _check_queue_arguments(query, key, queue, filled, backend)
     _check_temperatures(temperature, soft_temperature)

@@ -23,14 +23,14 @@ from peerlearn.runs.progress import progress
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "aefghikmnrty" + "23456789" + "!#$%&*+-:;=?@~"
 FEW = 10
 PIXELS = 32
-# Of the image's side: an em, and where the baseline lies.
+# Shares of the image's side: the size of an em, and the height of the baseline.
 _EM = 0.75
 _BASELINE = 0.75
 _TEST_SHARE = 0.4
 
 
 class Font(NamedTuple):
-    """A font's family and file name, and its images, one per character."""
+    """The family and the file name of a font, and its images, one per character."""
 
     family: str
     name: str
@@ -38,7 +38,7 @@ class Font(NamedTuple):
 
 
 def draw(font: ImageFont.FreeTypeFont) -> list[Image.Image] | None:
-    """Every character, white on black and centred across; None if the font does not tell them apart."""
+    """Images of all characters, white on black and centred; None if two characters look the same in the font."""
     images = []
     for character in CHARACTERS:
         image = Image.new("L", (PIXELS, PIXELS))
@@ -59,7 +59,7 @@ def read_fonts(folder: Path) -> list[Font]:
             try:
                 opened = ImageFont.truetype(file, round(_EM * PIXELS))
                 images = draw(opened)
-            except (OSError, ValueError):  # Pillow's words for a font it cannot read or draw.
+            except (OSError, ValueError):  # A font that Pillow cannot read or draw.
                 continue
             if images is not None:
                 fonts.append(Font(str(opened.getname()[0]), file.stem, images))
@@ -67,7 +67,7 @@ def read_fonts(folder: Path) -> list[Font]:
 
 
 def split_families(fonts: Sequence[Font]) -> dict[str, list[Font]]:
-    """Training and test fonts, no family in both; chosen at random, always alike."""
+    """Training and test fonts, with no family in both. The choice is random, but always the same."""
     families = sorted({font.family for font in fonts})
     random.Random(0).shuffle(families)
     place = {family: number for number, family in enumerate(families)}
@@ -80,7 +80,7 @@ def split_families(fonts: Sequence[Font]) -> dict[str, list[Font]]:
 
 
 def write(fonts: Sequence[Font], characters: str, folder: Path) -> None:
-    """One data set: split/class/font.png, a class being its character's number in Unicode."""
+    """Write one data set: split/class/font.png. The name of a class is its character's number in Unicode."""
     for split, chosen in split_families(fonts).items():
         for place, character in enumerate(characters):
             images = folder / split / f"{ord(character):04x}"
@@ -106,7 +106,7 @@ def main() -> None:
         sys.exit(f"{arguments.fonts} has too few fonts with all characters: install more")
     try:
         arguments.folder.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not there: a part would be taken for the whole.
+        # The data set appears as a whole, because a part would be taken for the whole.
         with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as scratch:
             whole = Path(scratch) / "whole"
             for characters in (CHARACTERS, CHARACTERS[:FEW]):

@@ -1,4 +1,4 @@
-"""Fashion-MNIST in two halves: the five garments for the upper body, which look alike, and all else.
+"""Fashion-MNIST in two halves: the five garments for the upper body, which look alike, and the other classes.
 
     python scripts/fashion_mnist_parts.py runs/fashion_mnist_parts
     peerlearn pretrain supervised_fashion_mnist --data.name folder --data.root runs/fashion_mnist_parts/distinct
@@ -23,7 +23,7 @@ PARTS = {"garments": (0, 2, 3, 4, 6), "distinct": (1, 5, 7, 8, 9)}
 
 
 def write(dataset: ImageDataset, folder: Path) -> None:
-    """One split of both halves: part/split/class/index.png."""
+    """Write one split of both halves: part/split/class/index.png."""
     assert isinstance(dataset.images, torch.Tensor)
     assert dataset.labels is not None
     place = {label: part for part, labels in PARTS.items() for label in labels}
@@ -38,7 +38,7 @@ def write(dataset: ImageDataset, folder: Path) -> None:
 
 
 def main() -> None:
-    """Read and write."""
+    """Read Fashion-MNIST and write both halves."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +52,7 @@ def main() -> None:
             load_dataset("fashion_mnist", split, root=arguments.root) for split in ("train", "test")
         ]
         arguments.folder.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not there: a part would be taken for the whole.
+        # The data set appears as a whole, because a part would be taken for the whole.
         with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as scratch:
             whole = Path(scratch) / "whole"
             for dataset in datasets:

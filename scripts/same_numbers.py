@@ -1,4 +1,4 @@
-"""Whether two versions of the code train and evaluate to the same bits.
+"""Test whether two versions of the code train and evaluate to the same bits.
 
     python scripts/same_numbers.py record /tmp/before.json                # in the version to compare with
     python scripts/same_numbers.py compare /tmp/before.json               # in the version to be judged
@@ -6,7 +6,7 @@
 
 It runs three short trainings with fixed seeds on scikit-learn's digits (MoCo x2, SimCLR x2 in two processes, supervised
 EnsTeach + MCL) and three evaluations of the first, and compares every logged number except clocks, every file of every
-export, and every result. One thread each, so that sums are added in one order; bits hold on one machine only.
+export, and every result. Each process has one thread, so that sums have one order. Bits agree on one machine only.
 """
 
 import argparse
@@ -43,7 +43,11 @@ EVALUATIONS = {
 
 
 def main() -> int:
-    """Returns 0 if all is the same, or recorded; 1 if anything differs."""
+    """Record or compare.
+
+    Returns:
+        0 if the numbers are recorded or all equal, 1 if anything differs.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,33 +56,33 @@ def main() -> int:
     parser.add_argument("--tree", type=Path, default=HOME, help="folder of the version to run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arguments.tree.resolve(), Path(folder))
+        numbers = measure(arguments.tree.resolve(), Path(folder))
     if arguments.action == "record":
-        arguments.file.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"recorded in {arguments.file}: {', '.join(found)}")
+        arguments.file.write_text(json.dumps(numbers, indent=1) + "\n")
+        print(f"recorded in {arguments.file}: {', '.join(numbers)}")
         return 0
-    return compare(json.loads(arguments.file.read_text()), found)
+    return compare(json.loads(arguments.file.read_text()), numbers)
 
 
 def measure(tree: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Every number by the run's name and by its own."""
-    found = {}
+    """All numbers, by the name of the run and their own name."""
+    numbers = {}
     for number, (name, (processes, words)) in enumerate(TRAININGS.items()):
         run = folder / f"run-{number}"
         call(tree, ["pretrain", *words, "--run", str(run)], processes)
-        found[name] = logged(run) | files(run / "export") | results(run / "results")
+        numbers[name] = logged(run) | files(run / "export") | results(run / "results")
         print(f"ran {name}", flush=True)
     for name, words in EVALUATIONS.items():
         place = folder / name
         where = ["--checkpoint", str(folder / "run-0"), "--results", str(place)]
         call(tree, [*words, *where, "--device", "cpu", "--cache", "false"], 1)
-        found[name] = results(place)
+        numbers[name] = results(place)
         print(f"ran {name}", flush=True)
-    return found
+    return numbers
 
 
 def call(tree: Path, words: list[str], processes: int) -> None:
-    """Run the command of that version, whatever is installed; its output only where it fails."""
+    """Run the command of that version, whatever is installed. Its output is shown only if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     ranks = [
         subprocess.Popen(
@@ -98,7 +102,7 @@ def call(tree: Path, words: list[str], processes: int) -> None:
 
 
 def rank_variables(rank: int, processes: int) -> dict[str, str]:
-    """As torchrun sets them."""
+    """The environment variables of a rank, as torchrun sets them."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -110,7 +114,7 @@ def rank_variables(rank: int, processes: int) -> dict[str, str]:
 
 
 def logged(run: Path) -> dict[str, Any]:
-    """Every number of metrics.jsonl that is no clock."""
+    """The numbers of metrics.jsonl without clocks and rates."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         f"step {row['step']} {key}": value
@@ -121,7 +125,7 @@ def logged(run: Path) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, Any]:
-    """The SHA-256 of every file below the folder but the cards, whose words are for people."""
+    """The SHA-256 of every file below the folder, except the cards, whose words are for people."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -130,13 +134,13 @@ def files(folder: Path) -> dict[str, Any]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Metrics, protocol and export hash of every result file, by its name."""
+    """The metrics, protocol and export hash of every result file, by its name."""
     kept = ("metrics", "protocol", "export_hash", "seed")
-    found = {}
+    numbers = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        found |= {f"{path.name} {key}": result[key] for key in kept}
-    return found
+        numbers |= {f"{path.name} {key}": result[key] for key in kept}
+    return numbers
 
 
 def compare(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> int:

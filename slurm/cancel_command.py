@@ -18,25 +18,29 @@ from slurm.status import CANCELLED_FILE, find_runs
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn cancel RUN ...`. Returns the exit code."""
+    """`peerlearn cancel RUN ...`.
+
+    Returns:
+        The exit code.
+    """
     parser = ArgumentParser(
         prog="peerlearn cancel",
-        description="End all jobs of runs, those that train and those that evaluate, waiting or running. What runs is "
-        "told to save first; `peerlearn resume` continues it. Example: peerlearn cancel runs/a",
+        description="End all jobs of runs, waiting or running: jobs that train and jobs that evaluate. A training "
+        "saves before it ends, and `peerlearn resume` continues it. Example: peerlearn cancel runs/a",
     )
     parser.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a run, or a folder that holds some: a sweep, a pipeline",
+        help="a run, or a folder that holds runs: a sweep, a pipeline",
     )
     words: list[Path] = parser.parse_args(argv).runs
     runs = find_runs(words)
     jobs = [(run, record) for run in runs for record in records_of(run)]
-    # A pipeline's own first: they would make up for what ends under their eyes.
+    # The pipeline's own jobs end first: a living watch would replace the jobs that are cancelled.
     jobs = [*_pipeline_jobs(words, {job_key(record) for _, record in jobs}), *jobs]
-    # First those that need no Slurm.
+    # Jobs of this machine first: they need no Slurm.
     ended = {place for place, record in jobs if _cancel_local(place, record)}
     slurm = [(place, record) for place, record in jobs if record["executor"] == "slurm"]
     states = states_of(record for _, record in slurm)
@@ -55,15 +59,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _pipeline_jobs(words: Sequence[Path], known: Container[JobKey]) -> list[tuple[Path, Record]]:
-    """The jobs of pipelines that are no run's: those that watch and sum up."""
+    """The jobs of pipelines that belong to no run: those that watch and sum up."""
     folders = [folder for word in words for folder in (word, *word.glob("*"), *word.glob("*/*"))]
-    # By name, as the CLI finds verbs: nothing here stands on `studies`.
+    # Imported by name, as the CLI imports verbs: no module of `slurm` depends on `studies`.
     jobs = importlib.import_module("studies.ledger").jobs_without_a_run(folders)
     return [(folder, record) for folder, record in jobs if job_key(record) not in known]
 
 
 def _cancel_local(place: Path, record: Record) -> bool:
-    """Tell a job of this machine to save and end; False if it is none, or not alive."""
+    """Tell a job of this machine to save and end.
+
+    Returns:
+        False if the job is not one of this machine, or is not alive.
+    """
     if record["executor"] != "local" or not states_of([record]):
         return False
     try:
@@ -88,9 +96,9 @@ def _why_nothing(run: Path) -> str:
 
 
 def _note(place: Path, record: Record, state: JobState) -> None:
-    """Say it, and leave it for `peerlearn status`."""
+    """Print that a job is cancelled, and record it for `peerlearn status`."""
     was = state.state.lower()
     print(f"{place}: job {record['job']} ({record['verb']}, {was}) is told to end", flush=True)
-    # A full disk keeps no job alive.
+    # A full disk must not keep a job alive.
     with contextlib.suppress(OSError):
         append_json_line(place / CANCELLED_FILE, {"job": record["job"], "time": now_text()})

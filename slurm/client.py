@@ -1,4 +1,4 @@
-"""What Slurm's own programs are asked: squeue, sacct, scontrol, scancel. Their words reach the user unchanged."""
+"""Calls of Slurm's own programs: squeue, sacct, scontrol, scancel. Their words reach the user unchanged."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peerlearn.errors import UserError
 
 _CALL_SECONDS = 60.0
-# States in which a job is, or will be, of this world.
+# States of jobs that run or wait.
 LIVE_STATES = frozenset(
     {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
     | {"RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "REQUEUE_FED"}
@@ -18,11 +18,11 @@ LIVE_STATES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """What Slurm knows of a job.
+    """The state of a job, as Slurm knows it.
 
     Attributes:
-        state: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, PREEMPTED, TIMEOUT, NODE_FAIL, ...
-        reason: why it waits or failed, in Slurm's word; "" if none.
+        state: state in Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, PREEMPTED, TIMEOUT, ...
+        reason: why the job waits or failed, in Slurm's word; "" if unknown.
     """
 
     state: str
@@ -34,7 +34,7 @@ class JobState:
 
     @property
     def text(self) -> str:
-        """For people: ``pending (Priority)``."""
+        """The state for people: ``pending (Priority)``."""
         return f"{self.state.lower()} ({self.reason})" if self.reason else self.state.lower()
 
 
@@ -42,35 +42,35 @@ def call(*words: str) -> str:
     """Run one of Slurm's programs.
 
     Returns:
-        What it printed.
+        The output of the program.
 
     Raises:
-        UserError: it is not here, does not answer, or refuses; with its own words.
+        UserError: the program is not on this machine, does not answer, or refuses. The message has its own words.
     """
     if shutil.which(words[0]) is None:
         raise UserError(
             f"`{words[0]}` is not on this machine: submit from a login node of the cluster, or use --cluster local"
         )
     try:
-        found = subprocess.run(words, capture_output=True, text=True, timeout=_CALL_SECONDS)
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=_CALL_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{words[0]} gave no answer for {_CALL_SECONDS:.0f} s") from error
-    if found.returncode != 0:
-        raise UserError(own_words(words[0], found.stderr or found.stdout))
-    return found.stdout
+    if answer.returncode != 0:
+        raise UserError(own_words(words[0], answer.stderr or answer.stdout))
+    return answer.stdout
 
 
 def own_words(program: str, text: str) -> str:
-    """What a program said, on one line that begins with its name once."""
+    """The message of a program, on one line that begins with its name."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = "; ".join(line.removeprefix(f"{program}: ").removeprefix("error: ") for line in lines)
     return f"{program}: {said or 'it failed without a word'}"
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
-    """The states of jobs (123, or 123_4 of an array); those that Slurm has forgotten are left out.
+    """The states of jobs (123, or 123_4 of an array). Jobs that Slurm has forgotten are left out.
 
-    Asks squeue, which knows of a job until some minutes after its end, then sacct, where there is accounting.
+    squeue is asked first; it knows a job until some minutes after its end. Then sacct is asked, if there is accounting.
     """
     wanted = set(jobs)
     if not wanted:
@@ -83,7 +83,7 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
 
 
 def jobs_named(name: str) -> list[str]:
-    """The jobs of that name that Slurm remembers, the newest last."""
+    """The jobs of that name that Slurm remembers, newest last."""
     user = os.environ.get("USER") or str(os.getuid())
     listed = call("squeue", "--noheader", "--states=all", f"--name={name}", "--format=%i")
     jobs = set(listed.split())
@@ -96,7 +96,7 @@ def jobs_named(name: str) -> list[str]:
 
 
 def _without_tasks(jobs: Sequence[str]) -> list[str]:
-    """squeue takes the array, and then names each of its tasks."""
+    """The jobs with arrays in place of their tasks. squeue takes an array, and then names each of its tasks."""
     return sorted({job.split("_")[0] for job in jobs})
 
 
@@ -105,7 +105,7 @@ def _queued(jobs: Sequence[str]) -> dict[str, JobState]:
     try:
         listed = call("squeue", f"--jobs={','.join(jobs)}", *words)
     except UserError as error:
-        if "Invalid job id" in str(error):  # It has forgotten the only one asked for.
+        if "Invalid job id" in str(error):  # squeue has forgotten the only job asked for.
             return {}
         raise
     states = {}
@@ -124,6 +124,6 @@ def _accounted(jobs: set[str]) -> dict[str, JobState]:
     states = {}
     for line in listed.splitlines():
         job, state, reason = line.split("|", 2)
-        # CANCELLED by 1000
+        # The state may be "CANCELLED by 1000".
         states[job] = JobState(state=state.split()[0], reason="" if reason == "None" else reason)
     return states

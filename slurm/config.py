@@ -1,4 +1,4 @@
-"""The config of a submission: a cluster profile, and what one submission asks for beyond it."""
+"""The config of a submission: a cluster's profile, and the wishes of one submission beyond it."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from peerlearn.config import require
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*(=.*)?")
-# What a submission gives sbatch itself, and relies on.
+# Options that a submission itself gives to sbatch and relies on.
 _OWN_OPTIONS = frozenset(
     {"array", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "wrap"}
 )
-# YAML reads 24:00:00 as a number in base 60; no cluster gives a job thirty days.
+# YAML reads 24:00:00 as a number in base 60. A limit above thirty days is taken for such a mistake.
 _LONGEST_MINUTES = 30 * 24 * 60
 
 
@@ -22,30 +22,31 @@ class SubmitConfig:
     """Where and how a command runs as a job.
 
     Attributes:
-        executor: slurm; local = processes of this machine, in the background; debug = here, in the foreground.
-        partition: of the cluster; null = its default. So for account, qos and constraint.
-        account: who pays.
-        qos: quality of service.
-        constraint: features the nodes must have.
-        nodes: machines of one job.
-        tasks_per_node: processes on each, one per GPU where there are GPUs.
-        gpus_per_node: GPUs of each machine.
-        cpus_per_task: cores of each process; also its threads, unless OMP_NUM_THREADS is set.
-        memory_gb: of each machine; null = the cluster's default.
-        time_minutes: the time limit of one start; a job that needs more is requeued, as often as it takes.
-        signal_seconds: so long before the time limit the job is told to save; longer than a step, an evaluation and
-            a save together.
-        max_crashes: a job that crashes oftener than this is not started again.
+        executor: place of the job: slurm; local = processes of this machine, in the background; debug = this
+            machine, in the foreground.
+        partition: partition of the cluster; null = the cluster's default.
+        account: account that pays for the job; null = the cluster's default.
+        qos: quality of service of the job; null = the cluster's default.
+        constraint: features that the nodes must have; null = none.
+        nodes: number of machines of one job.
+        tasks_per_node: number of processes on each machine, one per GPU where there are GPUs.
+        gpus_per_node: number of GPUs of each machine.
+        cpus_per_task: number of cores of each process; also the number of its threads, unless OMP_NUM_THREADS is set.
+        memory_gb: memory of each machine in GB; null = the cluster's default.
+        time_minutes: time limit of one start in minutes; a job that needs more is requeued, as often as necessary.
+        signal_seconds: seconds before the time limit at which the job is told to save; longer than a step, an
+            evaluation and a save together.
+        max_crashes: largest number of crashes after which the job is started again.
         setup: shell lines that prepare each start (`module load ...`).
-        environment: NAME=value, for the processes.
+        environment: variables of the processes, as NAME=value.
         sbatch: further options for sbatch, as name=value without dashes: exclusive, mail-type=FAIL, ...
-        srun: further options for srun, likewise.
-        name: of the job; null = made from the verb and the run.
-        dependency: as sbatch takes it: afterok:123, ...
-        sweep: KEY=V1,V2,... for each key; every combination becomes a run of its own, in a folder of its own, all of
-            them one job array. `config=a,b` varies the config.
-        throttle: at most so many of a sweep at once; null = as many as the cluster gives.
-        wait: stay until the job has ended, and exit as it did.
+        srun: further options for srun, as name=value without dashes.
+        name: name of the job; null = made from the verb and the run.
+        dependency: condition for the start of the job, in sbatch's form: afterok:123, ...
+        sweep: values to combine, as KEY=V1,V2,... for each key; every combination becomes a run in a folder of its
+            own, and all runs together are one job array. `config=a,b` varies the config.
+        throttle: largest number of a sweep's jobs at once; null = as many as the cluster gives.
+        wait: whether to stay until the job has ended, and exit with its exit code.
     """
 
     executor: Literal["slurm", "local", "debug"] = "slurm"

@@ -1,4 +1,4 @@
-"""Handing a submission to submitit: on a cluster, on this machine, or here and now."""
+"""Submitting by submitit: to a cluster, in the background of this machine, or in the foreground."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from slurm.client import own_words
 from slurm.job import Job
 from slurm.submission import Submission, record_jobs, remove_submission
 
-# What tells a process that it is part of a job. SLURM_CONF only says where the cluster is.
+# Variables that make a process part of a job. SLURM_CONF is none of them: it only says where the cluster is.
 _JOB_VARIABLES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
 _RANK_VARIABLES = (
     "MASTER_ADDR",
@@ -29,13 +29,17 @@ _RANK_VARIABLES = (
 
 
 def submit(submission: Submission, name: str) -> list[str]:
-    """Hand it over, and note its jobs; on a refusal the submission is removed.
+    """Submit, and record the jobs. If the submission is refused, its folder is removed.
+
+    Args:
+        submission: the submission, whose folder is complete.
+        name: name of the job.
 
     Returns:
-        The job of each task: Slurm's 123 or 123_4; of a local job the number of its process.
+        The job of each task: Slurm's 123 or 123_4, or the process number of a local job.
 
     Raises:
-        UserError: sbatch is not here or refuses, with its own words.
+        UserError: sbatch is not on this machine, or refuses. The message has its own words.
     """
     if submission.config.executor == "slurm" and "%" in str(submission.folder.resolve()):
         remove_submission(submission)
@@ -79,10 +83,12 @@ def _hand_over(submission: Submission, name: str) -> list[Any]:
 
 @contextmanager
 def undisturbed(executor: str) -> Iterator[None]:
-    """Let signals wait: sbatch inherits what is blocked here, and would else die in the middle of its work, with a job
-    submitted that nobody knows."""
+    """Block signals while sbatch runs.
+
+    sbatch inherits the block. Without it a signal could kill sbatch midway and leave a job that nobody knows.
+    """
     if executor != "slurm":
-        yield  # A local job would inherit it too, and could not be stopped.
+        yield  # A local job would inherit the block too, and could not be stopped.
         return
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -93,7 +99,7 @@ def undisturbed(executor: str) -> Iterator[None]:
 
 
 def batch_script(submission: Submission, name: str) -> str:
-    """What sbatch is given."""
+    """The batch script for sbatch."""
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
     arguments = _sbatch_parameters(submission, name)
@@ -147,7 +153,7 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
         "nodes": config.nodes,
         "ntasks_per_node": config.tasks_per_node,
         "cpus_per_task": config.cpus_per_task,
-        # Every process sees all GPUs of its machine and takes the one of its local rank: NCCL needs to see its peers'.
+        # Every process sees all GPUs of its machine, because NCCL needs them, and takes that of its local rank.
         "gpus_per_node": config.gpus_per_node or None,
         "mem": config.memory_gb,
         "time": config.time_minutes,
@@ -160,14 +166,14 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
             "requeue": True,
             **{key: value or True for key, value in further.items()},
         },
-        # srun does not take the cores per task over from sbatch.
+        # srun does not inherit the cores per task from sbatch.
         "srun_args": [
             "--kill-on-bad-exit=1",
             f"--cpus-per-task={config.cpus_per_task}",
             *(f"--{word}" for word in config.srun),
         ],
         "setup": [
-            # A signal meant for the processes that reaches this shell too must not end it.
+            # The signal for the processes may reach this shell too, and must not end it.
             "trap : USR2",
             *config.setup,
             *(
@@ -185,7 +191,7 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
 
 
 def _variables(submission: Submission) -> dict[str, str]:
-    """Those asked for, and what lets Python find the submission's copy of the program before anything else."""
+    """The variables that the user asked for, and those that make Python find the submission's copy of the program."""
     asked = submission.config.variables()
     earlier = asked.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
     path = str(submission.code.resolve())
@@ -202,7 +208,7 @@ def _gpus_here() -> int:
 
 @contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Submit as from a login node, though this process may be part of a job; let what is started outlive a terminal."""
+    """Submit as from a login node, even inside a job. Processes that are started here outlive the terminal."""
     earlier = dict(os.environ)
     for name in earlier:
         if (name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF") or name in _RANK_VARIABLES:
@@ -219,7 +225,7 @@ def _outside_any_job() -> Iterator[None]:
 
 @contextmanager
 def _silent_children() -> Iterator[None]:
-    """A job in the background must not hold on to the pipe or terminal of the command that submitted it."""
+    """Close stdout and stderr for child processes: a job in the background must not keep a pipe or terminal open."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(number) for number in (1, 2)]

@@ -1,8 +1,7 @@
-"""What runs on the nodes: one process of a job, which runs its command as a child and says how that ended.
+"""One process of a job on a node: it runs the command as a child and records how the child ended.
 
-The child knows nothing of SLURM but RANK, WORLD_SIZE, MASTER_ADDR and their like. It saves when it is told to stop and
-exits with 75. Whether the job then goes on is decided at the end of the batch script (`slurm.requeue`), in
-ordinary code.
+The child does not know SLURM. It sees RANK, WORLD_SIZE, MASTER_ADDR and similar variables. When it is told to stop, it
+saves and exits with 75. The end of the batch script (`slurm.requeue`) then decides whether the job goes on.
 """
 
 import ctypes
@@ -31,7 +30,7 @@ _RENDEZVOUS_SECONDS = 300.0
 # Below the ephemeral ports, which other programs' connections take at random.
 _FIRST_PORT, _PORTS = 15000, 15000
 _PR_SET_PDEATHSIG = 1
-# How the command begins the one line that says why it ends.
+# The beginning of the line in which the command says why it ends.
 _COMPLAINT = b"peerlearn: "
 
 
@@ -41,21 +40,24 @@ class CommandFailedError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What submitit pickles: nothing but where to look.
+    """The object that submitit pickles. It holds only where to look.
 
     Attributes:
-        folder: of the submission.
-        task: which of its commands.
+        folder: folder of the submission.
+        task: number of the command in the submission.
     """
 
     folder: str
     task: int
 
     def __call__(self) -> int:
-        """Run the command in this process's place; returns its exit code.
+        """Run this process's part of the command.
+
+        Returns:
+            The command's exit code.
 
         Raises:
-            CommandFailedError: it is not 0, in a job.
+            CommandFailedError: the exit code is not 0, and the executor is not debug.
         """
         import submitit
 
@@ -70,20 +72,20 @@ class Job:
 
 
 class _Signals:
-    """Those received so far, and the child they are passed on to."""
+    """Receives signals and passes them on to the child."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()
         self.child: subprocess.Popen[bytes] | None = None
 
     def receive(self, number: int, frame: object) -> None:
-        """The handler: note it, and tell the child, which SLURM may have told itself."""
+        """Handle a signal: record it, and send it to the child, which may have had it from SLURM already."""
         self.received.add(number)
         if self.child is not None:
             self.child.send_signal(number)
 
     def watch(self, child: "subprocess.Popen[bytes]") -> None:
-        """Pass on from now on, and what came before."""
+        """Pass signals on to this child: those to come, and those received before."""
         self.child = child
         for number in self.received:
             child.send_signal(number)
@@ -91,7 +93,7 @@ class _Signals:
 
 @contextmanager
 def _signals() -> Iterator[_Signals]:
-    """Take SIGTERM and SIGUSR2 from submitit, whose handlers would ignore the one and requeue inside the other."""
+    """Handle SIGTERM and SIGUSR2 here. submitit would ignore SIGTERM, and would requeue within the SIGUSR2 handler."""
     signals = _Signals()
     numbers = (signal.SIGTERM, signal.SIGUSR2)
     earlier = {number: signal.signal(number, signals.receive) for number in numbers}
@@ -116,7 +118,7 @@ class _Process:
         self.complaint = ""
 
     def run(self) -> Outcome:
-        """Run the command and leave the outcome; where SLURM is about to end the job, wait for that."""
+        """Run the command and write its outcome. If SLURM is about to end the job, wait for that first."""
         attempt = self._newest_attempt()
         code = self._run_child()
         if self.in_slurm and signal.SIGTERM in self.signals.received:
@@ -131,7 +133,7 @@ class _Process:
                 outcome=outcome,
             )
         except OSError:
-            # A full disk, maybe what has ended the command: the exit code is all that is left to tell by.
+            # The disk is full, which may be what ended the command. Only the exit code can tell the outcome.
             sys.exit(UNWRITTEN_CODES.get(outcome.kind, outcome.code))
         return outcome
 
@@ -149,29 +151,30 @@ class _Process:
         reader = threading.Thread(target=self._pass_on, args=(child.stderr,), daemon=True)
         reader.start()
         code = child.wait()
-        # A process that the command has left behind may hold the pipe open.
+        # A process that the command left behind may hold the pipe open.
         reader.join(timeout=5)
         return code
 
     def _pass_on(self, stderr: IO[bytes]) -> None:
-        """Show what the command complains of, and remember its last word."""
+        """Pass the command's stderr on, and remember its last error message."""
         for line in stderr:
             os.write(2, line)
             if line.startswith(_COMPLAINT):
                 self.complaint = line.removeprefix(_COMPLAINT).decode(errors="replace").strip()
 
     def _hold(self) -> None:
-        """After SIGTERM: preempted, cancelled or requeued by hand. SLURM knows which, and what comes next.
+        """Wait for the end after SIGTERM.
 
-        To exit now would look like a failure, to requeue would revive what a user has cancelled. Ended by SIGKILL; or
-        by SIGUSR2 if the SIGTERM meant nothing and the time limit comes.
+        The job was preempted, cancelled or requeued by hand. Only SLURM knows which. An exit now would look like a
+        failure, and a requeue would revive a job that the user has cancelled. SIGKILL ends the wait. SIGUSR2 ends it
+        too, if the SIGTERM had no consequence and the time limit comes near.
         """
         print("SIGTERM: waiting for SLURM to end this job", flush=True)
         while signal.SIGUSR2 not in self.signals.received:
             time.sleep(_POLL_SECONDS)
 
     def _variables(self) -> dict[str, str]:
-        """What torch.distributed and its libraries are told."""
+        """The variables for torch.distributed and its libraries."""
         place = self.place
         variables = {
             "RANK": str(place.global_rank),
@@ -192,23 +195,23 @@ class _Process:
         return {k: v for k, v in defaults.items() if k not in os.environ} | variables
 
     def _rendezvous(self) -> dict[str, str]:
-        """Where the processes meet: rank 0 finds a free port and tells the others by a file."""
+        """The address at which the processes meet. Rank 0 finds a free port and tells the others by a file."""
         place = self.place
         name = f"rendezvous-{place.job_id}-{self.restart}.json"
         file = self.submission.outcomes / name
         if place.global_rank == 0:
             address = os.environ.get("MASTER_ADDR") or socket.gethostname()
-            found = {
+            meeting = {
                 "MASTER_ADDR": address,
                 "MASTER_PORT": str(free_port(place.job_id, self.restart)),
             }
-            write_text(file, json.dumps(found) + "\n")
-            return found
+            write_text(file, json.dumps(meeting) + "\n")
+            return meeting
         deadline = time.monotonic() + _RENDEZVOUS_SECONDS
         while not file.exists():
             if time.monotonic() > deadline:
                 raise UserError(f"rank 0 gave no address for {_RENDEZVOUS_SECONDS:.0f} s: {file}")
-            # To list the folder makes network file systems look again.
+            # A listing of the folder makes network file systems look again.
             os.listdir(file.parent)
             time.sleep(_POLL_SECONDS)
         return dict(json.loads(file.read_text()))
@@ -225,7 +228,7 @@ class _Process:
         if code == DONE:
             return Outcome(kind="done", code=code, reason="done", step=step)
         if code in (SAVED_RUN_AGAIN, -signal.SIGUSR2):
-            # Not yet able to save, it had nothing to save.
+            # Killed by the signal before it could handle it: there was nothing to save yet.
             return Outcome(kind="saved", code=code, reason="told to stop in time", step=step)
         if code < 0:
             name = signal.Signals(-code).name
@@ -241,10 +244,12 @@ class _Process:
 
 
 def free_port(job: str, restart: int) -> int:
-    """A free TCP port of this machine; another for every job and start, so that late guests find a closed door.
+    """A free TCP port of this machine.
+
+    Every job and every start tries other ports first, so that a late process of an earlier start cannot join.
 
     Raises:
-        UserError: none is.
+        UserError: no port is free.
     """
     digits = int("".join(filter(str.isdigit, job)) or 0)
     first = digits * 13 + restart * 101
@@ -260,5 +265,5 @@ def free_port(job: str, restart: int) -> int:
 
 
 def _die_with_parent() -> None:
-    """Between fork and exec: have the kernel kill the command if this process is killed."""
+    """Have the kernel kill the command if this process is killed. Runs between fork and exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Which jobs work on a run now, wherever they were submitted."""
+"""The jobs that work on a run now, wherever they were submitted."""
 
 import socket
 import sys
@@ -23,12 +23,12 @@ JobKey = tuple[str, str, Any]
 
 
 def job_key(record: Record) -> JobKey:
-    """What tells a job from all others: Slurm's numbers and those of processes overlap."""
+    """A key that no other job has. A number alone is no key: Slurm's jobs and local processes may share one."""
     return record["executor"], record["job"], record.get("started")
 
 
 def states_of(records: Iterable[Record]) -> dict[JobKey, JobState]:
-    """The states of the jobs of some records of jobs.jsonl; those that nobody knows of any more are left out.
+    """The states of the jobs in these records of jobs.jsonl. Jobs that nobody remembers are left out.
 
     Raises:
         UserError: Slurm does not answer.
@@ -52,7 +52,7 @@ def _local_state(record: Record) -> JobState | None:
 
 
 def records_of(run: Path) -> list[Record]:
-    """The records of its jobs, oldest first; none if the file cannot be read."""
+    """The records of a run's jobs, oldest first; none if the file cannot be read."""
     try:
         return list(jobs_of(run))
     except OSError:
@@ -60,13 +60,13 @@ def records_of(run: Path) -> list[Record]:
 
 
 def submission_of(run: Path, record: Record) -> Path:
-    """The submission of a job, which moves with its run."""
+    """The submission folder of a job, also after its run directory was moved."""
     folder = Path(record["folder"])
     return folder if folder.is_dir() else RunDirectory(run).jobs / folder.name
 
 
 class JobWatch:
-    """Asks what has become of jobs; where Slurm does not answer it says so once, and goes on without."""
+    """Asks for the states of jobs again and again. If Slurm does not answer, it says so once and goes on without."""
 
     def __init__(self) -> None:
         self._ended: dict[JobKey, JobState] = {}
@@ -74,28 +74,28 @@ class JobWatch:
         self._said = False
 
     def states(self, records: Iterable[Record]) -> dict[JobKey, JobState]:
-        """The states of their jobs, by one question to Slurm; left out is what nobody knows of any more."""
+        """The states of the records' jobs, by one question to Slurm. Jobs that nobody remembers are left out."""
         records = list(records)
         local = [record for record in records if record["executor"] == "local"]
         slurm = [record for record in records if record["executor"] == "slurm"]
-        # Accounting is spared the same question every few seconds.
+        # A job that has ended is asked about once, which spares the accounting database.
         asked = [record for record in slurm if job_key(record) not in self._ended]
-        found = self._ask(asked)
-        if found is None:
-            found = {job_key(record): NOT_ASKED for record in asked}
+        answer = self._ask(asked)
+        if answer is None:
+            answer = {job_key(record): NOT_ASKED for record in asked}
         else:
-            self._ended |= {key: state for key, state in found.items() if not state.live}
+            self._ended |= {key: state for key, state in answer.items() if not state.live}
         known = {key: self._ended[key] for key in map(job_key, slurm) if key in self._ended}
-        return states_of(local) | known | found
+        return states_of(local) | known | answer
 
     def _ask(self, records: Sequence[Record]) -> dict[JobKey, JobState] | None:
-        """None if Slurm does not answer."""
+        """The states of jobs of Slurm; None if it does not answer."""
         if time.monotonic() < self._ask_from:
             return None
         try:
             return states_of(records)
         except UserError as error:
-            # A controller that is down keeps squeue waiting.
+            # squeue waits long for a controller that is down, so the next question comes later.
             self._ask_from = time.monotonic() + _ASK_AGAIN_SECONDS
             if not self._said:
                 print(f"peerlearn: by the run directories alone: {error}", file=sys.stderr)
@@ -104,10 +104,10 @@ class JobWatch:
 
 
 def check_free(run: Path) -> None:
-    """Make sure that no other job is to write the run, and no process does.
+    """Make sure that no other job or process writes the run, or will.
 
     Raises:
-        UserError: one is.
+        UserError: there is such a job or process.
     """
     training = [record for record in records_of(run) if record["verb"] in TRAINING_VERBS]
     for (_, job, _), state in states_of(training).items():

@@ -1,4 +1,4 @@
-"""`peerlearn logs`: what a rank of a run has logged, and what it goes on to log."""
+"""`peerlearn logs`: print the log of a rank of a run, and follow it."""
 
 import argparse
 import contextlib
@@ -22,7 +22,11 @@ _STATUS_SECONDS = 2.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn logs RUN [-f] [--rank R] [--attempt K]`. Returns the exit code."""
+    """`peerlearn logs RUN [-f] [--rank R] [--attempt K]`.
+
+    Returns:
+        The exit code.
+    """
     arguments = _parse(argv)
     run: Path = arguments.run
     if not is_run(run):
@@ -44,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="peerlearn logs",
-        description="Print what a run has logged at its newest start; before that begins, what its job has printed. "
+        description="Print the log of a run's newest start. Before that start begins, print the output of its job. "
         "Example: peerlearn logs runs/a -f",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
@@ -52,15 +56,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "-f",
         "--follow",
         action="store_true",
-        help="go on with what comes, over restarts, until the run neither runs nor waits",
+        help="print new lines as they come, over restarts, until the run neither runs nor waits",
     )
-    parser.add_argument("--rank", type=int, default=0, help="of the process (default: 0)")
-    parser.add_argument("--attempt", type=int, help="which start, from 1 (default: the newest)")
+    parser.add_argument("--rank", type=int, default=0, help="rank of the process (default: 0)")
+    parser.add_argument(
+        "--attempt", type=int, help="number of the start, from 1 (default: the newest)"
+    )
     return parser.parse_args(argv)
 
 
 def _follow(run: Path, rank: int, attempt: int | None) -> None:
-    """Print what comes until the run neither runs nor waits, or until a given attempt is not the newest any more."""
+    """Print new lines until the run neither runs nor waits, or until the given attempt is no longer the newest."""
     printer, watch = _Printer(), JobWatch()
     files: list[Path] = []
     status: RunStatus | None = None
@@ -72,7 +78,7 @@ def _follow(run: Path, rank: int, attempt: int | None) -> None:
             status = read_statuses([run], watch)[0]
         assert status is not None
         over = not status.live or attempt not in (None, RunDirectory(run).newest_attempt())
-        # What was written before the look above is printed before the end.
+        # Read after the status: lines written before the end are printed before the loop ends.
         newest = _log_files(run, rank, attempt, wait=not over and _may_come(run, rank))
         for file in dict.fromkeys([*files, *newest]):
             printer.print_new(file)
@@ -84,7 +90,7 @@ def _follow(run: Path, rank: int, attempt: int | None) -> None:
 
 
 def _may_come(run: Path, rank: int) -> bool:
-    """Whether the newest start has a process of that rank, or has not said how many it has."""
+    """Whether the newest start has a process of that rank, or has not told its number of processes yet."""
     started = [event for event in RunDirectory(run).events() if event["event"] == "started"]
     if not started or started[-1].get("attempt") != RunDirectory(run).newest_attempt():
         return True
@@ -92,14 +98,14 @@ def _may_come(run: Path, rank: int) -> bool:
 
 
 class _Printer:
-    """Prints of each file what it has not printed yet, under a line with the file's name."""
+    """Prints the new content of each file, under a line with the file's name."""
 
     def __init__(self) -> None:
         self._offsets: dict[Path, int] = {}
         self._last: Path | None = None
 
     def print_new(self, file: Path) -> None:
-        """Print what the file has more than at the last call; of a file cut short meanwhile, all."""
+        """Print what was added to the file since the last call. A file that has become shorter is printed whole."""
         known = file in self._offsets
         offset = self._offsets.get(file, 0)
         try:
@@ -122,16 +128,16 @@ class _Printer:
 
 
 def _log_files(run: Path, rank: int, attempt: int | None, *, wait: bool = False) -> list[Path]:
-    """The files to print, the one that goes on last; none if there are none yet.
+    """The files to print, the growing one last; an empty list if there are none yet.
 
     Args:
-        run: its folder.
-        rank: whose.
-        attempt: which start; None is the newest, and what a job has printed that was submitted after it.
-        wait: a rank that has logged nothing yet may be about to.
+        run: folder of the run.
+        rank: rank of the process.
+        attempt: number of the start; None = the newest start, and the output of a job that was submitted after it.
+        wait: whether a rank without a log may still write one.
 
     Raises:
-        UserError: there is no such attempt or rank; names those there are.
+        UserError: there is no such attempt or rank; the message names those that exist.
     """
     directory = RunDirectory(run)
     newest = directory.newest_attempt()
@@ -158,7 +164,7 @@ def _of_rank(files: dict[int, Path], rank: int, folder: Path, *, wait: bool) -> 
 
 
 def _job_to_come(directory: RunDirectory) -> Record | None:
-    """The newest job that trains the run, if it has not begun to yet, or died before it did."""
+    """The newest job that trains the run, if it has not begun yet, or died before it began."""
     training = [r for r in records_of(directory.root) if r["verb"] in TRAINING_VERBS]
     started = [str(e.get("time", "")) for e in directory.events() if e["event"] == "started"]
     if not training or (started and started[-1] >= str(training[-1].get("time", ""))):

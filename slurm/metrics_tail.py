@@ -20,14 +20,14 @@ from peerlearn.runs.score_names import (
 _RATE_ROWS = 5
 _WINDOW_ROWS = 200
 _BLOCK_BYTES = 1 << 18
-# So far back the last accuracy is looked for.
+# How far back from the end the last accuracy is looked for.
 _TAIL_BYTES = 1 << 26
 
 Row = dict[str, Any]
 
 
 class MetricsTail(NamedTuple):
-    """What the end of metrics.jsonl tells; ``scores`` holds the fields of RunStatus for kNN and classifiers."""
+    """The end of metrics.jsonl. ``scores`` holds the fields of RunStatus for kNN and classifiers."""
 
     step: int | None
     attempt: int | None
@@ -45,7 +45,7 @@ _UNSCORED: dict[str, Any] = dict.fromkeys(
 
 
 def read_tail(file: Path) -> MetricsTail:
-    """Read no more of the file than that takes; lines that cannot be read are left out."""
+    """Read the end of the file, and no more than necessary. Lines that cannot be read are left out."""
     rows: list[Row] = []
     scores = _UNSCORED
     for line in _lines_backwards(file):
@@ -76,13 +76,13 @@ def read_tail(file: Path) -> MetricsTail:
 
 
 def _pace(rows: Sequence[Row]) -> float | None:
-    """Steps per second over the newest start's part of these rows, newest first."""
+    """Steps per second of the newest start over these rows, which come newest first."""
     if not rows:
         return None
     last = first = rows[0]
     for row in rows[1:]:
         seconds, later = number(row.get("seconds")), number(first.get("seconds"))
-        # The clock begins anew with a start, and when training goes back to a save.
+        # The clock begins at 0 with each start, and again when training goes back to a save.
         if row.get("attempt") != last.get("attempt") or seconds is None or later is None:
             break
         if seconds >= later or row["step"] >= first["step"]:
@@ -94,7 +94,7 @@ def _pace(rows: Sequence[Row]) -> float | None:
 
 
 def _scores(row: Row) -> dict[str, Any]:
-    """The ensemble's accuracy, or a single network's: by kNN, or of a supervised run's classifiers."""
+    """The accuracy of the ensemble, or of a single network: by kNN, or by the classifiers of a supervised run."""
     for network in (ENSEMBLE, "0"):
         epoch = number(row.get("epoch"))
         if (score := number(row.get(score_name(network, KNN_TOP1)))) is not None:
@@ -117,9 +117,9 @@ def _scores(row: Row) -> dict[str, Any]:
 
 
 def _lines_backwards(file: Path) -> Iterator[bytes]:
-    """The lines of a file, the last first, read in blocks from its end; of a large one only so many.
+    """The lines of a file, last line first, read in blocks from its end. Of a large file only the last part is read.
 
-    What another process cuts short or adds meanwhile may come in parts.
+    Lines that another process changes at the same time may come in parts.
     """
     try:
         opened = file.open("rb")
@@ -144,10 +144,10 @@ def _lines_backwards(file: Path) -> Iterator[bytes]:
 
 
 def integer(value: object) -> int | None:
-    """The value, if it is a whole number."""
+    """The value if it is a whole number, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def number(value: object) -> float | None:
-    """The value, if it is a number."""
+    """The value if it is a number, else None."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

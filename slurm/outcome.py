@@ -1,4 +1,4 @@
-"""How a start of a job ended, as each of its processes saw it; and what is to be made of it.
+"""How a start of a job ended, as each of its processes saw it; and the decision that follows.
 
 FOLDER/outcomes/TASK-RESTART-RANK.json    {"kind", "code", "reason", "step"}
 FOLDER/outcomes-TASK.jsonl                one line for each start, with the decision
@@ -18,22 +18,22 @@ from slurm.jobs import job_key, states_of
 from slurm.submission import OUTCOMES_FOLDER, Submission, local_identity
 
 _POLL_SECONDS = 2.0
-# done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
+# done; saved, to be continued; crashed, which another start may not repeat; failed by what the user must mend.
 Kind = Literal["done", "saved", "crashed", "failed"]
 Decision = Literal["done", "requeue", "failed"]
-# How a process exits that cannot write its outcome; 78 is sysexits' word for what the user must mend.
+# The exit code of a process that cannot write its outcome. 78 is sysexits' code for what the user must mend.
 UNWRITTEN_CODES: dict[Kind, int] = {"done": DONE, "saved": SAVED_RUN_AGAIN, "failed": 78}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One process's end, or that of a whole start.
+    """The end of one process, or of a whole start.
 
     Attributes:
-        kind: done, saved, crashed or failed.
-        code: the command's exit code, negative for the signal it died of.
-        reason: one line for people.
-        step: how far the run had come; None if no step began.
+        kind: kind of the end: done, saved, crashed or failed.
+        code: exit code of the command; negative for the signal that killed it.
+        reason: reason of the end, one line for people.
+        step: last step that began; None if no step began.
     """
 
     kind: Kind
@@ -43,13 +43,13 @@ class Outcome:
 
 
 def write_outcome(folder: Path, *, task: int, restart: int, rank: int, outcome: Outcome) -> None:
-    """Leave it for the end of the batch script."""
+    """Write the outcome of a process, for the end of the batch script."""
     file = folder / OUTCOMES_FOLDER / f"{task}-{restart}-{rank}.json"
     write_text(file, json.dumps(asdict(outcome)) + "\n")
 
 
 def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome]:
-    """What the processes of one start have left, by rank."""
+    """The outcomes that the processes of one start have written, by rank."""
     found = {}
     for file in (folder / OUTCOMES_FOLDER).glob(f"{task}-{restart}-*.json"):
         found[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
@@ -57,7 +57,7 @@ def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome
 
 
 def read_history(folder: Path, task: int) -> list[dict[str, Any]]:
-    """The starts of a task so far, oldest first; a line cut short by a full disk is left out."""
+    """The starts of a task so far, oldest first. A line that a full disk cut short is left out."""
     return list(read_json_lines(folder / f"outcomes-{task}.jsonl"))
 
 
@@ -72,7 +72,7 @@ def add_to_history(
     reason: str,
     attempt: int,
 ) -> None:
-    """Write a start down, with what was made of it; ``attempt`` is the run's newest."""
+    """Record a start and the decision after it. ``attempt`` is the newest attempt of the run."""
     line = {
         "time": now_text(),
         "job": job,
@@ -87,19 +87,19 @@ def add_to_history(
 
 
 def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) -> Outcome:
-    """Of all processes together.
+    """The outcome of all processes of a start together.
 
     Args:
-        outcomes: of those that could leave one.
-        code: srun's.
-        processes: how many there were.
+        outcomes: outcomes of the processes that could write one, by rank.
+        code: exit code of srun.
+        processes: number of processes.
     """
     steps = [outcome.step for outcome in outcomes.values() if outcome.step is not None]
     step = max(steps, default=None)
 
     def first(kind: Kind) -> Outcome | None:
         ranks = sorted(rank for rank, outcome in outcomes.items() if outcome.kind == kind)
-        # The one that died by itself says more than those that lost it.
+        # A process that died of a signal says more than those that lost it.
         died = [rank for rank in ranks if outcomes[rank].code < 0]
         if not ranks:
             return None
@@ -115,7 +115,7 @@ def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) ->
 
     if code == DONE:
         return Outcome(kind="done", code=DONE, reason="done", step=step)
-    # A save is one of all processes: whoever tells of it speaks for all.
+    # All processes save together, so one that tells of a save speaks for all.
     known = first("saved") or first("crashed") or first("failed")
     if known:
         return known
@@ -130,13 +130,13 @@ def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) ->
 def decide(
     outcome: Outcome, earlier: list[dict[str, Any]], *, max_crashes: int, makes_steps: bool = True
 ) -> tuple[Decision, str]:
-    """What to do after a start that ended so.
+    """Decide what to do after a start.
 
     Args:
-        outcome: of the start.
-        earlier: the starts before it, as `read_history` gives them.
-        max_crashes: a job that crashes oftener is not started again.
-        makes_steps: of a command that does not, no progress is asked.
+        outcome: outcome of the start.
+        earlier: starts before it, as `read_history` returns them.
+        max_crashes: largest number of crashes after which the job is started again.
+        makes_steps: whether the command makes steps; only then must a start make progress.
 
     Returns:
         The decision, and its reason in one line.
@@ -165,7 +165,7 @@ def decide(
 
 
 def _trailing(earlier: list[dict[str, Any]], *, step: int | None) -> int:
-    """How many starts just before came exactly so far."""
+    """How many starts in a row, directly before this one, ended at the same step."""
     count = 0
     for line in reversed(earlier):
         if line["step"] != step:
@@ -179,10 +179,10 @@ def _step(step: int | None) -> str:
 
 
 def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
-    """Wait for all of them, and say how each ended.
+    """Wait for all jobs, and print how each ended.
 
     Returns:
-        0 if all have done what they were to do, 75 if some are saved and to be resumed, else 1.
+        0 if all are done, 75 if some are saved and to be resumed, else 1.
     """
     executor = submission.config.executor
     waiting = {job: {"job": job, "executor": executor, **_identity(job, executor)} for job in jobs}
@@ -211,7 +211,7 @@ def _identity(job: str, executor: str) -> dict[str, Any]:
 
 
 def outcome_of(submission: Submission, task: int, state: str) -> Outcome:
-    """How a job that is no more has ended, by what it left; else by Slurm's word."""
+    """The outcome of a job that has ended: from the files it left, else from Slurm's word for its state."""
     if submission.config.executor == "slurm":
         history = read_history(submission.folder, task)
         last = history[-1] if history else None

@@ -1,4 +1,4 @@
-"""What a submission is to run: its config resolved now, where a mistake costs seconds, and its sweep spelt out."""
+"""The commands of a submission: configs are resolved now, where a mistake costs seconds, and sweeps are expanded."""
 
 import contextlib
 import io
@@ -21,18 +21,18 @@ _NOT_AS_JOBS = ("submit", "status", "cancel", "logs", "pipeline")
 
 
 def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[Task]]:
-    """Resolve a command, or each of a sweep's.
+    """Resolve a command, or each command of a sweep.
 
     Args:
         words: a verb and its words.
         sweep: KEY=V1,V2,... for each key that varies; the key `config` stands for the word after the verb.
 
     Returns:
-        The folder that the submission belongs in, and its tasks.
+        The folder for the submission, and its tasks.
 
     Raises:
-        UsageError: an unknown verb, a wrong key.
-        UserError: a run that cannot be started there.
+        UsageError: the verb is unknown, or a key is wrong.
+        UserError: a run cannot be started in its folder.
     """
     if words and words[0] in _NOT_AS_JOBS:
         raise UsageError(f"{words[0]} is done here and now, not as a job: leave out submit")
@@ -72,16 +72,16 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
 
 
 def _runs_of_sweep(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[Task]]:
-    """A task for each run that `peerlearn sweep FILE` would make and that is not done."""
+    """A task for each run of `peerlearn sweep FILE` that is not done."""
     if sweep:
         raise UsageError("sweep: what varies stands in the file that `sweep` is given, not here")
     if "--table" in words:
         raise UsageError("sweep --table is done here and now, not as a job: leave out submit")
-    found = json.loads(_printed([*words, "--commands"]))
-    tasks = [_task(command) for command in found["commands"]]
+    listing = json.loads(_printed([*words, "--commands"]))
+    tasks = [_task(command) for command in listing["commands"]]
     if not tasks:
-        raise UserError(f"{found['folder']}: all its runs are done: add --table, without submit")
-    return Path(found["folder"]) / JOBS_FOLDER, tasks
+        raise UserError(f"{listing['folder']}: all its runs are done: add --table, without submit")
+    return Path(listing["folder"]) / JOBS_FOLDER, tasks
 
 
 def _values(word: str) -> list[tuple[str, str]]:
@@ -96,7 +96,7 @@ def _short(value: str) -> str:
 
 
 def _sweep_root(words: Sequence[str]) -> Path | None:
-    """The folder of a sweep's runs; None for verbs that make none."""
+    """The folder of a sweep's runs; None for verbs that make no runs."""
     if words[0] != "pretrain":
         return None
     for word, value in zip(words, [*words[1:], ""], strict=True):
@@ -143,7 +143,7 @@ def _printed(words: list[str]) -> str:
 
 
 def _run_of(checkpoint: str | list[str] | None) -> str | None:
-    """The run that a checkpoint lies in."""
+    """The run directory that holds a checkpoint."""
     first = checkpoint[0] if isinstance(checkpoint, list) else checkpoint
     if first is None:
         return None

@@ -1,6 +1,6 @@
-"""The end of a batch script: after a start of a job, requeue it or leave it.
+"""The end of a batch script: after a start of a job, requeue the job or end it.
 
-`python -P -m slurm.requeue FOLDER TASK CODE` on the job's first node; CODE is srun's.
+`python -P -m slurm.requeue FOLDER TASK CODE` runs on the job's first node; CODE is srun's exit code.
 """
 
 import contextlib
@@ -27,24 +27,32 @@ from slurm.outcome import (
 )
 from slurm.submission import Submission, read_submission
 
-# SLURM kills the batch script of a requeued job; this long it may take.
+# SLURM kills the batch script of a requeued job. This is the longest time that it may take.
 _REQUEUE_SECONDS = 300.0
 
 
 def main(folder: str, task: str, code: str) -> int:
-    """Returns the exit code of the batch script, if it is not requeued."""
+    """Decide on the job and act.
+
+    Returns:
+        The exit code of the batch script, if the job is not requeued.
+    """
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return after(read_submission(Path(folder)), int(task), int(code), restart=restart)
 
 
 def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
-    """Decide, write the decision down, and act on it."""
+    """Decide on the job, record the decision, and act.
+
+    Returns:
+        The exit code of the batch script, if the job is not requeued.
+    """
     run = submission.trained_run(task)
     attempt = run.newest_attempt() if run else 0
     history = read_history(submission.folder, task)
     outcome = _outcome(submission, task, code, restart)
     if run and outcome.step is None and attempt > (history[-1]["attempt"] if history else 0):
-        # Of processes that were killed with all theirs, the run itself knows how far they had come.
+        # If all processes were killed, the run's own files tell the last step.
         outcome = replace(outcome, step=read_step(run.logs(attempt)))
     decision, reason = decide(
         outcome,
@@ -65,7 +73,7 @@ def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
             attempt=attempt,
         )
     except OSError as error:
-        # A start that leaves no trace could be repeated for ever.
+        # Without a record of its starts a job could be repeated for ever.
         decision, reason = "failed", f"{reason}; {submission.folder}: {error.strerror}"
     print(f"job {job}, start {restart}: {outcome.kind}, {decision} ({reason})", flush=True)
     if decision == "requeue":
@@ -79,23 +87,23 @@ def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
 
 
 def _outcome(submission: Submission, task: int, code: int, restart: int) -> Outcome:
-    found = read_outcomes(submission.folder, task=task, restart=restart)
-    if not found and code == 128 + signal.SIGUSR2:
+    outcomes = read_outcomes(submission.folder, task=task, restart=restart)
+    if not outcomes and code == 128 + signal.SIGUSR2:
         return Outcome(kind="saved", code=code, reason="told to stop while starting")
     for kind, told in UNWRITTEN_CODES.items():
-        if not found and code == told != 0:
+        if not outcomes and code == told != 0:
             return Outcome(
                 kind=kind, code=code, reason="its log says why: no file could be written"
             )
     processes = submission.config.nodes * submission.config.tasks_per_node
-    return whole_outcome(found, code=code, processes=processes)
+    return whole_outcome(outcomes, code=code, processes=processes)
 
 
 def _mark_failed(run: RunDirectory, job: str, reason: str) -> None:
-    """Leave the reason in the run, if it is this job's to fail.
+    """Write FAILED with the reason into the run, if the run fails with this job.
 
-    Without its config there is no run yet, and what stood in its place would keep it from beginning. One that another
-    process holds, or has finished, does not fail by this job's being turned away.
+    A folder without config.yaml is no run yet, and a file in it would keep the run from starting. A run that another
+    process holds or has finished does not fail because this job was refused.
     """
     if not run.config.exists():
         return

@@ -1,6 +1,6 @@
-"""Which runs a command line means, and what is known of them: from their own files, and from Slurm where it answers.
+"""The runs that a command line names, and their states: from their own files, and from Slurm if it answers.
 
-Nothing is written.
+This module writes nothing.
 """
 
 import contextlib
@@ -27,46 +27,46 @@ from slurm.submission import (
     read_submission,
 )
 
-# What `peerlearn cancel` has ended: {"job", "time"}. Slurm keeps no memory of it without accounting, and of an array's
-# task that was still waiting not even then.
+# The jobs that `peerlearn cancel` has ended: {"job", "time"}. Slurm does not remember them without accounting, and
+# never remembers an array's task that was still waiting.
 CANCELLED_FILE = Path(JOBS_FOLDER) / "cancelled.jsonl"
 
-# A run lies so deep below a folder that is named for it, at most.
+# The largest depth of a run below a folder on the command line.
 _LEVELS = 2
 _FRESH_BEAT_SECONDS = 4 * INTERVAL_SECONDS
-# Those that tell how a start began or ended.
+# The events that tell how a start began or ended.
 _EVENTS = ("started", "stopped", "done", "failed", "requeued", "job_failed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One run, as `peerlearn status` shows it; None is unknown.
+    """One run, as `peerlearn status` shows it. None = unknown.
 
     Attributes:
-        run: its folder, as it was named.
-        state: pending, running, or Slurm's word for a job between these (configuring, completing, ...);
-            done; failed; stopped (saved, to be resumed); cancelled; preempted, timeout, ... (how Slurm ended its job);
-            dead (nobody runs it, and nothing says why); submitted or requeued (its job, of which Slurm says nothing).
-        reason: why it waits, failed or is dead.
-        live: whether it goes on, or may, without anybody's doing.
-        job: the newest that trains it.
-        restarts: how often it was started again.
-        step: steps done.
-        total_steps: of the whole run.
-        images_per_second: of all processes, median of the last logged steps.
-        seconds_left: at the pace of this start so far, with its evaluations and saves; only while running.
-        knn_top1: the monitor's newest score, in percent.
-        knn_network: whose: ensemble, or net/0 of a single network.
-        knn_epoch: when, in epochs.
-        knn_k: neighbours.
-        knn_temperature: of the vote.
-        classifier_top1: of a supervised run, its newest accuracy in percent.
-        classifier_network: whose: ensemble (mean of logits), or net/0 of a single network.
-        classifier_epoch: when, in epochs.
-        classifier_split: on which images: test, or validation where some were held out.
-        heartbeat_age_seconds: of the rank that has been silent longest; only while running.
-        evaluations_pending: jobs that wait to evaluate it.
-        evaluations_running: jobs that do.
+        run: folder of the run, as the user named it.
+        state: state of the run: pending, running, or Slurm's word for a job between these (configuring, ...);
+            done; failed; stopped (saved, to be resumed); cancelled; preempted, timeout, ... (Slurm ended its job);
+            dead (no process runs it, and nothing says why); submitted or requeued (Slurm says nothing of its job).
+        reason: why the run waits, failed or is dead.
+        live: whether the run goes on, or may go on, by itself.
+        job: newest job that trains the run.
+        restarts: number of starts after the first.
+        step: number of steps done.
+        total_steps: number of steps of the whole run.
+        images_per_second: images per second over all processes, median of the last logged steps.
+        seconds_left: seconds left at the pace of this start, with its evaluations and saves; only while running.
+        knn_top1: newest kNN score of the monitor in percent.
+        knn_network: network of that score: ensemble, or net/0 of a single network.
+        knn_epoch: epoch of that score.
+        knn_k: number of neighbours of that score.
+        knn_temperature: temperature of that score's votes.
+        classifier_top1: newest accuracy of a supervised run in percent.
+        classifier_network: network of that accuracy: ensemble (mean of logits), or net/0 of a single network.
+        classifier_epoch: epoch of that accuracy.
+        classifier_split: images of that accuracy: test, or validation if some were held out.
+        heartbeat_age_seconds: age in seconds of the oldest heartbeat of a rank; only while running.
+        evaluations_pending: number of jobs that wait to evaluate the run.
+        evaluations_running: number of jobs that evaluate the run now.
     """
 
     run: str
@@ -94,7 +94,7 @@ class RunStatus:
 
     @property
     def text(self) -> str:
-        """The state with what belongs to it: ``running, 2 restarts``."""
+        """The state and its details for people: ``running, 2 restarts``."""
         restarts = {0: "", 1: ", 1 restart"}.get(self.restarts, f", {self.restarts} restarts")
         if self.reason is None:
             return f"{self.state}{restarts}"
@@ -116,16 +116,16 @@ def read_status(
     """The status of one run.
 
     Args:
-        run: its folder; any file of it may be missing or damaged.
-        records: of its jobs.
-        states: of those jobs that somebody knows of.
+        run: folder of the run; any of its files may be missing or damaged.
+        records: records of its jobs.
+        states: states of those jobs that are still known.
     """
     history = _read_history(run, records)
     metrics = read_tail(RunDirectory(run).metrics)
     job = history.newest_job(states)
     state, reason, live = _state(history, job, states.get(job_key(job)) if job else None)
     if state == "failed" and job is not None and _is_newer(job, history.started):
-        # A job that failed too early to leave a reason in the run.
+        # The job failed too early to write a reason into the run.
         outcome = _outcome(run, job)
         reason = outcome.reason if outcome and outcome.reason else reason
     between = state == "running" and history.attempt_ended
@@ -161,17 +161,17 @@ def read_status(
 
 @dataclass(frozen=True, kw_only=True)
 class _History:
-    """What a run's own files tell.
+    """The facts in a run's own files.
 
     Attributes:
-        run: its folder.
-        training: the records of the jobs that train it.
-        attempt: the newest start; 0 before the first.
-        started: the newest event of that name; empty before the first.
-        last: the name of the newest event that tells how a start began or ended; "" before the first.
-        last_step: where that was.
-        requeues: by the jobs that train it.
-        beats: of the newest attempt's ranks, as far as they can be read.
+        run: folder of the run.
+        training: records of the jobs that train the run.
+        attempt: number of the newest start; 0 before the first.
+        started: newest event `started`; empty before the first.
+        last: name of the newest event that tells how a start began or ended; "" before the first.
+        last_step: step of that event.
+        requeues: number of requeues by the jobs that train the run.
+        beats: heartbeats of the newest attempt's ranks that can be read.
     """
 
     run: Path
@@ -185,11 +185,11 @@ class _History:
 
     @property
     def attempt_ended(self) -> bool:
-        """Whether the newest start is known to be over, or has not come to its first step yet."""
+        """Whether the newest start is known to be over, or has not reached its first step yet."""
         return self.last != "started" or self.started.get("attempt") != self.attempt
 
     def newest_job(self, states: Mapping[JobKey, JobState]) -> Record | None:
-        """The one that works on the run or waits to, else the last that did."""
+        """The job that works on the run or waits to, else the last job that did."""
         alive = [
             record
             for record in self.training
@@ -231,7 +231,7 @@ def _read_beats(folder: Path) -> list[Beat]:
 def _state(
     history: _History, job: Record | None, job_state: JobState | None
 ) -> tuple[str, str | None, bool]:
-    """State, reason, and whether the run goes on by itself."""
+    """The state, its reason, and whether the run goes on by itself."""
     run = history.run
     mark = _read_mark(run)
     over = mark is not None and job_state is not None and job_state.state == "COMPLETING"
@@ -253,7 +253,7 @@ def _state(
             return "requeued", "Slurm cannot be asked", True
         if job is not None and _is_newer(job, history.started):
             return "submitted", "Slurm cannot be asked", True
-    # A job that has done its work says nothing of a start by hand that came after it.
+    # A job that is done tells nothing about a later start by hand.
     elif job_state is not None and job_state.state != "COMPLETED":
         return job_state.state.lower(), job_state.reason or None, False
     return _dead(history, job)
@@ -264,7 +264,7 @@ def _said_slurm_cancelled(state: JobState | None) -> bool:
 
 
 def _was_cancelled(history: _History, job: Record) -> bool:
-    """Whether `peerlearn cancel` ended the job, and the run has not been started since."""
+    """Whether `peerlearn cancel` ended the job, and the run has not been started after that."""
     times = [
         str(note.get("time", ""))
         for note in read_json_lines(history.run / CANCELLED_FILE)
@@ -274,14 +274,14 @@ def _was_cancelled(history: _History, job: Record) -> bool:
 
 
 def _between_starts(history: _History, job: Record | None) -> str:
-    """What a job does that runs while no start of the program is under way."""
+    """The state of a run whose job runs while no start of the program is under way."""
     if job and _is_newer(job, history.started):
         return "starting"
     return {"stopped": "saved", "done": "finishing"}.get(history.last, "starting")
 
 
 def _dead(history: _History, job: Record | None) -> tuple[str, str | None, bool]:
-    """Nobody works on the run, and it has left no mark."""
+    """The state of a run that no process works on and that has neither DONE nor FAILED."""
     outcome = _local_outcome(job, history) if job else None
     if outcome is not None and outcome.kind in ("crashed", "failed"):
         return "failed", outcome.reason, False
@@ -295,7 +295,7 @@ def _dead(history: _History, job: Record | None) -> tuple[str, str | None, bool]
 
 
 class _Mark(NamedTuple):
-    """DONE or FAILED."""
+    """The content of DONE or FAILED."""
 
     state: str
     reason: str | None
@@ -323,7 +323,7 @@ def _is_newer(job: Record, started: Record) -> bool:
 
 
 def _outcome(run: Path, job: Record) -> Outcome | None:
-    """How a job ended, by what its submission holds; None if that does not tell."""
+    """The outcome of a job, from the files of its submission; None if they do not tell."""
     folder = submission_of(run, job)
     try:
         task = job_numbers(folder).index(job["job"])
@@ -333,7 +333,7 @@ def _outcome(run: Path, job: Record) -> Outcome | None:
 
 
 def _local_outcome(job: Record, history: _History) -> Outcome | None:
-    """How a job of this machine ended, if it says so and the run has not been started since."""
+    """The outcome of a local job, if it wrote one and the run has not been started after that."""
     if job["executor"] == "slurm":
         return None
     files = (submission_of(history.run, job) / OUTCOMES_FOLDER).glob("*-0-*.json")
@@ -344,7 +344,7 @@ def _local_outcome(job: Record, history: _History) -> Outcome | None:
 
 
 def _step(history: _History, metrics: MetricsTail) -> int | None:
-    """How many are done, by the newest start; before its first, by what was left."""
+    """The number of steps done: by the newest start or, before its first step, by earlier files."""
     steps = [read_step(RunDirectory(history.run).logs(history.attempt))]
     if metrics.attempt == history.attempt:
         steps.append(metrics.step)
@@ -357,7 +357,7 @@ def _step(history: _History, metrics: MetricsTail) -> int | None:
 
 
 def _time_of(text: object) -> float:
-    """Seconds since 1970; 0 if it cannot be read."""
+    """The time in seconds since 1970; 0 if it cannot be read."""
     try:
         return datetime.fromisoformat(str(text)).timestamp()
     except ValueError:
@@ -365,15 +365,15 @@ def _time_of(text: object) -> float:
 
 
 def _printable(line: str) -> str:
-    """Without what would move the cursor of a terminal."""
+    """The text without characters that would move the cursor of a terminal."""
     return "".join(character if character.isprintable() else " " for character in line)
 
 
 def find_runs(words: Sequence[Path]) -> list[Path]:
-    """The runs named, and those of folders named: a sweep, a pipeline, `runs`.
+    """The named runs, and the runs in named folders: a sweep, a pipeline, `runs`.
 
     Raises:
-        UserError: a folder is not there, or none of them holds a run.
+        UserError: a folder is missing, or no folder holds a run.
     """
     for word in words:
         if not word.exists():
@@ -385,7 +385,7 @@ def find_runs(words: Sequence[Path]) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a run, or has been submitted to become one."""
+    """Whether the folder is a run, or was submitted to become one."""
     return RunDirectory(folder).begun or (folder / JOBS_FILE).is_file()
 
 

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
 
 _STYLES = {"running": "cyan", "done": "green", "failed": "red", "dead": "red", "pending": "yellow"}
-# A table in a file or a pipe: one line for each run, however long.
+# Width of the table in a file or a pipe: one line for each run, however long.
 _PLAIN_WIDTH = 10_000
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn status [RUN ...] [--follow] [--interval_seconds S] [--json]`. Returns the exit code."""
+    """`peerlearn status [RUN ...] [--follow] [--interval_seconds S] [--json]`.
+
+    Returns:
+        The exit code.
+    """
     arguments = _parse(argv)
     words: list[Path] = arguments.runs or [Path("runs")]
     show = _show_json if arguments.json else _show_table
@@ -46,11 +50,11 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="peerlearn status",
-        description="Show how runs stand: their jobs, steps, speed, scores and signs of life. Without Slurm, or where "
-        "it does not answer, by the run directories alone. "
+        description="Show the state of runs: jobs, steps, speed, scores and heartbeats. If there is no Slurm, or it "
+        "does not answer, the run directories alone tell the state. "
         "Example: peerlearn status runs --follow",
-        epilog="--json prints a list with an object for each run, null for what is unknown: run, state, reason, live "
-        "(whether it goes on by itself), job, restarts, step, total_steps, images_per_second, seconds_left, "
+        epilog="--json prints a list with an object for each run; null means unknown. Its keys: run, state, reason, "
+        "live (whether it goes on by itself), job, restarts, step, total_steps, images_per_second, seconds_left, "
         "knn_top1 (percent), knn_network, knn_epoch, knn_k, knn_temperature, "
         "classifier_top1 (percent, of a supervised run), classifier_network, classifier_epoch, classifier_split, "
         "heartbeat_age_seconds, evaluations_pending, evaluations_running.",
@@ -60,16 +64,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="*",
         type=Path,
         metavar="RUN",
-        help="a run, or a folder that holds some: a sweep, a pipeline (default: runs)",
+        help="a run, or a folder that holds runs: a sweep, a pipeline (default: runs)",
     )
     parser.add_argument(
-        "--follow", action="store_true", help="show it again and again, until nothing runs or waits"
+        "--follow",
+        action="store_true",
+        help="show the table again and again, until nothing runs or waits",
     )
     parser.add_argument(
-        "--interval_seconds", type=float, default=5.0, help="between two looks (default: 5)"
+        "--interval_seconds",
+        type=float,
+        default=5.0,
+        help="seconds from one table to the next (default: 5)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="for programs; with --follow one line for each look"
+        "--json",
+        action="store_true",
+        help="print JSON for programs; with --follow one line for each table",
     )
     arguments = parser.parse_args(argv)
     if not arguments.interval_seconds > 0:
@@ -80,7 +91,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _snapshots(words: Sequence[Path], interval_seconds: float) -> Iterator[list[RunStatus]]:
-    """The statuses, again and again, until nothing runs or waits; runs that come are found, too."""
+    """The statuses, again and again, until nothing runs or waits. New runs are found too."""
     watch = JobWatch()
     while True:
         statuses = read_statuses(find_runs(words), watch)
@@ -152,7 +163,7 @@ def _score_heading(statuses: Sequence[RunStatus]) -> str:
 
 
 def _numbers(status: RunStatus) -> list[str]:
-    """The cells of one run: step, images/s, time left, accuracy, heartbeat; a dash is unknown."""
+    """The cells of one run: step, images/s, time left, accuracy, heartbeat. A dash means unknown."""
     step = "-" if status.step is None else f"{status.step:,}"
     total = "" if status.total_steps is None else f"/{status.total_steps:,}"
     rate, left, beat = status.images_per_second, status.seconds_left, status.heartbeat_age_seconds
@@ -176,7 +187,7 @@ def _evaluations(status: RunStatus) -> str:
 
 
 def _knn_protocol(statuses: Sequence[RunStatus]) -> list[str]:
-    """What the kNN scores are, in one line; none if there are no such scores."""
+    """The protocol of the kNN scores in one line; no line if there are no such scores."""
     protocols = {
         (s.knn_network, s.knn_k, s.knn_temperature) for s in statuses if s.knn_top1 is not None
     }
@@ -189,7 +200,7 @@ def _knn_protocol(statuses: Sequence[RunStatus]) -> list[str]:
 
 
 def _classifier_protocol(statuses: Sequence[RunStatus]) -> list[str]:
-    """The same of supervised runs."""
+    """The protocol of supervised runs' accuracies in one line; no line if there are none."""
     protocols = {
         (s.classifier_network, s.classifier_split)
         for s in statuses

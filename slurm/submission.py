@@ -1,11 +1,11 @@
-"""A submission: one folder that holds all that its jobs need, whatever becomes of the checkout meanwhile.
+"""A submission: one folder that holds all that its jobs need, even if the checkout changes after it.
 
-FOLDER/  (0700: what lies here is run as the user who owns it)
-  submission.json    the tasks (words, run), the cluster's settings, where it was submitted, the code's revision
-  code/              a copy of the program; jobs run this one, after every requeue too
-  configs/task-0.yaml    the resolved config that the job of task 0 is pointed to
-  outcomes/, outcomes-0.jsonl    how each start ended, and what was made of it
-  JOB_RANK_log.out   what each process printed; and submitit's own files
+FOLDER/  (mode 0700: files here are run as the user who owns them)
+  submission.json    the tasks (words, run), the cluster's settings, the place of submission, the code's revision
+  code/              a copy of the program, which the jobs run, also after every requeue
+  configs/task-0.yaml    the resolved config of task 0, which its command reads
+  outcomes/, outcomes-0.jsonl    how each start ended, and the decision after it
+  JOB_RANK_log.out   the output of each process; submitit's own files lie beside it
 RUN/slurm/jobs.jsonl   one line for each job that works on RUN
 """
 
@@ -31,7 +31,7 @@ from peerlearn.runs.files import append_json_line, read_json_lines, write_text
 from peerlearn.runs.heartbeat import process_started_at
 from slurm.config import SubmitConfig
 
-# Verbs whose jobs own the run directory; those of others only look at it.
+# Verbs whose jobs own the run directory. The jobs of other verbs only read it.
 TRAINING_VERBS = ("pretrain", "resume")
 JOBS_FILE = Path(JOBS_FOLDER) / "jobs.jsonl"
 OUTCOMES_FOLDER = "outcomes"
@@ -45,9 +45,9 @@ class Task:
     """One command of a submission.
 
     Attributes:
-        words: what `peerlearn` is given.
-        run: the run directory it works on, if it is a run's.
-        config_yaml: the resolved config that the command is pointed to; None for a verb without one.
+        words: words after `peerlearn`.
+        run: run directory that the command works on; None if it works on none.
+        config_yaml: resolved config of the command; None for a verb without a config.
     """
 
     words: list[str]
@@ -56,20 +56,20 @@ class Task:
 
     @property
     def trains(self) -> bool:
-        """Whether the run is the command's own, whose end is the run's."""
+        """Whether the command trains the run, so that the end of the command is the end of the run."""
         return self.run is not None and self.words[0] in TRAINING_VERBS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What submission.json holds.
+    """The content of submission.json.
 
     Attributes:
-        folder: it lies in.
-        tasks: one per job; several are a job array.
-        config: where and how they run.
-        working_directory: of the commands; relative paths in them mean what they meant at submission.
-        made: the folders that were made for it, innermost first; known only to who made them.
+        folder: folder of the submission.
+        tasks: commands to run, one for each job; several are a job array.
+        config: place and manner of the jobs.
+        working_directory: working directory of the commands, so that relative paths keep their meaning.
+        made: folders that were made for the submission, innermost first; empty after `read_submission`.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class Submission:
         return self.folder / OUTCOMES_FOLDER
 
     def config_file(self, task: int) -> Path:
-        """The config that a task's command is pointed to."""
+        """The file with the resolved config of a task."""
         return self.folder / "configs" / f"task-{task}.yaml"
 
     def trained_run(self, task: int) -> RunDirectory | None:
@@ -99,7 +99,7 @@ class Submission:
         return RunDirectory(run) if chosen.trains else None
 
     def command(self, task: int) -> list[str]:
-        """The words of a task, with its config by path."""
+        """The words of a task, with the path of its resolved config."""
         chosen = self.tasks[task]
         if chosen.config_yaml is None:
             return chosen.words
@@ -111,10 +111,10 @@ class Submission:
 
 @contextmanager
 def locked_home(home: Path) -> Iterator[None]:
-    """Let no other submission into this folder for as long as the block lasts; after a failure, leave nothing of it.
+    """Keep other submissions out of this folder for as long as the block lasts. A failure leaves nothing behind.
 
     Raises:
-        UserError: another does not come to its end, or the folder cannot be written.
+        UserError: another submission does not end, or the folder cannot be written.
     """
     missing = [folder for folder in (home, *home.parents) if not folder.exists()]
     lock = FileLock(home / ".submit.lock")
@@ -148,7 +148,7 @@ def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Su
     """Write a new submission folder, HOME/<verb>-<n>.
 
     Raises:
-        UserError: it cannot be written, or the code cannot be copied; nothing is left behind.
+        UserError: the folder cannot be written, or the code cannot be copied. Nothing is left behind.
     """
     missing = [folder for folder in (home, *home.parents) if not folder.exists()]
     folder = _new_folder(home, tasks[0].words[0])
@@ -171,7 +171,7 @@ def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Su
 
 
 def remove_submission(submission: Submission) -> None:
-    """Take away what `create_submission` made, up to the first folder that holds anything else by now."""
+    """Remove what `create_submission` made, up to the first folder that now holds anything else."""
     shutil.rmtree(submission.folder, ignore_errors=True)
     for folder in submission.made[1:]:
         try:
@@ -181,7 +181,7 @@ def remove_submission(submission: Submission) -> None:
 
 
 def read_submission(folder: Path) -> Submission:
-    """What `create_submission` wrote."""
+    """The submission that `create_submission` wrote."""
     content = json.loads((folder / _SUBMISSION_FILE).read_text())
     return Submission(
         folder=folder,
@@ -192,7 +192,7 @@ def read_submission(folder: Path) -> Submission:
 
 
 def record_jobs(submission: Submission, jobs: list[str]) -> None:
-    """Note the job of each task in the submission, and in the run it works on."""
+    """Record the job of each task in the submission, and in the run that it works on."""
     write_text(submission.folder / _NUMBERS_FILE, json.dumps(jobs) + "\n")
     for task, job in zip(submission.tasks, jobs, strict=True):
         if task.run is None:
@@ -225,12 +225,12 @@ def job_numbers(folder: Path) -> list[str]:
 
 
 def local_identity(pid: int) -> dict[str, Any]:
-    """What tells a local job's process from another that is given its number later."""
+    """Facts that identify the process of a local job, also after another process gets its number."""
     return {"host": socket.gethostname(), "started": process_started_at(pid)}
 
 
 def jobs_of(run: Path) -> Iterator[dict[str, Any]]:
-    """The records of the jobs that worked or work on a run, oldest first; what is not whole is left out."""
+    """The records of the jobs that work or worked on a run, oldest first. Incomplete records are left out."""
     for record in read_json_lines(run / JOBS_FILE):
         texts = all(isinstance(record.get(k), str) for k in ("job", "verb", "executor", "folder"))
         if texts and (record["executor"] != "local" or record["job"].isdecimal()):
@@ -261,7 +261,7 @@ def _copy_code(target: Path) -> None:
                 HOME / package, target / package, ignore=shutil.ignore_patterns("__pycache__")
             )
     except shutil.Error as error:
-        # A list of (source, target, reason).
+        # The error holds a list of (source, target, reason).
         source, _, reason = error.args[0][0]
         raise OSError(0, reason, source) from error
 
@@ -283,7 +283,7 @@ def _write(submission: Submission) -> None:
 
 
 def _revision() -> dict[str, Any] | None:
-    """The commit that the copied code comes from, and whether it was changed since; None outside a checkout."""
+    """The commit of the copied code, and whether the code differs from it; None outside a checkout."""
     git = ("git", "-C", str(HOME))
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:

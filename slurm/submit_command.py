@@ -1,4 +1,4 @@
-"""`peerlearn submit`."""
+"""`peerlearn submit`: run a verb as a job."""
 
 import sys
 from collections.abc import Sequence
@@ -18,13 +18,17 @@ CLUSTERS = Path(__file__).parent / "clusters"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn submit [--cluster C] [--key value ...] [--dry_run] -- VERB ...`. Returns the exit code."""
+    """`peerlearn submit [--cluster C] [--key value ...] [--dry_run] -- VERB ...`.
+
+    Returns:
+        The exit code.
+    """
     words = list(argv)
     own, command = _split(words)
     if {"-h", "--help"} & set(command):
         return dispatch(command)
     config, dry_run = read_cluster(own)
-    # Whichever side of the dashes it stands on, nothing is to happen.
+    # --dry_run counts on either side of the dashes.
     dry_run = dry_run or "--dry_run" in command
     home, tasks = plan_tasks([word for word in command if word != "--dry_run"], config.sweep)
     name = config.name or job_name(tasks, home)
@@ -47,7 +51,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
-    """`--cluster C` and further keys as a config, and whether `--dry_run` was given."""
+    """The config from `--cluster C` and further keys, and whether `--dry_run` was given.
+
+    Raises:
+        UsageError: `--cluster` is missing, a key is unknown, or a value is wrong.
+    """
     words = list(words)
     for position, word in enumerate(words):
         if word == "--cluster" or word.startswith("--cluster="):
@@ -66,7 +74,8 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
         SubmitConfig,
         words,
         verb="submit",
-        description="Run any verb as a job.",
+        description="Run any other verb as a job of a SLURM cluster or of this machine. --cluster C names a shipped "
+        "profile (local, debug, slurm, gpu_node) or a YAML file; the keys below override its values.",
         example="peerlearn submit --cluster local -- pretrain mcl_fashion_mnist_demo --run runs/a",
         shipped=CLUSTERS,
         usage="--cluster C [--key value ...] [--dry_run] -- VERB ...",
@@ -74,7 +83,7 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
 
 
 def job_name(tasks: Sequence[Task], home: Path) -> str:
-    """What squeue shows: the verb, and the run or the sweep."""
+    """The name of a job in squeue: the verb, and the run or the sweep."""
     folder = home.parent.name if home.name == JOBS_FOLDER else home.name
     return f"{tasks[0].words[0]}-{folder}" if folder else tasks[0].words[0]
 
@@ -99,7 +108,11 @@ def _check_free(tasks: Sequence[Task]) -> None:
 
 
 def _check_checkpoints(tasks: Sequence[Task], config: SubmitConfig) -> None:
-    """What is to be evaluated must be there, unless a job that comes first is to make it."""
+    """Make sure that the checkpoints to evaluate are there, unless a job that comes first will make them.
+
+    Raises:
+        UserError: a checkpoint is missing.
+    """
     for task in (task for task in tasks if not task.trains):
         asked = yaml.safe_load(task.config_yaml or "{}").get("checkpoint", [])
         for checkpoint in [asked] if isinstance(asked, str) else asked:

@@ -1,4 +1,4 @@
-"""What a pipeline has to do next, and whether it is done: pretraining, its watch, evaluations, the summary."""
+"""The next jobs of a pipeline, and whether it is done: pretraining, its watch, evaluations, the summary."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ from studies.watch import (
 
 
 def advance(pipeline: Pipeline, stop: Stop) -> Pass:
-    """Look at everything once, and submit what is due: pretraining, evaluations, at last the summary.
+    """Look at everything once, and submit what is due: pretraining, evaluations, and at last the summary.
 
     Raises:
         UserError: Slurm does not answer, or a ledger cannot be written.
@@ -37,30 +37,34 @@ def advance(pipeline: Pipeline, stop: Stop) -> Pass:
     for ledger in pipeline.ledgers():
         settle(ledger, survey)
     troubles, all_begun = _pretrain(pipeline, survey, stop)
-    found = evaluate_landed(pipeline.watched, survey, stop)
-    found.troubles = troubles + found.troubles
-    found.finished = found.finished and all_begun and not stop.requested
-    if not found.finished:
-        return found
+    result = evaluate_landed(pipeline.watched, survey, stop)
+    result.troubles = troubles + result.troubles
+    result.finished = result.finished and all_begun and not stop.requested
+    if not result.finished:
+        return result
     executors = {key: profile.executor for key, profile in pipeline.clusters.items()}
-    if found.live and executors["evaluation_cluster"] != "slurm":
-        found.finished = False
-        return found
+    if result.live and executors["evaluation_cluster"] != "slurm":
+        result.finished = False
+        return result
     if executors["watch_cluster"] != "slurm":
-        found.finished = not found.live
-        if found.finished:
+        result.finished = not result.live
+        if result.finished:
             _summarise_here(pipeline)
-        return found
+        return result
     try:
-        found.finished = _submit_summary(pipeline, found.live)
+        result.finished = _submit_summary(pipeline, result.live)
     except UserError as error:
-        found.finished = False
-        found.troubles.append(error)
-    return found
+        result.finished = False
+        result.troubles.append(error)
+    return result
 
 
 def _pretrain(pipeline: Pipeline, survey: Survey, stop: Stop) -> tuple[list[UserError], bool]:
-    """Submit the pretraining that is due; what could not be, and whether none is left."""
+    """Submit the pretraining that is due.
+
+    Returns:
+        The errors of what could not be submitted, and whether no pretraining is left to submit.
+    """
     troubles: list[UserError] = []
     ledger, throttle = pipeline.ledger, pipeline.config.throttle
     running = sum(training_of(run.folder, survey) == "live" for run in pipeline.runs)
@@ -98,7 +102,7 @@ def _order(pipeline: Pipeline, run: PlannedRun) -> Order:
 
 
 def _pretraining_task(pipeline: Pipeline, run: PlannedRun) -> Task:
-    """Begin it, or go on with it."""
+    """The task that begins a pretraining, or continues it."""
     if RunDirectory(run.folder).begun:
         return plan_tasks(["resume", str(run.folder)], [])[1][0]
     resolved = pipeline.root / "configs" / f"pretrain-{run.variant}.yaml"
@@ -106,10 +110,13 @@ def _pretraining_task(pipeline: Pipeline, run: PlannedRun) -> Task:
 
 
 def submit_watch(pipeline: Pipeline) -> str | None:
-    """Have the pipeline watched by a job, unless one does; the job as `studies.ledger.hand_over` names it.
+    """Submit a job that watches the pipeline, unless there is one.
+
+    Returns:
+        The job, as `studies.ledger.hand_over` returns it.
 
     Raises:
-        UserError: it is refused, or Slurm does not answer.
+        UserError: the job is refused, or Slurm does not answer.
     """
     survey = pipeline.survey()
     order = Order(
@@ -127,7 +134,7 @@ def submit_watch(pipeline: Pipeline) -> str | None:
 
 
 def end_watch(pipeline: Pipeline) -> bool:
-    """Let the watch end, unless more has been asked for since it looked; the next `submit_watch` starts another.
+    """Let the watch end, unless there is more to do since its last look. The next `submit_watch` starts another watch.
 
     Raises:
         UserError: Slurm does not answer, or the ledger cannot be written.
@@ -151,7 +158,10 @@ def end_watch(pipeline: Pipeline) -> bool:
 
 
 def _submit_summary(pipeline: Pipeline, live: Sequence[str]) -> bool:
-    """Submit the job that comes after all evaluations. Whether it is submitted."""
+    """Submit the job that comes after all evaluations.
+
+    Returns:
+        Whether it is submitted."""
     evaluated = "".join(
         entry.name
         for run in pipeline.runs
@@ -186,7 +196,7 @@ def _summarise_here(pipeline: Pipeline) -> None:
 
 
 def ask_again(pipeline: Pipeline) -> None:
-    """Mark what has failed or is missing to be done again; what is done, waits or runs is left alone.
+    """Mark what has failed or is missing, so that it is done again. What is done, waits or runs stays as it is.
 
     Raises:
         UserError: Slurm does not answer, or a ledger cannot be written.

@@ -1,4 +1,4 @@
-"""Which exports of a run have landed: those that are whole, and that an evaluation is meant to see."""
+"""The exports of a run that have landed: they are whole, and an evaluation should see them."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ class Export:
     """All networks of one step.
 
     Attributes:
-        folder: RUN/export/step-N.
-        step: N.
-        sha256: of the networks' own.
+        folder: folder of the export, RUN/export/step-N.
+        step: number of the step, N.
+        sha256: hash over the hashes of its networks.
     """
 
     folder: Path
@@ -33,9 +33,9 @@ class Export:
 
 
 def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -> list[Export]:
-    """The exports to evaluate that are whole, by step.
+    """The whole exports to evaluate, by step.
 
-    Those of a run that goes on count once export/latest names them, which is written after all networks.
+    While a run goes on, an export counts once export/latest names it, which is written after all networks.
     """
     networks = _networks(run)
     exports = RunDirectory(run).exports
@@ -52,7 +52,7 @@ def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -
 
 
 def _networks(run: Path) -> int:
-    """How many the run trains; 0 while it has not begun."""
+    """The number of networks that the run trains; 0 while it has not begun."""
     try:
         return int(yaml.safe_load(RunDirectory(run).config.read_text())["cohort"]["networks"])
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
@@ -60,7 +60,7 @@ def _networks(run: Path) -> int:
 
 
 def _export(folder: Path, step: int, networks: int) -> Export | None:
-    """None while a network is missing: each one's folder appears at once, but they do so one after the other."""
+    """The export in a folder; None while a network is missing. Its networks appear one after the other."""
     seals = [read_seal(folder / network_folder(str(network))) for network in range(networks)]
     if None in seals:
         return None
@@ -69,10 +69,10 @@ def _export(folder: Path, step: int, networks: int) -> Export | None:
 
 
 def _steps_per_epoch(run: Path) -> int:
-    """Training leaves out an epoch's last incomplete batch.
+    """The number of steps in an epoch. Training leaves out the last incomplete batch.
 
     Raises:
-        UserError: the run does not tell.
+        UserError: the files of the run do not tell it.
     """
     try:
         images = TrainingFacts.read(RunDirectory(run).env).images

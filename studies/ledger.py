@@ -1,12 +1,12 @@
-"""Ledgers: which job was handed over for what, so that nothing is handed over twice.
+"""Ledgers: the submitted jobs and their purposes, so that nothing is submitted twice.
 
 RUN/slurm/evaluations.jsonl (evaluations), PIPELINE/slurm/pipeline.jsonl (pretraining, watching, summaries). Lines:
-  intent    key, attempt, name, folder, ...: on the disk before the job is handed over
-  job       its number: after it
+  intent    key, attempt, name, folder, ...: written before the job is submitted
+  job       the job's number: written after it is submitted
   refused   no job came of the intent
   ended     how the job ended, and the result files it left
-  again     the next attempt is asked for
-By its name, or its submission's folder, a job is found whose submitter died before it could write the second line.
+  again     another attempt is wanted
+If a submitter dies between `intent` and `job`, the job can be found by its name or by the folder of its submission.
 """
 
 import os
@@ -41,7 +41,7 @@ from slurm.submission import (
 EVALUATIONS = Path(JOBS_FOLDER) / "evaluations.jsonl"
 PIPELINE = Path(JOBS_FOLDER) / "pipeline.jsonl"
 _LOCK_SECONDS = 120.0
-# An sbatch whose caller was killed may need so long until its job is to be seen.
+# How long it may take until the job of an sbatch is visible whose caller was killed.
 _IN_FLIGHT_SECONDS = {"slurm": 60.0}
 
 
@@ -50,19 +50,19 @@ class Entry:
     """The newest attempt at a key.
 
     Attributes:
-        key: what is to be done once.
-        attempt: counted from 1.
-        name: the job's, like no other's.
-        folder: the submission's.
-        executor: slurm, local or debug.
-        begun_seconds: when it was about to be handed over, since 1970.
-        facts: what else its intent tells: of an evaluation its line and step.
-        job: the record that `slurm.jobs.states_of` takes; None while no job is known.
-        refused: why no job came of it.
-        kind: how its job ended; None while that is not known.
-        reason: of that, in one line.
-        results: the result files it left.
-        again: the next attempt is asked for.
+        key: name of the work that is to be done once.
+        attempt: number of the attempt, from 1.
+        name: name of the job, which no other job has.
+        folder: folder of the submission.
+        executor: place of the job: slurm, local or debug.
+        begun_seconds: time of the intent, in seconds since 1970.
+        facts: further facts of the intent; for an evaluation its line and step.
+        job: record of the job for `slurm.jobs.states_of`; None while no job is known.
+        refused: reason why no job came of the intent; None if one may have.
+        kind: kind of the job's end; None while it is not known.
+        reason: reason of the job's end, in one line.
+        results: result files that the job left.
+        again: whether another attempt is wanted.
     """
 
     key: str
@@ -81,21 +81,21 @@ class Entry:
 
     @property
     def in_doubt(self) -> bool:
-        """Whoever was handing it over did not come to say whether a job came of it."""
+        """Whether it is unknown if a job exists: its submitter died after `intent` and before `job` or `refused`."""
         return self.job is None and self.refused is None
 
     @property
     def due(self) -> bool:
-        """To be handed over anew."""
+        """Whether a new job is to be submitted."""
         return self.refused is not None or self.again
 
 
 class Ledger:
-    """The lines of one file, FOLDER/slurm/NAME.jsonl; what they name is relative to FOLDER.
+    """The lines of one file, FOLDER/slurm/NAME.jsonl. Paths in them are relative to FOLDER.
 
     Attributes:
-        file: the lines.
-        base: FOLDER.
+        file: file with the lines.
+        base: folder that paths are relative to, FOLDER.
     """
 
     def __init__(self, file: Path) -> None:
@@ -104,10 +104,10 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let nobody else write meanwhile.
+        """Lock the ledger for as long as the block lasts.
 
         Raises:
-            UserError: somebody else does not let go, or the folder cannot be written.
+            UserError: another process keeps the lock, or the folder cannot be written.
         """
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -125,10 +125,10 @@ class Ledger:
             lock.release()
 
     def add(self, event: str, key: str, **fields: Any) -> None:
-        """Append a line, and wait until it is on the disk; the lock must be held.
+        """Append a line, and wait until it is on the disk. The caller must hold the lock.
 
         Raises:
-            UserError: the disk does not take it.
+            UserError: the disk does not take the line.
         """
         try:
             row = {"event": event, "key": key, **fields, "time": now_text()}
@@ -137,7 +137,7 @@ class Ledger:
             raise UserError(f"{self.file}: cannot be written ({error.strerror})") from error
 
     def entries(self) -> dict[str, Entry]:
-        """The newest attempt at every key, oldest key first; lines that cannot be read are left out."""
+        """The newest attempt at every key, oldest key first. Lines that cannot be read are left out."""
         found: dict[str, Entry] = {}
         for content in read_json_lines(self.file):
             try:
@@ -174,21 +174,21 @@ class Ledger:
         return entry
 
     def relative(self, path: Path) -> str:
-        """How a path stands in the lines: they stay true where the folder is moved."""
+        """A path in the form of the lines. They stay true if the folder is moved."""
         return os.path.relpath(path.resolve(), self.base.resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A job to be handed over.
+    """A job to be submitted.
 
     Attributes:
-        key: what it does, to be done once.
-        task: what it runs; made when its turn has come.
-        home: where its submission goes.
-        config: where and how.
-        prefix: what its name begins with.
-        facts: for the ledger's readers.
+        key: name of the work that is to be done once.
+        task: function that makes the job's task, called just before the submission.
+        home: folder for the submission.
+        config: place and manner of the job.
+        prefix: beginning of the job's name.
+        facts: further facts for the ledger.
     """
 
     key: str
@@ -202,19 +202,21 @@ class Order:
 def hand_over(
     ledger: Ledger, order: Order, *, due: Callable[[Entry], bool] | None = None
 ) -> str | None:
-    """Submit, unless that was done: at most one job for each attempt, whoever else tries and whenever one is killed.
+    """Submit a job, unless that was done already.
+
+    There is at most one job for each attempt, even if several processes try and any of them is killed at any moment.
 
     Args:
-        ledger: of the key.
-        order: what to submit.
-        due: whether an entry whose job is known asks for another attempt; None = those marked `again` do.
+        ledger: ledger that holds the key.
+        order: job to submit.
+        due: whether an entry with a known job needs another attempt; None = the entries marked `again` do.
 
     Returns:
-        ``job 123``, or ``job 123, found again`` where a killed predecessor had submitted it; None if there is
-        nothing to do, or it cannot be told yet.
+        ``job 123``, or ``job 123, found again`` if a killed process had submitted it; None if there is nothing to do,
+        or if it cannot be known yet.
 
     Raises:
-        UserError: it is refused, or the ledger cannot be written.
+        UserError: the job is refused, or the ledger cannot be written.
     """
     with ledger.locked():
         entry = ledger.entries().get(order.key)
@@ -224,7 +226,7 @@ def hand_over(
                 return f"job {job}, found again"
             if _may_be_in_flight(entry):
                 return None
-            # So that a job that comes after all has nothing to run.
+            # If the job exists after all, it will find nothing to run.
             shutil.rmtree(entry.folder, ignore_errors=True)
             ledger.add("refused", entry.key, reason="its submitter died before it was handed over")
         elif entry is not None and not (entry.due or (due is not None and due(entry))):
@@ -262,7 +264,7 @@ def _submit(ledger: Ledger, order: Order, attempt: int) -> str:
 
 
 def _note(ledger: Ledger, entry: Entry, job: str) -> None:
-    """Write down the job of an intent, wherever it belongs and is not yet."""
+    """Record the job of an intent in the run, in the submission and in the ledger, where it is missing."""
     submission = read_submission(entry.folder)
     run, folder = submission.tasks[0].run, str(entry.folder.resolve())
     listed = jobs_of(Path(run)) if run else ()
@@ -275,7 +277,7 @@ def _note(ledger: Ledger, entry: Entry, job: str) -> None:
 
 
 def _find_job(entry: Entry) -> str | None:
-    """The job of an intent whose submitter died; None if there is none that could do anything."""
+    """The job of an intent whose submitter died; None if there is no job that could run."""
     if not entry.folder.is_dir():
         return None
     try:
@@ -296,7 +298,7 @@ def _job_named(name: str) -> str | None:
 
 
 def _local_job(folder: Path) -> str | None:
-    """The process that works on a submission, or has worked: by its files, else by its words."""
+    """The process that works or worked on a submission: found by its files, else by its command line."""
     for pattern in ("_submitted.pkl", "_0_log.out"):
         for file in folder.glob(f"*{pattern}"):
             return file.name.removesuffix(pattern)
@@ -312,10 +314,10 @@ def _local_job(folder: Path) -> str | None:
 
 
 def _complete(folder: Path, job: str) -> None:
-    """Give the job the file it waits for, by the name it looks for, where submitit had no time to."""
+    """Rename submitit's file to the name that the job waits for, if submitit was killed before it could."""
     if not (folder / f"{job}_submitted.pkl").exists():
         for file in folder.glob("*.pkl"):
-            if len(file.stem) == 32:  # uuid4().hex: not yet anybody's.
+            if len(file.stem) == 32:  # uuid4().hex: the file belongs to no job yet.
                 file.rename(folder / f"{job}_submitted.pkl")
                 return
 
@@ -328,8 +330,10 @@ def _may_be_in_flight(entry: Entry) -> bool:
 
 
 def jobs_without_a_run(folders: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folder and the job of whatever a pipeline has handed over that is no run's and has not ended: its watching
-    and summing up. Folders that hold no pipeline give none."""
+    """The jobs of pipelines that belong to no run and have not ended, each with its folder: watching and summing up.
+
+    Folders without a pipeline have none.
+    """
     for folder in folders:
         if (folder / PIPELINE_FILE).is_file():
             for entry in Ledger(folder / PIPELINE).entries().values():

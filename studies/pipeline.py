@@ -1,4 +1,4 @@
-"""A pipeline: seeds x pretraining, their evaluations, a summary; what it has to do next, and whether it is done.
+"""A pipeline: pretraining configs x seeds, their evaluations, and a summary.
 
 PIPELINE/  pipeline.yaml   configs/ (clusters, pretraining and evaluations, resolved when the pipeline was made)
            runs/VARIANT-seed-S/ (run directories)   slurm/ (jobs and their ledger)   summary.{csv,json,png}
@@ -40,10 +40,10 @@ class PlannedRun:
     """One pretraining with one seed.
 
     Attributes:
-        variant: the name of its pretraining.
-        line: of the config's `pretrain`.
-        seed: of it.
-        folder: the run directory.
+        variant: name of the pretraining.
+        line: line of the config's `pretrain`.
+        seed: seed of the run.
+        folder: run directory.
     """
 
     variant: str
@@ -53,7 +53,7 @@ class PlannedRun:
 
     @property
     def words(self) -> list[str]:
-        """What stands after the word pretrain."""
+        """The words after `pretrain`."""
         return shlex.split(split_name(self.line)[1])
 
 
@@ -62,11 +62,11 @@ class Pipeline:
     """A pipeline that is checked and complete.
 
     Attributes:
-        root: its folder.
-        config: as pipeline.yaml holds it.
-        clusters: the profiles of cluster, evaluation_cluster and watch_cluster.
-        pretraining: the resolved config of each variant, by name.
-        evaluations: of each export.
+        root: folder of the pipeline.
+        config: config in pipeline.yaml.
+        clusters: profiles of the keys cluster, evaluation_cluster and watch_cluster.
+        pretraining: resolved config of each variant, by name.
+        evaluations: evaluations of each export.
     """
 
     root: Path
@@ -94,11 +94,11 @@ class Pipeline:
         )
 
     def ledgers(self) -> list[Ledger]:
-        """Its own and those of its runs."""
+        """The ledger of the pipeline and those of its runs."""
         return [self.ledger, *(evaluations_of(run.folder) for run in self.runs)]
 
     def survey(self) -> Survey:
-        """Ask after all its jobs.
+        """Ask for the states of all jobs of the pipeline.
 
         Raises:
             UserError: Slurm does not answer.
@@ -107,12 +107,12 @@ class Pipeline:
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether a pipeline was made there."""
+    """Whether the folder holds a pipeline."""
     return (folder / PIPELINE_FILE).is_file()
 
 
 def planned_runs(root: Path, config: PipelineConfig) -> list[PlannedRun]:
-    """All of them: seed by seed, so that variants can be compared early."""
+    """All runs, seed by seed, so that variants can be compared early."""
     return [
         PlannedRun(
             variant=name_of(line),
@@ -126,7 +126,7 @@ def planned_runs(root: Path, config: PipelineConfig) -> list[PlannedRun]:
 
 
 def name_of(line: str) -> str:
-    """A command line as a part of a file's name: its own, or ``mcl_demo --epochs 6`` is mcl_demo-epochs-6."""
+    """A name for a command line that can be part of a file's name: ``mcl_demo --epochs 6`` is mcl_demo-epochs-6."""
     own, words = split_name(line)
     if own:
         return own
@@ -141,16 +141,16 @@ def name_of(line: str) -> str:
 
 
 def plan_pipeline(root: Path, config: PipelineConfig, made: "Pipeline | None" = None) -> Pipeline:
-    """Check every line of a config and resolve what it names.
+    """Check every line of a config and resolve the configs that it names.
 
     Args:
-        root: the pipeline's folder.
-        config: to be checked.
-        made: the pipeline as it was made, whose resolved configs stay for the lines that are the same.
+        root: folder of the pipeline.
+        config: config to check.
+        made: the pipeline as it was made before; lines that have not changed keep its resolved configs.
 
     Raises:
-        UsageError: an unknown verb, key, config or profile.
-        UserError: a run cannot be started there.
+        UsageError: a verb, a key, a config or a profile is unknown.
+        UserError: a run cannot be started in its folder.
     """
     for key, lines in (("pretrain", config.pretrain), ("evaluate", config.evaluate)):
         names = [name_of(line) for line in lines]
@@ -177,7 +177,7 @@ def plan_pipeline(root: Path, config: PipelineConfig, made: "Pipeline | None" = 
 
 
 def _check_same_lines(config: PipelineConfig, made: Pipeline | None) -> None:
-    """A name that has runs already may not come to mean something else."""
+    """Make sure that a name which already has runs keeps its meaning."""
     earlier = {name_of(line): line for line in made.config.pretrain} if made else {}
     for line in config.pretrain:
         if earlier.get(name_of(line), line) != line:
@@ -198,12 +198,12 @@ def _resolve_pretraining(run: PlannedRun) -> str:
 
 
 def own_words(run: PlannedRun) -> list[str]:
-    """What tells this run from the others of its variant."""
+    """The words that differ between the runs of a variant."""
     return ["--seed", str(run.seed), "--run", str(run.folder)]
 
 
 def _clusters(config: PipelineConfig, made: Pipeline | None) -> dict[str, SubmitConfig]:
-    """The profiles, without what is only meant for a single submission."""
+    """The profiles, without the keys that are only for a single submission."""
     if made and all(getattr(config, key) == getattr(made.config, key) for key in _PROFILES):
         return made.clusters
     training = _profile("cluster", config.cluster)
@@ -228,7 +228,7 @@ def _profile(key: str, name: str) -> SubmitConfig:
 
 
 def write_pipeline(pipeline: Pipeline) -> None:
-    """Write pipeline.yaml, and before it what it names, so that later changes elsewhere do not change it.
+    """Write the resolved configs and then pipeline.yaml. Later changes of shipped configs do not change the pipeline.
 
     Raises:
         UserError: the folder cannot be written.
@@ -251,7 +251,7 @@ def write_pipeline(pipeline: Pipeline) -> None:
 
 
 def remove_pipeline(pipeline: Pipeline) -> None:
-    """Take away what `write_pipeline` wrote; nothing else may have come of it."""
+    """Remove what `write_pipeline` wrote. No job may have been submitted."""
     (pipeline.root / PIPELINE_FILE).unlink(missing_ok=True)
     for name in ("configs", JOBS_FOLDER):
         shutil.rmtree(pipeline.root / name, ignore_errors=True)
@@ -260,7 +260,7 @@ def remove_pipeline(pipeline: Pipeline) -> None:
 
 
 def load_pipeline(root: Path) -> Pipeline:
-    """What `write_pipeline` wrote.
+    """The pipeline that `write_pipeline` wrote.
 
     Raises:
         UserError: a file is missing or damaged.

@@ -25,12 +25,16 @@ SHIPPED = Path(__file__).parent / "pipelines"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn pipeline FILE.yaml [--key value ...] [--dry_run]`. Returns the exit code."""
+    """`peerlearn pipeline FILE.yaml [--key value ...] [--dry_run]`.
+
+    Returns:
+        The exit code.
+    """
     config, dry_run = parse_config(
         PipelineConfig,
         argv,
         verb="pipeline",
-        description="Pretrain with several seeds, evaluate every checkpoint as it lands, and sum up.",
+        description="Pretrain with several seeds, evaluate every export once it is there, and sum up.",
         example="peerlearn pipeline fashion_mnist --seeds 0 1 --folder runs/try",
         shipped=SHIPPED,
     )
@@ -44,22 +48,26 @@ def main(argv: Sequence[str]) -> int:
         _print_plan(pipeline)
         return DONE
     write_pipeline(pipeline)
-    found = advance(pipeline, Stop())
-    if found.troubles and not _anything_submitted(pipeline):
+    result = advance(pipeline, Stop())
+    if result.troubles and not _anything_submitted(pipeline):
         remove_pipeline(pipeline)
-        raise found.troubles[0]
-    return _go_on(pipeline, found)
+        raise result.troubles[0]
+    return _go_on(pipeline, result)
 
 
 def resume(argv: Sequence[str]) -> int:
-    """`peerlearn resume PIPELINE [--key value ...] [--dry_run]`. Returns the exit code."""
+    """`peerlearn resume PIPELINE [--key value ...] [--dry_run]`.
+
+    Returns:
+        The exit code.
+    """
     root = Path(argv[0])
     made = load_pipeline(root)
     config, dry_run = parse_config(
         PipelineConfig,
         [str(root / PIPELINE_FILE), *argv[1:]],
         verb="resume",
-        description="Submit what a pipeline lacks; changed keys hold from now on.",
+        description="Submit the missing jobs of a pipeline. Changed keys count from now on.",
         example="peerlearn resume runs/fashion_mnist --seeds 0 1 2 3",
     )
     if config.folder != made.config.folder:
@@ -73,11 +81,11 @@ def resume(argv: Sequence[str]) -> int:
     return _go_on(pipeline, advance(pipeline, Stop()))
 
 
-def _go_on(pipeline: Pipeline, found: Pass) -> int:
-    """Say what is in the way, and watch what is to come."""
-    for trouble in found.troubles:
+def _go_on(pipeline: Pipeline, result: Pass) -> int:
+    """Print what could not be submitted, and start the watch."""
+    for trouble in result.troubles:
         print(f"{trouble}; it is tried again by the watch", flush=True)
-    if found.finished:
+    if result.finished:
         print(f"pipeline: {pipeline.root}: all is submitted", flush=True)
         return DONE
     here = pipeline.clusters["watch_cluster"].executor == "debug"

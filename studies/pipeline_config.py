@@ -11,22 +11,22 @@ from peerlearn.config import require
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """Seeds x pretraining, and what is measured of each checkpoint.
+    """Pretraining with several seeds, and the evaluations of each checkpoint.
 
     Attributes:
-        folder: the pipeline's own, for its runs, jobs and summary.
-        cluster: the profile pretraining runs under: local, debug, slurm, or a YAML file.
-        evaluation_cluster: of the evaluations; null = the same.
-        watch_cluster: of the small job that watches, and of the summary's; null = the evaluations', one process of it
-            without a GPU.
-        seeds: each pretraining is run with each of them.
-        pretrain: what stands after the word pretrain, one line per variant, without --seed and --run. `NAME = ` before
-            it names the variant; else the line itself does.
-        evaluate: command lines of evaluations, verb first, without --checkpoint.
-        every_epochs: evaluate only the exports of epochs divisible by this, and the last; null = all there are.
-        throttle: at most so many pretrainings, and as many evaluations, wait or run at once; null = no limit.
-        watch: in a job, or here in the foreground, for clusters whose nodes may not submit.
-        interval_seconds: between two looks at the runs.
+        folder: folder of the pipeline, for its runs, jobs and summary.
+        cluster: profile of the pretraining jobs: local, debug, slurm, or a YAML file.
+        evaluation_cluster: profile of the evaluation jobs; null = that of the pretraining.
+        watch_cluster: profile of the small job that watches, and of the summary's job; null = that of the evaluations,
+            with one process and no GPU.
+        seeds: seeds of each pretraining.
+        pretrain: words after `pretrain`, one line per variant, without --seed and --run; `NAME = ` before the words
+            names the variant, else the line is its name.
+        evaluate: command lines of the evaluations, verb first, without --checkpoint.
+        every_epochs: interval of the evaluated exports in epochs; the last export is always evaluated; null = all are.
+        throttle: largest number of pretrainings, and of evaluations, that wait or run at once; null = no limit.
+        watch: place of the watch: job, or here in the foreground for clusters whose nodes may not submit.
+        interval_seconds: seconds from one look at the runs to the next.
     """
 
     folder: str
@@ -60,9 +60,9 @@ class PipelineConfig:
 
 
 def split_name(line: str) -> tuple[str | None, str]:
-    """A variant's own name, if it has one, and its words: ``mcl = mcl_demo --epochs 6``."""
-    found = re.fullmatch(r"([A-Za-z0-9._-]+) = (.*)", line, re.DOTALL)
-    return (found[1], found[2]) if found else (None, line)
+    """The name of a variant, or None, and its words: ``mcl = mcl_demo --epochs 6``."""
+    match = re.fullmatch(r"([A-Za-z0-9._-]+) = (.*)", line, re.DOTALL)
+    return (match[1], match[2]) if match else (None, line)
 
 
 def _check_line(key: str, line: str) -> None:

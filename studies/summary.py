@@ -1,4 +1,4 @@
-"""What a pipeline has measured: every score over its seeds, and what is missing."""
+"""The scores of a pipeline over its seeds, and what is missing."""
 
 import json
 from collections import defaultdict
@@ -33,19 +33,19 @@ class Score:
     """One metric over the seeds of a pretraining.
 
     Attributes:
-        pretrain: the pretraining's line.
-        evaluation: the evaluation's line.
-        task: as the result files name it.
-        dataset: that was scored on.
-        network: 0, 1, ..., key-0, ..., ensemble.
-        step: of the checkpoint.
-        metric: its name in the result files.
-        mean: over the seeds.
-        std: the sample's; None for one seed.
+        pretrain: line of the pretraining.
+        evaluation: line of the evaluation.
+        task: name of the task in the result files.
+        dataset: data set of the score.
+        network: name of the network: 0, 1, ..., key-0, ..., ensemble.
+        step: step of the checkpoint.
+        metric: name of the metric in the result files.
+        mean: mean over the seeds.
+        std: sample standard deviation over the seeds; None for one seed.
         ci95: half the width of the 95 % interval of the mean; None for one seed.
-        values: by seed.
-        n: images of the test, if the result files tell.
-        protocol: that all values were measured under.
+        values: values by seed.
+        n: number of test images, if the result files tell it.
+        protocol: protocol of all values.
     """
 
     pretrain: str
@@ -65,12 +65,12 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that the scores lack.
+    """A score that is missing.
 
     Attributes:
-        run: the run directory's name.
-        what: the pretraining, or an evaluation's line and step.
-        why: in one line.
+        run: name of the run directory.
+        what: the pretraining, or the line and step of an evaluation.
+        why: reason in one line.
     """
 
     run: str
@@ -80,11 +80,11 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """All that is known.
+    """The scores of a pipeline so far.
 
     Attributes:
-        scores: by pretraining, evaluation, network, step and metric; of each result file the main metric first.
-        problems: what failed, is missing, or is not done yet.
+        scores: scores in the order of pretraining, evaluation, network, step and metric, main metrics first.
+        problems: scores that failed, are missing, or are not done yet.
     """
 
     scores: list[Score]
@@ -116,7 +116,7 @@ def sum_up(pipeline: Pipeline) -> Summary:
     try:
         survey = pipeline.survey()
     except UserError:
-        # Where there is no Slurm nothing is live, and what was written down before is known.
+        # Without Slurm no job is live, and the ledgers hold what was known before.
         survey = Survey(
             asked=frozenset(map(job_key, training_jobs([run.folder for run in pipeline.runs])))
         )
@@ -139,7 +139,7 @@ def sum_up(pipeline: Pipeline) -> Summary:
 def _results(
     pipeline: Pipeline, run: PlannedRun, survey: Survey, problems: list[Problem]
 ) -> Iterator[tuple[str, Result]]:
-    """The evaluation's line and the content of each result file of a run; what is wrong is added to the problems."""
+    """The content of each result file of a run, with the line of its evaluation. Problems are added to the list."""
     training = training_of(run.folder, survey)
     why = {"none": "it has not begun", "live": "it is not done yet", "dead": failure_of(run.folder)}
     if training in why:
@@ -150,7 +150,7 @@ def _results(
     lines = {evaluation.line for evaluation in pipeline.evaluations}
     for entry in entries.values():
         name = (entry.facts["evaluation"], entry.facts["step"])
-        # An export may be gone once it is evaluated. Where others stand in its place, they count.
+        # An export may be deleted once it is evaluated. If another export has taken its place, that one counts.
         if name[0] in lines:
             present.setdefault(name, entry.key)
     for (line, step), key in sorted(present.items()):
@@ -175,7 +175,7 @@ def _read(path: Path, run: PlannedRun, problems: list[Problem]) -> Result | None
 
 
 def _shortcoming(entry: Entry | None) -> str:
-    """Why an evaluation has no whole result; "" if it has."""
+    """The reason why an evaluation has no whole result; "" if it has one."""
     if entry is None or entry.due or entry.job is None:
         refused = entry.refused if entry else None
         return f"not submitted: {refused}" if refused else "not submitted"

@@ -24,7 +24,11 @@ _COLUMNS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn summary PIPELINE`. Returns the exit code."""
+    """`peerlearn summary PIPELINE`.
+
+    Returns:
+        The exit code.
+    """
     parser = ArgumentParser(
         prog="peerlearn summary",
         description="Sum up what a pipeline has measured so far: mean, standard deviation and 95 % interval of the "
@@ -40,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def summarise(pipeline: Pipeline) -> None:
-    """Print the table of each pretraining's last step and what is missing; write summary.csv, .json and .png.
+    """Print the scores of each pretraining's last step and what is missing; write summary.csv, .json and .png.
 
     Raises:
         UserError: the folder cannot be written.
@@ -92,7 +96,7 @@ def _print(pipeline: Pipeline, summary: Summary) -> None:
 
 
 def _table(scores: Sequence[Score], *, seeds: int) -> "Table":
-    """One evaluation of the last step of every pretraining; as in the files, a number of one seed has no spread."""
+    """The table of one evaluation of every pretraining's last step. A score of a single seed has no spread."""
     from rich.table import Table
 
     first = scores[0]
@@ -122,16 +126,16 @@ def _panels(scores: Sequence[Score]) -> list[tuple[str, str, str]]:
 
 
 def _panel(score: Score) -> tuple[str, str, str]:
-    """Scores that are compared with each other."""
+    """The key of a panel of the picture. Scores with the same key are compared."""
     return score.evaluation, score.dataset, score.metric
 
 
 def _plot(scores: Sequence[Score], file: Path) -> None:
-    """Each evaluation a panel: its main metric over steps, one line for each pretraining's networks."""
+    """Draw a panel for each evaluation: its main metric over steps, with a line for each pretraining and network."""
     from matplotlib.figure import Figure
 
     panels = _panels(scores)
-    # A figure of its own, not pyplot's: nothing global, and no display is looked for.
+    # A Figure, and not pyplot: pyplot keeps global state and looks for a display.
     figure = Figure(figsize=(10, 4 * len(panels)), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False).flat, panels, strict=True):
         chosen = [score for score in scores if _panel(score) == panel]

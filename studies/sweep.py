@@ -1,4 +1,4 @@
-"""A sweep: which runs its grids and seeds make, how they are named, and how they stand.
+"""A sweep: the runs of its grids and seeds, their names, and their states.
 
 SWEEP/  sweep.yaml (its config)   configs/NAME.yaml (as resolved)   NAME-seed-S/ (run directories)
         logs/NAME-seed-S.log (what each run printed)   sweep.{csv,json,md,png}
@@ -24,7 +24,7 @@ from studies.sweep_config import SweepConfig, read_sweep
 
 CONFIG_FILE = "sweep.yaml"
 _LONGEST_NAME = 80
-# What may be otherwise in a run without making it another: where and how it was run, and how often it was looked at.
+# Keys that may differ without making another run: where and how it ran, and how often it was watched.
 _INCIDENTAL_KEYS = re.compile(
     r"run|device|rank_timeout_seconds|data\.(root|workers|fallback|max_unreadable_percent)"
     r"|monitor\.(every_epochs|log_every_steps)|checkpoint\..*"
@@ -36,9 +36,9 @@ class Variant:
     """One pretraining config of a sweep, apart from its seed and its run.
 
     Attributes:
-        name: what its run directories begin with.
-        words: after the word pretrain, of the first grid that has it.
-        config: resolved.
+        name: beginning of the names of its run directories.
+        words: words after `pretrain`, from the first grid that has this config.
+        config: resolved config.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Cell:
     """One point of a grid.
 
     Attributes:
-        grid: its name.
-        labels: one for each axis; the last is the one compared along.
-        variant: what is run; other cells may have the same.
+        grid: name of the grid.
+        labels: label on each axis; scores are compared along the last axis.
+        variant: config that is run; other cells may have the same.
     """
 
     grid: str
@@ -70,10 +70,10 @@ class SweptRun:
     """A variant with one seed.
 
     Attributes:
-        variant: of it.
-        seed: of it.
-        folder: the run directory.
-        log: the file of what its process prints.
+        variant: config of the run.
+        seed: seed of the run.
+        folder: run directory.
+        log: file with the output of its process.
     """
 
     variant: Variant
@@ -83,12 +83,12 @@ class SweptRun:
 
     @property
     def own_words(self) -> list[str]:
-        """What tells it from other runs of its variant."""
+        """The words that differ between the runs of a variant."""
         return ["--seed", str(self.seed), "--run", str(self.folder)]
 
     @property
     def state(self) -> str:
-        """done, begun or missing; a run whose results are gone is not done."""
+        """The state of the run: done, begun or missing. A run without its results is not done."""
         run = RunDirectory(self.folder)
         if run.done and not lacks_results(self.variant.config, run):
             return "done"
@@ -100,8 +100,8 @@ class Sweep:
     """A sweep whose configs are resolved.
 
     Attributes:
-        config: as its file says.
-        cells: of the chosen grids, in their order.
+        config: config in its file.
+        cells: cells of the chosen grids, in order.
     """
 
     config: SweepConfig
@@ -113,12 +113,12 @@ class Sweep:
 
     @property
     def grids(self) -> list[str]:
-        """The names of those chosen."""
+        """The names of the chosen grids."""
         return list(dict.fromkeys(cell.grid for cell in self.cells))
 
     @property
     def variants(self) -> list[Variant]:
-        """Each once."""
+        """The different configs of the cells."""
         return list({cell.variant.name: cell.variant for cell in self.cells}.values())
 
     def run_of(self, variant: Variant, seed: int) -> SweptRun:
@@ -133,7 +133,7 @@ class Sweep:
 
     @property
     def runs(self) -> list[SweptRun]:
-        """All of them: seed by seed, so that variants can be compared early."""
+        """All runs, seed by seed, so that variants can be compared early."""
         return [
             self.run_of(variant, seed) for seed in self.config.seeds for variant in self.variants
         ]
@@ -143,11 +143,11 @@ def plan_sweep(config: SweepConfig, only: Sequence[str] = ()) -> Sweep:
     """Resolve the config of every cell.
 
     Args:
-        config: of the sweep.
-        only: the names of grids; empty for all.
+        config: config of the sweep.
+        only: names of the grids to plan; empty = all.
 
     Raises:
-        UsageError: an unknown grid, or words that `peerlearn pretrain` refuses; the message names the label.
+        UsageError: a grid is unknown, or `peerlearn pretrain` refuses the words of a label, which the message names.
     """
     for grid in only:
         if grid not in config.grids:
@@ -166,10 +166,10 @@ def plan_sweep(config: SweepConfig, only: Sequence[str] = ()) -> Sweep:
                 resolved[tuple(all_words)] = _resolve(all_words)
             except UsageError as error:
                 raise UsageError(f"grids: {grid}: {' / '.join(labels)}: {error}") from error
-        found = resolved[tuple(all_words)]
-        name = variant_name(found, base)
-        variant = variants.setdefault(name, Variant(name=name, words=all_words, config=found))
-        if variant.config != found:
+        chosen = resolved[tuple(all_words)]
+        name = variant_name(chosen, base)
+        variant = variants.setdefault(name, Variant(name=name, words=all_words, config=chosen))
+        if variant.config != chosen:
             raise UsageError(
                 f"grids: {grid}: {' / '.join(labels)}: it would be named {name}, as another config is: leave one out"
             )
@@ -178,7 +178,7 @@ def plan_sweep(config: SweepConfig, only: Sequence[str] = ()) -> Sweep:
 
 
 def _points(config: SweepConfig) -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
-    """Grid, labels and words of every cell."""
+    """The grid, the labels and the words of every cell."""
     for grid, axes in config.grids.items():
         for chosen in itertools.product(*(labels.items() for labels in axes.values())):
             words = [word for _, line in chosen for word in shlex.split(line)]
@@ -186,11 +186,11 @@ def _points(config: SweepConfig) -> Iterator[tuple[str, tuple[str, ...], list[st
 
 
 def _base(common: list[str]) -> PretrainConfig:
-    """What the names of variants tell their differences from."""
+    """The config that the names of variants are relative to."""
     try:
         return _resolve(common)
     except UsageError:
-        # Alone the common words may lack something that every cell adds; then a wrong one shows there.
+        # The common words alone may be incomplete, if every cell adds something. A wrong word then shows in the cells.
         return PretrainConfig()
 
 
@@ -202,9 +202,9 @@ def _resolve(words: list[str]) -> PretrainConfig:
 
 
 def variant_name(config: PretrainConfig, base: PretrainConfig) -> str:
-    """What a config has otherwise than the base, as a part of a folder's name.
+    """The differences of a config from the base, as a part of a folder's name.
 
-    It depends on nothing else in the sweep, so that a new grid renames no run.
+    The name depends on nothing else in the sweep, so that a new grid renames no run.
     """
     theirs = flat_config(base)
     differing = {key: value for key, value in flat_config(config).items() if value != theirs[key]}
@@ -224,7 +224,7 @@ def _text(value: Any) -> str:
 
 
 def flat_config(config: PretrainConfig) -> dict[str, Any]:
-    """Values by dotted keys."""
+    """The values of a config by dotted keys."""
     return dict(_flatten(asdict(config), ""))
 
 
@@ -237,10 +237,10 @@ def _flatten(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any
 
 
 def check_folder(sweep: Sweep) -> None:
-    """Make sure that whatever lies where the runs belong is of these configs.
+    """Make sure that existing folders with the names of runs are runs of these configs.
 
     Raises:
-        UserError: a run of another config has a run's name, or anything else has.
+        UserError: a folder is a run of another config, or no run.
     """
     for run in sweep.runs:
         if run.state == "missing":
@@ -262,7 +262,7 @@ def check_folder(sweep: Sweep) -> None:
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Write sweep.yaml, which keeps the seeds that it holds already, and the resolved configs.
+    """Write the resolved configs, and sweep.yaml, which keeps the seeds that it already has.
 
     Raises:
         UserError: the folder cannot be written.
@@ -279,22 +279,22 @@ def write_sweep(sweep: Sweep) -> None:
 
 
 def _all_seeds(sweep: Sweep) -> list[int]:
-    """Those that the folder's sweep.yaml holds, and then this sweep's."""
+    """The seeds in the folder's sweep.yaml, followed by those of this sweep."""
     file = sweep.root / CONFIG_FILE
     known = read_sweep(file).seeds if file.is_file() else []
     return sorted({*known, *sweep.config.seeds})
 
 
 def is_whole(sweep: Sweep, only: Sequence[str]) -> bool:
-    """Whether it has all grids, and all seeds that its folder knows of."""
+    """Whether the sweep has all its grids, and all seeds that its folder knows."""
     return not only and set(_all_seeds(sweep)) == set(sweep.config.seeds)
 
 
 def config_file(sweep: Sweep, variant: Variant) -> Path:
-    """Where a variant's config lies, resolved."""
+    """The file with the resolved config of a variant."""
     return sweep.root / "configs" / f"{variant.name}.yaml"
 
 
 def unwritable(sweep: Sweep, error: OSError) -> UserError:
-    """For a folder that does not take a file."""
+    """The error for a folder that cannot be written."""
     return UserError(f"{sweep.root}: cannot be written ({error.strerror}): choose another --folder")

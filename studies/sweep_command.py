@@ -1,4 +1,4 @@
-"""`peerlearn sweep`."""
+"""`peerlearn sweep`: pretrain a grid of configs with several seeds, and compare them."""
 
 import json
 import shlex
@@ -20,32 +20,45 @@ from studies.sweep import (
 from studies.sweep_config import read_sweep
 
 SHIPPED_SWEEPS = Path(__file__).parent / "sweeps"
-# SIGUSR2 is SLURM's, near the time limit, where a job asks for it.
+# SLURM sends SIGUSR2 near the time limit if a job asks for it.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn sweep FILE [--key value ...] [--dry_run | --commands | --table]`. Returns the exit code."""
+    """`peerlearn sweep FILE [--key value ...] [--dry_run | --commands | --table]`.
+
+    Returns:
+        The exit code.
+    """
     parser = ArgumentParser(
         prog="peerlearn sweep",
         description="Pretrain every config of a grid with several seeds, one after another, and compare them in one "
-        "table. Run it again to go on: what is done is left alone. Example: peerlearn sweep my_sweep.yaml --seeds 0",
+        "table. The same command again continues the sweep: finished runs are left alone. "
+        "Example: peerlearn sweep my_sweep.yaml --seeds 0",
         allow_abbrev=False,
     )
     parser.add_argument("file", help="a YAML file, a shipped sweep's name, or a sweep's folder")
-    parser.add_argument("--folder", help="in place of the file's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the file's")
-    parser.add_argument("--pretrain", metavar="WORDS", help="in place of the file's common words")
-    parser.add_argument("--only", nargs="+", default=[], metavar="GRID", help="only these grids")
+    parser.add_argument("--folder", help="folder of the sweep (default: the file's)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="seeds of the runs (default: the file's)"
+    )
+    parser.add_argument(
+        "--pretrain", metavar="WORDS", help="words common to all runs (default: the file's)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="GRID", help="grids to run (default: all)"
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--dry_run", action="store_true", help="print the config and the commands")
     instead.add_argument(
-        "--commands", action="store_true", help="print the commands of what is not done, as JSON"
+        "--commands", action="store_true", help="print the commands of unfinished runs as JSON"
     )
-    instead.add_argument("--table", action="store_true", help="only sum up what there is")
+    instead.add_argument(
+        "--table", action="store_true", help="only print and write the tables of the runs so far"
+    )
     words = parser.parse_args(argv)
     file = _find(words.file)
-    # A sweep's own folder may have moved since its file was written.
+    # A sweep's folder may have been moved after its file was written.
     folder = words.folder or (words.file if Path(words.file).is_dir() else None)
     config = read_sweep(file, folder=folder, seeds=words.seeds, pretrain=words.pretrain)
     sweep = plan_sweep(config, words.only)
@@ -91,7 +104,7 @@ def _run(sweep: Sweep, only: Sequence[str]) -> int:
 
 
 def _commands(sweep: Sweep) -> list[list[str]]:
-    """Of every run that is not done, the words of a command that makes it so."""
+    """The words of a command for every run that is not done, which starts or continues it."""
     return [
         ["resume", str(run.folder)]
         if run.state == "begun"

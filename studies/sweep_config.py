@@ -1,6 +1,6 @@
-"""The config of a sweep: grids of pretraining configs, each with several seeds, and how FILE.yaml is read.
+"""The config of a sweep, which is grids of pretraining configs x seeds; and the reader of FILE.yaml.
 
-A grid has axes, an axis has labels, a label stands for words of `peerlearn pretrain`:
+A grid has axes, an axis has labels, and a label stands for words of `peerlearn pretrain`:
 
     grids:
       loss terms:                      # a grid: one table, one panel of the picture
@@ -24,23 +24,23 @@ from peerlearn.config import config_keys, nearest, require
 from peerlearn.errors import UsageError
 from pretrain.config import PretrainConfig
 
-# Set by the sweep itself, or no part of a run's config.
+# Keys that the sweep itself sets, or that are no part of a run's config.
 _OWN_WORDS = ("--seed", "--run", "--config", "--auto_resume", "--dry_run", "--help", "-h")
 
-# label -> words, by the axis' name
+# Name of the axis -> label -> words.
 Axes = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Grids x seeds.
+    """The config of a sweep: grids x seeds.
 
     Attributes:
-        folder: the sweep's own, for its runs, logs and tables.
-        pretrain: what stands after the word pretrain, common to all.
-        seeds: each config is run with each of them.
-        grids: by name, their axes; the product of a grid's axes is run. The last axis is the one compared along.
-        baseline: by grid, the label of its last axis that the others are compared with.
+        folder: folder of the sweep, for its runs, logs and tables.
+        pretrain: words after `pretrain` that are common to all runs.
+        seeds: seeds of each config.
+        grids: axes of each grid, by its name; the product of the axes is run, and the last axis is compared along.
+        baseline: label of each grid's last axis that the other labels are compared with.
     """
 
     folder: str
@@ -79,11 +79,13 @@ def read_sweep(
     """Read FILE.yaml.
 
     Args:
-        path: of the file.
-        folder, seeds, pretrain: take the place of the file's.
+        path: path of the file.
+        folder: folder of the sweep; None = the file's.
+        seeds: seeds of each config; None = the file's.
+        pretrain: words common to all runs; None = the file's.
 
     Raises:
-        UsageError: the file cannot be read, an unknown key, a value of the wrong kind, a label twice.
+        UsageError: the file cannot be read, a key is unknown, a value has the wrong type, or a label comes twice.
     """
     try:
         content = yaml.load(path.read_text(), _Loader)
@@ -94,7 +96,7 @@ def read_sweep(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose keys are texts as written (a label may be 1e-3, or no), none of them twice."""
+    """Reads YAML with keys as they are written (a label may be 1e-3, or no). No key may come twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -167,7 +169,7 @@ def _values(where: str, axis: str, values: list[Any]) -> dict[str, str]:
     )
     words: dict[str, str] = {}
     for value in values:
-        # Mappings have no place on a command line; everything else is YAML there too.
+        # A mapping cannot stand on a command line. All other values are YAML there too.
         require(not isinstance(value, Mapping), f"{where}: {value!r} is no value")
         text = value if isinstance(value, str) else json.dumps(value)
         label = ", ".join(map(str, value)) if isinstance(value, list) else text
@@ -177,15 +179,15 @@ def _values(where: str, axis: str, values: list[Any]) -> dict[str, str]:
 
 
 def _baselines(content: Any, grids: Mapping[str, Axes]) -> dict[str, str]:
-    """The baseline's label by grid: of those that are not named, the first of the last axis."""
+    """The label of each grid's baseline; if the file names none, the first label of the last axis."""
     compared = {grid: list(axes.values())[-1] if axes else {} for grid, axes in grids.items()}
-    found = {grid: next(iter(labels), "") for grid, labels in compared.items()}
+    baselines = {grid: next(iter(labels), "") for grid, labels in compared.items()}
     if isinstance(content, Mapping):
         for grid, label in content.items():
             require(grid in grids, f"baseline: unknown grid {grid!r}{nearest(grid, grids)}")
             require(not isinstance(label, list | Mapping), f"baseline: {grid}: name one label")
-            found[grid] = label if isinstance(label, str) else json.dumps(label)
-        return found
+            baselines[grid] = label if isinstance(label, str) else json.dumps(label)
+        return baselines
     label = content if isinstance(content, str) else json.dumps(content)
     having = [grid for grid, labels in compared.items() if label in labels]
     all_labels = {each for labels in compared.values() for each in labels}
@@ -193,7 +195,7 @@ def _baselines(content: Any, grids: Mapping[str, Axes]) -> dict[str, str]:
         bool(having),
         f"baseline: no grid's last axis has a label {label!r}{nearest(label, all_labels)}",
     )
-    return found | dict.fromkeys(having, label)
+    return baselines | dict.fromkeys(having, label)
 
 
 def _check_words(where: str, line: str) -> None:

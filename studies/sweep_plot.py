@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def plot_sweep(sweep: Sweep, scores: Sequence[Score], file: Path) -> None:
-    """A panel per grid: top-1 over the compared axis, a line or a group of bars for each row."""
+    """Draw a panel for each grid: top-1 over the compared axis, with a line or a group of bars for each row."""
     from matplotlib.figure import Figure
 
     grids = sweep.grids
     columns = min(2, len(grids))
     rows = math.ceil(len(grids) / columns)
-    # A figure of its own, not pyplot's: nothing global, and no display is looked for.
+    # A Figure, and not pyplot: pyplot keeps global state and looks for a display.
     figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, grid in zip(panels, grids, strict=False):
@@ -41,7 +41,7 @@ def plot_sweep(sweep: Sweep, scores: Sequence[Score], file: Path) -> None:
 
 
 def axis_numbers(labels: Sequence[str]) -> dict[str, float]:
-    """The labels as numbers, rising; nothing if they are not all numbers, or there is only one."""
+    """The labels as rising numbers; empty if a label is no number, or if there is only one label."""
     try:
         numbers = {label: float(label) for label in labels}
     except ValueError:
@@ -52,7 +52,7 @@ def axis_numbers(labels: Sequence[str]) -> dict[str, float]:
 
 
 def doubles(numbers: Sequence[float]) -> bool:
-    """Whether each is about twice the one before (64, 126 is meant so), and there are several steps."""
+    """Whether there are several steps, and each number is about twice the one before (64, 126 counts as twice)."""
     return (
         len(numbers) > 2
         and numbers[0] > 0
@@ -61,14 +61,14 @@ def doubles(numbers: Sequence[float]) -> bool:
 
 
 def _rows_of(scores: Sequence[Score]) -> list[tuple[str, ...]]:
-    """The labels of all axes but the last."""
+    """The rows of the scores: their labels on all axes but the last."""
     return list(dict.fromkeys(score.cell.labels[:-1] for score in scores))
 
 
 def _points(
     scores: Sequence[Score], row: tuple[str, ...], network: str
 ) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation by the last axis' label."""
+    """The mean and the standard deviation for each label of the last axis."""
     return {
         s.cell.labels[-1]: (s.mean, s.std or 0.0)
         for s in scores
@@ -81,21 +81,21 @@ def _draw_lines(
 ) -> None:
     for row_number, row in enumerate(_rows_of(scores)):
         for network, style in ((INDIVIDUAL, "-o"), (ENSEMBLE, "--D")):
-            found = _points(scores, row, network)
-            labels = [label for label in numbers if label in found]
+            points = _points(scores, row, network)
+            labels = [label for label in numbers if label in points]
             if not labels:
                 continue
             axes.errorbar(
                 [numbers[label] for label in labels],
-                [found[label][0] for label in labels],
-                yerr=[found[label][1] for label in labels],
+                [points[label][0] for label in labels],
+                yerr=[points[label][1] for label in labels],
                 fmt=style,
                 capsize=3,
                 color=f"C{row_number % 10}",
                 label=", ".join([*row, network]),
             )
-            if baseline in found:
-                axes.plot(numbers[baseline], found[baseline][0], "o", ms=14, mfc="none", mec="k")
+            if baseline in points:
+                axes.plot(numbers[baseline], points[baseline][0], "o", ms=14, mfc="none", mec="k")
     values = list(numbers.values())
     if doubles(values):
         axes.set_xscale("log", base=2)
@@ -108,7 +108,7 @@ def _draw_lines(
 def _draw_bars(
     axes: "Axes", scores: Sequence[Score], labels: Sequence[str], *, baseline: str
 ) -> None:
-    """Bars are the individual networks, diamonds the ensemble; several rows are a group of bars each."""
+    """Draw the individual networks as bars and the ensembles as diamonds. Each of several rows is a group of bars."""
     rows = _rows_of(scores)
     width = 0.8 / len(labels) if len(rows) > 1 else 0.8
     lowest: list[float] = []

@@ -1,4 +1,4 @@
-"""Running what a sweep lacks, one process after another."""
+"""Running the unfinished runs of a sweep, one process after another."""
 
 import contextlib
 import os
@@ -19,10 +19,10 @@ _LOOK_SECONDS = 0.2
 
 
 def run_missing(sweep: Sweep, stop: Stop) -> bool:
-    """Run, or go on with, every run that is not done; a failure is printed and stops no other.
+    """Start or continue every run that is not done. A failure is printed and stops no other run.
 
     Returns:
-        Whether it came through; False: it was told to stop, or a run was.
+        Whether all runs had their turn; False if the sweep or a run was told to stop.
 
     Raises:
         UserError: the folder cannot be written.
@@ -49,8 +49,12 @@ def run_missing(sweep: Sweep, stop: Stop) -> bool:
 
 
 def _run(sweep: Sweep, run: SweptRun, stop: Stop) -> int:
-    """One run in a process of its own, told to stop when this one is. Returns its exit code."""
-    # By its resolved config: what becomes of a file that it names, meanwhile, changes no later run.
+    """Do one run in a process of its own, which is told to stop when this process is.
+
+    Returns:
+        The exit code of the process.
+    """
+    # With its resolved config: later changes of a file that the sweep names do not change the run.
     words = ["pretrain", str(config_file(sweep, run.variant)), *run.own_words, "--auto_resume"]
     paths = [str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
@@ -86,7 +90,7 @@ def _run(sweep: Sweep, run: SweptRun, stop: Stop) -> int:
 
 
 def why_not_done(run: SweptRun) -> str:
-    """In one line; "" for a run that is done."""
+    """The reason why a run is not done, in one line; "" if it is done."""
     state = run.state
     if state == "done":
         return ""
@@ -99,7 +103,7 @@ def why_not_done(run: SweptRun) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    """Those that hold anything; of a file that is not there, none."""
+    """The lines of a file that are not blank; none if the file is missing."""
     try:
         text = file.read_text(errors="replace")
     except OSError:

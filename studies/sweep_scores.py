@@ -1,4 +1,4 @@
-"""What the runs of a sweep score at their last step, over seeds, and against the baseline of their row."""
+"""The scores of a sweep's runs at their last step: over seeds, and compared with the baseline of their row."""
 
 import math
 import warnings
@@ -28,20 +28,20 @@ from studies.sweep_run import why_not_done
 
 INDIVIDUAL = "individual"
 _METRICS = ("top1", "top5")
-# Differences that are told apart by rounding alone.
+# Differences below this are due to rounding alone.
 _NO_SPREAD = 1e-9
 
-# (network, metric): individual, ensemble, weighted-ensemble, 0, 1, ... x top1, top5
+# (network, metric): individual, ensemble, weighted-ensemble, 0, 1, ... x top1, top5.
 Key = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunScores:
-    """One run's.
+    """The scores of one run.
 
     Attributes:
-        measured: by what, on what, in words: scores are compared only where these agree.
-        values: in percent.
+        measured: protocol and images of the scores, in words; only scores with equal words are compared.
+        values: scores in percent.
     """
 
     measured: str
@@ -50,14 +50,14 @@ class RunScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of a variant from its baseline, paired over the seeds that both have.
+    """The difference of a variant from its baseline, paired over the seeds that both have.
 
     Attributes:
-        mean: of the differences.
-        ci95: half the width of the mean's 95 % interval, by Student's t; None for one seed, and where all differences
-            are the same: no spread can be told from so few.
-        p: of the two-sided paired t-test; None likewise.
-        seeds: that both have.
+        mean: mean of the differences.
+        ci95: half the width of the mean's 95 % interval, by Student's t; None for one seed, and if all differences
+            are the same.
+        p: p value of the two-sided paired t-test; None for one seed, and if all differences are the same.
+        seeds: seeds that both have.
     """
 
     mean: float
@@ -68,18 +68,18 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One number of a cell's over seeds.
+    """One score of a cell over seeds.
 
     Attributes:
-        cell: whose.
+        cell: cell of the score.
         network: individual (the mean over the networks), ensemble, weighted-ensemble, or a network's number.
-        metric: top1 or top5, in percent.
-        measured: by what, on what.
-        values: by seed.
-        mean: over the seeds.
-        std: the sample's; None for one seed.
-        baseline: the label that it is compared with.
-        difference: from the baseline; None for the baseline itself and where there is nothing to compare.
+        metric: name of the metric: top1 or top5, in percent.
+        measured: protocol and images of the score, in words.
+        values: values by seed.
+        mean: mean over the seeds.
+        std: sample standard deviation over the seeds; None for one seed.
+        baseline: label that the cell is compared with.
+        difference: difference from the baseline; None for the baseline itself and if there is nothing to compare.
     """
 
     cell: Cell
@@ -95,12 +95,12 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A run that the scores lack, or cannot use.
+    """A run without scores, or with scores that cannot be compared.
 
     Attributes:
-        run: the run directory's name.
-        cells: the titles of those that lack it.
-        why: in one line.
+        run: name of the run directory.
+        cells: titles of the cells that miss the run.
+        why: reason in one line.
     """
 
     run: str
@@ -110,11 +110,11 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that is known of a sweep.
+    """The scores of a sweep so far.
 
     Attributes:
-        scores: by cell in the order of the grids; of each cell individual and ensembles first.
-        problems: what is missing, failed or cannot be compared.
+        scores: scores by cell, in the order of the grids; for each cell individual and ensembles first.
+        problems: runs that are missing, failed or cannot be compared.
     """
 
     scores: list[Score]
@@ -122,7 +122,7 @@ class Findings:
 
 
 def score_sweep(sweep: Sweep) -> Findings:
-    """Read what every run has left."""
+    """Read the scores of every run."""
     found: dict[str, dict[int, RunScores]] = {variant.name: {} for variant in sweep.variants}
     problems = []
     for run in sweep.runs:
@@ -155,7 +155,7 @@ def _check_alike(scores: RunScores, others: Mapping[int, RunScores]) -> None:
 
 
 def _baseline_of(cell: Cell, label: str, cells: Sequence[Cell]) -> Cell | None:
-    """The cell of the same row that it is compared with; None for the baseline itself."""
+    """The cell of the same row that a cell is compared with; None for the baseline itself."""
     if cell.labels[-1] == label:
         return None
     wanted = (cell.grid, (*cell.labels[:-1], label))
@@ -201,7 +201,7 @@ def _rank(key: Key) -> tuple[int, int, int]:
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float]
 ) -> Difference | None:
-    """How much higher ``values`` are, by seed; None where no seed is common."""
+    """The difference of ``values`` from ``baseline``, paired by seed; None if they have no seed in common."""
     seeds = [seed for seed in values if seed in baseline]
     if not seeds:
         return None
@@ -212,17 +212,17 @@ def paired_difference(
     from scipy.stats import ttest_rel
 
     with warnings.catch_warnings():
-        # Of differences that are nearly the same SciPy says that p is not exact.
+        # SciPy warns that p is not exact if the differences are nearly the same.
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = ttest_rel([values[seed] for seed in seeds], [baseline[seed] for seed in seeds])
-    return Difference(mean=spread.mean, ci95=spread.ci95, p=float(found.pvalue), seeds=seeds)
+        test = ttest_rel([values[seed] for seed in seeds], [baseline[seed] for seed in seeds])
+    return Difference(mean=spread.mean, ci95=spread.ci95, p=float(test.pvalue), seeds=seeds)
 
 
 def read_scores(run: SweptRun) -> RunScores:
-    """The scores of a run's last step: of its classification results or, where it has none, of its last kNN.
+    """The scores of a run's last step, from its classification results or, without those, from its last kNN.
 
     Raises:
-        UserError: there are none of that step, one is missing, or a file is damaged.
+        UserError: that step has no scores, a score is missing, or a file is damaged.
     """
     networks = run.variant.config.cohort.networks
     directory = RunDirectory(run.folder)
@@ -247,7 +247,7 @@ def read_scores(run: SweptRun) -> RunScores:
 
 
 def _last_step(directory: RunDirectory) -> int:
-    """The step that the run ended at."""
+    """The last step of the run."""
     steps = [event.get("step") for event in directory.events() if event["event"] == "done"]
     if not steps or not isinstance(steps[-1], int):
         raise UserError("its events.jsonl does not tell at which step it ended")
@@ -255,7 +255,7 @@ def _last_step(directory: RunDirectory) -> int:
 
 
 def _classified(files: Sequence[Path], last_step: int) -> tuple[str, dict[Key, float]]:
-    """What was measured, and the values of the last step's files."""
+    """The scores in the classification results of the last step."""
     results = [_read(file) for file in files]
     newest = max(result["step"] for result in results)
     if newest != last_step:
@@ -310,7 +310,7 @@ def _is_score(value: object) -> bool:
 
 
 def _knn(directory: RunDirectory, last_step: int) -> tuple[str, dict[Key, float]]:
-    """The same of the monitor's last row."""
+    """The scores in the monitor's last row."""
     rows = [row for row in directory.metric_rows() if score_name(ENSEMBLE, KNN_TOP1) in row]
     if not rows or rows[-1]["step"] != last_step:
         raise UserError(

@@ -30,13 +30,13 @@ _COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One grid's, as text.
+    """The table of one grid, as text.
 
     Attributes:
-        title: the grid.
-        caption: what was measured.
-        headings: of the columns: the score, the axes, and numbers.
-        rows: a cell per heading.
+        title: name of the grid.
+        caption: protocol and images of the scores.
+        headings: headings of the columns: the score, the axes, and the numbers.
+        rows: rows, with one cell for each heading.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Table:
 
 
 def report(sweep: Sweep, *, whole: bool) -> Findings:
-    """Print a table per grid and what is missing; of a whole sweep also write sweep.csv, .json, .md and .png.
+    """Print a table per grid and what is missing. For a whole sweep also write sweep.csv, .json, .md and .png.
 
     Raises:
         UserError: the folder cannot be written.
@@ -71,7 +71,7 @@ def report(sweep: Sweep, *, whole: bool) -> Findings:
 
 
 def grid_table(sweep: Sweep, findings: Findings, grid: str) -> Table:
-    """Score by score, a row per cell: its labels, its seeds, the mean, and the difference from its row's baseline."""
+    """The table of a grid. Each score has a row per cell: labels, seeds, mean, and difference from the baseline."""
     cells = [cell for cell in sweep.cells if cell.grid == grid]
     found = [s for s in findings.scores if s.cell.grid == grid and s.metric == "top1"]
     by_cell = {(score.network, score.cell.labels): score for score in found}
@@ -97,7 +97,7 @@ def grid_table(sweep: Sweep, findings: Findings, grid: str) -> Table:
 
 
 def _shown_networks(cells: Sequence[Cell], scores: Sequence[Score]) -> list[str]:
-    """Individual and ensembles; every network apart where they are of different kinds."""
+    """The networks to show: individual and ensembles, and each network if they have different architectures."""
     found = {score.network for score in scores} | {INDIVIDUAL}
     differing = any(len(set(cell.variant.config.cohort.architectures())) > 1 for cell in cells)
     named = [network for network in (INDIVIDUAL, ENSEMBLE, WEIGHTED_ENSEMBLE) if network in found]
@@ -111,7 +111,7 @@ def _mean_text(score: Score | None) -> str:
 
 
 def _difference_texts(score: Score | None) -> tuple[str, str, str]:
-    """The difference, its interval and its p, each empty where it is not known."""
+    """The difference, its interval and its p value, each empty if unknown."""
     if score is None or score.difference is None:
         is_baseline = score is not None and score.cell.labels[-1] == score.baseline
         return "baseline" if is_baseline else "", "", ""
@@ -137,12 +137,12 @@ def _print(tables: Sequence[Table], findings: Findings) -> None:
 
 
 def _for_terminal(table: Table) -> "rich.table.Table":
-    """Narrow enough for 80 columns where labels allow: the score stands above its rows, and only labels are wrapped."""
+    """A table for 80 columns, if the labels allow it: the score stands above its rows, and only labels are wrapped."""
     from rich import box
     from rich import table as rich_table
     from rich.text import Text
 
-    # Titles and labels are the user's: what looks like markup in them is none.
+    # Titles and labels come from the user, so brackets in them are no markup.
     shown = rich_table.Table(
         title=Text(table.title),
         caption=Text(table.caption),

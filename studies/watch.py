@@ -1,4 +1,4 @@
-"""Watching runs: each export is evaluated as it lands, once by each evaluation; what has ended is written down."""
+"""Watching runs: each evaluation is submitted once for each new export, and the ends of jobs are recorded."""
 
 import hashlib
 import shlex
@@ -31,11 +31,11 @@ _PLACEHOLDER = "RUN/export/step-N"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured of every export.
+    """An evaluation of every export.
 
     Attributes:
-        line: verb and words, as they were asked for.
-        config: resolved; its checkpoint is yet to be set.
+        line: verb and words, as the user wrote them.
+        config: resolved config, without its checkpoint.
     """
 
     line: str
@@ -48,32 +48,32 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What has become of jobs.
+    """The states of jobs at one moment.
 
     Attributes:
-        asked: the jobs it knows of.
-        states: of those that somebody still knows.
+        asked: keys of the jobs that were asked about.
+        states: states of those jobs that are still known.
     """
 
     asked: frozenset[JobKey] = frozenset()
     states: dict[JobKey, JobState] = field(default_factory=dict)
 
     def live(self, job: JobKey) -> bool:
-        """Whether it works or waits; so does one that was not asked about."""
+        """Whether a job runs or waits. A job that was not asked about counts as live."""
         state = self.states.get(job)
         return job not in self.asked or (state is not None and state.live)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """Runs and what is to be done with their exports.
+    """Runs, and the evaluations of their exports.
 
     Attributes:
-        runs: their folders.
-        evaluations: of each export.
-        cluster: that they run on.
-        every_epochs: only exports of epochs divisible by this, and the last; None = all.
-        throttle: at most so many evaluations at once, over all runs; None = no limit.
+        runs: folders of the runs.
+        evaluations: evaluations of each export.
+        cluster: profile of the evaluation jobs.
+        every_epochs: interval of the evaluated exports in epochs; the last is always evaluated; None = all are.
+        throttle: largest number of evaluations at once, over all runs; None = no limit.
     """
 
     runs: list[Path]
@@ -85,13 +85,13 @@ class Watched:
 
 @dataclass
 class Pass:
-    """What one look at everything came to.
+    """The result of one look at everything.
 
     Attributes:
-        finished: nothing is left to come or to submit.
-        training: some run goes on.
-        live: evaluations whose jobs work or wait.
-        troubles: what could not be done, and is tried again.
+        finished: whether no export is to come and nothing is left to submit.
+        training: whether a run goes on.
+        live: jobs of evaluations that run or wait.
+        troubles: errors of what could not be done and will be tried again.
     """
 
     finished: bool = True
@@ -104,7 +104,7 @@ def resolve_evaluation(line: str) -> Evaluation:
     """Check a command line and resolve its config.
 
     Raises:
-        UsageError: an unknown verb or key, or a verb that evaluates nothing.
+        UsageError: the verb or a key is unknown, or the verb evaluates nothing.
     """
     words = shlex.split(line)
     verb = words[0] if words else ""
@@ -129,13 +129,13 @@ def evaluations_of(run: Path) -> Ledger:
 
 
 def key_of(export: Export, evaluation: Evaluation) -> str:
-    """What is to be evaluated once: these weights at this step, which result files name, by this command."""
+    """The key of an evaluation that is to be done once: the step, the weights and the command line."""
     content = f"{export.step} {export.sha256} {evaluation.line}"
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 def wanted(run: Path, watched: Watched, survey: Survey) -> dict[str, tuple[Export, Evaluation]]:
-    """What is to be evaluated of a run's exports so far, by key."""
+    """The exports of a run so far with their evaluations, by key."""
     exports = landed_exports(
         run, training=training_of(run, survey), every_epochs=watched.every_epochs
     )
@@ -147,12 +147,12 @@ def wanted(run: Path, watched: Watched, survey: Survey) -> dict[str, tuple[Expor
 
 
 def is_open(entry: Entry | None) -> bool:
-    """Whether a job is to be handed over, or it is yet to be found out whether one was."""
+    """Whether a job is to be submitted, or it is not yet known whether one was."""
     return entry is None or entry.in_doubt or entry.due
 
 
 def survey_jobs(runs: Sequence[Path], ledgers: Sequence[Ledger]) -> Survey:
-    """Ask after the jobs that train the runs, and those that the ledgers do not know to have ended.
+    """Ask for the states of the jobs that train the runs, and of the ledgers' jobs that may not have ended.
 
     Raises:
         UserError: Slurm does not answer.
@@ -170,12 +170,12 @@ def training_jobs(runs: Sequence[Path]) -> list[Record]:
 
 
 def _training_job(run: Path) -> Record | None:
-    """The newest; no other can be live."""
+    """The newest job that trains the run. No other can be live."""
     return next((r for r in reversed(list(jobs_of(run))) if r["verb"] in TRAINING_VERBS), None)
 
 
 def training_of(run: Path, survey: Survey) -> Training:
-    """Whether the run has begun, goes on, is done, or has stopped without being done."""
+    """The state of a run's training: not begun, live, done, or stopped before it was done."""
     record = _training_job(run)
     if record and survey.live(job_key(record)):
         return "live"
@@ -192,12 +192,12 @@ def _owner_lives(run: Path, survey: Survey) -> bool:
     if owner is None:
         return False
     job = ("slurm", str(owner.get("job")), None)
-    # Where it cannot be seen, its last beat outlives it for a minute.
+    # The process may not be visible from this machine. Its last beat counts for a minute.
     return job not in survey.asked or survey.live(job)
 
 
 def settle(ledger: Ledger, survey: Survey) -> None:
-    """Write down how those jobs ended that have.
+    """Record the ends of the jobs that have ended.
 
     Raises:
         UserError: the ledger cannot be written.
@@ -239,7 +239,7 @@ def _end(entry: Entry, survey: Survey) -> tuple[str, str]:
 
 
 def _results(entry: Entry, run: Path) -> list[Path]:
-    """The result files that name the entry's job."""
+    """The result files that the entry's job wrote: they name it."""
     if "step" not in entry.facts:
         return []
     folder = Path(entry.facts.get("results") or RunDirectory(run).results)
@@ -254,48 +254,48 @@ def _results(entry: Entry, run: Path) -> list[Path]:
 
 
 def evaluate_landed(watched: Watched, survey: Survey, stop: Stop) -> Pass:
-    """Submit what the runs' exports lack; a line is printed for each job."""
-    found = Pass()
+    """Submit the missing evaluations of the runs' exports, and print a line for each job."""
+    result = Pass()
     ledgers = {run: evaluations_of(run) for run in watched.runs}
     for run, ledger in ledgers.items():
-        found.live += live_jobs_of(ledger, survey)
-        # Asked before the exports are looked at: those of a run that has ended are all there.
-        found.training = found.training or training_of(run, survey) == "live"
-    found.finished = not found.training
+        result.live += live_jobs_of(ledger, survey)
+        # Before the look at the exports: if a run has ended by now, all its exports are there.
+        result.training = result.training or training_of(run, survey) == "live"
+    result.finished = not result.training
     for run, ledger in ledgers.items():
         try:
-            _evaluate_run(run, ledger, watched, survey, stop, found)
+            _evaluate_run(run, ledger, watched, survey, stop, result)
         except UserError as error:
-            found.finished = False
-            found.troubles.append(error)
-    return found
+            result.finished = False
+            result.troubles.append(error)
+    return result
 
 
 def live_jobs_of(ledger: Ledger, survey: Survey) -> list[str]:
-    """The ledger's jobs that work or wait."""
+    """The ledger's jobs that run or wait."""
     jobs = [entry.job for entry in ledger.entries().values() if entry.job and entry.kind is None]
     return [job["job"] for job in jobs if survey.live(job_key(job))]
 
 
 def _evaluate_run(
-    run: Path, ledger: Ledger, watched: Watched, survey: Survey, stop: Stop, found: Pass
+    run: Path, ledger: Ledger, watched: Watched, survey: Survey, stop: Stop, result: Pass
 ) -> None:
     entries = ledger.entries()
     for key, (export, evaluation) in wanted(run, watched, survey).items():
         if not is_open(entries.get(key)):
             continue
-        full = watched.throttle is not None and len(found.live) >= watched.throttle
+        full = watched.throttle is not None and len(result.live) >= watched.throttle
         if full or stop.requested:
-            found.finished = False
+            result.finished = False
             return
         said = hand_over(ledger, _order(key, run, export, evaluation, watched.cluster))
         entry = ledger.entries().get(key)
         if entry is None or entry.job is None:
-            found.finished = False
+            result.finished = False
             continue
         if said:
             print(f"{said}: {evaluation.line} on {export.folder}", flush=True)
-        found.live.append(entry.job["job"])
+        result.live.append(entry.job["job"])
 
 
 def _order(
@@ -325,7 +325,7 @@ def _order(
 
 
 def failure_of(run: Path) -> str:
-    """Why a run that stopped is not done, as far as it tells."""
+    """The reason why a stopped run is not done, as far as its files tell."""
     try:
         return RunDirectory(run).failed_mark.read_text().strip()
     except OSError:
@@ -337,5 +337,5 @@ def failure_of(run: Path) -> str:
 
 
 def missing_results(entry: Entry) -> list[Path]:
-    """Result files that an evaluation left and that are gone."""
+    """The result files that an evaluation wrote and that are gone."""
     return [path for path in entry.results if not path.is_file()]

@@ -1,4 +1,4 @@
-"""`peerlearn watch`: evaluate the exports of runs as they land."""
+"""`peerlearn watch`: evaluate each export of runs once it is there."""
 
 import signal
 import time
@@ -22,13 +22,17 @@ from studies.watch import (
     training_of,
 )
 
-# Slurm is down, a quota is full: what does not work for so long will not.
+# How long to try again if, say, Slurm is down or a quota is full.
 _GIVE_UP_SECONDS = 86400.0
 _POLL_SECONDS = 0.2
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn watch RUN|PIPELINE [--evaluate LINE ...] [--cluster C] [--once]`. Returns the exit code."""
+    """`peerlearn watch RUN|PIPELINE [--evaluate LINE ...] [--cluster C] [--once]`.
+
+    Returns:
+        The exit code.
+    """
     words = _parser().parse_args(argv)
     target: Path = words.target
     if is_pipeline(target):
@@ -52,43 +56,43 @@ def main(argv: Sequence[str]) -> int:
 
 
 def watched_pipeline(pipeline: Pipeline) -> Callable[[Stop], Pass]:
-    """One look at a pipeline, which also makes sure that a `resume` meanwhile does not rely on a watch that ends."""
+    """One look at a pipeline. It also makes sure that a simultaneous `resume` does not rely on a watch that ends."""
 
     def look(stop: Stop) -> Pass:
-        found = advance(pipeline, stop)
-        found.finished = found.finished and end_watch(pipeline)
-        return found
+        result = advance(pipeline, stop)
+        result.finished = result.finished and end_watch(pipeline)
+        return result
 
     return look
 
 
 def watch(look: Callable[[Stop], Pass], interval_seconds: float, *, once: bool) -> int:
-    """Look again and again until nothing is left to come.
+    """Look again and again until no export is to come and everything is submitted.
 
-    What cannot be done is said and tried again, for a day in which no job works or waits either.
+    An error is printed, and the work is tried again. After a day of errors without any live job the watch gives up.
 
     Args:
-        look: one look at everything, which submits what is due.
-        interval_seconds: between two.
-        once: look once only.
+        look: function that looks at everything once and submits what is due.
+        interval_seconds: seconds from one look to the next.
+        once: whether to look only once.
 
     Returns:
-        0 when all is submitted; 75 when a signal asks to stop before.
+        0 if everything is submitted; 75 if a signal asked to stop before.
 
     Raises:
-        UserError: something does not work, `once` or for a day.
+        UserError: an error in the only look of `once`, or one that lasted for a day.
     """
     said, since = "", time.monotonic()
     with stop_signals((signal.SIGTERM, signal.SIGUSR2), "stopping") as stop:
         while not stop.requested:
             try:
-                found = look(stop)
+                result = look(stop)
             except UserError as error:
-                found = Pass(finished=False, troubles=[error])
-            if found.finished:
+                result = Pass(finished=False, troubles=[error])
+            if result.finished:
                 return DONE
-            trouble = found.troubles[0] if found.troubles else None
-            if trouble is None or found.training or found.live:
+            trouble = result.troubles[0] if result.troubles else None
+            if trouble is None or result.training or result.live:
                 since = time.monotonic()
             if trouble and (once or time.monotonic() - since > _GIVE_UP_SECONDS):
                 raise trouble
@@ -110,7 +114,7 @@ def _sleep(seconds: float, stop: Stop) -> None:
 def _watched_run(
     run: Path, evaluate: list[str], cluster: str | None, every_epochs: int | None
 ) -> Watched:
-    """What is asked for, else what the run's pipeline says."""
+    """The run with the evaluations that the user asked for, or else those of the run's pipeline."""
     if training_of(run, survey_jobs([run], [])) == "none":
         raise UserError(
             f"{run} is no run that has begun or has a job, and no pipeline: there is nothing to watch"
@@ -135,11 +139,13 @@ def _watched_run(
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="peerlearn watch",
-        description="Evaluate each export of a run, or of a pipeline's runs, once, as it lands; end when all runs have "
-        "ended. Whatever becomes of this process, the next one goes on where it was. "
+        description="Evaluate each export of a run, or of a pipeline's runs, once it is there, and end when all runs "
+        "have ended. If this process is killed, the same command continues its work. "
         "Example: peerlearn watch runs/a --cluster local --evaluate 'knn --k 20' 'linear logistic_regression'",
     )
-    parser.add_argument("target", type=Path, metavar="RUN|PIPELINE")
+    parser.add_argument(
+        "target", type=Path, metavar="RUN|PIPELINE", help="folder of a run or of a pipeline"
+    )
     parser.add_argument(
         "--evaluate",
         nargs="+",
@@ -148,16 +154,18 @@ def _parser() -> ArgumentParser:
         metavar="LINE",
         help="verb and words of an evaluation, without --checkpoint (default: the pipeline's)",
     )
-    parser.add_argument("--cluster", help="where they run (default: where the pipeline's do)")
+    parser.add_argument(
+        "--cluster", help="profile of the evaluation jobs (default: the pipeline's)"
+    )
     parser.add_argument(
         "--every_epochs",
         type=_positive(int),
-        help="only exports of epochs divisible by this, and the last",
+        help="evaluate only the exports of epochs divisible by this, and the last",
     )
     parser.add_argument(
         "--interval_seconds",
         type=_positive(float),
-        help="between two looks (default: the pipeline's, or 30)",
+        help="seconds from one look to the next (default: the pipeline's, or 30)",
     )
     parser.add_argument("--once", action="store_true", help="look once and end")
     return parser

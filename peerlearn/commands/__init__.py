@@ -1,1 +1,1 @@
-"""Verbs about the installation and about runs of any kind."""
+"""The verbs `configs`, `doctor` and `resume`: they concern the installation, or runs of any kind."""

@@ -1,4 +1,4 @@
-"""`peerlearn configs`: the shipped configs and what their headers say."""
+"""`peerlearn configs`: the shipped configs and their headers."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from peerlearn.config import ArgumentParser, nearest
 from peerlearn.errors import DONE, UsageError
 
-# verb -> the package and folder that hold its shipped configs
+# Verb -> the package and the folder that hold its shipped configs.
 CONFIG_FOLDERS = {
     "pretrain": ("pretrain", "configs"),
     "linear": ("linear_eval", "configs"),
@@ -16,17 +16,22 @@ CONFIG_FOLDERS = {
     "submit": ("slurm", "clusters"),
 }
 HEADER_FIELDS = ("source", "command", "hardware", "hours", "expected metric")
-# The one field of those that are no recipes: a cluster's profile.
+# The only header field of a cluster's profile, which is no recipe.
 PURPOSE = "purpose"
 
 
 def main(argv: Sequence[str]) -> int:
-    """List the configs of every verb, one line each, or print one whole. Returns the exit code."""
+    """List the configs of every verb, one line each, or print one config.
+
+    Returns:
+        The exit code.
+    """
     parser = ArgumentParser(
         prog="peerlearn configs",
-        description="List the shipped configs, or print one. Example: peerlearn configs mcl_fashion_mnist_demo",
+        description="List the shipped configs of all verbs with source and expected metric, or print one of them. "
+        "Example: peerlearn configs mcl_fashion_mnist_demo",
     )
-    parser.add_argument("name", nargs="?", help="print this config instead of the list")
+    parser.add_argument("name", nargs="?", help="name of the config to print (default: list all)")
     name = parser.parse_args(argv).name
     if name is not None:
         print(_find(Path(name).stem).read_text(), end="")
@@ -44,7 +49,11 @@ def _summary(header: dict[str, str]) -> str:
 
 
 def _find(name: str) -> Path:
-    """The shipped config of that name, whichever verb's it is."""
+    """The shipped config of that name, of any verb.
+
+    Raises:
+        UsageError: there is none; the message gives the nearest name.
+    """
     folders = [config_folder(*place) for place in CONFIG_FOLDERS.values()]
     shipped = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
     if name not in shipped:
@@ -63,7 +72,7 @@ def config_folder(package: str, folder: str) -> Path:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The ``# field: text`` comment lines a config opens with; a line without a field continues the one above."""
+    """The ``# field: text`` comments at the top of a config. A line without a field continues the one above."""
     header: dict[str, str] = {}
     field = ""
     for line in path.read_text().splitlines():

@@ -1,6 +1,6 @@
-"""`peerlearn doctor`: what this machine has, what is missing and the line that installs it.
+"""`peerlearn doctor`: what this machine has, what is missing, and the command that installs it.
 
-Nothing here reaches the network; `sinfo` asks the cluster's own controller.
+Nothing here uses the internet. `sinfo` asks the cluster's own controller.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _MINIMUM_PYTHON = (3, 11)
 _LOW_DISK_GIB = 10
 _SINFO_TIMEOUT_SECONDS = 5
 
-# Required distributions without a row of their own; a test holds all minima to pyproject.toml.
+# Required distributions without a row of their own. A test compares all minima with pyproject.toml.
 OTHER_LIBRARIES = {
     "jsonargparse": "4.53.*",
     "rich": "13",
@@ -57,11 +57,11 @@ class Check:
     """One row of the table.
 
     Args:
-        name: what was looked for.
+        name: name of the thing that was looked for.
         ok: whether it is there and usable.
         required: whether peerlearn cannot run without it.
-        found: what was found, one line.
-        fix: what to do about it; empty if it is ok or nothing can be done.
+        found: result of the search in one line.
+        fix: what the user can do; empty if nothing is wrong or nothing can be done.
     """
 
     name: str
@@ -88,7 +88,7 @@ def check_python() -> Check:
 
 
 def check_torch() -> Check:
-    # The other minima are what peerlearn is tested with; this one is a matter of safety.
+    # The other minima are the versions that peerlearn is tested with. This one is a matter of safety.
     return _check_package(
         "torch",
         minimum="2.10",
@@ -97,7 +97,7 @@ def check_torch() -> Check:
 
 
 def check_torchvision() -> Check:
-    # The two are built for each other, so that upgrading one alone breaks its operators.
+    # The two are built for each other: an upgrade of one alone breaks torchvision's operators.
     return _check_package(
         "torchvision", minimum="0.25", fix="pip install --upgrade torch torchvision"
     )
@@ -302,7 +302,11 @@ CHECKS: Sequence[Callable[[], Check]] = (
 
 
 def main(argv: list[str]) -> int:
-    """Prints the table, or JSON, and returns 0 if nothing required is missing, else 1."""
+    """Print the table, or JSON.
+
+    Returns:
+        0 if nothing required is missing, else 1.
+    """
     parser = ArgumentParser(
         prog="peerlearn doctor",
         description="Show what this machine has, what is missing and how to install it.",
@@ -359,7 +363,7 @@ def _mark(check: Check) -> str:
 def _check_package(
     name: str, *, minimum: str = "", required: bool = True, why: str = "", fix: str = ""
 ) -> Check:
-    """Imports the package, because one that is installed may still be broken."""
+    """Import the package and compare its version: an installed package may still be broken."""
     reason = f" ({why})" if why else ""
     module = _import(name)
     version = _version_of(name)
@@ -376,7 +380,7 @@ def _check_package(
 
 
 def _import(module: str) -> ModuleType | str:
-    """The module, or in one line why there is none."""
+    """The module, or the reason why it cannot be imported, in one line."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -4,10 +4,13 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """Where a verb lives: a function from the words after the verb to an exit code.
+    """Where a verb lives.
 
     Attributes:
-        dry_run: whether it knows --dry_run, by which it prints its resolved config.
+        module: name of the module that holds the verb.
+        function: name of the function that runs it: from the words after the verb to an exit code.
+        help: what the verb does, for `peerlearn --help`.
+        dry_run: whether the verb knows --dry_run, which prints its resolved config.
     """
 
     module: str
@@ -21,7 +24,7 @@ VERBS = {
     "resume": Verb(
         "peerlearn.commands.resume_command",
         "main",
-        "continue a run, or a pipeline, where it was",
+        "continue a run or a pipeline that has stopped",
         True,
     ),
     "knn": Verb(
@@ -31,25 +34,29 @@ VERBS = {
         "linear_eval.command", "main", "train linear classifiers on exported networks", True
     ),
     "submit": Verb(
-        "slurm.submit_command", "main", "run any of these as a job, on a cluster or here"
+        "slurm.submit_command",
+        "main",
+        "run any other verb as a job, on a cluster or on this machine",
     ),
     "pipeline": Verb(
         "studies.pipeline_command",
         "main",
-        "pretrain with several seeds and evaluate as it goes",
+        "pretrain with several seeds, evaluate each export, sum up",
         True,
     ),
     "sweep": Verb(
         "studies.sweep_command",
         "main",
-        "pretrain a grid of configs with several seeds, compare",
+        "pretrain a grid of configs with several seeds, compare them",
         True,
     ),
-    "watch": Verb("studies.watch_command", "main", "evaluate a run's exports as they land"),
+    "watch": Verb(
+        "studies.watch_command", "main", "evaluate each export of a run once it is there"
+    ),
     "summary": Verb("studies.summary_command", "main", "sum up a pipeline's scores over its seeds"),
-    "status": Verb("slurm.status_command", "main", "show how runs and their jobs stand"),
+    "status": Verb("slurm.status_command", "main", "show the state of runs and of their jobs"),
     "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
-    "logs": Verb("slurm.logs_command", "main", "print what a run has logged, and follow it"),
+    "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it"),
     "export": Verb(
         "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
     ),

@@ -1,1 +1,1 @@
-"""Devices, processes, precision, optimisers."""
+"""Devices, processes, precision, optimisers, learning-rate schedules."""

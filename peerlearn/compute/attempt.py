@@ -1,4 +1,4 @@
-"""One start of a training on its run directory: what its steps need to survive, and how it begins and ends."""
+"""One start of a training on its run directory: its beginning, its end, and what its steps need to survive."""
 
 import contextlib
 import logging
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class Attempt(Generic[T]):
-    """What a training loop asks of the spine, step by step.
+    """The part of the spine that a training loop calls, step by step.
 
     Attributes:
-        training: what is trained.
+        training: the training.
         number: number of this start of the run, counted from 1.
         log: rows of metrics.jsonl.
         report: progress bar.
-        stopping: whether a signal has asked any rank to stop, as far as the ranks have told each other (`agree`).
+        stopping: whether a signal has asked any rank to stop, as of the last `agree`.
     """
 
     log: MetricsLog
@@ -52,9 +52,9 @@ class Attempt(Generic[T]):
         self._missed_saves = 0
 
     def begin_step(self) -> None:
-        """Before anything else of a step: a sign of life, seeds of torch's own generators, a copy of the buffers.
+        """Begin a step: give a sign of life, seed torch's own generators, copy the buffers.
 
-        Dropout and stochastic depth draw from those generators; seeded by the step, they too continue exactly.
+        Dropout and stochastic depth draw from those generators. Seeded by the step, they continue exactly too.
         """
         training = self.training
         training.ranks.at_step(training.step)
@@ -62,17 +62,17 @@ class Attempt(Generic[T]):
         training.guard.remember()
 
     def agree(self, faults: Tensor, *flags: bool) -> list[bool]:
-        """Whether there is each fault on any rank, then whether each flag is set on any; every rank learns the same.
+        """Whether any rank has each fault, and then whether any rank has each flag. All ranks get the same answer.
 
-        Whether to stop travels along. This is the one place of a step where the host waits for the device.
+        The wish to stop travels along. This is the only place of a step where the host waits for the device.
 
         Args:
-            faults: bool (n,), on the device.
-            flags: further ones, of the host.
+            faults: faults of this rank, bool (n,), on the device.
+            flags: further conditions of this rank, on the host.
         """
         ranks = self.training.ranks
         own = torch.tensor([self._stop.requested, *flags], dtype=torch.float32)
-        # Not waiting for the copy: the device reads it in its own time.
+        # The host does not wait for this copy: the device reads it when it comes to it.
         on_device = own.to(ranks.device, non_blocking=True)
         together = torch.cat([on_device, faults.to(torch.float32)])
         stop, *agreed = (value > 0 for value in ranks.add_up(together).tolist())
@@ -80,11 +80,11 @@ class Attempt(Generic[T]):
         return [*agreed[len(flags) :], *agreed[: len(flags)]]
 
     def skip(self, fault: str | None, **facts: Sequence[Any]) -> None:
-        """Leave out this step, which has a fault on some rank: undo its forward passes, and leave an event.
+        """Skip this step, which has a fault on some rank: undo its forward passes, and write an event.
 
         Args:
-            fault: what is wrong on this rank; None if nothing is.
-            facts: what the event tells of the ranks with a fault, such as the images of their batches.
+            fault: fault of this rank in words; None if it has none.
+            facts: facts about the ranks with a fault for the event, such as the images of their batches.
 
         Raises:
             DivergedError: too many steps in a row were skipped.
@@ -110,16 +110,16 @@ class Attempt(Generic[T]):
         training.guard.skip(training.step, reason)
 
     def save_if_due(self) -> bool:
-        """Save after a step where the config asks for it, at the end, and where a signal asks to stop.
+        """Save after a step if the config asks for it, at the end, and if a signal asks to stop.
 
-        Not among skipped steps: such saves would push out the last good one.
+        Nothing is saved after skipped steps: such saves would push out the last good one.
 
         Returns:
             Whether to stop now, before the end.
 
         Raises:
-            NonFiniteError: a network holds NaN or Inf; nothing poisoned is saved.
-            UserError: too many saves in a row have failed, or the one that must not.
+            NonFiniteError: a network holds NaN or Inf. Nothing is saved.
+            UserError: too many saves in a row have failed, or the last save of the run has.
         """
         training = self.training
         if training.ranks.world_size == 1:
@@ -132,14 +132,14 @@ class Attempt(Generic[T]):
         return self.stopping and not ended
 
     def save(self, *, must: bool) -> None:
-        """Save; a disk that does not take it costs this save only, and a line and an event say so.
+        """Save. If the disk does not take the save, only this save is lost, and a line and an event say so.
 
         Args:
-            must: there will be no later save.
+            must: whether this is the last save.
 
         Raises:
-            NonFiniteError: a network holds NaN or Inf; nothing poisoned is saved.
-            UserError: too many saves in a row have failed, or the one that must not.
+            NonFiniteError: a network holds NaN or Inf. Nothing is saved.
+            UserError: too many saves in a row have failed, or the last save of the run has.
         """
         training = self.training
         run, ranks = training.run, training.ranks
@@ -183,19 +183,20 @@ def seed_modules(seed: int, step: int, rank: int) -> None:
 
 
 def _nothing(training: Any) -> None:
-    """What a program leaves out."""
+    """For functions that a program leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program(Generic[T]):
-    """What trains.
+    """The functions of a training.
 
     Attributes:
-        build: loads the data and creates the networks of a config, at step 0.
-        train: trains from ``training.step`` on. True at the end of training; False if it was asked to stop, and saved.
-        facts: what evaluators need to know of the training, for env.json.
-        finish: last work of the main rank at the end of training, before DONE is written.
-        summarise: prints what has been learned, on the main rank.
+        build: function that loads the data and creates the networks of a config, at step 0.
+        train: function that trains from ``training.step`` on; it returns True at the end of training, and False if it
+            was asked to stop and has saved.
+        facts: facts about the training that evaluators need, for env.json.
+        finish: function that the main rank calls at the end of training, before DONE is written.
+        summarise: function that prints what was learned, on the main rank.
     """
 
     build: Callable[[Any, RunDirectory, Ranks], T]
@@ -218,30 +219,30 @@ def run_training(
 ) -> T | None:
     """Take the run directory, build the training, resume it, train it. All ranks call it together.
 
-    Where training diverges it goes back, once, to the save before.
+    If training diverges, it goes back to the save before, once.
 
     Args:
-        program: what trains.
-        verb: verb of the command line, by which `peerlearn resume` knows who goes on with the run.
+        program: functions that train.
+        verb: verb of the command, by which `peerlearn resume` knows what to continue.
         config: config of the run.
         run: directory of the run.
         ranks: processes that train together.
         stop: whether a signal asks to stop.
-        resumes: whether the run is there already and goes on.
-        allow_elastic: whether another number of processes may go on.
+        resumes: whether the run is there already and is continued.
+        allow_elastic: whether another number of processes may continue the run.
 
     Returns:
         The training at its end; None if it was asked to stop, and saved.
 
     Raises:
-        UserError: one line that names what failed; FAILED and the log of the rank tell it too.
+        UserError: the training failed. The message names the reason in one line, as do FAILED and the log of the rank.
     """
     log_to_terminal(main=ranks.main)
     with contextlib.ExitStack() as held:
         taken_from: str | None = None
         if resumes:
             taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
-        # Before a new run is written: what cannot be had leaves nothing behind.
+        # Before a new run is written: if the data cannot be loaded, nothing is left behind.
         training = program.build(config, run, ranks)
         ranks.from_main(lambda: check_room(training))
         number = None
@@ -283,7 +284,7 @@ def _start(
     *,
     resumes: bool,
 ) -> int:
-    """Write what belongs to this start of the run; returns its attempt's number."""
+    """Write the files of this start of the run, and return the number of its attempt."""
     run, config = training.run, training.config
     if not resumes:
         run.check_new()
@@ -315,7 +316,7 @@ def _start(
 
 
 def _train(attempt: Attempt[T], train: Callable[[Attempt[T]], bool]) -> bool:
-    """Train; after a divergence once more, from the save before it."""
+    """Train. After a divergence train once more, from the save before it."""
     try:
         with attempt.logging():
             return train(attempt)
@@ -350,7 +351,7 @@ def _note_failure(error: Exception, run: RunDirectory, ranks: Ranks, attempt: in
 
 
 def _failure_kind(error: Exception) -> str:
-    """What a supervisor needs to know: only what the user must mend comes back when the run is started again."""
+    """The kind of a failure, for a supervisor: only a fault that the user must mend returns after another start."""
     if isinstance(error, LostRankError):
         return "lost_rank"
     return "user" if isinstance(error, UserError) else "crash"

@@ -1,4 +1,4 @@
-"""The device a config names, and arithmetic that must stay exact on it."""
+"""The device that a config names, and arithmetic that must stay in full float32 on it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ from peerlearn.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a config's ``device`` key; auto prefers a GPU.
+    """The device of a config's ``device`` key. ``auto`` prefers a GPU.
 
     Raises:
-        UserError: no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Keep autocast and TF32 or bf16 matrix products, which training may use, out of what runs inside."""
+    """Switch off autocast and matrix products in TF32 or bf16, which training may use, inside the block."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     precision = backend.matmul.fp32_precision
     backend.matmul.fp32_precision = "ieee"

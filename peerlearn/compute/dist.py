@@ -1,4 +1,4 @@
-"""The processes of one job ("ranks"): who they are, and what they tell each other.
+"""The processes of one job ("ranks") and their communication.
 
 Everything works unchanged for a single process, where nothing is sent. A launcher (torchrun, accelerate, SLURM) is
 recognised by the environment it sets; accelerate picks the device and the backend.
@@ -26,13 +26,13 @@ from peerlearn.compute.device import choose_device
 from peerlearn.errors import SaidByMainError, UserError
 from peerlearn.runs.heartbeat import Heartbeat, SilenceWatch, name_culprits
 
-# How long the others wait while the main rank evaluates or writes to slow storage.
+# How long the other ranks wait while the main rank evaluates or writes to slow storage.
 _PATIENCE_SECONDS = 2 * 3600.0
 _POLL_SECONDS = 0.01
 _EVALUATION_TIMEOUT_SECONDS = 600.0
-# Elements of one all-reduce: enough to fill a network, little enough to bound the copy.
+# Elements of one all-reduce: enough to use the bandwidth, and few enough for a small copy.
 _BUCKET_ELEMENTS = 2**25
-# Newer torch has renamed it, and warns of the older name.
+# Newer versions of torch have another name for it, and warn of the older name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 T = TypeVar("T")
@@ -41,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """This process among those of the job.
+    """This process among the processes of the job.
 
     Attributes:
-        rank: 0..world_size-1; 0 is the main rank, which writes the run directory.
-        world_size: how many there are.
-        device: the one this process computes on.
+        rank: number of this process, 0..world_size-1; 0 is the main rank, which writes the run directory.
+        world_size: number of processes.
+        device: device that this process computes on.
     """
 
     def __init__(
@@ -76,22 +76,22 @@ class Ranks:
         return self.rank == 0
 
     def start_heartbeat(self, folder: Path, stacks: TextIO) -> None:
-        """Let this rank leave signs of life in ``folder``, by which the others can name it if it dies.
+        """Start this rank's heartbeat in ``folder``, by which the others can name it if it dies.
 
-        Its threads' stacks are written to ``stacks`` once a step takes longer than the ranks' timeout.
+        Once a step takes longer than the ranks' timeout, the stacks of all threads are written to ``stacks``.
         """
         self._heartbeat = Heartbeat(folder, self.rank)
         self._stacks = stacks
 
     def at_step(self, step: int) -> None:
-        """The rank begins this step: for those who watch it, and for whoever asks where it died."""
+        """Note that the rank begins this step, so that others can see its progress and where it died."""
         if self._heartbeat:
             self._heartbeat.at_step(step)
         if self._stacks and self._timeout_seconds < threading.TIMEOUT_MAX:
             faulthandler.dump_traceback_later(self._timeout_seconds, file=self._stacks)
 
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """Every rank's tensor, of one shape, side by side along ``dim`` in rank order. No gradient passes."""
+        """The tensors of all ranks, of one shape, side by side along ``dim`` in rank order. No gradient passes."""
         if self.world_size == 1:
             return tensor
         part = tensor.detach().movedim(dim, 0).contiguous()
@@ -101,10 +101,10 @@ class Ranks:
         return whole.movedim(0, dim)
 
     def gather_with_gradient(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """`gather`, differentiable: every rank's gradients of this rank's part are added up.
+        """`gather`, differentiable: the gradients that all ranks have for this rank's part are added up.
 
-        A loss that every rank computes from the whole therefore counts ``world_size`` times in this rank's
-        gradient; the mean over ranks that follows (`average_`) makes it count once.
+        So a loss that every rank computes from the whole counts ``world_size`` times in this rank's gradient. The
+        mean over ranks that follows (`average_`) makes it count once.
         """
         if self.world_size == 1:
             return tensor
@@ -113,10 +113,10 @@ class Ranks:
 
     @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over the ranks, in place, few collectives for all of them.
+        """Replace every tensor by its mean over the ranks, in place, by few collectives for all of them.
 
-        The order of the sums is fixed by the shapes alone, so that a resumed run adds up as before. (Torch's DDP
-        rearranges its buckets after the first step, and with them the last bits.)
+        The shapes alone fix the order of the sums, so that a resumed run adds up as before. (Torch's DDP rearranges
+        its buckets after the first step, which changes the last bits.)
         """
         if self.world_size == 1:
             return
@@ -128,7 +128,7 @@ class Ranks:
                 tensor.copy_(mean.view(tensor.shape))
 
     def add_up(self, values: Tensor) -> Tensor:
-        """The sum over ranks, of a small tensor, as a new one."""
+        """The sum of a small tensor over all ranks, as a new tensor."""
         total = values.clone()
         if self.world_size > 1:
             with self._collective("add_up"):
@@ -136,13 +136,13 @@ class Ranks:
         return total
 
     def any(self, condition: bool) -> bool:
-        """Whether it holds on any rank; every rank learns the same."""
+        """Whether the condition holds on any rank. All ranks get the same answer."""
         if self.world_size == 1:
             return condition
         return bool(self.add_up(torch.tensor([float(condition)], device=self.device)) > 0)
 
     def collect(self, value: Any) -> list[Any]:
-        """Every rank's value, which JSON must know, in rank order."""
+        """The values of all ranks in rank order. A value must be one that JSON can hold."""
         if self.world_size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -153,14 +153,14 @@ class Ranks:
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """Call on the main rank alone; every rank gets the result, which JSON must know.
+        """Call the function on the main rank alone; every rank gets the result, which JSON must be able to hold.
 
-        The others wait as long as an evaluation or a slow save may take, not only the ranks' timeout, while the main
-        rank gives signs of life.
+        An evaluation or a slow save may take longer than the ranks' timeout. The other ranks wait for it as long as
+        the main rank's heartbeat goes on.
 
         Raises:
-            UserError: the main rank raised one, there.
-            SaidByMainError: it did, here.
+            UserError: on the main rank: the function raised it.
+            SaidByMainError: on the other ranks: the function failed on the main rank.
         """
         if self.world_size == 1:
             return function()
@@ -181,11 +181,11 @@ class Ranks:
         return value
 
     def told_once(self, error: UserError) -> UserError:
-        """For an error that every rank meets alike: itself on the main rank, which tells it, and silent elsewhere."""
+        """An error that every rank meets alike, as each rank should raise it: only the main rank reports it."""
         return error if self.main else SaidByMainError(str(error))
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """Call on the main rank, then on the others: what the first prepares (a download), they find ready."""
+        """Call the function on the main rank, then on the others: a download by the main rank is ready for them."""
         if self.world_size == 1:
             return function()
         values: list[T] = []
@@ -198,7 +198,7 @@ class Ranks:
         if self._heartbeat:
             self._heartbeat.end(failed)
         if self.world_size > 1 and failed is None:
-            # Together, or the first to leave would cut the others off.
+            # All ranks leave together: the first to leave alone would cut the others off.
             self._broadcast({})
             dist.destroy_process_group()
 
@@ -243,23 +243,23 @@ class Ranks:
 
 
 class LostRankError(UserError):
-    """Another rank is gone. The message names it."""
+    """Another rank is gone. The message names that rank."""
 
 
 def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
-    """Join the processes that a launcher started, or be the only one.
+    """Join the processes that a launcher started. Without a launcher this process is the only one.
 
     Args:
-        device: auto, cpu, cuda, ...; of several processes each gets a GPU of its own.
-        timeout_seconds: how long a rank waits for the others in a collective before it gives up.
+        device: name of the device: auto, cpu, cuda, ...; each of several processes gets a GPU of its own.
+        timeout_seconds: time that a rank waits for the others in a collective before it gives up.
 
     Raises:
-        UserError: no such device, or the ranks do not find each other.
+        UserError: there is no such device, or the ranks do not find each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(choose_device(device), timeout_seconds=timeout_seconds)
     kind = choose_device(device).type
-    # Imported here: a single process does not need it.
+    # Imported here: a single process does not need accelerate.
     from accelerate import PartialState
 
     try:
@@ -274,7 +274,7 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
             f"the {os.environ['WORLD_SIZE']} processes did not find each other ({reason}): start all of them "
             "by torchrun or accelerate launch, and see that MASTER_ADDR and MASTER_PORT can be reached"
         ) from error
-    # Only the others are patient: the main rank never waits for one of them longer than anywhere else.
+    # Only the other ranks are patient: the main rank waits for one of them no longer than in any collective.
     patience = timeout_seconds if state.is_main_process else max(timeout_seconds, _PATIENCE_SECONDS)
     group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
     return Ranks(
@@ -290,7 +290,7 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
 def joined_ranks(
     device: str, *, timeout_seconds: float = _EVALUATION_TIMEOUT_SECONDS
 ) -> Iterator[Ranks]:
-    """`start_ranks`, and leave the group together at the end, or in disorder after a failure."""
+    """`start_ranks` for a block. After a success all ranks leave together; after a failure each leaves alone."""
     ranks = start_ranks(device, timeout_seconds=timeout_seconds)
     failed: str | None = "it was interrupted"
     try:
@@ -317,7 +317,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one type, each of at most ``_BUCKET_ELEMENTS`` unless one tensor alone has more."""
+    """Consecutive tensors of one dtype, of at most ``_BUCKET_ELEMENTS`` together unless a single tensor has more."""
     bucket: list[Tensor] = []
     elements = 0
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Keeping what is not finite out of the networks, and out of what is saved.
+"""Keeping NaN and Inf out of the networks and out of saves.
 
 A step whose losses or gradients hold NaN or Inf is skipped, on all ranks alike: weights, optimiser, queue and
 batch-norm statistics stay as they were before it. Too many in a row mean that training has diverged.
@@ -19,7 +19,7 @@ class DivergedError(Exception):
     """Too many steps in a row were skipped.
 
     Attributes:
-        first_step: the first of them, counted from 0.
+        first_step: number of the first skipped step, from 0.
     """
 
     def __init__(self, message: str, first_step: int) -> None:
@@ -28,7 +28,7 @@ class DivergedError(Exception):
 
 
 class StepGuard:
-    """Remembers the buffers of before a step, and counts the steps that were skipped.
+    """Keeps a copy of the buffers from before a step, and counts the skipped steps.
 
     Attributes:
         skipped: number of steps skipped since the start of the run.
@@ -44,15 +44,15 @@ class StepGuard:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keep the batch-norm statistics of before the step."""
+        """Copy the batch-norm statistics before the step."""
         torch._foreach_copy_(self._remembered, self._buffers)
 
     @torch.no_grad()
     def skip(self, step: int, reason: str) -> None:
-        """Undo what the forward passes of this step did to the buffers, and count it.
+        """Restore the buffers from before this step, and count the step as skipped.
 
         Raises:
-            DivergedError: as many steps in a row were skipped as are allowed.
+            DivergedError: the allowed number of steps in a row has been skipped.
         """
         torch._foreach_copy_(self._buffers, self._remembered)
         self.skipped += 1
@@ -64,20 +64,20 @@ class StepGuard:
             )
 
     def passed(self) -> None:
-        """The step was good."""
+        """Note that the step was good."""
         self.in_a_row = 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, plain values."""
+        """Plain values for a checkpoint."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore `state`."""
+        """Restore what `state` returned."""
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients there are."""
+    """The gradients of all parameters that have one."""
     return [p.grad for p in parameters if p.grad is not None]
 
 
@@ -85,13 +85,13 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether no element of any tensor is NaN or Inf: a bool () on their device, so that nobody waits for it."""
     if not tensors:
         return torch.ones((), dtype=torch.bool)
-    # A norm is NaN or Inf if an element is; foreach makes few kernels of many tensors.
+    # A norm is NaN or Inf if an element is. foreach needs few kernels for many tensors.
     norms = torch._foreach_norm([t.detach().float() for t in tensors], float("inf"))
     return torch.isfinite(torch.stack(norms)).all()
 
 
 def require_finite_weights(module: nn.Module) -> None:
-    """Make sure that nothing poisoned is saved or exported.
+    """Make sure that only finite weights are saved or exported.
 
     Raises:
         NonFiniteError: a parameter or a batch-norm statistic holds NaN or Inf.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from peerlearn.config import require
 
 if TYPE_CHECKING:
-    # A config should not wait for torch.
+    # Reading a config should not wait for torch.
     import torch
     from torch import nn
 
@@ -16,11 +16,11 @@ class OptimizerConfig:
     """The optimiser; the learning rate is `base_lr` of the run.
 
     Attributes:
-        name: sgd, lars or adamw.
-        momentum: of sgd and lars.
-        nesterov: of sgd and lars.
-        weight_decay: L2 penalty (sgd, lars) or decoupled decay (adamw).
-        decay_norm_and_bias: decay batch-norm weights and biases too, as MoCo does.
+        name: name of the optimiser: sgd, lars or adamw.
+        momentum: momentum factor of sgd and lars.
+        nesterov: whether sgd and lars use Nesterov momentum.
+        weight_decay: factor of the L2 penalty (sgd, lars) or of the decoupled decay (adamw).
+        decay_norm_and_bias: whether batch-norm weights and biases decay too, as in MoCo.
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
@@ -44,8 +44,8 @@ def build_optimizer(
 ) -> "torch.optim.Optimizer":
     """SGD (MoCo), LARS (You et al. 2017) or AdamW over the cohort's parameters.
 
-    Unless ``decay_norm_and_bias``, vectors and scalars (batch-norm weights, biases) are neither decayed nor, with
-    LARS, adapted; MoCo decays everything.
+    With ``decay_norm_and_bias`` all parameters decay, as in MoCo. Without it vectors and scalars (batch-norm weights,
+    biases) do not decay, and LARS does not adapt their learning rate.
     """
     import torch
 
@@ -94,7 +94,7 @@ def bytes_to_come(optimizer: "torch.optim.Optimizer") -> int:
 def load_optimizer_tensors(
     optimizer: "torch.optim.Optimizer", tensors: dict[str, "torch.Tensor"]
 ) -> None:
-    """Restore `optimizer_tensors`; learning rates and decay stay those of the config."""
+    """Restore what `optimizer_tensors` returned. Learning rates and decay stay those of the config."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split(".", 1)

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 class Precision:
     """Autocast and, for fp16, loss scaling.
 
-    Small gradients vanish in fp16; the loss is multiplied by a scale that grows until a gradient overflows, when that
-    step is left out and the scale halved (Micikevicius et al. 2018). Ranks agree by themselves: their gradients are
-    averaged before they are looked at.
+    Small gradients vanish in fp16. So the loss is multiplied by a scale, which grows until a gradient overflows; then
+    that step is left out and the scale halved (Micikevicius et al. 2018). All ranks take the same decision, because
+    gradients are averaged before anybody looks for an overflow.
     """
 
     def __init__(self, precision: str, device: torch.device, *, tf32: bool = False) -> None:
@@ -46,27 +46,27 @@ class Precision:
         return torch.autocast(self._device.type, self._type, enabled=self._type is not None)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of the scaled loss."""
+        """Run the backward pass of the scaled loss."""
         self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients back to the loss's own scale."""
+        """Divide the gradients by the scale."""
         self.scaler.unscale_(optimizer)
         self._unscaled = True
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimiser's step, unless fp16's scaling has made a gradient overflow; then only the scale shrinks."""
+        """Take the optimiser's step. If fp16's scale made a gradient overflow, only shrink the scale."""
         self.scaler.step(optimizer)
         self.leave_out_step()
 
     def leave_out_step(self) -> None:
-        """Be ready for the next step, whether this one was taken or not."""
+        """Prepare for the next step, whether this one was taken or not."""
         if self._unscaled:
             self.scaler.update()
         self._unscaled = False
 
     def overflow_is_a_fault(self) -> Tensor:
-        """Whether a gradient that is not finite cannot be the scale's doing, which a smaller scale mends.
+        """Whether a gradient that is not finite is a fault, because no smaller scale can mend it.
 
         Returns:
             bool (), on the device, so that nobody waits for it.
@@ -79,16 +79,16 @@ class Precision:
         return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, plain values."""
+        """Plain values for a checkpoint."""
         return dict(self.scaler.state_dict())
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore `state`."""
+        """Restore what `state` returned."""
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
 
 
 def cpu_computes(number_type: torch.dtype) -> bool:
-    """Whether this CPU multiplies bf16 or fp16 by units of its own."""
+    """Whether this CPU has hardware units for bf16 or fp16 products."""
     units = BF16_UNITS if number_type == torch.bfloat16 else FP16_UNITS
     return bool(cpu_flags() & units) or platform.system() == "Darwin"

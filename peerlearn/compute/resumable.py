@@ -1,4 +1,4 @@
-"""What the training spine asks of a training: all that a save must hold, and how to put it back."""
+"""The protocol of a training for the training spine: everything that a save must hold, and how to restore it."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,12 +12,12 @@ from peerlearn.runs.save_config import SaveConfig
 
 
 class Resumable(Protocol):
-    """A training that goes on after any stop as if it had never stopped.
+    """A training that continues after any stop as if it had never stopped.
 
-    What inherits from it need not write what it leaves as it stands here.
+    A class that inherits from it needs to define only what has no default here.
 
     Attributes:
-        config: frozen dataclass that config.yaml holds; `peerlearn.config.changeable` marks the fields that may change
+        config: frozen dataclass in config.yaml; `peerlearn.config.changeable` marks the fields that may change
             between a save and its resumption.
         run: directory of the run.
         ranks: processes that train together.
@@ -33,55 +33,55 @@ class Resumable(Protocol):
 
     @property
     def saves(self) -> SaveConfig:
-        """When to save: as ``config.checkpoint`` says."""
+        """The settings of the saves: ``config.checkpoint``."""
         saves: SaveConfig = self.config.checkpoint
         return saves
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass over the data: without epochs, all of them."""
+        """The number of steps of one pass over the data. Without epochs: all steps."""
         return self.total_steps
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole training."""
+        """The number of steps of the whole training."""
         raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
-        """What changes when the data do: a run that was saved on other data is not resumed."""
+        """A text that changes with the data. A run that was saved on other data is not resumed."""
         return ""
 
     @property
     def dataset_name(self) -> str:
-        """The data, by a name for people."""
+        """The name of the data, for people."""
         return "the data"
 
     def headline(self) -> str:
-        """What is trained on what, for people."""
+        """The networks and the data in one line, for people."""
         return type(self).__name__
 
     def trained(self) -> nn.Module:
-        """What learns, of which nothing is saved that holds NaN or Inf."""
+        """The module that learns. Nothing of it is saved if it holds NaN or Inf."""
         raise NotImplementedError
 
     def bytes_to_come(self) -> int:
-        """What a later save holds beyond `tensors` of now: the optimiser's state, before its first step."""
+        """The bytes of later saves beyond today's `tensors`: the optimiser's state, before its first step."""
         return 0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor that steps change, by group and name; each group becomes a file."""
+        """Every tensor that steps change, by group and name. Each group becomes a file."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Every other value that steps change, as JSON knows it."""
+        """Every other value that steps change, in a form that JSON can hold."""
         return {}
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Put back what `tensors` and `state` gave.
+        """Restore what `tensors` and `state` returned.
 
         Raises:
-            KeyError, TypeError, AttributeError: it is no such save.
+            KeyError, TypeError, AttributeError: the save is not one of this training.
             ValueError: a tensor does not fit.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Resuming: which save a run goes on from, and whether what it finds is still the run that was saved."""
+"""Resuming: the save that a run continues from, and the check that it is still the same run."""
 
 import json
 import logging
@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 
 class RefusedResumeError(UserError):
-    """The run is sound, but what it is asked to go on with would make it another run."""
+    """The run is sound, but the new config, data or processes would make it another run."""
 
 
 def resume_latest(training: Resumable, *, allow_elastic: bool = False) -> None:
-    """Continue from the newest save that is whole, from step 0 if nothing was ever saved.
+    """Continue from the newest whole save, or from step 0 if nothing was ever saved.
 
     A damaged save is set aside with a warning and an event. Rows of metrics.jsonl after the step are cut.
 
     Raises:
         UserError: there were saves, but none is whole.
-        RefusedResumeError: the config, the data or the number of processes is another.
+        RefusedResumeError: the config, the data or the number of processes has changed.
     """
     run, ranks = training.run, training.ranks
     name = ranks.from_main(lambda: _newest_whole_save(training))
     if name is None:
-        # Nothing but config.yaml tells what run this was to be.
+        # Before the first save only config.yaml tells which run this is.
         ranks.from_main(
             lambda: _check_config(training, _plain(load_config(type(training.config), run.config)))
         )
@@ -55,12 +55,12 @@ def resume_latest(training: Resumable, *, allow_elastic: bool = False) -> None:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """As a save holds it."""
+    """The value in the form that a save holds."""
     return dict(json.loads(json.dumps(asdict(config))))
 
 
 def _cut_metrics(training: Resumable, rows: int) -> None:
-    """Cut what is trained anew, and say so if rows from before the save are missing."""
+    """Cut the rows of steps that are trained anew, and say so if rows from before the save are missing."""
     found = training.run.cut_metrics(training.step)
     if found < rows:
         logger.warning(
@@ -74,10 +74,10 @@ def _cut_metrics(training: Resumable, rows: int) -> None:
 
 
 def roll_back(training: Resumable, *, before_step: int, reason: str) -> None:
-    """Go back to the newest save of a step up to ``before_step``; later ones are set aside.
+    """Go back to the newest save of a step up to ``before_step``. Later saves are set aside.
 
     Raises:
-        UserError: there is none; the message begins with the reason.
+        UserError: there is no such save; the message begins with the reason.
     """
     run, ranks = training.run, training.ranks
 
@@ -97,7 +97,7 @@ def roll_back(training: Resumable, *, before_step: int, reason: str) -> None:
 
 
 def _newest_whole_save(training: Resumable) -> str | None:
-    """The folder's name; None if this run has never saved. Damaged saves on the way are set aside."""
+    """The name of the newest whole save's folder; None if this run has never saved. Damaged saves are set aside."""
     run = training.run
     remove_stumps(run.checkpoints)
     for folder in saved_steps(run.checkpoints):
@@ -119,7 +119,7 @@ def _newest_whole_save(training: Resumable) -> str | None:
 
 
 def _has_ever_saved(training: Resumable) -> bool:
-    """By what is left of it: events, the file `latest`, saves that were set aside, rows of later steps."""
+    """Whether the run has ever saved, by its events, the file `latest`, saves set aside and rows of later steps."""
     run = training.run
     events = {event["event"] for event in run.events()}
     if events & {"saved", "checkpoint_damaged"}:
@@ -133,7 +133,11 @@ def _has_ever_saved(training: Resumable) -> bool:
 
 
 def _restore(training: Resumable, folder: Path, *, allow_elastic: bool) -> int:
-    """Put a save's state in place; returns how many rows of metrics there were."""
+    """Restore a save.
+
+    Returns:
+        The number of rows that metrics.jsonl had at the save.
+    """
     tensors, state = load_checkpoint(folder)
     try:
         training.ranks.from_main(
@@ -173,7 +177,7 @@ def _restore_generators(training: Resumable, tensors: Mapping[str, Tensor]) -> N
 
 
 def _check_config(training: Resumable, saved: Mapping[str, Any]) -> None:
-    """Refuse a config that would make this another run; note changes that are safe."""
+    """Refuse a config that would make this another run, and record changes that are safe."""
     changes = dict(config_changes(saved, asdict(training.config)))
     unsafe = {
         key: change
@@ -193,7 +197,7 @@ def _check_config(training: Resumable, saved: Mapping[str, Any]) -> None:
 def config_changes(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Every dotted key whose value differs, with the old and the new value; None for a missing one."""
+    """Every dotted key whose value differs, with the old and the new value; None for a missing value."""
     for name in dict.fromkeys([*old, *new]):
         key, before, after = prefix + name, old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -220,7 +224,7 @@ def _check_world_size(training: Resumable, saved: int, *, allow_elastic: bool) -
 
 
 def _note_environment(training: Resumable, saved: Mapping[str, Any]) -> None:
-    """Warn where another code, library or machine goes on; bit-equality is then not promised."""
+    """Warn if code, libraries or machine have changed. Equality bit for bit is not promised then."""
     changes = dict(config_changes(saved, environment()))
     if changes:
         logger.warning("resumed in another environment: %s", _listed(changes))

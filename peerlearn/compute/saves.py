@@ -1,4 +1,4 @@
-"""Saving a training, and whether the disk has room for it."""
+"""Saving a training, and checking that the disk has room for it."""
 
 import dataclasses
 import logging
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 def save(training: Resumable, *, attempt: int) -> str | None:
-    """Save everything a later start needs to go on as if nothing had happened. All ranks call it together.
+    """Save everything that a later start needs to continue exactly. All ranks call it together.
 
     Args:
-        training: what to save.
-        attempt: which start of the run this is.
+        training: training to save.
+        attempt: number of this start of the run.
 
     Returns:
-        Why the disk did not take it, the older saves being as they were; None if it did.
+        The reason why the disk did not take the save, with the older saves unchanged; None if it did.
 
     Raises:
-        NonFiniteError: a network holds NaN or Inf; nothing poisoned is saved.
+        NonFiniteError: a network holds NaN or Inf. Nothing is saved.
     """
     ranks, run, saves = training.ranks, training.run, training.saves
     require_finite_weights(training.trained())
@@ -82,10 +82,10 @@ def _state(training: Resumable) -> dict[str, Any]:
 
 
 def check_room(training: Resumable) -> None:
-    """Make sure that the disk has room for the next save, and at the start of a run for one more to stand beside it.
+    """Make sure that the disk has room for the next save, and at the start of a run for two saves.
 
     Raises:
-        UserError: it has not.
+        UserError: the disk has less room.
     """
     saves = 1 if saved_steps(training.run.checkpoints) else 2
     tensors = [t for group in training.tensors().values() for t in group.values()]

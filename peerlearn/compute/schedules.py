@@ -12,10 +12,10 @@ class ScheduleConfig:
     """How the learning rate moves, per step.
 
     Attributes:
-        name: cosine (to 0), step (times gamma at each milestone) or constant.
-        warmup_epochs: linear rise from 0 before the schedule proper.
-        milestones_epochs: where step falls.
-        gamma: by what factor step falls.
+        name: form of the schedule: cosine (to 0), step (times gamma at each milestone) or constant.
+        warmup_epochs: length of the linear rise from 0, in epochs, before the schedule proper.
+        milestones_epochs: epochs at which step multiplies the learning rate by gamma.
+        gamma: factor of step at each milestone.
     """
 
     name: Literal["cosine", "step", "constant"] = "cosine"
@@ -40,8 +40,8 @@ def learning_rate(
     """The learning rate of optimiser step ``step``, counted from 0.
 
     Warm-up rises linearly and reaches ``lr`` at step ``warmup_epochs * steps_per_epoch``. Then cosine falls from
-    ``lr`` to 0 at ``total_steps`` (Loshchilov & Hutter 2017, no restarts); step multiplies by gamma at every
-    milestone, counted in epochs from the start of training.
+    ``lr`` to 0 at ``total_steps`` (Loshchilov & Hutter 2017, no restarts). Step multiplies by gamma at every
+    milestone. Milestones count epochs from the start of training.
 
     NOTE: MoCo changes its cosine once per epoch; here it moves every step.
     """

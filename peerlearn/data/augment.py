@@ -1,7 +1,7 @@
 """Random views of image batches: one set of parameters per image, all images in few tensor operations.
 
 Parameters are drawn on the CPU from counters (``counter_random``), pixels live on any device.
-Dimension letters: B batch. Image tensors are (B, channels, height, width) with 1 or 3 channels.
+Dimensions: B batch. Image tensors are (B, channels, height, width) with 1 or 3 channels.
 """
 
 import math
@@ -27,16 +27,23 @@ _BLOCK_VALUES = 3 * 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """A recipe of random views. Probabilities lie in [0, 1].
+    """A recipe of random views.
 
-    ``crop_scale`` is the range of the crop's share of the image area, ``crop_ratio`` that of its
-    width / height. ``crop_padding``, in pixels of the image, takes the place of both where it is
-    positive: the crop is then as large as the image and shifted by up to so much each way, and what
-    it has of outside the image is black. ``jitter`` holds the strengths of brightness, contrast,
-    saturation and hue with the meaning of torchvision's ColorJitter; ``blur_sigma`` is in pixels of
-    the finished crop.
-    ``grayscale_first`` puts the greying before the jitter instead of after it.
-    Raises ValueError for values outside these ranges.
+    Attributes:
+        crop_scale: range of the crop's share of the image area.
+        crop_ratio: range of the crop's width divided by its height.
+        crop_padding: largest shift of the crop in pixels of the image. Where it is positive, the crop is as large as
+            the image, ``crop_scale`` and ``crop_ratio`` do not count, and what lies outside the image is black.
+        flip_probability: probability of a horizontal flip.
+        jitter: strengths of brightness, contrast, saturation and hue, with the meaning of torchvision's ColorJitter.
+        jitter_probability: probability of the jitter.
+        grayscale_probability: probability of greying.
+        grayscale_first: whether greying comes before the jitter instead of after it.
+        blur_probability: probability of the blur.
+        blur_sigma: range of the blur's sigma in pixels of the finished crop.
+
+    Raises:
+        ValueError: a value lies outside its range; probabilities lie in [0, 1].
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -103,9 +110,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 class ViewParameters(NamedTuple):
     """What one view does to each of B images; all tensors on the CPU.
 
-    Boxes lie inside the image, but for recipes with ``crop_padding``.
-    The factors are those of torchvision's ``adjust_*``; they count only where ``jitter`` is set,
-    as ``sigma`` (pixels) does where ``blur`` is.
+    Boxes lie inside the image, except for recipes with ``crop_padding``.
+    The factors are those of torchvision's ``adjust_*``. They count only where ``jitter`` is set.
+    ``sigma`` is in pixels and counts only where ``blur`` is set.
     """
 
     box: Tensor  # (B, 4) int64: top, left, height, width
@@ -134,9 +141,18 @@ def draw_view_parameters(
 ) -> ViewParameters:
     """Draw one view of B images.
 
-    ``index`` and ``draw`` (B,) are each image's number in the dataset and how often the epoch has
-    drawn it before; ``height`` and ``width`` its size, (B,) where sizes differ. The result for an
-    image depends on (seed, epoch, index, draw, view), its size and the recipe alone, bit for bit.
+    The result for an image depends on (seed, epoch, index, draw, view), its size and the recipe
+    alone, bit for bit.
+
+    Args:
+        augmentation: recipe to draw from.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        index: number of each image in the dataset, (B,).
+        draw: how often the epoch has drawn each image before, (B,).
+        view: number of the view.
+        height: height of the images in pixels, (B,) where sizes differ.
+        width: width of the images in pixels, (B,) where sizes differ.
     """
     key = random_bits(VIEWS, seed, epoch, view, index, draw)
     counts = (2 * _CROP_ATTEMPTS + 2, 4, 4, 4, 1)
@@ -179,9 +195,9 @@ def _between(draws: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor
 def _draw_boxes(
     augmentation: Augmentation, draws: Tensor, height: int | Tensor, width: int | Tensor
 ) -> Tensor:
-    """Boxes (B, 4) by the rule of torchvision's RandomResizedCrop, from (B, 2 * attempts + 2).
+    """Boxes (B, 4) by the rule of torchvision's RandomResizedCrop, from draws (B, 2 * attempts + 2).
 
-    With ``crop_padding`` by that of its RandomCrop.
+    With ``crop_padding`` they follow the rule of torchvision's RandomCrop.
     """
     batch = draws.shape[0]
     heights = torch.as_tensor(height).expand(batch).to(torch.float64)
@@ -199,33 +215,33 @@ def _draw_boxes(
     fits = (box_widths > 0) & (box_widths <= widths[:, None])
     fits &= (box_heights > 0) & (box_heights <= heights[:, None])
     first = fits.to(torch.int8).argmax(dim=1, keepdim=True)
-    found = fits.gather(1, first)[:, 0]
+    any_fits = fits.gather(1, first)[:, 0]
 
-    # No attempt fits: the largest centred box within the range of ratios.
+    # Where no attempt fits: the largest centred box within the range of ratios.
     low, high = augmentation.crop_ratio
     largest_width = torch.minimum(widths, (heights * high).round())
     largest_height = torch.minimum(heights, (widths / low).round())
-    box_width = torch.where(found, box_widths.gather(1, first)[:, 0], largest_width)
-    box_height = torch.where(found, box_heights.gather(1, first)[:, 0], largest_height)
+    box_width = torch.where(any_fits, box_widths.gather(1, first)[:, 0], largest_width)
+    box_height = torch.where(any_fits, box_heights.gather(1, first)[:, 0], largest_height)
 
     slack_top, slack_left = heights - box_height, widths - box_width
-    top = torch.where(found, draws[:, -2] * (slack_top + 1), slack_top / 2).floor()
-    left = torch.where(found, draws[:, -1] * (slack_left + 1), slack_left / 2).floor()
+    top = torch.where(any_fits, draws[:, -2] * (slack_top + 1), slack_top / 2).floor()
+    left = torch.where(any_fits, draws[:, -1] * (slack_left + 1), slack_left / 2).floor()
     return torch.stack((top, left, box_height, box_width), dim=1).to(torch.int64)
 
 
 def _rounded_root(values: Tensor) -> Tensor:
-    # Not torch.sqrt: the vector library behind it may round the last bit by position in the batch.
-    # numpy's is the processor's, exactly rounded in every lane.
+    # Not torch.sqrt: its vector library may round the last bit by the position in the batch. numpy
+    # uses the processor's square root, which is exactly rounded in every lane.
     return torch.from_numpy(np.sqrt(values.numpy())).round()
 
 
 def _log_uniform(draws: Tensor, limits: tuple[float, float]) -> Tensor:
-    """Draws in [0, 1) to values whose logarithm is uniform between the limits."""
+    """Turn draws in [0, 1) into values whose logarithm is uniform between the limits."""
     low, high = map(math.log, limits)
     exponent = (draws - 0.5) * (high - low)
     # Not torch.exp: its last bit may depend on the position in the batch. Products and sums are
-    # exactly rounded everywhere; for ratios within 3/4 .. 4/3 the series is exact to 1e-13.
+    # exactly rounded everywhere. For ratios within 3/4 .. 4/3 the series is exact to 1e-13.
     value = torch.ones_like(exponent)
     for degree in range(10, 0, -1):
         value = value * exponent / degree + 1
@@ -235,15 +251,19 @@ def _log_uniform(draws: Tensor, limits: tuple[float, float]) -> Tensor:
 def resized_crop(images: Tensor, box: Tensor, size: int) -> Tensor:
     """Cut one box from each image and resize it, bilinear with antialiasing.
 
-    ``images`` (B, channels, height, width), uint8 or float in [0, 1]; ``box`` (B, 4) int64 as in
-    ``ViewParameters``; what it has of outside the image is black. Returns float32
-    (B, channels, size, size) in [0, 1], equal to torchvision's ``resized_crop(antialias=True)`` of
-    the float image, padded with zeros, up to rounding.
+    Args:
+        images: images, (B, channels, height, width), uint8 or float in [0, 1].
+        box: boxes as in ``ViewParameters``, (B, 4) int64; what lies outside the image is black.
+        size: height and width of the result in pixels.
+
+    Returns:
+        float32 (B, channels, size, size) in [0, 1], up to rounding equal to torchvision's
+        ``resized_crop(antialias=True)`` of the float image padded with zeros.
     """
     margins = _margins(box, images.shape[2], images.shape[3])
     box = box.to(images.device, non_blocking=True)
     crops = torch.empty((*images.shape[:2], size, size), device=images.device)
-    # Rounded products would be off by a grey level; inference mode spares autograd's bookkeeping.
+    # Products in a shorter format would be off by a grey level. Inference mode spares autograd's bookkeeping.
     with torch.inference_mode(), full_float32(images.device):
         for block in _blocks(crops):
             _resized_crop(images[block], box[block], margins, crops[block])
@@ -251,7 +271,7 @@ def resized_crop(images: Tensor, box: Tensor, size: int) -> Tensor:
 
 
 def _margins(box: Tensor, height: int, width: int) -> tuple[int, int]:
-    """How far the farthest of the boxes reaches beyond the image: above or below, to a side."""
+    """How many pixels the boxes reach beyond the image at most: above or below it, and to its sides."""
     if not box.shape[0]:
         return 0, 0
     start, length = box[:, :2], box[:, 2:]
@@ -262,7 +282,7 @@ def _margins(box: Tensor, height: int, width: int) -> tuple[int, int]:
 
 
 def _blocks(images: Tensor) -> list[slice]:
-    """Cut the batch so that a block's temporaries stay in the CPU's cache; one block elsewhere."""
+    """Cut the batch so that the temporaries of a block stay in the CPU's cache; other devices get one block."""
     batch = images.shape[0]
     on_cpu = images.device.type == "cpu"
     length = max(1, _BLOCK_VALUES // images[:1].numel() if on_cpu else batch)
@@ -280,28 +300,33 @@ def _resized_crop(images: Tensor, box: Tensor, margins: tuple[int, int], crops: 
 def _filter(images: Tensor, rows: Tensor, columns: Tensor, filtered: Tensor) -> None:
     """Set ``filtered`` to rows @ image @ columns^T for every channel.
 
-    ``images`` (B, channels, height, width), ``rows`` (B, rows, height), ``columns``
-    (B, columns, width), ``filtered`` (B, channels, rows, columns), contiguous.
+    Args:
+        images: images, (B, channels, height, width).
+        rows: weights of the rows, (B, rows, height).
+        columns: weights of the columns, (B, columns, width).
+        filtered: the output, (B, channels, rows, columns), contiguous.
     """
     channels, height = images.shape[1:3]
+    # (B, channels * height, width) @ (B, width, columns) -> (B * channels, height, columns)
     narrow = torch.bmm(images.flatten(1, 2), columns.mT).view(-1, height, columns.shape[1])
+    # (B * channels, rows, height) @ (B * channels, height, columns) -> (B * channels, rows, columns)
     per_channel = rows[:, None].expand(-1, channels, -1, -1).flatten(0, 1)
     torch.bmm(per_channel, narrow, out=filtered.flatten(0, 1))
 
 
 def _resize_weights(start: Tensor, length: Tensor, extent: int, size: int, margin: int) -> Tensor:
-    """Weights (B, size, extent) of a triangle filter from ``length`` pixels at ``start`` to ``size``.
+    """Weights (B, size, extent) of a triangle filter from ``length`` pixels at ``start`` to ``size`` pixels.
 
-    The filter is as wide as the larger of the two grids' steps and is normalised inside the box,
-    which may reach up to ``margin`` pixels beyond the extent: those are black and need no weights.
+    The filter is as wide as the larger of the two grids' steps and is normalised inside the box. The box may reach up
+    to ``margin`` pixels beyond the extent. Those pixels are black and need no weights.
     """
-    step = length.to(torch.float64)[:, None] / size
+    step = length.to(torch.float64)[:, None] / size  # (B, 1)
     steps = torch.arange(size, device=start.device) + 0.5
-    centres = start[:, None] + step * steps
+    centres = start[:, None] + step * steps  # (B, size)
     pixels = torch.arange(-margin, extent + margin, device=start.device) + 0.5
     inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
-    # Pixels outside the box are too far from every centre to count.
-    pixels = torch.where(inside, pixels, 1e9)
+    # Pixels outside the box are moved too far from every centre to count.
+    pixels = torch.where(inside, pixels, 1e9)  # (B, extent + 2 * margin)
     distances = (pixels[:, None] - centres.to(torch.float32)[:, :, None]).abs_()
     weights = distances.mul_(-1 / step.clamp(min=1).to(torch.float32)[:, :, None]).add_(1)
     weights.clamp_(min=0)
@@ -312,9 +337,16 @@ def _resize_weights(start: Tensor, length: Tensor, extent: int, size: int, margi
 def distort(crops: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> Tensor:
     """Flip, jitter, grey and blur each crop in the recipe's order.
 
-    ``crops`` float32 (B, channels, size, size) in [0, 1]; returns the same shape, a new tensor.
-    Values equal torchvision's functions on the float image, clamped as there. On one channel
-    saturation, hue and greying do nothing.
+    Values equal those of torchvision's functions on the float image, clamped as there. On one
+    channel saturation, hue and greying do nothing.
+
+    Args:
+        crops: crops, float32 (B, channels, size, size) in [0, 1].
+        parameters: what happens to each crop.
+        augmentation: recipe that the parameters were drawn from.
+
+    Returns:
+        A new tensor of the same shape.
     """
     distorted = torch.empty_like(crops)
     with torch.inference_mode(), full_float32(crops.device):
@@ -338,7 +370,7 @@ def _flip(crops: Tensor, flip: Tensor, flipped: Tensor) -> None:
 
 
 def _positions(mask: Tensor, device: torch.device) -> Tensor:
-    # Counted on the CPU, where the parameters are: on the device it would wait for the GPU.
+    # Counted on the CPU, where the parameters are: counting on the device would wait for the GPU.
     return mask.nonzero()[:, 0].to(device, non_blocking=True)
 
 
@@ -362,10 +394,10 @@ def _grayscale(images: Tensor, parameters: ViewParameters, augmentation: Augment
 def _jitter(images: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> None:
     """In place: the four jitter operations, each image in its own order.
 
-    Brightness, contrast and saturation are blends, hue is not: every image takes three blends, in
-    its order, and one hue shift somewhere between them. With the images sorted by the position of
-    the hue, those that take the n-th blend before the hue lie in front of the others, and those
-    without jitter at the end.
+    Brightness, contrast and saturation are blends, hue is not. So every image takes three blends,
+    in its own order, and one hue shift before, between or after them. The images are sorted by the
+    position of the hue. Then the images that take the n-th blend before the hue lie in front of the
+    others, and the images without jitter lie at the end.
     """
     if not augmentation.jitter_probability:
         return
@@ -405,7 +437,7 @@ def _blend_weights(parameters: ViewParameters, chosen: Tensor, channels: int) ->
 
 
 def _blend(images: Tensor, weights: Tensor) -> None:
-    """In place: weighted sum of the image, its mean luma and its luma, held to [0, 1]."""
+    """In place: weighted sum of the image, its mean luma and its luma, clamped to [0, 1]."""
     if images.shape[0] == 0:
         return
     of_image, of_mean, of_luma = weights
@@ -418,18 +450,19 @@ def _blend(images: Tensor, weights: Tensor) -> None:
 def _shift_hue(images: Tensor, turns: Tensor) -> None:
     """In place: turn the HSV hue of (B, 3, height, width) by (B,) turns; value and chroma stay.
 
-    Angles are in sextants of the colour circle, counted from cyan, the opposite of red, towards
-    blue. (chroma + value + red - green - blue) / chroma is the angle's size in every sextant, and
-    blue - green has its sign: the textbook's three branches in one. Back, a channel lies below the
-    value by the chroma times a trapezoid of the angle, which a clamped absolute value draws.
+    Angles are in sextants of the colour circle. They count from cyan, the opposite of red, towards
+    blue. In every sextant (chroma + value + red - green - blue) / chroma is the size of the angle,
+    and blue - green has its sign. This replaces the three branches of the textbook. On the way back
+    a channel lies below the value by the chroma times a trapezoid of the angle, which is a clamped
+    absolute value.
     """
     red, green, blue = images.split(1, dim=1)
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
-    # In place where possible: fresh memory costs a CPU as much as the arithmetic.
+    # In place where possible: new memory costs a CPU as much time as the arithmetic.
     chroma = torch.sub(value, low, out=low)
     angle = (value - green).add_(red).sub_(blue)
     scratch = blue - green
-    # A grey pixel has no hue; its angle counts for nothing below, but has to be finite.
+    # A grey pixel has no hue. Its angle has no effect below, but it must be finite.
     angle.div_(chroma.clamp(min=1e-30)).add_(1).copysign_(scratch)
     angle.add_(6 * turns[:, None, None, None])
     angle.sub_(torch.mul(angle, 1 / 6, out=scratch).round_(), alpha=6)
@@ -445,7 +478,9 @@ def _blur(images: Tensor, parameters: ViewParameters, augmentation: Augmentation
     """In place: Gaussian blur with reflected borders.
 
     The kernel reaches three times the recipe's largest sigma, but no further than a reflection can
-    (size - 1). NOTE: MoCo v2 blurs with PIL, which approximates the Gaussian by boxes.
+    (size - 1).
+
+    NOTE: MoCo v2 blurs with PIL, which approximates the Gaussian by boxes.
     """
     if not augmentation.blur_probability:
         return
@@ -455,8 +490,8 @@ def _blur(images: Tensor, parameters: ViewParameters, augmentation: Augmentation
     sigma = parameters.sigma[parameters.blur].to(torch.float32)
     sigma = sigma.to(images.device, non_blocking=True)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernels = (offsets / sigma[:, None]).square().mul(-0.5).softmax(dim=1)
-    # Tails below the resolution of float32 turn into subnormal products, a hundred times slower.
+    kernels = (offsets / sigma[:, None]).square().mul(-0.5).softmax(dim=1)  # (blurred, taps)
+    # Tails below the resolution of float32 give subnormal products, which are a hundred times slower.
     kernels = kernels * (kernels > 1e-9)
     # taps[source, target, offset] is 1 where that tap of that target reads that source.
     identity = torch.eye(size, device=images.device)
@@ -468,11 +503,11 @@ def _blur(images: Tensor, parameters: ViewParameters, augmentation: Augmentation
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std per channel of float (B, channels, height, width)."""
+    """(images - mean) / std per channel, of float images (B, channels, height, width)."""
     means, variances = torch.tensor((mean, [value**2 for value in std]), dtype=images.dtype)
     means = means.to(images.device, non_blocking=True)
     variances = variances.to(images.device, non_blocking=True)
-    # The same formula with fixed statistics, in one pass over the pixels.
+    # Batch norm with fixed statistics is the same formula in one pass over the pixels.
     return batch_norm(images, means, variances, eps=0.0)
 
 
@@ -484,13 +519,19 @@ EVALUATION_VIEW = (
 
 
 def evaluation_view(images: Tensor, *, size: int) -> Tensor:
-    """The view that evaluations see: float32 (B, channels, size, size) in [0, 1].
+    """The view that evaluations see.
 
-    ``images`` (B, channels, height, width), uint8 or float in [0, 1]. Images of this size stay as
-    they are. Otherwise, with a shorter side of at least 64 pixels, that side is resized to
-    size * 256 / 224 and the centre is cut out, the test transform of MoCo's linear protocol
-    (facebookresearch/moco main_lincls.py: resize 256, centre crop 224); smaller images, whose
-    object fills the frame, are resized whole.
+    Images of this size stay as they are. Other images with a shorter side of at least 64 pixels are
+    resized so that this side is size * 256 / 224, and the centre is cut out: the test transform of
+    MoCo's linear protocol (facebookresearch/moco main_lincls.py: resize 256, centre crop 224). In
+    smaller images the object fills the frame; they are resized whole.
+
+    Args:
+        images: images, (B, channels, height, width), uint8 or float in [0, 1].
+        size: height and width of the view in pixels.
+
+    Returns:
+        float32 (B, channels, size, size) in [0, 1].
     """
     height, width = images.shape[2:]
     pixels = images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images.float()

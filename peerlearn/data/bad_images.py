@@ -1,4 +1,4 @@
-"""The book of images that could not be read: counted per epoch, listed once each, too many of them stop the run."""
+"""The record of unreadable images: they are counted per epoch and listed once each, and too many stop the run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from peerlearn.runs.directory import RunDirectory
 
 
 class UnreadableImages:
-    """What all ranks together met; the same on each of them."""
+    """The unreadable images of all ranks together, the same on each of them."""
 
     def __init__(self, images: int, max_percent: float) -> None:
         self._images = images
@@ -21,19 +21,19 @@ class UnreadableImages:
 
     @property
     def in_epoch(self) -> int:
-        """How many images of this epoch another took the place of; one drawn several times counts once."""
+        """The number of images in this epoch that have a substitute, each counted once."""
         return len(self._in_epoch)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Count anew, unless the epoch is the one that was begun already."""
+        """Start the count at 0, unless the epoch has begun already."""
         if epoch != self._epoch:
             self._epoch, self._in_epoch = epoch, set()
 
     def note(self, found: Sequence[Unreadable], *, ranks: Ranks, run: RunDirectory) -> None:
-        """Enter what the ranks met in a step; the main rank writes an event for each file not met before.
+        """Record the unreadable images of a step. The main rank writes an event for each new file.
 
         Raises:
-            UserError: too many of an epoch's images cannot be read.
+            UserError: too many images of an epoch cannot be read.
         """
         for image in (Unreadable(*item) for part in ranks.collect(found) for item in part):
             self._in_epoch.add(image.index)
@@ -49,11 +49,11 @@ class UnreadableImages:
             raise ranks.told_once(error) from error
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, plain values."""
+        """Plain values for a checkpoint."""
         known = [list(image) for image in self._known.values()]
         return {"epoch": self._epoch, "in_epoch": sorted(self._in_epoch), "known": known}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore `state`."""
+        """Restore what `state` returned."""
         self._epoch, self._in_epoch = state["epoch"], set(state["in_epoch"])
         self._known = {item[0]: Unreadable(*item) for item in state["known"]}

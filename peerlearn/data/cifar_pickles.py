@@ -1,9 +1,10 @@
 """CIFAR's python version: pickles, read without running anything that they name.
 
-A pickle may name any function and have it called. Of the few that these files need, only stand-ins
-are called, which accept what makes an array of bytes and nothing else; every other name is refused.
+A pickle may name any function and have it called. The CIFAR files need few functions. Stand-ins
+are called in their place, which accept an array of bytes and nothing else. Every other name is
+refused.
 
-Dimension letters: N images.
+Dimensions: N images.
 """
 
 import io
@@ -22,9 +23,13 @@ _PIXELS_PER_IMAGE = 3 * 32 * 32
 
 
 def read_batch(path: Path, *, labels_key: str) -> tuple[Tensor, Tensor]:
-    """Pixels, uint8 (N, 3072), and labels, uint8, whose number is left to check.
+    """The images and labels of a batch file.
 
-    Raises UserError, naming the file, if it holds no such arrays or asks for anything to be run.
+    Returns:
+        Pixels, uint8 (N, 3072), and labels, uint8. The caller checks that there are N labels.
+
+    Raises:
+        UserError: the file holds no such arrays, or asks for anything to be run. The message names it.
     """
     content = _load(path)
     data, labels = content.get("data"), content.get(labels_key)
@@ -39,7 +44,11 @@ def read_batch(path: Path, *, labels_key: str) -> tuple[Tensor, Tensor]:
 
 
 def read_class_names(path: Path, *, key: str) -> tuple[str, ...]:
-    """Raises as ``read_batch``."""
+    """The names of the classes.
+
+    Raises:
+        UserError: the file holds no list of names, or asks for anything to be run.
+    """
     names = _load(path).get(key)
     if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
         raise UserError(f"{path} holds no list of names as {key}: {_FETCH}")
@@ -50,11 +59,11 @@ _FETCH = "it is damaged, fetch it again"
 
 
 def _load(path: Path) -> dict[Any, Any]:
-    # What Python 2 called a string are pixels here, and words there.
+    # Python 2's strings hold pixels in some entries, and words in others.
     unpickler = _Unpickler(io.BytesIO(read_bytes(path)), encoding="bytes")
     try:
         content = unpickler.load()
-    except Exception as error:  # Damaged bytes lead the unpickler to whatever it may raise.
+    except Exception as error:  # Damaged bytes can make the unpickler raise anything.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot read {path} ({reason}): {_FETCH}") from error
     if not isinstance(content, dict):
@@ -77,7 +86,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _ByteArray:
-    """For numpy.ndarray, of uint8 alone."""
+    """Stand-in for numpy.ndarray, of uint8 alone."""
 
     values: np.ndarray | None = None
 
@@ -91,7 +100,7 @@ class _ByteArray:
 
 
 class _ByteType:
-    """For the numpy.dtype of uint8, whose state says nothing that a byte leaves open."""
+    """Stand-in for the numpy.dtype of uint8. Its state does not matter for bytes."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -104,12 +113,12 @@ def _byte_type(code: Any, *flags: Any) -> _ByteType:
 
 
 def _reconstruct(*arguments: Any) -> _ByteArray:
-    # The arguments only make the empty array that the state then replaces.
+    # The arguments describe an empty array, which the state then replaces.
     return _ByteArray()
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """In Python 3, protocol 2 writes bytes as such a call."""
+    """Stand-in for _codecs.encode: Python 3 writes bytes as such a call in protocol 2."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("it encodes something other than bytes")
     return text.encode("latin1")

@@ -24,10 +24,15 @@ from peerlearn.errors import UserError
 class ImageDataset:
     """One split of an image set.
 
-    images: uint8 (N, channels, height, width), or N image files, each decoded when it is read.
-    labels: int64 (N,), indices into ``class_names``, -1 for an unlabelled image of a partly
-        labelled split; None for a split without labels.
-    mean, std: per channel, of images in [0, 1], as published for the training set.
+    Attributes:
+        name: name of the data set.
+        split: name of the split.
+        images: uint8 (N, channels, height, width), or N image files, each decoded when it is read.
+        labels: classes of the images, int64 (N,), as indices into ``class_names``; -1 for an
+            unlabelled image of a partly labelled split; None for a split without labels.
+        class_names: names of the classes.
+        mean: mean per channel of images in [0, 1], as published for the training set.
+        std: standard deviation per channel, likewise.
     """
 
     name: str
@@ -55,17 +60,21 @@ class ImageDataset:
         return len(self.class_names)
 
     def read(self, index: int) -> Tensor:
-        """Image ``index``: uint8 (channels, height, width). Raises as ``decode_image``."""
+        """Image number ``index``: uint8 (channels, height, width).
+
+        Raises:
+            DecodeError: the image file cannot be decoded.
+        """
         if isinstance(self.images, Tensor):
             return self.images[index]
         return decode_image(self.images[index])
 
     def fingerprint(self) -> str:
-        """A SHA-256 in hex that stays the same wherever the same data lies.
+        """A SHA-256 in hex that is the same wherever the same data lies.
 
-        It covers order, labels and class names, and the pixels of images held in memory; of image
-        files the names below their common folder and the sizes, and where all of them together have
-        no more than 256 MiB their bytes.
+        It covers order, labels and class names. Of images in memory it covers the pixels. Of image
+        files it covers their sizes and their names below the common folder, and if all files
+        together have at most 256 MiB, their bytes too.
         """
         digest = hashlib.sha256(repr((self.name, self.split, self.class_names)).encode())
         if isinstance(self.images, Tensor):
@@ -85,12 +94,12 @@ class ImageDataset:
         return digest.hexdigest()
 
 
-# Read to tell one set of image files from another; of more, names and sizes must do.
+# Up to this many bytes of image files are read for the fingerprint. Larger sets count by names and sizes.
 _HASHED_BYTES = 2**28
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 for a file that is not there, which is told when it is decoded."""
+    """The size in bytes; 0 for a missing file, which is reported when it is decoded."""
     try:
         return path.stat().st_size
     except OSError:
@@ -107,14 +116,14 @@ def _content(path: Path) -> bytes:
 def load_dataset(
     name: str, split: str = "train", *, root: str | None = None, limit: int | None = None
 ) -> ImageDataset:
-    """The split of a data set; ``limit`` keeps its first n images.
+    """One split of a data set, from the layout in which it is published.
 
     digits         scikit-learn's 1797 digits, 8x8, one channel, grey levels 0..16 scaled to 0..255
                    and never resized here; train: the first 1437 of the file, test: the last 360
     fashion_mnist  the four published idx .gz files, in root or root/FashionMNIST/raw
-    cifar10        in root or root/cifar-10-batches-bin the binary version, or else in root or
-                   root/cifar-10-batches-py the python version, of which nothing is ever run
-    cifar100       with its fine labels: likewise, in root, root/cifar-100-binary or
+    cifar10        the binary version in root or root/cifar-10-batches-bin, or else the python
+                   version in root or root/cifar-10-batches-py, of which nothing is ever run
+    cifar100       the same with its fine labels, in root, root/cifar-100-binary or
                    root/cifar-100-python
     stl10          the binary version, in root or root/stl10_binary; also the splits unlabeled
                    (no labels) and train+unlabeled (label -1 for the unlabelled part, which is last)
@@ -123,12 +132,20 @@ def load_dataset(
     imagenet       train/WNID/*; test is val/WNID/*
     folder         any images: see ``peerlearn.data.image_folders.any_folder``; ImageNet's statistics
 
-    Without a root, imagenet and folder are an error and all others are looked for in
-    ``peerlearn.data.downloads.cache_folder()``. Fashion-MNIST is next looked for in Debian's package;
-    what is still missing, imagenet and folder apart, is downloaded into the root.
-    Folders are read in sorted order, whatever the file system says.
-    Raises UserError for an unknown name or split, a missing root or file, a failed download,
-    a damaged file, a folder without images and a ``limit`` below 1.
+    imagenet and folder need a root. The others are looked for in
+    ``peerlearn.data.downloads.cache_folder()`` without one. Fashion-MNIST is next looked for in
+    Debian's package. A data set that is still missing, except imagenet and folder, is downloaded
+    into the root. Folders are read in sorted order, whatever the file system says.
+
+    Args:
+        name: name of the data set, from the list above.
+        split: name of the split.
+        root: folder that holds the data; None = the usual places.
+        limit: number of images to keep, the first ones; None = all.
+
+    Raises:
+        UserError: the name or the split is unknown, the root or a file is missing or damaged, the
+            download failed, a folder holds no images, or ``limit`` is below 1.
     """
     if name not in _SOURCES:
         near = difflib.get_close_matches(name, DATASET_NAMES, n=1, cutoff=0.0)[0]
@@ -156,7 +173,7 @@ def load_dataset(
 
 
 def first_images(dataset: ImageDataset, limit: int) -> ImageDataset:
-    """The dataset's first ``limit`` images, or all of them where there are fewer."""
+    """The first ``limit`` images of the dataset, or all if it has fewer."""
     images, labels = dataset.images[:limit], dataset.labels
     return replace(
         dataset,
@@ -167,7 +184,7 @@ def first_images(dataset: ImageDataset, limit: int) -> ImageDataset:
 
 
 def select_images(dataset: ImageDataset, index: Tensor) -> ImageDataset:
-    """The images of these numbers, int64 (n,), in their order."""
+    """The images with these numbers, int64 (n,), in this order."""
     images, labels = dataset.images, dataset.labels
     return replace(
         dataset,

@@ -1,4 +1,4 @@
-"""Where data sets are kept when the user names no folder, and how they get there."""
+"""The folder for data sets when the user names none, and downloads into it."""
 
 import logging
 import os
@@ -14,8 +14,8 @@ from pathlib import Path
 from peerlearn.data.files import folder_with
 from peerlearn.errors import UserError
 
-# For each single wait. torchvision sets none, and without one a firewall that drops packets, as on
-# many compute nodes, holds up a run for minutes.
+# The limit of each single wait. torchvision sets none. A firewall that drops packets, as on many
+# compute nodes, would then hold up a run for minutes.
 _SOCKET_TIMEOUT_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,12 @@ def cache_folder() -> Path:
     """This user's folder for data sets, which need not exist yet.
 
     It is $XDG_CACHE_HOME/peerlearn, or else ~/.cache/peerlearn.
-    Raises UserError if the user has no home.
+
+    Raises:
+        UserError: the user has no home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification wants relative paths ignored.
+    # The XDG specification says that relative paths are to be ignored.
     if os.path.isabs(base):
         return Path(base, "peerlearn")
     try:
@@ -42,8 +44,20 @@ def find_or_download(
 ) -> Path:
     """The folder that holds the file ``marker``: root or root/published.
 
-    Where neither does, the archive at ``url``, which holds the folder ``published``, is fetched and
-    unpacked in root; an archive that already lies there is taken. Raises as ``download``.
+    If neither holds it, the archive is downloaded and unpacked in root. An archive that already lies
+    there is used.
+
+    Args:
+        name: name of the data set, for messages.
+        root: folder to look in.
+        marker: name of a file that the data set has.
+        published: name of the folder in the archive.
+        url: address of the archive.
+        md5: MD5 of the archive.
+        advice: what the user can do instead, for messages.
+
+    Raises:
+        UserError: root is not writable, or the files cannot be had.
     """
 
     def fetch(target: str) -> None:
@@ -58,10 +72,17 @@ def find_or_download(
 def download(
     name: str, root: Path, published: str, fetch: Callable[[str], None], advice: str
 ) -> Path:
-    """Make the folder root/published by ``fetch``, which is given a path to make it at.
+    """Make the folder root/published by a download.
 
-    ``root`` is created if need be. Raises UserError, closing with ``advice``, if root is not
-    writable or the files cannot be had.
+    Args:
+        name: name of the data set, for messages.
+        root: folder to download into; it is created if need be.
+        published: name of the folder to make.
+        fetch: function that downloads the files into the path that it is given.
+        advice: what the user can do instead, for messages.
+
+    Raises:
+        UserError: root is not writable, or the files cannot be had. The message ends with ``advice``.
     """
     from filelock import FileLock
 
@@ -69,7 +90,7 @@ def download(
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
             raise UserError(f"{root} lacks the files of {name} and is not writable: {advice}")
-        # The ranks of a run get here together: one fetches, and the folder appears complete.
+        # All ranks of a run come here at the same time. One of them downloads, and the folder appears complete.
         with FileLock(root / ".download.lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
             if not (root / published).exists():
                 logger.info("downloading %s to %s", name, root)

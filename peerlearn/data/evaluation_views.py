@@ -1,4 +1,7 @@
-"""Evaluation views of a dataset's images, in order. Images are (B, channels, height, width)."""
+"""Evaluation views of a dataset's images, in order.
+
+Dimensions: B batch. Image tensors are (B, channels, height, width).
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -33,10 +36,21 @@ def evaluation_batches(
 ) -> Iterator[Tensor]:
     """The evaluation views of images start..stop-1 in order, normalised, on the device.
 
-    Yields float32 (batch_size, channels, image_size, image_size); the last may be smaller.
-    ``workers`` processes decode image files and round their views to uint8; images in memory are
-    viewed on the device. An image that cannot be decoded raises UserError or, where a list
-    ``unreadable`` is given, is appended to it and seen as black.
+    Args:
+        dataset: images to view.
+        image_size: height and width of the views in pixels.
+        batch_size: images per batch; the last batch may have fewer.
+        device: device of the views. Images in memory are resized on it.
+        workers: number of processes that decode image files and round their views to uint8.
+        start: number of the first image.
+        stop: number after the last image; None = all.
+        unreadable: list to which images that cannot be decoded are added; they are seen as black.
+
+    Yields:
+        float32 (B, channels, image_size, image_size).
+
+    Raises:
+        DecodeError: an image cannot be decoded, and no list ``unreadable`` is given.
     """
     positions = range(len(dataset))[start:stop]
     cuts = [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]

@@ -1,4 +1,4 @@
-"""What the readers of published data sets share: what they return, and how they read a file."""
+"""The common parts of the readers of published data sets: what they return, and how they read a file."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from peerlearn.errors import UserError
 
 
 class Content(NamedTuple):
-    """One split as it was read; the fields are those of ``ImageDataset``."""
+    """One split as it was read. The fields are those of ``ImageDataset``."""
 
     images: Tensor | tuple[Path, ...]
     labels: Tensor | None
@@ -18,19 +18,27 @@ class Content(NamedTuple):
 
 
 def folder_with(marker: str, *folders: Path) -> Path | None:
-    """The first of the folders that holds the file."""
-    # Not Path.is_file, which raises where a folder above may not be entered.
+    """The first of the folders that holds the file ``marker``; None if none does."""
+    # Not Path.is_file: it raises if a folder above may not be entered.
     return next((folder for folder in folders if os.path.isfile(folder / marker)), None)
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines that are not blank. Raises as ``read_bytes``."""
+    """The lines of a file that are not blank.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     text = read_bytes(path).decode("utf-8", errors="replace")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's content. Raises UserError, naming the file, if it cannot be read."""
+    """The content of a file.
+
+    Raises:
+        UserError: the file cannot be read. The message names it.
+    """
     try:
         return path.read_bytes()
     except OSError as error:

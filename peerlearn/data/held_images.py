@@ -1,6 +1,6 @@
-"""A dataset's images decoded once and held in main memory.
+"""A dataset's images, decoded once and held in main memory.
 
-Dimension letter: N images.
+Dimensions: N images.
 """
 
 import logging
@@ -30,9 +30,11 @@ logger = logging.getLogger(__name__)
 class HeldImages(NamedTuple):
     """A dataset's images in main memory.
 
-    images: uint8 (N, channels, height, width); what it holds for an unreadable image is undefined.
-    source: int64 (N,), the image to take for each: itself, or its substitute if it is unreadable.
-    unreadable: those that could not be decoded, by their number, in its order.
+    Attributes:
+        images: uint8 (N, channels, height, width); undefined for an unreadable image.
+        source: number of the image to take for each image, int64 (N,): its own, or that of its
+            substitute if it is unreadable.
+        unreadable: images that could not be decoded, by their number, in rising order.
     """
 
     images: Tensor
@@ -43,10 +45,16 @@ class HeldImages(NamedTuple):
 def held_in_memory(
     dataset: ImageDataset, *, seed: int, max_unreadable_percent: float, workers: int = 0
 ) -> HeldImages:
-    """Decode the image files of a dataset, by ``workers`` processes (0: by this one).
+    """Decode the image files of a dataset.
 
-    Raises UserError if more than ``max_unreadable_percent`` of them cannot be decoded, and for
-    images of several sizes.
+    Args:
+        dataset: images to hold.
+        seed: seed by which substitutes are drawn.
+        max_unreadable_percent: largest share of images that may be unreadable.
+        workers: number of processes that decode; 0 = this one.
+
+    Raises:
+        UserError: more images cannot be decoded, or the images have several sizes.
     """
     source = torch.arange(len(dataset))
     if isinstance(dataset.images, Tensor):
@@ -64,7 +72,7 @@ def held_in_memory(
 def _decoded_files(
     files: tuple[Path, ...], name: str, workers: int
 ) -> tuple[Tensor, dict[int, Unreadable]]:
-    """uint8 (N, 3, height, width), all of the size of the first image that can be decoded."""
+    """Images, uint8 (N, 3, height, width), all of the size of the first readable one; and the unreadable ones."""
     chunks = [files[first : first + _DECODE_CHUNK] for first in range(0, len(files), _DECODE_CHUNK)]
     images, model = torch.empty(0, dtype=torch.uint8), None
     unreadable: dict[int, Unreadable] = {}

@@ -1,7 +1,7 @@
 """Image files: decoding them, and the data sets that are published as folders of them.
 
-Each reader takes a split and the folder that ``load_dataset`` calls root; it raises UserError,
-naming the file or folder, for what is missing or belongs to no class.
+Each reader takes a split and the folder that ``load_dataset`` calls root. It raises a UserError that
+names the file or folder if something is missing or belongs to no class.
 Images are uint8 (3, height, width).
 """
 
@@ -23,12 +23,16 @@ from peerlearn.errors import UserError
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 )
-# Pillow looks at the content, not the name, and would hand some formats (EPS) to another program.
+# Pillow looks at the content, not at the name, and would run another program for some formats (EPS).
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 
 
 class DecodeError(UserError):
-    """An image file that cannot be decoded; ``reason`` says why, in a few words on one line."""
+    """An image file that cannot be decoded.
+
+    Attributes:
+        reason: why, in a few words on one line.
+    """
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"cannot decode {path} ({reason}): replace or remove the file")
@@ -41,9 +45,12 @@ def decode_image(path: Path) -> Tensor:
     As in torchvision: palette, CMYK and grey images are converted to RGB, an alpha channel is
     dropped, the EXIF orientation is ignored, and of several frames the first is taken.
     16-bit grey images keep their high byte (Pillow alone would saturate them).
-    Raises DecodeError for whatever cannot be decoded: a damaged file, 32-bit or float pixels, an
-    image beyond Pillow's limit against decompression bombs (89 million pixels; Pillow alone would
-    warn, and refuse only twice as many). Nothing is printed, whatever the file holds.
+    Nothing is printed, whatever the file holds.
+
+    Raises:
+        DecodeError: the file is damaged, its pixels have 32 bits or are floats, or the image is
+            beyond Pillow's limit against decompression bombs (89 million pixels; Pillow alone would
+            only warn, up to twice as many).
     """
     try:
         with warnings.catch_warnings():
@@ -51,12 +58,12 @@ def decode_image(path: Path) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as image, _silenced(image):
                 return torch.from_numpy(_rgb(image)).permute(2, 0, 1).contiguous()
-    except Exception as error:  # Pillow's decoders raise whatever the damaged bytes lead them to.
+    except Exception as error:  # Damaged bytes can make Pillow's decoders raise anything.
         raise DecodeError(path, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    """Without the path, which Pillow repeats in some of its messages."""
+    """The reason on one line, without the path, which Pillow repeats in some of its messages."""
     if isinstance(error, UnidentifiedImageError):
         return "no image in any known format"
     if isinstance(error, OSError) and error.strerror:
@@ -66,7 +73,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _silenced(image: Image.Image) -> Iterator[None]:
-    """Keep from stderr what libtiff, past all of Python, writes there about a damaged TIFF file."""
+    """Keep libtiff's messages about damaged TIFF files from stderr. It writes them without Python."""
     if image.format != "TIFF":
         yield
         return
@@ -81,19 +88,19 @@ def _silenced(image: Image.Image) -> Iterator[None]:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 (height, width, 3), writable."""
+    """The pixels as uint8 (height, width, 3), writable."""
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits; 8 or 16 are supported")
-    # A palette's transparency would be dropped all the same, but with a warning for every image.
+    # The transparency of a palette is dropped in any case. Left in, it would cause a warning for every image.
     image.info.pop("transparency", None)
     return np.array(image.convert("RGB"))
 
 
 def tinyimagenet(split: str, root: Path) -> Content:
-    """From root or root/tiny-imagenet-200, downloaded to the latter if it is in neither."""
+    """TinyImageNet from root or root/tiny-imagenet-200; if it is in neither, it is downloaded to the latter."""
     folder = find_or_download(
         "tinyimagenet",
         root,
@@ -123,7 +130,7 @@ def tinyimagenet(split: str, root: Path) -> Content:
 
 
 def imagenet(split: str, root: Path) -> Content:
-    """From root/train/WNID and root/val/WNID, val being the test split."""
+    """ImageNet from root/train/WNID and root/val/WNID. The test split is val."""
     folder = root / ("train" if split == "train" else "val")
     return _class_folders(_image_files(folder), folder, root)
 
@@ -131,11 +138,11 @@ def imagenet(split: str, root: Path) -> Content:
 def any_folder(split: str, root: Path) -> Content:
     """Any folder of images.
 
-    Where root holds a folder train, test or val, the train split is root/train and the test split
-    root/test or else root/val; otherwise root is the train split and there is no test split.
+    If root holds a folder train, test or val, the train split is root/train, and the test split is
+    root/test or else root/val. Otherwise root is the train split, and there is no test split.
     A split is labelled if it has at least two subfolders and each of its images lies directly in
-    one of them: these are the classes. Any other arrangement (images beside the folders, one folder
-    alone, deeper nesting) is unlabelled. The classes of the test split are numbered as in train/.
+    one of them. The subfolders are the classes. Any other arrangement (images beside the folders,
+    one folder alone, deeper nesting) is unlabelled. The test split numbers classes as train/ does.
     """
     parts = [root / part for part in ("train", "test", "val")]
     if split == "train":
@@ -151,7 +158,7 @@ def any_folder(split: str, root: Path) -> Content:
 
 
 def _class_folders(images: tuple[Path, ...], folder: Path, root: Path) -> Content:
-    """Classes from the first folder below ``folder``, numbered as in root/train if that exists."""
+    """Images with the first folder below ``folder`` as their class, numbered as in root/train if that exists."""
     train = root / "train"
     class_names = _subfolders(train if train.is_dir() else folder)
     return Content(images, _folder_labels(images, folder, class_names), class_names)
@@ -182,8 +189,8 @@ def _image_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _walk(folder: Path, ancestors: frozenset[str]) -> Iterator[Path]:
-    # Links are followed, so that a selection of classes can be linked together: a link to a folder
-    # above itself must not be walked for ever.
+    # Links are followed, so that a folder of links can select classes. A link to a folder above
+    # itself must not be walked for ever.
     resolved = os.path.realpath(folder)
     if resolved in ancestors:
         return
@@ -195,10 +202,10 @@ def _walk(folder: Path, ancestors: frozenset[str]) -> Iterator[Path]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies directly in the folder, sorted by name; hidden entries are left out."""
+    """The entries directly in the folder, sorted by name. Hidden entries are left out."""
     try:
-        with os.scandir(folder) as found:
-            entries = [entry for entry in found if not entry.name.startswith(".")]
+        with os.scandir(folder) as scan:
+            entries = [entry for entry in scan if not entry.name.startswith(".")]
     except OSError as error:
         raise unreadable(folder, error) from error
     return sorted(entries, key=lambda entry: entry.name)

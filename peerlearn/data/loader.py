@@ -1,11 +1,11 @@
 """Batches of random views for training.
 
-What a training batch holds is a function of (dataset, recipe, seed, epoch, step) and of nothing
-else: neither the number of workers nor of ranks, nor where an epoch is taken up again. The dataset
-includes which of its files can be decoded: another image, drawn by counters too, takes the place of
-one that cannot.
+A training batch is a function of (dataset, recipe, seed, epoch, step) and of nothing else. The
+number of workers, the number of ranks and the step at which an epoch is resumed do not matter.
+Which files of the dataset can be decoded does matter: another image, drawn by counters too, takes
+the place of an unreadable one.
 
-Dimension letters: N images, B batch per rank. Image tensors are (B, channels, height, width).
+Dimensions: N images, B batch per rank. Image tensors are (B, channels, height, width).
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,18 +36,19 @@ from peerlearn.data.unreadable import Decoded, Unreadable, decode_images, read_s
 from peerlearn.data.workers import Jobs, results, worker_pool
 from peerlearn.errors import UserError
 
-# Of the device memory free at the start; the rest belongs to the networks.
+# Largest share of the device's free memory that images may take. The rest is for the networks.
 _RESIDENT_SHARE = 0.25
 
 
 class ViewBatch(NamedTuple):
-    """What one rank trains on in one step.
+    """The batch of one rank in one step.
 
-    index: int64 (B,) on the CPU, the number in the dataset of each image drawn.
-    labels: int64 (B,) on the device, None for a dataset without labels.
-    views: one float32 (B, channels, size, size) per view, on the device, normalised.
-    unreadable: those of ``index`` that cannot be decoded, in the batch's order: labels and views in
-        their rows are a substitute's (``peerlearn.data.unreadable.substitutes``).
+    Attributes:
+        index: number of each image in the dataset, int64 (B,), on the CPU.
+        labels: class of each image, int64 (B,), on the device; None for a dataset without labels.
+        views: one float32 (B, channels, size, size) per view, on the device, normalised.
+        unreadable: images of ``index`` that cannot be decoded, in the batch's order. Their rows hold
+            the label and the views of a substitute (``peerlearn.data.unreadable.substitutes``).
     """
 
     index: Tensor  # type: ignore[assignment]  # not tuple.index
@@ -59,30 +60,44 @@ class ViewBatch(NamedTuple):
 class ViewLoader:
     """Random views of a dataset, epoch by epoch, for one rank.
 
-    An epoch has len(dataset) // ``batch_size_global`` global batches, made up by
-    ``peerlearn.data.sampler``: of shuffled images, or, with ``images_per_class``, of groups of so many
-    images of one class. Of each batch, rank r takes the r-th contiguous block, which may cut a
-    group. Views are those of ``draw_view_parameters``, so that an image that an epoch draws again
-    is seen otherwise. Those of a substitute are drawn by the number of the image it stands for, so
-    that its two uses differ; its label is its own, so a group it comes into has two classes.
+    An epoch has len(dataset) // ``batch_size_global`` global batches. ``peerlearn.data.sampler``
+    chooses their images. Rank r takes the r-th contiguous block of each batch, which may cut a
+    group. Views follow ``draw_view_parameters``, so an image that an epoch draws again gets other
+    views. The views of a substitute are drawn by the number of the image it stands for, so that its
+    two uses differ. Its label is its own, so a group with a substitute may have two classes.
 
-    ``backend`` says where crops are cut:
-    memory   on the device, from images held in memory, image files being decoded once at the
-             start; all must be of one size. They stay on a CUDA device if they take at most a
-             quarter of its free memory, else in main memory.
-    folder   in ``workers`` processes (0: in this one), which decode the images of a batch anew in
-             each epoch and hand over crops rounded to uint8: up to 1/510 away from memory's.
-    Flips and colours follow on the device in both.
+    The backend ``memory`` holds all images in memory, which must be of one size, and cuts crops on
+    the device. Image files are decoded once, at the start. The images stay on a CUDA device if they
+    take at most a quarter of its free memory, else in main memory. The backend ``folder`` decodes
+    the images of a batch anew in each epoch, by worker processes, which hand over crops rounded to
+    uint8: they differ from memory's by up to 1/510. Flips and colours follow on the device in both.
 
-    ``unreadable`` are the images that memory could not decode at the start, the whole dataset's;
-    folder learns of them batch by batch.
+    Args:
+        dataset: images to view.
+        augmentation: recipe of the views.
+        backend: memory or folder, as above.
+        image_size: height and width of the views in pixels.
+        batch_size_global: images per step over all ranks.
+        seed: seed of the order and of the views.
+        device: device of the views.
+        views: number of views of each image.
+        rank: number of this rank.
+        world_size: number of ranks.
+        workers: number of processes that decode images; 0 = this one.
+        max_unreadable_percent: largest share of images that memory may fail to decode. With folder
+            the caller counts, over an epoch and all ranks, and calls ``check_unreadable_rate``.
+        images_per_class: images of one class in each group of a batch; None = plain shuffling.
 
-    Raises UserError if the ranks cannot share ``batch_size_global`` evenly, if the dataset is
-    smaller than that, if it has no labels for ``images_per_class`` or the batch no whole number of
-    groups, and if memory meets images of several sizes or cannot decode more than
-    ``max_unreadable_percent`` of the dataset. Folder leaves it to its caller to count, over an epoch
-    and all ranks, and to call ``check_unreadable_rate``; it raises UserError, while an epoch runs,
-    only for an image of which no substitute can be decoded either.
+    Attributes:
+        steps_per_epoch: number of batches in an epoch.
+        unreadable: images of the whole dataset that memory could not decode at the start. With
+            folder, each batch tells its own.
+
+    Raises:
+        UserError: the ranks cannot share ``batch_size_global`` evenly, the dataset is smaller than
+            that, ``images_per_class`` finds no labels or no whole number of groups, or memory finds
+            images of several sizes or too many unreadable ones. While an epoch runs, folder raises
+            it for an image of which no substitute can be decoded.
     """
 
     def __init__(
@@ -139,7 +154,7 @@ class ViewLoader:
             raise ValueError(f"unknown backend {backend!r}")
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ViewBatch]:
-        """The batches of an epoch from ``start_step`` on, the same as in the whole epoch."""
+        """The batches of an epoch from ``start_step`` on, equal to those of the whole epoch."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
         augmentation, dataset = self._recipe.augmentation, self._dataset
@@ -197,7 +212,7 @@ class _Recipe:
     def parameters(
         self, draws: "_Draws", *, height: int | Tensor, width: int | Tensor
     ) -> tuple[ViewParameters, ...]:
-        """One set for each view of a batch of images of these sizes."""
+        """One set of parameters for each view of a batch of images of these sizes."""
         return tuple(
             draw_view_parameters(
                 self.augmentation,
@@ -215,7 +230,7 @@ class _Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class _Draws:
-    """The images of one batch of this rank, (B,), and each one's draw number within the epoch."""
+    """The images of one batch of this rank, (B,), and how often the epoch has drawn each of them before."""
 
     epoch: int
     index: Tensor
@@ -224,10 +239,15 @@ class _Draws:
 
 @dataclass(frozen=True, kw_only=True)
 class _CroppedBatch:
-    """``crops``: per view (B, channels, size, size), uint8 or float32 in [0, 1], on any device.
+    """A batch after cropping.
 
-    ``source`` (B,) is the image whose pixels and labels each of ``index`` has: itself, or the
-    substitute of one of ``unreadable``.
+    Attributes:
+        index: number of each image in the dataset, (B,).
+        source: number of the image that gives pixels and label, (B,): its own, or that of its
+            substitute if it is unreadable.
+        unreadable: images of ``index`` that cannot be decoded.
+        parameters: parameters of each view.
+        crops: (B, channels, size, size) for each view, uint8 or float32 in [0, 1], on any device.
     """
 
     index: Tensor
@@ -274,7 +294,7 @@ def _fits(images: Tensor, device: torch.device) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _CropJob:
-    """A batch on its way to a worker: arrays, which travel by value, and undecoded images."""
+    """A batch on its way to a worker: arrays, which are pickled by value, and images, not yet decoded."""
 
     epoch: int
     index: np.ndarray
@@ -283,7 +303,7 @@ class _CropJob:
 
 
 class _CropResult(NamedTuple):
-    """``failures``: why those at these positions could not be decoded; their rows are black."""
+    """The work of a worker. ``failures``: position -> why that image cannot be decoded; its rows are black."""
 
     failures: dict[int, str]
     height: Tensor
@@ -307,7 +327,7 @@ class _FolderCropper:
 
     def cut(self, batches: Iterator[_Draws]) -> Iterator[_CroppedBatch]:
         sent, awaited = tee(batches)
-        # Not a method of this object: the cycle would keep the workers until a garbage collection.
+        # Not a method of this object: that cycle would keep the workers alive until a garbage collection.
         self._jobs.pending = map(partial(_crop_job, self._images), sent)
         for draws, result in zip(awaited, results(self._pool), strict=True):
             source: Tensor = draws.index
@@ -315,7 +335,7 @@ class _FolderCropper:
             if result.failures:
                 assert not isinstance(self._images, Tensor)
                 source, unreadable = _substitute(result, draws, self._images, self._recipe)
-            # Cheaper to draw again than to carry eleven small tensors out of the worker.
+            # Drawing again is cheaper than carrying eleven small tensors out of the worker.
             parameters = self._recipe.parameters(draws, height=result.height, width=result.width)
             yield _CroppedBatch(
                 index=draws.index,
@@ -327,7 +347,7 @@ class _FolderCropper:
 
 
 def _crop_job(all_images: Tensor | tuple[Path, ...], draws: _Draws) -> _CropJob:
-    # The images go along, so that no worker holds a copy of the dataset or its million paths.
+    # The job carries its images, so that no worker holds a copy of the dataset or of its million paths.
     images = (
         all_images[draws.index].numpy()
         if isinstance(all_images, Tensor)
@@ -364,9 +384,12 @@ def _cut(job: _CropJob, *, recipe: _Recipe) -> _CropResult:
 def _substitute(
     result: _CropResult, draws: _Draws, files: Sequence[Path], recipe: _Recipe
 ) -> tuple[Tensor, tuple[Unreadable, ...]]:
-    """Fill the black rows of a result; returns ``source`` and ``unreadable`` of its batch.
+    """Fill the black rows of a result with substitutes.
 
-    For the main process, which alone has every path: the images that cannot be decoded are few.
+    The main process does this, because it alone has every path. Unreadable images are few.
+
+    Returns:
+        ``source`` and ``unreadable`` of the batch.
     """
     source, unreadable = draws.index.clone(), []
     for position, reason in result.failures.items():
@@ -391,7 +414,8 @@ def _substitute(
 def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
     """``resized_crop`` of one image, rounded to uint8 (channels, size, size).
 
-    Its dense resampling matrices pay on a device; on one large image this is faster.
+    ``resized_crop`` multiplies by dense matrices, which is fast for batches on a device. For one large image this
+    function is faster.
     """
     top, left, height, width = box
     rows = slice(max(top, 0), max(top + height, 0))

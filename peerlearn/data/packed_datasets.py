@@ -1,10 +1,10 @@
 """Data sets published as a few files of many images each.
 
-CIFAR's python version is made of pickles, which ``peerlearn.data.cifar_pickles`` reads without running
+CIFAR's python version is made of pickles. ``peerlearn.data.cifar_pickles`` reads them without running
 anything.
 
-Each reader takes a split and the folder that ``load_dataset`` calls root; it raises UserError,
-naming the file, for what is missing, cannot be downloaded or is damaged.
+Each reader takes a split and the folder that ``load_dataset`` calls root. It raises a UserError that
+names the file if that is missing, cannot be downloaded or is damaged.
 Images are uint8 (channels, height, width).
 """
 
@@ -29,7 +29,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def digits(split: str, root: Path) -> Content:
-    """From scikit-learn, whatever the root."""
+    """The digits of scikit-learn; the root does not matter."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -57,7 +57,7 @@ _FASHION_MNIST_CLASSES = (
 
 
 def fashion_mnist(split: str, root: Path) -> Content:
-    """From root, root/FashionMNIST/raw, Debian's package or the published mirror, in this order."""
+    """Fashion-MNIST from root, root/FashionMNIST/raw, Debian's package or the published mirror, in this order."""
     prefix = "train" if split == "train" else "t10k"
     images_name, labels_name = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
     folder = _fashion_mnist_folder(images_name, root)
@@ -91,7 +91,7 @@ def _fetch_fashion_mnist(target: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _CifarLayout:
-    """How one of the CIFAR sets is published: a binary version and a python one, of pickles."""
+    """The published files of a CIFAR set: a binary version, and a python version made of pickles."""
 
     name: str
     binary_folder: str
@@ -135,13 +135,13 @@ _CIFAR100 = _CifarLayout(
 
 
 def cifar10(split: str, root: Path) -> Content:
-    """From the binary version, or else the python version, or else the binary one downloaded."""
+    """CIFAR-10 from the binary version, or else the python version, or else a download of the binary version."""
     batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     return _cifar(_CIFAR10, batches, root)
 
 
 def cifar100(split: str, root: Path) -> Content:
-    """With the fine labels; otherwise as ``cifar10``."""
+    """CIFAR-100 with the fine labels, from the same places as ``cifar10``."""
     return _cifar(_CIFAR100, [split], root)
 
 
@@ -187,7 +187,7 @@ def _read_pickled_cifar(layout: _CifarLayout, batches: Sequence[str], folder: Pa
 
 
 def stl10(split: str, root: Path) -> Content:
-    """From root or root/stl10_binary, downloaded to the latter if it is in neither."""
+    """STL-10 from root or root/stl10_binary; if it is in neither, it is downloaded to the latter."""
     from torchvision.datasets import STL10
 
     parts = split.split("+")

@@ -1,9 +1,9 @@
-"""Which images make up each global batch of an epoch.
+"""The images of each global batch of an epoch.
 
-An epoch's order is computed whole, as a function of (labels or their number, batch size, seed, epoch): it can be taken
-up at any step and cut among any number of ranks.
+The order of an epoch is computed as a whole, as a function of (labels or their number, batch size, seed, epoch). So
+training can resume at any step, and any number of ranks can share a batch.
 
-Dimension letters: N images, B global batch, C classes that have images, P groups per batch, m images per group.
+Dimensions: N images, B global batch, C classes that have images, P groups per batch, m images per group.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,9 @@ from peerlearn.errors import UserError
 class EpochOrder(NamedTuple):
     """The images of an epoch, one row for each step.
 
-    index: int64 (steps, B), numbers in the dataset.
-    draw: int64 (steps, B), how often the epoch has drawn that image before.
+    Attributes:
+        index: numbers of the images in the dataset, int64 (steps, B).
+        draw: how often the epoch has drawn each image before, int64 (steps, B).
     """
 
     index: Tensor  # type: ignore[assignment]  # not tuple.index
@@ -36,9 +37,11 @@ class EpochOrder(NamedTuple):
 class Coverage(NamedTuple):
     """How evenly an epoch draws the labelled images.
 
-    drawn_percent: of the labelled images, those drawn at least once.
-    most_draws: of one image.
-    fewest_of_class, most_of_class: images drawn of one class, each counted as often as it is drawn.
+    Attributes:
+        drawn_percent: share of the labelled images that are drawn at least once.
+        most_draws: number of draws of the image that is drawn most often.
+        fewest_of_class: number of draws from the class with the fewest draws.
+        most_of_class: number of draws from the class with the most draws.
     """
 
     drawn_percent: float
@@ -48,7 +51,7 @@ class Coverage(NamedTuple):
 
 
 def shuffled(images: int, *, batch_size: int, seed: int, epoch: int) -> EpochOrder:
-    """Images 0 .. images - 1 in a random order, each at most once; the last incomplete batch is dropped."""
+    """Images 0 .. images - 1 in a random order, each at most once. The last incomplete batch is dropped."""
     steps = images // batch_size
     order = permutation(images, PERMUTATION, seed, epoch)
     index = order[: steps * batch_size].view(steps, batch_size)
@@ -56,7 +59,12 @@ def shuffled(images: int, *, batch_size: int, seed: int, epoch: int) -> EpochOrd
 
 
 def check_class_aware(labels: Tensor, *, batch_size: int, images_per_class: int) -> None:
-    """Refuse what ``class_aware`` cannot draw from; arguments as there.
+    """Refuse labels and sizes that ``class_aware`` cannot draw from.
+
+    Args:
+        labels: as in ``class_aware``.
+        batch_size: as in ``class_aware``.
+        images_per_class: as in ``class_aware``.
 
     Raises:
         UserError: the batch does not hold whole groups, or no image has a label.
@@ -77,27 +85,29 @@ def class_aware(
 ) -> EpochOrder:
     """Batches of P = B / m groups, each of m images of one class, side by side.
 
-    The class-aware sampler of the MCL paper, section 3.3 (B / 2 classes, two images each), for any m. An epoch has
-    N // B steps.
+    This is the class-aware sampler of the MCL paper, section 3.3 (B / 2 classes, two images each), for any m. An epoch
+    has N // B steps.
 
-    Classes: where C >= P, the groups of a batch are of P classes, drawn from a deck of random permutations of all
-    classes, one after the other. Where fewer are left of a permutation than a batch needs, the next one follows, in
-    which the classes still in hand come last: no batch has a class twice. Where C < P, every class has P // C groups in
-    each batch, in random rounds of all classes, and the P % C groups that remain are drawn from such a deck. Either way
-    the classes' numbers of groups in an epoch differ by at most one, however many images they have.
+    Classes. If C >= P, the groups of a batch have P different classes. They come from a deck: random permutations of
+    all classes, one after the other. If a permutation has fewer classes left than a batch needs, the next permutation
+    follows; the classes already in the batch come last in it, so that no batch has a class twice. If C < P, every class
+    has P // C groups in each batch, in random rounds of all classes, and the other P % C groups come from a deck.
+    In both cases the classes' numbers of groups in an epoch differ by at most one, however many images they have.
 
-    Images: those of a class are walked in random order. A walk takes floor(n / m) groups of the n images, so that a
-    group has no image twice and no image comes again before the walk is over; the next walk has another order. A class
-    of fewer than m images repeats them in turn within the group. An image drawn again has a higher draw number, so its
-    view is another.
+    Images. Each class walks through its images in random order. A walk makes floor(n / m) groups of n images. So a
+    group has no image twice, and no image comes again before the walk is over. The next walk has another order. A class
+    with fewer than m images repeats them in turn within the group. An image that is drawn again has a higher draw
+    number and so gets other views.
 
     Args:
-        labels: (N,) integers, the class of each image; an image with a negative label has none and is never drawn.
-        batch_size: B.
-        images_per_class: m.
+        labels: class of each image, (N,) integers; an image with a negative label has no class and is never drawn.
+        batch_size: number of images in a global batch, B.
+        images_per_class: number of images in a group, m.
+        seed: seed of the run.
+        epoch: number of the epoch.
 
     Raises:
-        UserError: as ``check_class_aware``.
+        UserError: as in ``check_class_aware``.
     """
     check_class_aware(labels, batch_size=batch_size, images_per_class=images_per_class)
     labelled = (labels >= 0).nonzero()[:, 0]
@@ -117,7 +127,12 @@ def class_aware(
 
 
 def coverage(order: EpochOrder, labels: Tensor) -> Coverage:
-    """Count what an epoch of at least one step draws of the images with these labels, (N,), negative for none."""
+    """Count the draws of an epoch of at least one step.
+
+    Args:
+        order: images of the epoch.
+        labels: class of each image, (N,) integers; negative for images without a class.
+    """
     labelled = labels >= 0
     draws = order.index.flatten().bincount(minlength=len(labels))
     _, of_class = labels[labelled].unique(return_inverse=True)
@@ -162,11 +177,17 @@ def _walked(
 ) -> Tensor:
     """The images of the groups, one group after the other: int64 (groups * m,).
 
-    ``groups`` holds the class of each, ``members`` the images class by class, ``sizes`` (C,) their numbers.
+    Args:
+        groups: class of each group, (groups,).
+        members: numbers of the labelled images, class by class.
+        sizes: number of images of each class, (C,).
+        images_per_class: number of images in a group, m.
+        seed: seed of the run.
+        epoch: number of the epoch.
     """
     per_walk = (sizes // images_per_class).clamp_min(1)
     walks = -(-groups.bincount(minlength=len(sizes)) // per_walk)
-    # All walks of all classes, one after the other, each of them first in the order of the members.
+    # The walks of all classes one after the other. Each walk is first in the order of the members; `order` shuffles it.
     of_class = torch.arange(len(sizes)).repeat_interleave(walks * sizes)
     starts = (walks * sizes).cumsum(0) - walks * sizes
     within = torch.arange(len(of_class)) - starts[of_class]
@@ -178,12 +199,12 @@ def _walked(
     turn, size = _times_before(groups), sizes[groups]
     start = starts[groups] + turn // per_walk[groups] * size
     place = (turn % per_walk[groups] * images_per_class)[:, None] + torch.arange(images_per_class)
-    # Only a class of fewer than m images comes round again.
+    # The remainder matters only for a class with fewer than m images, which repeats them.
     return image[order][start[:, None] + place % size[:, None]].flatten()
 
 
 def _times_before(values: Tensor) -> Tensor:
-    """How often each of the values, (n,) integers from 0 on, came earlier: int64 (n,)."""
+    """How often each value, (n,) integers from 0 on, stands earlier in the list: int64 (n,)."""
     order, counts = values.argsort(stable=True), values.bincount()
     times = torch.empty_like(values)
     times[order] = torch.arange(len(values)) - (counts.cumsum(0) - counts)[values[order]]

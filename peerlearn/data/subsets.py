@@ -1,7 +1,9 @@
 """Stratified subsets of labelled images, drawn by counters: the same on every machine and at every number of ranks.
 
-Within a class, images are in a random order of (seed, image); a subset is the first of them. So a smaller subset is
-part of every larger one of the same seed.
+The images of a class are put in a random order of (seed, image), and a subset takes the first of them. So a smaller
+subset is part of every larger one of the same seed.
+
+Dimensions: N images.
 """
 
 import torch
@@ -15,7 +17,9 @@ def few_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:
     """``shots`` images of every class.
 
     Args:
-        labels: (N,) integers, the class of each image.
+        labels: class of each image, (N,) integers.
+        shots: number of images per class.
+        seed: seed of the subset.
 
     Returns:
         int64 indices into ``labels``, rising.
@@ -33,11 +37,12 @@ def few_shots(labels: Tensor, shots: int, *, seed: int) -> Tensor:
 
 
 def stratified_share(labels: Tensor, percent: float, *, seed: int) -> Tensor:
-    """``percent`` of the images of every class, rounded, but at least one.
+    """``percent`` of the images of every class, rounded, but at least one image.
 
     Args:
-        labels: (N,) integers, the class of each image.
-        percent: within (0, 100].
+        labels: class of each image, (N,) integers.
+        percent: share of the images, within (0, 100].
+        seed: seed of the subset.
 
     Returns:
         int64 indices into ``labels``, rising.
@@ -47,16 +52,17 @@ def stratified_share(labels: Tensor, percent: float, *, seed: int) -> Tensor:
 
 
 def hold_out(labels: Tensor, percent: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Split the images into a part to train on and a part to choose by, ``percent`` of every class.
+    """Split the images into a part for training and a held-out part, which has ``percent`` of every class.
 
-    At least one image of a class is held out, unless it has only one.
+    At least one image of each class is held out, unless the class has only one.
 
     Args:
-        labels: (N,) integers, the class of each image.
-        percent: within (0, 100).
+        labels: class of each image, (N,) integers.
+        percent: share of the images that is held out, within (0, 100).
+        seed: seed of the split.
 
     Returns:
-        int64 indices into ``labels``, rising: those to train on, those held out.
+        int64 indices into ``labels``, rising: first the images for training, then the held-out ones.
     """
     rank, count = _places(labels, HELD_OUT, seed)
     chosen = rank < _share(count, percent).clamp_min(1).minimum(count - 1)
@@ -68,7 +74,7 @@ def _share(count: Tensor, percent: float) -> Tensor:
 
 
 def _places(labels: Tensor, purpose: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Each image's place in the random order of its class, counted from 0, and the size of that class: both (N,)."""
+    """The place of each image in the random order of its class, from 0, and the size of its class: both (N,)."""
     bits = random_bits(purpose, seed, torch.arange(len(labels)))
     order = bits.argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]

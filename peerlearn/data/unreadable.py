@@ -1,4 +1,4 @@
-"""Image files that cannot be decoded: what takes their place in training, and when they are too many."""
+"""Image files that cannot be decoded: their substitutes in training, and the largest share that is accepted."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +11,19 @@ from peerlearn.counter_random import SUBSTITUTE, random_bits
 from peerlearn.data.image_folders import DecodeError, decode_image
 from peerlearn.errors import UserError
 
-# With half of a dataset unreadable, one search in 2**100 fails.
+# If half of a dataset is unreadable, one search in 2**100 fails.
 _ATTEMPTS = 100
 _NAMED = 3
 
 
 class Unreadable(NamedTuple):
-    """An image file that cannot be decoded: its number in the dataset, its path and, in one line, why."""
+    """An image file that cannot be decoded.
+
+    Attributes:
+        index: number of the image in the dataset.
+        path: path of the file.
+        reason: why it cannot be decoded, in one line.
+    """
 
     index: int  # type: ignore[assignment]  # not tuple.index
     path: str
@@ -27,8 +33,9 @@ class Unreadable(NamedTuple):
 class Decoded(NamedTuple):
     """Several image files, decoded.
 
-    images: uint8 (3, height, width) each; a black pixel for one that cannot be decoded.
-    failures: why not, by the position among ``images``.
+    Attributes:
+        images: uint8 (3, height, width) each; a black pixel for a file that cannot be decoded.
+        failures: position among ``images`` -> why that file cannot be decoded.
     """
 
     images: list[Tensor]
@@ -36,7 +43,7 @@ class Decoded(NamedTuple):
 
 
 def decode_images(files: Sequence[Path]) -> Decoded:
-    """As ``decode_image``, but what cannot be decoded is noted instead of raised."""
+    """`decode_image` of several files. A file that cannot be decoded is noted, and nothing is raised."""
     decoded = Decoded([], {})
     for position, file in enumerate(files):
         try:
@@ -49,11 +56,13 @@ def decode_images(files: Sequence[Path]) -> Decoded:
 
 
 def substitutes(image: Unreadable, *, images: int, seed: int) -> Iterator[int]:
-    """The numbers of the images that may take its place; the first of them that can be decoded does.
+    """Candidates for the place of an unreadable image. The first of them that can be decoded takes it.
 
-    They are drawn from 0 .. images - 1 by (seed, image.index, attempt) alone: as long as the same files can be
+    They are drawn from 0 .. images - 1 by (seed, image.index, attempt) alone. As long as the same files can be
     decoded, an image has the same substitute in every epoch, on every rank and after every resume.
-    Raises UserError once all attempts are used up.
+
+    Raises:
+        UserError: all attempts are used up.
     """
     for attempt in range(_ATTEMPTS):
         yield int(random_bits(SUBSTITUTE, seed, image.index, attempt)) % images
@@ -64,10 +73,10 @@ def substitutes(image: Unreadable, *, images: int, seed: int) -> Iterator[int]:
 
 
 def read_substitute(image: Unreadable, files: Sequence[Path], *, seed: int) -> tuple[int, Tensor]:
-    """The first of ``substitutes`` that can be decoded: its number, and uint8 (3, height, width)."""
+    """The first of ``substitutes`` that can be decoded: its number, and its pixels, uint8 (3, height, width)."""
     drawn = substitutes(image, images=len(files), seed=seed)
-    decoded = ((index, decode_images([files[index]])) for index in drawn)
-    return next((index, found.images[0]) for index, found in decoded if not found.failures)
+    tried = ((index, decode_images([files[index]])) for index in drawn)
+    return next((index, decoded.images[0]) for index, decoded in tried if not decoded.failures)
 
 
 def check_unreadable_rate(
@@ -76,10 +85,10 @@ def check_unreadable_rate(
     """Refuse a dataset of which too much cannot be decoded.
 
     Args:
-        count: how many of its images cannot, each counted once.
-        images: how many it has.
-        max_percent: the largest share that may be substituted, 0..100.
-        examples: some of those images; the message names the first three.
+        count: number of images that cannot be decoded, each counted once.
+        images: number of images in the dataset.
+        max_percent: largest share of images that may have a substitute, 0..100.
+        examples: some of the unreadable images; the message names the first three.
 
     Raises:
         UserError: ``count`` is more than that share of ``images``.

@@ -1,4 +1,4 @@
-"""Processes that work through jobs in order, and outlive the signals that end or requeue a run."""
+"""Worker processes that do jobs in order, and that survive the signals which end or requeue a run."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from peerlearn.errors import UserError
 
 
 class _Calls(Dataset[Any]):
-    """A DataLoader's "dataset": each index is a job, each item what the function makes of it."""
+    """A DataLoader's "dataset": each index is a job, and each item is the function's result for it."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
@@ -25,7 +25,7 @@ class _Calls(Dataset[Any]):
         try:
             return self._function(job)
         except UserError as error:
-            # Returned: of what is raised here, DataLoader makes a message with a traceback in it.
+            # Returned and not raised: DataLoader would put a traceback into the message.
             return _Failure(str(error))
 
 
@@ -51,11 +51,14 @@ def worker_pool(
     device: torch.device,
     persistent: bool = False,
 ) -> DataLoader[Any]:
-    """Iterates over function(job) in the order of the jobs; read it through ``results``.
+    """A pool that iterates over function(job) in the order of the jobs. Read it through ``results``.
 
-    ``function`` and the jobs are pickled to ``workers`` processes; 0: all is done in this one.
-    What it returns lies in pinned memory where ``device`` is CUDA. ``persistent`` processes live as
-    long as the pool, others as long as one iteration.
+    Args:
+        function: function to call; it is pickled to the workers.
+        jobs: arguments of the calls; they are pickled to the workers.
+        workers: number of processes; 0 = all work is done in this one.
+        device: device that the results go to; for CUDA they lie in pinned memory.
+        persistent: whether the processes live as long as the pool, and not only for one iteration.
     """
     if workers:
         _start_forkserver(preload=_module_of(function))
@@ -64,9 +67,9 @@ def worker_pool(
         batch_size=None,
         sampler=jobs,
         num_workers=workers,
-        # Each iteration draws a number; without a generator, from the global stream.
+        # Each iteration draws a number. Without a generator it would come from the global stream.
         generator=torch.Generator(),
-        # A fork of a process that has threads or has touched CUDA may hang.
+        # A fork of a process that has threads or has used CUDA may hang.
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=persistent and workers > 0,
         pin_memory=device.type == "cuda",
@@ -77,7 +80,9 @@ def worker_pool(
 def results(pool: DataLoader[Any]) -> Iterator[Any]:
     """One iteration of the pool.
 
-    Raises the UserError of a job, and RuntimeError if a process exits that should not.
+    Raises:
+        UserError: a job raised it.
+        RuntimeError: a worker process has exited unexpectedly.
     """
     try:
         for result in pool:
@@ -85,13 +90,13 @@ def results(pool: DataLoader[Any]) -> Iterator[Any]:
                 raise UserError(result.message)
             yield result
     except (OSError, EOFError) as error:
-        # Met where a result lies in the memory of a worker that is no more; elsewhere DataLoader
-        # itself raises a RuntimeError that says so.
+        # This happens if a result lies in the memory of a worker that is gone. In other cases
+        # DataLoader itself raises such a RuntimeError.
         raise RuntimeError("a worker of the loader exited unexpectedly") from error
 
 
-# SLURM and terminals send these to every process of a job. The main process answers them, by
-# saving; workers that died of them meanwhile would make it fail.
+# SLURM and terminals send these signals to every process of a job. The main process answers them by
+# a save. If the workers died of them meanwhile, the save would fail.
 _JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -100,8 +105,8 @@ def _module_of(function: Callable[[Any], Any]) -> str:
 
 
 def _start_forkserver(preload: str) -> None:
-    """Start the process that forks the workers with the signals of a job blocked."""
-    # First, because starting the tracker unblocks signals.
+    """Start the process that forks the workers, with the signals of a job blocked."""
+    # The tracker comes first, because its start unblocks signals.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:
@@ -120,17 +125,17 @@ def _outlive_job_signals(worker: int) -> None:
 
 
 def _exit_after(main: Any) -> None:
-    """Do not outlive the main process, however it dies.
+    """End this worker when the main process has died, for any reason.
 
-    DataLoader's own watch looks at a worker's parent, which is the process that forks the workers; and that one lives
-    as long as a worker does.
+    DataLoader's own watch looks at the parent of a worker. That is the process that forks the workers, which lives as
+    long as any worker does.
     """
     main.join()
     os._exit(1)
 
 
 def _exit_when_told_by(process_id: int) -> None:
-    """Obey a SIGTERM from that process, with which it ends its workers, and no other."""
+    """End this worker at a SIGTERM from that process, which ends its workers so, and at no other SIGTERM."""
     while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != process_id:
         pass
     os._exit(0)

@@ -3,7 +3,7 @@
     NET-torchvision/  model.safetensors (strict)   config.json   README.md (the lines that load it)
     NET-detectron2/   model.pkl (numpy arrays)     README.md (the config it needs)
 
-The same export gives the same bytes, wherever and whenever it is converted.
+The same export always gives the same bytes.
 """
 
 import io
@@ -27,12 +27,12 @@ DETECTRON2_FILE = "model.pkl"
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetShape:
-    """What tells one of torchvision's ResNets from another.
+    """The shape of one of torchvision's ResNets, different for each of them.
 
     Attributes:
-        blocks: how many, by stage.
-        bottleneck: blocks of three convolutions; False: of two.
-        groups: of the 3x3 convolutions.
+        blocks: number of blocks in each stage.
+        bottleneck: whether a block has three convolutions, and not two.
+        groups: number of groups of the 3x3 convolutions.
         width_per_group: channels of each group in the first stage.
     """
 
@@ -43,7 +43,7 @@ class ResNetShape:
 
     @property
     def depth(self) -> int:
-        """The number in the name: convolutions on the way through, and the classifier."""
+        """The number in the network's name: all layers on the main path, with the classifier."""
         return 2 + (3 if self.bottleneck else 2) * sum(self.blocks)
 
 
@@ -63,7 +63,7 @@ RESNETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class _ResNetExport:
-    """An export of one of `RESNETS`; mean and std are of images in [0, 1]."""
+    """An export of one of `RESNETS`. Mean and std are those of images in [0, 1]."""
 
     folder: Path
     name: str
@@ -76,14 +76,14 @@ class _ResNetExport:
 
 
 def convert_export(export: Path, target: str) -> dict[str, bytes]:
-    """The files of an export for another library, by their names.
+    """The files of an export for another library: name -> content.
 
     Args:
-        export: folder of an export.
-        target: timm (the export as it is), torchvision or detectron2.
+        export: folder of the export.
+        target: name of the library: timm (the export as it is), torchvision or detectron2.
 
     Raises:
-        UserError: no whole export, or a network that the library does not know.
+        UserError: the export is not whole, or the library does not know its network.
     """
     if target == "timm":
         load_export(export)
@@ -94,7 +94,10 @@ def convert_export(export: Path, target: str) -> dict[str, bytes]:
 
 
 def write_export(folder: Path, files: dict[str, bytes]) -> bool:
-    """Write what `convert_export` gave; False if the folder holds it already.
+    """Write the files of `convert_export`.
+
+    Returns:
+        Whether they were written; False if the folder holds them already.
 
     Raises:
         UserError: the folder holds something else.
@@ -113,7 +116,7 @@ def write_export(folder: Path, files: dict[str, bytes]) -> bool:
 
 
 def how_to_load(folder: Path, target: str) -> str:
-    """One line for the terminal."""
+    """How a user loads the network, in one line for the terminal."""
     if target == "timm":
         return f'timm.create_model("local-dir:{folder}", pretrained=True), after `import peerlearn`'
     if target == "torchvision":
@@ -145,7 +148,7 @@ def _load_resnet(export: Path, target: str) -> _ResNetExport:
 
 
 def _torchvision_files(resnet: _ResNetExport) -> dict[str, bytes]:
-    # timm and torchvision name the tensors of these networks alike, so the weights stay as they are.
+    # timm and torchvision have the same names for the tensors of these networks, so the weights stay as they are.
     config = {
         "library": "torchvision",
         "architecture": resnet.name,
@@ -188,7 +191,7 @@ backbone.eval()
 
 
 def _torchvision_stem(resnet: _ResNetExport) -> str:
-    """The lines that replace what torchvision builds for RGB images of 224 pixels, where that is not it."""
+    """The lines that replace torchvision's stem where the network has another one."""
     geometry = "kernel_size=3, padding=1" if resnet.small_images else "7, stride=2, padding=3"
     lines = ""
     if resnet.small_images or resnet.in_chans != 3:
@@ -236,7 +239,7 @@ _IMAGE_FORMATS = {1: "L", 3: "RGB"}
 
 
 def _detectron2_name(name: str) -> str:
-    """conv1.weight is stem.conv1.weight, layer1.0.bn2.bias is res2.0.conv2.norm.bias there."""
+    """Detectron2's name of a tensor: conv1.weight -> stem.conv1.weight, layer1.0.bn2.bias -> res2.0.conv2.norm.bias."""
     block = re.match(r"layer(\d)\.(\d+)\.", name)
     place = f"res{int(block[1]) + 1}.{block[2]}." if block else "stem."
     layer = name[block.end() :] if block else name
@@ -246,19 +249,19 @@ def _detectron2_name(name: str) -> str:
 
 
 def _pickle_arrays(content: dict[str, Any]) -> bytes:
-    """A pickle that any numpy and any Python from 3.4 on reads."""
+    """A pickle that every numpy and every Python from 3.4 on can read."""
     buffer = io.BytesIO()
     _ArrayPickler(buffer, protocol=4).dump(content)
     return buffer.getvalue()
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Pickles arrays as calls of numpy.ndarray: numpy's own way names modules that moved in numpy 2."""
+    """Pickles arrays as calls of numpy.ndarray. numpy's own way names modules that numpy 2 has moved."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return NotImplemented
-        # A bytearray, because arrays over bytes are read-only and PyTorch warns of those.
+        # A bytearray: arrays over bytes are read-only, and PyTorch warns of such arrays.
         return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
 
 
@@ -303,7 +306,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _origin_table(export: Path) -> str:
-    """The closing table of an export's card, and which export it was."""
+    """The last table of an export's card, with a row for the hash of the export."""
     card = export / CARD_FILE
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     _, _, rows = text.partition("|---|---|\n")

@@ -1,7 +1,7 @@
 """Checkpoints of other programs, read without running anything in them.
 
-Known by the names of their tensors: MoCo v1, v2 and v3 (ResNets), the MoCo and the supervised networks of the MCL
-authors, and plain state dicts of torchvision's and timm's ResNets. The tensors' shapes tell which network it is.
+The names of the tensors tell the program: MoCo v1, v2 or v3 (ResNets), the MoCo or the supervised networks of the MCL
+authors, or a plain state dict of torchvision's or timm's ResNets. The shapes of the tensors tell the network.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from peerlearn.export import state_misfits
 from peerlearn.networks.cifar import CIFAR_NETWORKS
 from peerlearn.runs.export_folders import KEY_PREFIX, network_order
 
-# torch does not compress; half-precision zeros may have been, by hand.
+# torch does not compress its files, but a user may have compressed one by hand.
 _MOST_EXPANSION = 20
-# More channels than any camera has would make networks of any size.
+# No camera has more channels. Without a limit, a file could ask for a network of any size.
 _MOST_CHANNELS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignNetwork:
-    """One network found in a file, whole.
+    """A whole network of a file.
 
     Attributes:
-        name: as ``--network`` has it: "0", "1", "key-0", ...
-        source: what the file calls it.
-        architecture: for `create_backbone`.
-        in_chans: likewise.
-        small_images: likewise.
-        backbone: with the file's weights.
-        matched: how many tensors of the file it took, all that it has.
-        counted: False where the file lacks batch norm's counters of batches, which are 0 then.
+        name: name for ``--network``: "0", "1", "key-0", ...
+        source: name of the network in the file.
+        architecture: name of the network for `create_backbone`.
+        in_chans: channels of the images.
+        small_images: whether the network has a small-image stem.
+        backbone: the network with the file's weights.
+        matched: number of tensors that the network took from the file, which is all it has.
+        counted: whether the file has batch norm's counters of batches; without them they are 0.
     """
 
     name: str
@@ -60,13 +60,13 @@ class ForeignNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignCheckpoint:
-    """What was found in a file.
+    """The content of a file.
 
     Attributes:
-        layout: whose.
-        networks: the query networks and the momentum networks.
-        left_out: how many tensors beside them, by the first part of their names; those of heads together.
-        beside: what else lies beside the state dict: optimizer, epoch, ...
+        layout: name of the program that wrote it, in words.
+        networks: query networks and momentum networks.
+        left_out: first part of a name -> number of tensors that belong to no backbone; heads are counted together.
+        beside: names of the other entries beside the state dict: optimizer, epoch, ...
     """
 
     layout: str
@@ -79,8 +79,8 @@ def read_foreign(file: Path) -> ForeignCheckpoint:
     """Read a .pth, .pt, .tar or .safetensors file and find the networks in it.
 
     Raises:
-        UserError: it cannot be read, holds more than plain data, none of the known layouts, a network that is not
-            one of ours, one with tensors missing, too many or of other shapes, or NaN or Inf.
+        UserError: the file cannot be read, holds more than plain data or has an unknown layout; or a network is
+            unknown, has missing, superfluous or misshapen tensors, or holds NaN or Inf.
     """
     content = _load(file)
     tensors, beside = _unwrap(file, content)
@@ -112,7 +112,7 @@ def _load(file: Path) -> Any:
             return safetensors.torch.load_file(file)
         _check_archive(file)
         with warnings.catch_warnings():
-            # Of unusual pickles; what cannot be read is an error in any case.
+            # Unusual pickles cause warnings. A file that cannot be read is an error in any case.
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
@@ -123,7 +123,7 @@ def _load(file: Path) -> Any:
 
 
 def _check_archive(file: Path) -> None:
-    """Refuse what torch would read without a word: records that are damaged, or that grow when they are unpacked."""
+    """Refuse what torch would read without a message: damaged records, and records that grow when unpacked."""
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
@@ -161,13 +161,13 @@ def _refuse(file: Path, error: Exception) -> NoReturn:
     ) from error
 
 
-# What a pickle of tensors and plain values may name.
+# The functions and classes that a pickle of tensors and plain values may name.
 _TENSOR_CLASSES = (
     r"torch\.(\w*Storage|Size|device|Tensor|bool|[a-z]+\d+\w*)|torch\.storage\.\w+Storage|torch\._utils\._rebuild_\w+"
     r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
     r"|collections\.(OrderedDict|Counter)|_codecs\.encode|(builtins|__builtin__)\.(set|bytearray|complex)"
 )
-# What scripts often put beside their tensors without any harm meant.
+# Harmless classes that scripts often put beside their tensors.
 _DATA_CLASSES = (
     r"numpy\.(dtype|ndarray)|numpy\.(_core|core)\.\w+\.(scalar|_reconstruct|_frombuffer)|argparse\.Namespace"
     r"|pathlib\.\w+|datetime\.\w+|collections\.defaultdict|" + _TENSOR_CLASSES
@@ -177,7 +177,7 @@ _DATA_CLASSES = (
 def _called_names(file: Path) -> set[str]:
     """The functions and classes beyond tensors that the file's pickles name, found without loading them."""
     names: set[str] = set()
-    # What cannot be parsed is refused in any case; only the message knows less.
+    # A file that cannot be parsed is refused in any case. Only the message is less precise.
     with contextlib.suppress(Exception):
         for stream in _pickles(file):
             _add_named(stream, names)
@@ -185,7 +185,7 @@ def _called_names(file: Path) -> set[str]:
 
 
 def _pickles(file: Path) -> Iterator[IO[bytes]]:
-    """The pickles in a torch file: of today (a zip file), of the first format (a tar file), or bare."""
+    """The pickles in a torch file: today's format (a zip file), the first format (a tar file), or a bare pickle."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
@@ -203,8 +203,8 @@ def _pickles(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _add_named(stream: IO[bytes], names: set[str]) -> None:
-    """Add what the pickles of a stream name. Of a name in two strings, those pushed last are taken."""
-    # PyTorch's second format is five pickles, one after the other, before the numbers.
+    """Add the names in the pickles of a stream. For a name in two strings, the two that were pushed last are taken."""
+    # PyTorch's second format has five pickles, one after the other, before the numbers.
     for _ in range(5):
         pushed: list[Any] = [None, None]
         memo: dict[int, Any] = {}
@@ -224,12 +224,12 @@ def _add_named(stream: IO[bytes], names: set[str]) -> None:
 
 
 def _printable(text: str) -> str:
-    """A name of a foreign file, fit for a terminal."""
+    """A name from a foreign file, safe to print on a terminal."""
     return text if re.fullmatch(r"[\w.-]{1,80}", text) else ascii(text[:80])
 
 
 def _unwrap(file: Path, content: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict by its names, without DistributedDataParallel's prefix; and what lies beside it."""
+    """The state dict without DistributedDataParallel's prefix, and the names of the other entries beside it."""
     beside: tuple[str, ...] = ()
     for key in ("state_dict", "model", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -267,19 +267,19 @@ class _Part:
 
 
 _NUMBER = r"(?P<number>0|[1-9][0-9]?)"
-# Whose layout -> the names of its networks' tensors.
+# Name of the layout -> pattern of the names of its tensors.
 _LAYOUTS = {
     "MoCo": r"(?P<source>encoder_(?P<role>[qk]))\.(?P<name>.+)",
     "MoCo of the MCL authors": rf"(?P<source>encoder_(?P<role>[qk])_{_NUMBER})\.(?P<name>.+)",
     "MoCo v3": r"(?P<source>(?P<role>base|momentum)_encoder)\.(?P<name>.+)",
     "supervised networks of the MCL authors": rf"(?P<source>module_list\.{_NUMBER})\.(?P<name>.+)",
 }
-# The MCL authors' networks with shared low stages: layer3_1.0.conv1.weight is of branch 1.
+# The MCL authors' networks with shared low stages: layer3_1.0.conv1.weight belongs to branch 1.
 _BRANCH = rf"(?P<module>(layer|block)[0-9]|bn|classifier)_{_NUMBER}\.(?P<name>.+)"
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[str, dict[str, _Part], list[str]]:
-    """The layout, the networks by name, query networks first, and the names that belong to none."""
+    """The layout, the networks by name (query networks first), and the names that belong to no network."""
     for layout, pattern in _LAYOUTS.items():
         parts, rest = _split_by_prefix(tensors, pattern)
         if parts:
@@ -303,16 +303,16 @@ def _split_by_prefix(
         if match is None:
             rest.append(name)
             continue
-        found = match.groupdict()
-        key = KEY_PREFIX if found.get("role") in ("k", "momentum") else ""
-        network = f"{key}{found.get('number', 0)}"
-        parts.setdefault(network, _Part(source=found["source"])).add(found["name"], tensor)
+        fields = match.groupdict()
+        key = KEY_PREFIX if fields.get("role") in ("k", "momentum") else ""
+        network = f"{key}{fields.get('number', 0)}"
+        parts.setdefault(network, _Part(source=fields["source"])).add(fields["name"], tensor)
     order = sorted(parts, key=network_order)
     return {network: parts[network] for network in order}, rest
 
 
 def _moco_version(layout: str, parts: dict[str, _Part]) -> str:
-    """MoCo v1 and v2 differ in their heads: one linear layer, or two."""
+    """The layout with MoCo's version, which the heads tell: v1 has one linear layer, v2 has two."""
     heads = {name for part in parts.values() for name in part.head}
     if layout != "MoCo" or not heads:
         return layout
@@ -320,7 +320,7 @@ def _moco_version(layout: str, parts: dict[str, _Part]) -> str:
 
 
 def _split_branches(tensors: dict[str, Tensor]) -> dict[str, _Part]:
-    """Each branch on top of the shared stages is a whole network."""
+    """The networks of a file with shared stages: each branch becomes a whole network."""
     matches = {name: re.fullmatch(_BRANCH, name) for name in tensors}
     numbers = sorted({int(match["number"]) for match in matches.values() if match})
     parts = {str(number): _Part(source=f"branch {number}") for number in numbers}
@@ -330,7 +330,7 @@ def _split_branches(tensors: dict[str, Tensor]) -> dict[str, _Part]:
             for part in parts.values():
                 part.add(name, tensor)
         else:
-            # The last batch norm of a wide ResNet is bn_1 in a branch, bn1 in a network alone.
+            # The last batch norm of a wide ResNet is bn_1 in a branch, but bn1 in a single network.
             module = match["module"].replace("bn", "bn1")
             parts[match["number"]].add(f"{module}.{match['name']}", tensor)
     return parts
@@ -338,7 +338,7 @@ def _split_branches(tensors: dict[str, Tensor]) -> dict[str, _Part]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Which of our networks takes the tensors, and how the file calls ours: (regular expression, its name for it)."""
+    """The network of ours that takes the tensors, and the file's names for ours: (regular expression, replacement)."""
 
     architecture: str
     in_chans: int
@@ -372,13 +372,13 @@ def _build(file: Path, name: str, part: _Part) -> ForeignNetwork:
     )
     state = backbone.state_dict()
     expected = {plan.foreign_name(own): tensor for own, tensor in state.items()}
-    found = dict(part.body)
-    counted = any(_is_counter(key) for key in found)
+    given = dict(part.body)
+    counted = any(_is_counter(key) for key in given)
     if not counted:
-        found |= {key: tensor for key, tensor in expected.items() if _is_counter(key)}
-    _check_fit(where, plan.architecture, expected, found)
-    backbone.load_state_dict({own: found[plan.foreign_name(own)] for own in state})
-    # As they are now: float64 can hold what float32 cannot.
+        given |= {key: tensor for key, tensor in expected.items() if _is_counter(key)}
+    _check_fit(where, plan.architecture, expected, given)
+    backbone.load_state_dict({own: given[plan.foreign_name(own)] for own in state})
+    # Checked after loading: float64 can hold values that become Inf in float32.
     for own, tensor in backbone.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{where}: {plan.foreign_name(own)!r} holds NaN or Inf: refused")
@@ -395,22 +395,22 @@ def _build(file: Path, name: str, part: _Part) -> ForeignNetwork:
 
 
 def _is_counter(name: str) -> bool:
-    """Whether this is one that batch norm has had since PyTorch 0.4.1, and that no feature depends on."""
+    """Whether this is batch norm's counter of batches, which PyTorch has since 0.4.1 and which no feature needs."""
     return name.endswith(".num_batches_tracked")
 
 
 def _check_fit(
-    where: str, architecture: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    where: str, architecture: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
 ) -> None:
-    misfits = state_misfits(expected, found)
+    misfits = state_misfits(expected, given)
     misfits += [
-        f"{name!r} is {found[name].dtype}, {found[name].layout}, not numbers of one plain tensor"
+        f"{name!r} is {given[name].dtype}, {given[name].layout}, not numbers of one plain tensor"
         for name, tensor in expected.items()
-        if name in found and not _alike(tensor, found[name])
+        if name in given and not _alike(tensor, given[name])
     ]
     if misfits:
         matched = sum(
-            name in found and found[name].shape == tensor.shape for name, tensor in expected.items()
+            name in given and given[name].shape == tensor.shape for name, tensor in expected.items()
         )
         raise UserError(
             f"{where} does not fit {architecture}: {misfits[0]}"
@@ -419,16 +419,16 @@ def _check_fit(
         )
 
 
-def _alike(expected: Tensor, found: Tensor) -> bool:
-    plain = found.layout is torch.strided and found.device.type == "cpu" and not found.is_quantized
-    return plain and (found.is_floating_point() or not expected.is_floating_point())
+def _alike(expected: Tensor, given: Tensor) -> bool:
+    plain = given.layout is torch.strided and given.device.type == "cpu" and not given.is_quantized
+    return plain and (given.is_floating_point() or not expected.is_floating_point())
 
 
 def _identify(where: str, body: Mapping[str, Tensor]) -> _Plan:
-    """Tell the network by its tensors' names and shapes.
+    """Identify the network by the names and shapes of its tensors.
 
     Raises:
-        UserError: it is none of those known.
+        UserError: it is none of the known networks.
     """
     if "block1.layer.0.conv1.weight" in body:
         return _identify_wide_resnet(where, body)
@@ -480,14 +480,14 @@ def _identify_wide_resnet(where: str, body: Mapping[str, Tensor]) -> _Plan:
 
 
 def _blocks(body: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
-    """How many blocks each stage has, low to high."""
-    found = {match.groups() for name in body if (match := re.match(pattern, name))}
-    counts = Counter(stage for stage, _ in found)
+    """The number of blocks in each stage, low to high."""
+    blocks = {match.groups() for name in body if (match := re.match(pattern, name))}
+    counts = Counter(stage for stage, _ in blocks)
     return tuple(counts[stage] for stage in sorted(counts))
 
 
 def _conv_shape(where: str, body: Mapping[str, Tensor], name: str) -> tuple[int, int, int]:
-    """Output channels, input channels of a group, and size of a square convolution."""
+    """The output channels, the input channels of a group, and the kernel size of a square convolution."""
     shape = tuple(body[name].shape) if name in body else None
     if shape is None or len(shape) != 4 or 0 in shape:
         raise UserError(

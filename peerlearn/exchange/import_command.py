@@ -1,4 +1,4 @@
-"""`peerlearn import`: networks of other programs' checkpoints as exports."""
+"""`peerlearn import`: turn the networks of another program's checkpoint into exports."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Images(NamedTuple):
-    """What images a network expects, and how that is known."""
+    """The images that a network expects, and the source of that knowledge."""
 
     size: int
     mean: tuple[float, ...]
@@ -27,14 +27,18 @@ class _Images(NamedTuple):
 
 _LARGEST_SIZE = 8192
 _IMAGENET = _Images(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's, assumed")
-# The numbers of the MCL authors' main_cifar.py.
+# The numbers in the MCL authors' main_cifar.py.
 _CIFAR100 = _Images(
     32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "CIFAR-100's, assumed of a 3x3 stem"
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn import FILE [--output DIR] [--image_size N] [--mean ...] [--std ...]`. Returns the exit code."""
+    """`peerlearn import FILE [--output DIR] [--image_size N] [--mean ...] [--std ...]`.
+
+    Returns:
+        The exit code.
+    """
     arguments = _parse(argv)
     file: Path = arguments.file
     # Imported here: --help should not wait for torch.
@@ -53,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             for network, expected in zip(checkpoint.networks, images, strict=True):
                 folder = whole / network_folder(network.name)
                 _save(folder, file, sha256, checkpoint, network, expected)
-            # All networks at once, or none: a part would pass for the whole.
+            # All networks at once, or none: a part would be taken for the whole.
             replace_folder(whole, output)
     except OSError as error:
         raise UserError(
@@ -75,23 +79,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--output", type=Path, help="folder of the exports (default: imported/ and the file's name)"
     )
     parser.add_argument(
-        "--image_size", type=int, help="pixels that the networks expect (default: 224, or 32)"
+        "--image_size",
+        type=int,
+        help="height and width of the images that the networks expect, in pixels "
+        "(default: 224, or 32 for 3x3 stems)",
     )
-    for name in ("mean", "std"):
+    for name, words in (("mean", "mean"), ("std", "standard deviation")):
         parser.add_argument(
             f"--{name}",
             type=float,
             nargs="+",
-            help="per channel, of images in [0, 1] (default: ImageNet's, CIFAR-100's for 3x3 stems)",
+            help=f"{words} per channel of images in [0, 1] (default: ImageNet's, or CIFAR-100's for 3x3 stems)",
         )
     return parser.parse_args(argv)
 
 
 def _expected_images(network: "ForeignNetwork", arguments: argparse.Namespace) -> _Images:
-    """The size and normalisation asked for, else those of the data set that such a stem is made for.
+    """The size and normalisation that the user gave, else those of the data set that such a stem is made for.
 
     Raises:
-        UsageError: they do not fit the network's channels, or are out of range.
+        UsageError: the numbers do not fit the network's channels, or are out of range.
     """
     from peerlearn.networks.cifar import CIFAR_NETWORKS
 
@@ -121,7 +128,7 @@ def _expected_images(network: "ForeignNetwork", arguments: argparse.Namespace) -
 
 
 def _plain_stem(file: Path) -> str:
-    """moco_v2.pth.tar is moco_v2."""
+    """The file's name without its endings: moco_v2 for moco_v2.pth.tar."""
     name = file
     while name.suffix in (".pth", ".pt", ".tar", ".safetensors", ".bin", ".ckpt"):
         name = name.with_suffix("")
@@ -160,7 +167,7 @@ def _save(
     )
 
 
-# Tensors tell the kernel's size, but not its stride.
+# Tensors show the size of a kernel, but not its stride.
 _SMALL_STEM = "3x3, taken to be without stride and max-pool"
 
 

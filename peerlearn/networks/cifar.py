@@ -1,7 +1,9 @@
 """The small networks of the CIFAR and few-shot papers, built with timm's names and methods.
 
 All of them map images (B, channels, height, width) to pooled features (B, num_features). `peerlearn.backbones`
-registers them with timm. Letters: B batch, C classes.
+registers them with timm.
+
+Dimensions: B batch, C classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +31,16 @@ class Stage(NamedTuple):
 class StagedNetwork(nn.Module):
     """stem -> layer1 .. layerN -> final -> global_pool -> fc, with timm's names and methods.
 
-    `global_pool` is one of timm's poolings, or "flatten": each of the `positions` (height x width)
-    of the last stage gives features of its own.
+    Args:
+        stem: layers before the first stage.
+        stages: the stages, low to high.
+        final: layers after the last stage, before the pooling.
+        in_chans: channels of the images.
+        num_classes: number of classes C; 0 = no classifier.
+        global_pool: one of timm's poolings, or "flatten": every position of the last stage gives
+            features of its own.
+        drop_rate: probability of dropout before the classifier.
+        positions: height times width of the last stage, for "flatten".
     """
 
     def __init__(
@@ -64,7 +74,7 @@ class StagedNetwork(nn.Module):
                 initialise_conv(module)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier (none for 0 classes) and, where one is named, another pooling."""
+        """Make a new classifier (none for 0 classes) and, where `global_pool` is given, another pooling."""
         self.num_classes = num_classes
         if global_pool is not None:
             channels = self.feature_info[-1]["num_chs"]
@@ -88,7 +98,7 @@ class StagedNetwork(nn.Module):
         return "fc" if name_only else self.fc
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, channels, height, width) -> the last stage's output, not yet pooled."""
+        """(B, channels, height, width) -> the output of the last stage, before the pooling."""
         features = images
         for name, module in self.named_children():
             if name not in HEAD_MODULES:
@@ -96,7 +106,7 @@ class StagedNetwork(nn.Module):
         return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """forward_features' output -> (B, num_features), or (B, C) where there is a classifier."""
+        """Output of `forward_features` -> (B, num_features), or (B, C) with a classifier."""
         pooled: Tensor = self.global_pool(features)
         if self.drop_rate:
             pooled = F.dropout(pooled, p=self.drop_rate, training=self.training)

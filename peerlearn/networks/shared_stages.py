@@ -1,6 +1,6 @@
-"""Low stages that several networks of one architecture share, run once per forward.
+"""Low stages that several networks of one architecture share, run once per forward pass.
 
-Letters: B batch.
+Dimensions: B batch.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from peerlearn.networks.cifar import StagedNetwork
 
 
 def stage_names(backbone: nn.Module) -> tuple[str, ...] | None:
-    """The child modules that are the stages, low to high; None if the network has no named ones."""
+    """The names of the child modules that are stages, low to high; None if the network has no named stages."""
     if not isinstance(backbone, StagedNetwork | ResNet):
         return None
     return tuple(name for name, _ in backbone.named_children() if name.startswith("layer"))
@@ -23,9 +23,9 @@ def stage_names(backbone: nn.Module) -> tuple[str, ...] | None:
 def default_share_stages(backbones: Sequence[nn.Module]) -> int:
     """How many low stages the paper shares (Mutual Contrastive Learning, sections 3.1 and 4.1).
 
-    None among two networks. Among more, all but the last stage of the CIFAR networks (3 stages)
-    and all but the last two of the ImageNet networks (4 stages). None among networks that cannot
-    share, being unlike or without named stages.
+    Two networks share none. More than two share all but the last stage of the CIFAR networks
+    (3 stages), and all but the last two of the ImageNet networks (4 stages). Networks of unlike
+    architecture, or without named stages, cannot share and share none.
     """
     names = stage_names(backbones[0])
     alike = all(_layout(other) == _layout(backbones[0]) for other in backbones[1:])
@@ -35,13 +35,14 @@ def default_share_stages(backbones: Sequence[nn.Module]) -> int:
 
 
 def share_low_stages(backbones: Sequence[nn.Module], stages: int) -> None:
-    """Makes the first network's stem and first `stages` stages those of all the others.
+    """Make the stem and the first `stages` stages of the first network those of all the others.
 
     Every network stays complete, with a complete state dict; the shared modules are the same
     objects, so that parameters() over all of them yields each shared tensor once.
 
     Raises:
-        UserError: unlike networks, none with named stages, or more stages than can be shared.
+        UserError: the networks are of unlike architecture, they have no named stages, or `stages` is
+            more than they can share.
     """
     if stages == 0:
         return
@@ -70,15 +71,15 @@ def share_low_stages(backbones: Sequence[nn.Module], stages: int) -> None:
 
 
 def forward_shared(backbones: Sequence[nn.Module], images: Tensor, stages: int) -> list[Tensor]:
-    """Features of every network, the low stages that they share run once.
+    """The features of every network; shared low stages run once.
 
     Args:
         backbones: networks after `share_low_stages(backbones, stages)`.
-        images: (B, channels, height, width).
-        stages: how many stages are shared; 0: the networks are independent.
+        images: images, (B, channels, height, width).
+        stages: number of shared stages; 0 = the networks are independent.
 
     Returns:
-        Per network (B, num_features), bit for bit what the whole network gives.
+        (B, num_features) for each network, bit for bit what the whole network gives.
 
     Raises:
         ValueError: the networks do not share these stages.
@@ -87,12 +88,12 @@ def forward_shared(backbones: Sequence[nn.Module], images: Tensor, stages: int) 
 
 
 def run_trunk(backbones: Sequence[nn.Module], images: Tensor, stages: int) -> Tensor:
-    """What the shared stages make of images: (B, channels, height, width), the images themselves for 0 stages."""
+    """The output of the shared stages, (B, channels, height, width); the images themselves for 0 stages."""
     return _run(_split(backbones[0], stages)[0], images) if stages else images
 
 
 def run_branches(backbones: Sequence[nn.Module], trunk: Tensor, stages: int) -> list[Tensor]:
-    """The features (B, num_features) of every network from what `run_trunk` gave.
+    """The features (B, num_features) of every network, from the output of `run_trunk`.
 
     Raises:
         ValueError: the networks do not share these stages.
@@ -113,9 +114,9 @@ Modules = dict[str, nn.Module]
 
 
 def _split(backbone: nn.Module, stages: int) -> tuple[Modules, Modules]:
-    """The modules up to and including stage number `stages`, and all those above it, by name.
+    """The modules up to and including stage number `stages`, and all modules above it, by name.
 
-    The children of a network with named stages run one after the other, as they are declared.
+    The children of a network with named stages run one after the other, in the order of their declaration.
     """
     children = list(backbone.named_children())
     end = 1 + [name for name, _ in children].index(f"layer{stages}")

@@ -1,1 +1,1 @@
-"""What a run is on the disk: its folder, lock, saves, signs of life; and how it is stopped."""
+"""A run on the disk: its folder, its lock, its saves, its heartbeats; and how a run is stopped."""

@@ -2,8 +2,8 @@
 
     checkpoints/step-00001000/{NAME.safetensors ..., state.json, manifest.json}   checkpoints/latest
 
-The manifest holds the SHA-256 of every other file and is written last: a folder without a valid one is no save.
-A save that turns out damaged is set aside as ``step-00001000.bad``.
+The manifest holds the SHA-256 of every other file and is written last: a folder without a valid manifest is no save.
+A damaged save is set aside as ``step-00001000.bad``.
 """
 
 import json
@@ -40,8 +40,17 @@ def save_checkpoint(
 ) -> Path:
     """Save a step: every group of tensors in a file of its own, ``state`` as JSON, then ``latest``.
 
-    The folder appears under its name only when every file in it is on the disk. Where the disk does not take it, what
-    was written of it is removed and the older saves stay.
+    The folder appears under its name only when every file in it is on the disk. If the disk fails, the unfinished
+    folder is removed and the older saves stay.
+
+    Args:
+        root: folder of all saves.
+        step: number of the step.
+        tensors: tensors to save: name of the file -> name in the file -> tensor.
+        state: plain values to save.
+
+    Returns:
+        The folder of the save.
 
     Raises:
         OSError: the disk is full, or fails otherwise.
@@ -53,7 +62,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-            # Not save_file, whose files none but their owner can read and whose errors have no number.
+            # Not save_file: only their owner could read its files, and its errors have no number.
             (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(contiguous))
         (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
         hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
@@ -76,7 +85,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     """
     names = check_whole(folder)
     try:
-        # What the manifest does not name was not saved with it.
+        # A file that the manifest does not name is no part of this save.
         tensors = {
             name.removesuffix(".safetensors"): safetensors.torch.load_file(folder / name)
             for name in names
@@ -122,12 +131,16 @@ def check_whole(folder: Path) -> list[str]:
 
 
 def saved_steps(root: Path) -> list[Path]:
-    """The folders of all saves, the newest first, whole or not; those set aside are left out."""
+    """The folders of all saves, newest first, whole or not. Saves set aside are left out."""
     return [folder for _, folder in step_folders(root)]
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a save so that it is never taken for one again; returns the new path."""
+    """Rename a damaged save so that it is never taken for a save again.
+
+    Returns:
+        The new path.
+    """
     bad = folder.with_name(folder.name + _BAD)
     number = 1
     while bad.exists():
@@ -147,7 +160,7 @@ def drop_old_checkpoints(
 ) -> None:
     """Delete all saves but the newest ``keep_last`` and those of every ``keep_every_steps``-th step.
 
-    One that cannot be deleted stays, with a warning: that is no reason to stop.
+    A save that cannot be deleted stays, with a warning: training must not stop for it.
     """
     for step, folder in step_folders(root)[keep_last:]:
         if keep_every_steps is None or step % keep_every_steps:
@@ -158,6 +171,6 @@ def drop_old_checkpoints(
 
 
 def remove_stumps(root: Path) -> None:
-    """Delete what saves that were killed midway have left."""
+    """Delete the unfinished folders of saves that were killed midway."""
     for stump in root.glob(".tmp-*"):
         shutil.rmtree(stump, ignore_errors=True)

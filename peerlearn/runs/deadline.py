@@ -1,4 +1,4 @@
-"""A bound on what cannot be interrupted: a call that waits for storage which hangs."""
+"""A time limit for calls that nothing else can interrupt, such as one that waits for hanging storage."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def deadline(seconds: float, what: str) -> Iterator[None]:
-    """Kill this process if the block takes longer, so that a supervisor can start it anew.
+    """Kill this process if the block takes longer than ``seconds``, so that a supervisor can start it anew.
 
     Args:
-        seconds: how long it may take, by a clock that nobody sets.
-        what: for the last line on stderr, the only place that need not hang too.
+        seconds: time that the block may take, by a clock that nobody can set.
+        what: name of the block's work, for a last line on stderr. A log file might hang as well.
     """
 
     def give_up() -> None:

@@ -3,7 +3,7 @@
 RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/rank-R.log  DONE | FAILED
       checkpoints/  export/  results/  slurm/
 
-Who needs one of these paths asks for it here.
+Other code gets these paths from here.
 """
 
 import json
@@ -25,12 +25,12 @@ from peerlearn.runs.files import (
 from peerlearn.runs.lock import LOCK_FILES
 from peerlearn.runs.training_facts import TrainingFacts, write_env
 
-# What was submitted for a run lies in it; for several runs at once, in the folder that holds them.
+# The folder of a run's submissions. Submissions of several runs lie in a folder of that name above the runs.
 JOBS_FOLDER = "slurm"
 # A folder of runs that holds this file is a pipeline.
 PIPELINE_FILE = "pipeline.yaml"
 _ATTEMPT = "attempt-"
-# What stands before and after the rank.
+# The text before and after the rank in the name of a log.
 _LOG = ("rank-", ".log")
 
 logger = logging.getLogger(__name__)
@@ -40,21 +40,21 @@ class RunDirectory:
     """Paths and plain files of one run.
 
     Attributes:
-        root: the folder.
-        metrics_count: how many rows metrics.jsonl has, or will have once the disk takes them.
+        root: folder of the run.
+        metrics_count: number of rows of metrics.jsonl, counting those that a full disk has not taken yet.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.metrics_count = 0
-        # Lines that a full disk has not taken yet, by file.
+        # File -> lines that a full disk has not taken yet.
         self._unwritten: dict[Path, list[str]] = {}
 
     def check_new(self) -> None:
         """Make sure that a run can be started here.
 
         Raises:
-            UserError: the folder holds a run already, or anything else.
+            UserError: the folder holds a run already, or something else.
         """
         if self.config.exists():
             raise UserError(
@@ -65,14 +65,14 @@ class RunDirectory:
             raise UserError(f"{self.root} is there and no run: choose another folder by --run")
 
     def _holds_anything(self) -> bool:
-        # A start that was refused or killed early may have left its lock behind, a submission is there before its run.
+        # A start that was refused or killed early may have left its lock. A submission is there before its run.
         return any(path.name not in (*LOCK_FILES, JOBS_FOLDER) for path in self.root.iterdir())
 
     def create_folder(self) -> None:
         """Make the folder of a new run.
 
         Raises:
-            UserError: it cannot be made.
+            UserError: the folder cannot be made.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -96,10 +96,10 @@ class RunDirectory:
         )
 
     def check_exists(self) -> None:
-        """Make sure that this is a run.
+        """Make sure that the folder is a run.
 
         Raises:
-            UserError: it is not.
+            UserError: the folder has no config.yaml.
         """
         if not self.begun:
             raise UserError(f"{self.root} is not a run directory: it has no config.yaml")
@@ -161,7 +161,7 @@ class RunDirectory:
         """Make sure that the run directory has not been moved or removed while it is in use.
 
         Raises:
-            UserError: it has.
+            UserError: config.yaml is gone.
         """
         if not self.begun:
             raise UserError(
@@ -173,13 +173,17 @@ class RunDirectory:
         return self.done_mark.exists()
 
     def start_attempt(self, verb: str, facts: TrainingFacts | None) -> int:
-        """Number this start of the program, counted from 1, and make its log folder.
-
-        Also writes env.json and clears an earlier DONE or FAILED.
+        """Number this start of the program, make its log folder, write env.json, clear an earlier DONE or FAILED.
 
         Args:
-            verb: verb of the command line that trains; by it `peerlearn resume` knows who goes on.
-            facts: what evaluators need to know of the training; None of a training that makes nothing for them.
+            verb: verb of the command that trains, by which `peerlearn resume` knows what to continue.
+            facts: facts about the training that evaluators need, for env.json; None if it makes no exports for them.
+
+        Returns:
+            The number of this start, counted from 1.
+
+        Raises:
+            UserError: the folder cannot be written.
         """
         attempt = self.newest_attempt() + 1
         try:
@@ -196,11 +200,11 @@ class RunDirectory:
         return max(numbered_files(self.attempts, _ATTEMPT), default=0)
 
     def logs(self, attempt: int) -> Path:
-        """The folder of an attempt's logs and heartbeats, one of each per rank."""
+        """The folder of an attempt's logs and heartbeats; each rank has one of both."""
         return self.attempts / f"{_ATTEMPT}{attempt}"
 
     def log(self, attempt: int, rank: int) -> Path:
-        """What a rank logs in an attempt."""
+        """The log of a rank in an attempt."""
         return self.logs(attempt) / f"{_LOG[0]}{rank}{_LOG[1]}"
 
     def rank_logs(self, attempt: int) -> dict[int, Path]:
@@ -208,12 +212,12 @@ class RunDirectory:
         return numbered_files(self.logs(attempt), *_LOG)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one logged step to metrics.jsonl; NaN and Inf, which JSON does not know, become null."""
+        """Add one logged step to metrics.jsonl. NaN and Inf, which JSON does not know, become null."""
         self.metrics_count += 1
         self._append_line(self.metrics, {key: _json_number(value) for key, value in row.items()})
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
-        """The logged steps; a last line cut short by a crash is left out.
+        """The logged steps. A last line that a crash cut short is left out.
 
         Raises:
             UserError: another line is damaged.
@@ -233,10 +237,10 @@ class RunDirectory:
                 ) from error
 
     def cut_metrics(self, step: int) -> int:
-        """Drop the rows that training from ``step`` on writes anew: those after it, at step 0 all of them.
+        """Drop the rows that training from ``step`` on writes anew: the rows after it, and at step 0 all rows.
 
         Returns:
-            How many are left.
+            How many rows are left.
         """
         kept = [json.dumps(row) + "\n" for row in self.metric_rows() if 0 < step >= row["step"]]
         write_text(self.metrics, "".join(kept))
@@ -244,21 +248,21 @@ class RunDirectory:
         return len(kept)
 
     def sync_metrics(self) -> None:
-        """Wait until the rows so far are on the disk, so that no save is ahead of them."""
+        """Wait until the rows so far are on the disk, so that no save counts rows that could be lost."""
         if self.metrics.exists():
             sync(self.metrics)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Add one line to events.jsonl: what happened, when, and its facts."""
+        """Add one line to events.jsonl: the time, the name of the event, and its facts."""
         self._append_line(self.event_log, {"time": now_text(), "event": name, **fields})
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """The events so far; lines that cannot be read are left out."""
+        """The events so far. Lines that cannot be read are left out."""
         rows = read_json_lines(self.event_log)
         return (row for row in rows if "event" in row)
 
     def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
-        """Add a line; one that a full disk does not take is kept and written with the next."""
+        """Add a line. If a full disk does not take it, it is kept and written with the next one."""
         lines = [*self._unwritten.pop(path, []), json.dumps(row) + "\n"]
         try:
             append_text(path, "".join(lines))
@@ -268,21 +272,21 @@ class RunDirectory:
                 logger.warning("%s cannot be written (%s): keeping its lines", path, error.strerror)
 
     def mark_done(self) -> None:
-        """Leave DONE: the run has finished and its last step is saved and exported."""
+        """Write DONE: the run has finished, and its last step is saved and exported."""
         write_text(self.done_mark, "")
         self.failed_mark.unlink(missing_ok=True)
 
     def mark_failed(self, reason: str) -> None:
-        """Leave FAILED with the reason."""
+        """Write FAILED with the reason."""
         write_text(self.failed_mark, reason + "\n")
 
 
 def default_run(argv: Sequence[str], verb: str = "pretrain") -> Path:
-    """Where a run goes that was not told: runs/ and its config's name.
+    """The run directory where `--run` is missing: runs/ and the config's name.
 
     Args:
-        argv: the words after the verb.
-        verb: name for a run without a config.
+        argv: words after the verb.
+        verb: name of a run without a config.
     """
     named = argv and not argv[0].startswith("-")
     return Path("runs") / (Path(argv[0]).stem if named else verb)

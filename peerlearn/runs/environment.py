@@ -1,4 +1,4 @@
-"""Under what a result came to be: versions, hardware, code, time."""
+"""The environment of a result: versions, hardware, code, time."""
 
 import datetime
 import hashlib
@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
 
 @cache
 def _code_sha256() -> str:
-    """Of this project's Python files as they were when the process first asked: those it runs."""
+    """SHA-256 of this project's Python files, read once: at the first call, so that it covers the code that runs."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         for file in sorted((HOME / package).rglob("*.py")):
@@ -40,7 +40,7 @@ def _code_sha256() -> str:
 
 
 def now_text() -> str:
-    """The time, for people: UTC, to the second."""
+    """The time in UTC, to the second, for people."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

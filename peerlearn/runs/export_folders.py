@@ -1,9 +1,9 @@
-"""How exports lie on the disk: names, and which are there. Their content is `peerlearn.export`'s.
+"""The folders of exports: their names, and which of them exist. `peerlearn.export` has their content.
 
 RUN/export/step-00001000/  net-0/ (network "0")   net-0-key/ (its momentum network, "key-0")   ...
   each with  model.safetensors   config.json   README.md
 
-A network's folder appears at once (`peerlearn.runs.files.replace_folder`), so what is there was written to its end.
+A network's folder appears at once (`peerlearn.runs.files.replace_folder`), so an existing folder is complete.
 """
 
 import json
@@ -16,7 +16,7 @@ CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 # The key of config.json that holds the SHA-256 of the weights and of its own other entries.
 SEAL = "sha256"
-# Begins the name of a momentum network.
+# The beginning of a momentum network's name.
 KEY_PREFIX = "key-"
 
 
@@ -32,24 +32,24 @@ def network_in(folder_name: str) -> str | None:
 
 
 def is_key_network(network: str) -> bool:
-    """Whether it is the momentum network of another."""
+    """Whether the network is the momentum network of another one."""
     return network.startswith(KEY_PREFIX)
 
 
 def network_order(network: str) -> tuple[bool, int, str]:
-    """What to sort networks by: query networks first, by number."""
+    """A key to sort networks by: query networks first, by number."""
     return is_key_network(network), len(network), network
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a network is there, whichever program wrote it."""
+    """Whether the folder holds a network, whichever program wrote it."""
     return (folder / WEIGHTS_FILE).is_file()
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """The hashes that an export of this project was written with; None where none is there.
+    """The hashes in an export of this project; None if the folder holds none.
 
-    They are not compared with the bytes, which takes reading all of them: `peerlearn.export.is_whole`.
+    They are not compared with the files, which would take reading all bytes: `peerlearn.export.is_whole` does that.
     """
     try:
         seal = json.loads((folder / CONFIG_FILE).read_text())[SEAL]
@@ -59,7 +59,7 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
 
 
 def exported_networks(folder: Path) -> dict[str, Path]:
-    """The exports of a step's folder by their networks' names; query networks first, by number."""
+    """The exports in a step's folder by the names of their networks: query networks first, by number."""
     found = {
         network: path
         for path in folder.glob("net-*")

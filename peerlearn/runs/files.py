@@ -1,4 +1,4 @@
-"""Files that a crash or a full disk leaves whole: small texts and folders replaced at once, JSON lines, hashes."""
+"""Files that stay whole through a crash or a full disk: small texts, folders and JSON lines; and hashes of files."""
 
 import errno
 import hashlib
@@ -11,9 +11,15 @@ from typing import Any
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a small file as a whole: it is either the old or the new text, never half of it.
+    """Replace a small file as a whole: it holds either the old or the new text, never a part.
 
-    ``durable`` waits until it is on the disk.
+    Args:
+        path: the file.
+        text: its new content.
+        durable: whether to wait until the text is on the disk.
+
+    Raises:
+        OSError: the disk does not take the text. The file is as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -29,7 +35,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Make a finished temporary folder appear as ``final`` at once, durably; an older ``final`` goes."""
+    """Rename a finished temporary folder to ``final`` at once and durably. An older ``final`` is removed."""
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     if final.exists():
@@ -67,7 +73,7 @@ def numbered_files(folder: Path, before: str, after: str = "") -> dict[int, Path
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, in order; lines that cannot be read are left out, of a file that is not there all."""
+    """The objects of a file, in order. Lines that cannot be read are left out; a missing file has no objects."""
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             yield dict(json.loads(line))
@@ -76,10 +82,15 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_json_line(path: Path, row: Mapping[str, Any], *, durable: bool = False) -> None:
-    """Add an object; ``durable`` waits until it is on the disk.
+    """Add an object as a line.
+
+    Args:
+        path: the file.
+        row: the object.
+        durable: whether to wait until the line is on the disk.
 
     Raises:
-        OSError: the disk does not take it; the file is as it was.
+        OSError: the disk does not take the line. The file is as it was.
     """
     append_text(path, json.dumps(row) + "\n", durable=durable)
 
@@ -87,12 +98,17 @@ def append_json_line(path: Path, row: Mapping[str, Any], *, durable: bool = Fals
 def append_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Add whole lines: all of them or, if the disk does not take them, nothing.
 
-    A last line that a crash cut short is first ended, so that it does not swallow this one.
+    If a crash cut the last line of the file short, a newline is added first, so that the two do not become one.
+
+    Args:
+        path: the file.
+        text: the lines.
+        durable: whether to wait until the lines are on the disk.
 
     Raises:
-        OSError: the disk does not take them.
+        OSError: the disk does not take the lines. The file is as it was.
     """
-    # Unbuffered: a buffer would try again when it is closed, and write the rest of a line whose start is gone.
+    # Unbuffered: a buffer would try again when it is closed, and write the end of a line without its start.
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode()

@@ -1,7 +1,7 @@
-"""The states of the random generators that belong to others: Python's, NumPy's, torch's.
+"""The states of the global random generators: Python's, NumPy's, torch's.
 
 All randomness of this project comes from counters. Code of other libraries (dropout, stochastic depth) may draw from
-these; they are seeded when a run starts, torch's again at every step, and saved all the same.
+the global generators. They are seeded when a run starts, torch's again at every step, and saved with each checkpoint.
 """
 
 import random
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def seed_generators(seed: int, rank: int) -> None:
-    """Start Python's and NumPy's generators at a state of (seed, rank)."""
+    """Seed Python's and NumPy's generators by (seed, rank)."""
     random.seed(f"{seed} {rank}")
     np.random.seed([seed % 2**32, rank])
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """Every generator's state of this process as a tensor."""
+    """The state of every generator of this process as a tensor, by name."""
     version, words, gauss = random.getstate()
     assert version == 3
     numpy_state: Any = np.random.get_state(legacy=True)
@@ -38,10 +38,10 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def load_generator_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Restore `generator_states`.
+    """Restore the states that `generator_states` returned.
 
     Raises:
-        KeyError: a generator's state is missing.
+        KeyError: the state of a generator is missing.
     """
     gauss = _value(states["python_gauss"])
     random.setstate((3, tuple(states["python"].tolist()), gauss))
@@ -57,13 +57,13 @@ def load_generator_states(states: dict[str, Tensor], device: torch.device) -> No
         )
     )
     torch.set_rng_state(states["torch"])
-    # A save made on another device has none; torch's generators are seeded anew at every step anyway.
+    # A save from another device has no CUDA state. That is harmless: torch's generators are seeded anew at every step.
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _optional(value: float | None) -> Tensor:
-    """NaN stands for None: these states are never NaN, and every rank's tensors must be of one shape."""
+    """A tensor where NaN stands for None. The states are never NaN, and every rank's tensors must have one shape."""
     return torch.tensor(float("nan") if value is None else value, dtype=torch.float64)
 
 

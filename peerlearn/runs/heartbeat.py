@@ -1,10 +1,10 @@
-"""Heartbeats: one small file per rank that says it is alive, where it stands and, at its end, why it ended.
+"""Heartbeats: one small file per rank that says that the rank is alive, which step it is in and why it ended.
 
-A collective that fails says only that some peer is gone. These files say which one.
+A collective that fails says only that some peer is gone. These files say which peer.
 
     RUN/logs/attempt-K/rank-R.heartbeat.json
     {"rank", "host", "pid", "time_seconds", "step", "collectives", "waiting", "failed"}
-    RUN/logs/attempt-K/rank-R.step      the step it is in, to the step: a beat is up to 2 s old when a rank dies
+    RUN/logs/attempt-K/rank-R.step      the exact step of the rank; a heartbeat may be 2 s old when the rank dies
 """
 
 import contextlib
@@ -22,7 +22,7 @@ INTERVAL_SECONDS = 2.0
 # What stands before and after the rank.
 _BEAT_FILE = ("rank-", ".heartbeat.json")
 _STEP_FILE = ("rank-", ".step")
-# A beat older than this is no beat: several were missed.
+# A rank whose beat is older than this is silent: it has missed several beats.
 _SILENT_SECONDS = 4 * INTERVAL_SECONDS
 
 
@@ -31,14 +31,14 @@ class Beat:
     """What a heartbeat file holds.
 
     Attributes:
-        rank: of the process.
-        host: its machine.
-        pid: its process number there.
-        time_seconds: when the beat was written, seconds since 1970.
-        step: the step it is in; None before the first one.
-        collectives: how many collective operations the rank has entered.
-        waiting: the collective it is in, or None.
-        failed: why it ended; None while it runs.
+        rank: rank of the process.
+        host: name of its machine.
+        pid: number of its process on that machine.
+        time_seconds: time of the beat, in seconds since 1970.
+        step: step that the rank is in; None before the first step.
+        collectives: number of collective operations that the rank has entered.
+        waiting: name of the collective operation that the rank is in, or None.
+        failed: reason of the rank's end; None while it runs and after a success.
     """
 
     rank: int
@@ -55,12 +55,12 @@ class Beat:
         return time.time() - self.time_seconds
 
     def gone(self) -> bool:
-        """Whether the process is known not to exist any more; only its own machine can tell."""
+        """Whether the process is known to be dead. Only its own machine can know."""
         return self.host == socket.gethostname() and not process_exists(self.pid)
 
 
 class Heartbeat:
-    """Writes this rank's file from a thread, so that a process that is stopped or swapped out falls silent."""
+    """Writes this rank's file from a thread, so that a process which is stopped or swapped out falls silent."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
@@ -81,7 +81,7 @@ class Heartbeat:
         self._waiting = collective
 
     def leave(self) -> None:
-        """The rank has left it."""
+        """The rank has left the collective operation."""
         self._waiting = None
 
     def at_step(self, step: int) -> None:
@@ -94,13 +94,13 @@ class Heartbeat:
             os.pwrite(self._step_file, f"{step:012d}\n".encode(), 0)
 
     def end(self, failed: str | None = None) -> None:
-        """Write a last beat, with the reason if the rank ends by an error."""
+        """Write a last beat. ``failed`` is the reason if the rank ends by an error."""
         self._failed = failed
         self._ended.set()
         self.write()
 
     def write(self) -> None:
-        """Write the file now. A disk that is full or gone is no reason for training to stop."""
+        """Write the file now. Training goes on if the disk is full or gone."""
         beat = Beat(
             rank=self.rank,
             host=socket.gethostname(),
@@ -122,7 +122,7 @@ class Heartbeat:
 
 
 def read_beat(folder: Path, rank: int) -> Beat | None:
-    """A rank's last beat; None if there is none."""
+    """The last beat of a rank; None if there is none."""
     try:
         return Beat(**json.loads((folder / _file_name(rank)).read_text()))
     except (OSError, ValueError, TypeError):
@@ -136,7 +136,7 @@ def read_beats(folder: Path) -> list[Beat]:
 
 
 def read_step(folder: Path) -> int | None:
-    """The step an attempt has come to, whichever way it ended: the furthest of its ranks; None before the first."""
+    """The step that the furthest rank of an attempt has reached; None before the first step."""
     steps = []
     for file in numbered_files(folder, *_STEP_FILE).values():
         with contextlib.suppress(OSError, ValueError):
@@ -145,7 +145,7 @@ def read_step(folder: Path) -> int | None:
 
 
 class SilenceWatch:
-    """For how long a rank has not beaten, by this process's own clock: those of two machines may differ."""
+    """Measures how long a rank has been silent, by this process's clock: the clocks of two machines may differ."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
@@ -154,7 +154,7 @@ class SilenceWatch:
         self._heard = self._looked = time.monotonic()
 
     def seconds(self) -> float:
-        """Since its last new beat, or since the watch began; the file is read once per beat interval."""
+        """Seconds since the rank's last new beat, or since the watch began. The file is read once per beat interval."""
         now = time.monotonic()
         if now - self._looked >= INTERVAL_SECONDS:
             self._looked = now
@@ -165,12 +165,12 @@ class SilenceWatch:
 
 
 def name_culprits(folder: Path, *, rank: int, world_size: int) -> str:
-    """Which other ranks a failed collective is due to, by their last beats.
+    """The other ranks that made a collective operation fail, by their last beats, in words.
 
-    In this order: those that ended by an error of their own, those whose process is gone, those that have fallen
-    silent, those that have not come as far as the furthest rank.
+    The first of these groups that has any rank is named: ranks that ended by an error, ranks whose process is gone,
+    silent ranks, ranks that are behind the furthest one.
     """
-    # Beats of before the failure say nothing of it.
+    # Beats from before the failure would hide it.
     time.sleep(2 * INTERVAL_SECONDS)
     own = read_beat(folder, rank)
     beats = {other: read_beat(folder, other) for other in range(world_size) if other != rank}
@@ -191,7 +191,7 @@ def name_culprits(folder: Path, *, rank: int, world_size: int) -> str:
 
 
 def process_exists(pid: int) -> bool:
-    """Whether this machine runs a process of that number."""
+    """Whether a process of that number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -202,18 +202,18 @@ def process_exists(pid: int) -> bool:
 
 
 def process_started_at(pid: int) -> int | None:
-    """When this machine started the process, in its own ticks; with the number it names one process, for good."""
+    """When the process was started, in ticks of this machine; None if unknown. With the number it is unique."""
     fields = _process_status(pid)
     return int(fields[19]) if fields else None
 
 
 def _is_zombie(pid: int) -> bool:
-    """Dead, but its parent has not taken note yet."""
+    """Whether the process is dead and its parent has not collected it yet."""
     return _process_status(pid)[:1] == ["Z"]
 
 
 def _process_status(pid: int) -> list[str]:
-    """The fields after the name, from the third (state) on; none where there is no /proc."""
+    """The fields of /proc/PID/stat after the name, from the third (state) on; none where there is no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

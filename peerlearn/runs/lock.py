@@ -1,9 +1,9 @@
-"""One run directory, one live process: a lock file, and a record of who holds it.
+"""One run directory, one live process: a lock file, and a record of its owner.
 
     RUN/.lock   owner.json {"host", "pid", "job", "since", "time_seconds"}
 
-The lock (flock) ends with its process, however that dies, but some network file systems keep it from other machines:
-there the record's beat decides.
+The lock (flock) ends with its process, however the process dies. Some network file systems do not show the lock to
+other machines. There the time in the record decides, which the owner renews every 10 seconds.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from peerlearn.runs.heartbeat import process_exists, process_started_at
 
 LOCK_FILES = (".lock", "owner.json")
 _BEAT_SECONDS = 10.0
-# An owner on another machine who has not beaten for so long is dead.
+# An owner on another machine whose record is older than this is dead.
 _DEAD_SECONDS = 60.0
 
 
@@ -35,7 +35,7 @@ def run_lock(root: Path) -> Iterator[str | None]:
     """Hold the run directory for as long as the block lasts.
 
     Yields:
-        Who held it last and is dead, if the lock was taken over; None if it was free.
+        The dead owner from whom the lock was taken over, in words; None if the directory was free.
 
     Raises:
         UserError: a live process holds it, or the folder cannot be written.
@@ -58,7 +58,7 @@ def run_lock(root: Path) -> Iterator[str | None]:
 
 
 def living_owner(root: Path) -> dict[str, Any] | None:
-    """Who holds the run directory, as far as owner.json and this machine can tell; None if nobody alive does."""
+    """The record of the live process that holds the run directory; None if owner.json and this machine show none."""
     owner = _read_owner(root)
     pid, beat = owner.get("pid"), owner.get("time_seconds")
     if not isinstance(pid, int) or not isinstance(beat, int | float):
@@ -69,7 +69,7 @@ def living_owner(root: Path) -> dict[str, Any] | None:
 
 
 def _started_after(pid: int, time_seconds: float) -> bool:
-    """Whether the process is a later one that was given the same number, as in containers."""
+    """Whether the process started after that time: then it is another process with the same number."""
     ticks = process_started_at(pid)
     if ticks is None:
         return False
@@ -79,7 +79,7 @@ def _started_after(pid: int, time_seconds: float) -> bool:
 
 @contextmanager
 def _recorded(root: Path) -> Iterator[None]:
-    """Keep owner.json up to date from a thread, and take it away at the end."""
+    """Keep owner.json up to date from a thread, and remove it at the end."""
     file = root / LOCK_FILES[1]
     ended = threading.Event()
     since = now_text()
@@ -96,7 +96,7 @@ def _recorded(root: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        # What stands in its place by somebody else's doing may stay.
+        # Anything else that now lies in its place stays.
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
 
@@ -112,7 +112,7 @@ def _write_owner(file: Path, since: str) -> None:
     try:
         write_text(file, json.dumps(record) + "\n", durable=False)
     except OSError:
-        # A full disk: the lock itself still holds.
+        # The disk is full. The lock itself still holds.
         return
 
 
@@ -124,10 +124,10 @@ def _read_owner(root: Path) -> dict[str, Any]:
 
 
 def _alive_elsewhere(owner: dict[str, Any]) -> bool:
-    """Whether an owner that our lock did not notice lives on another machine."""
+    """Whether an owner lives on another machine, whose lock this machine may not see."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None and owner.get("job") == job:
-        # SLURM has requeued this very job: its former process is dead.
+        # SLURM has requeued this very job, so its former process is dead.
         return False
     if owner.get("host") == socket.gethostname():
         return False

@@ -1,4 +1,4 @@
-"""Where log records go: warnings to the main rank's terminal, all of them to a file of each rank."""
+"""The places of log records: warnings go to the main rank's terminal, all records to a file of each rank."""
 
 import faulthandler
 import logging
@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 def log_to_terminal(*, main: bool) -> None:
-    """Show warnings on the main rank's terminal, where no traceback belongs."""
+    """Show warnings on the main rank's terminal, without tracebacks."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler() if main else logging.NullHandler()
@@ -20,9 +20,10 @@ def log_to_terminal(*, main: bool) -> None:
 
 
 def log_to(file: Path) -> TextIO:
-    """Send every log record to the rank's file too, and the stacks of a crash in a library's own code.
+    """Write every log record to the rank's file too, and the stacks of a crash in a library's own code.
 
-    Returns the open file, for stacks at a standstill.
+    Returns:
+        The open file, for the stacks of a process that hangs.
     """
     to_file = _LogFile(file)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -34,13 +35,13 @@ def log_to(file: Path) -> TextIO:
 
 
 class _LogFile(logging.FileHandler):
-    """A log whose disk is full loses lines, and says nothing of it: the run itself goes on."""
+    """A log file that loses lines without a message if the disk is full, because the run itself goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         return
 
 
 def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
-    """A thread of a library died (TensorBoard's, on a full disk): its traceback belongs to the log."""
+    """Log the traceback of a library's thread that died (TensorBoard's, on a full disk)."""
     if failure.exc_value is not None:
         logging.getLogger(__name__).error("a thread failed", exc_info=failure.exc_value)

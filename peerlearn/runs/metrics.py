@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl, the same in TensorBoard, and the line beside the progress bar."""
+"""The rows of metrics.jsonl, their copy in TensorBoard, and the line beside the progress bar."""
 
 import contextlib
 import logging
@@ -10,17 +10,17 @@ from peerlearn.runs.directory import RunDirectory
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Fields that a run and its resumed twin may differ in carry one of these in their names, or are "attempt".
+# The fields in which a run and its resumed twin may differ: "attempt", and those with one of these in their names.
 CLOCK_WORDS = ("seconds", "per_second", "memory")
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Writes the rows of a run on the main rank; knows the clock and how far this attempt has come.
+    """Writes the rows of a run on the main rank, with the clock and the rate of this attempt.
 
     Attributes:
-        text: a short summary of the latest row with a loss.
+        text: short summary of the latest row with a loss.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MetricsLog:
         self._board = _open_board(run, step) if writes else None
 
     def images_per_second(self, step: int, batch_size: int) -> float:
-        """The rate since the last row, at ``batch_size`` images per step."""
+        """The images per second since the last row, at ``batch_size`` images per step."""
         images = (step - self._last_step) * batch_size
         return round(images / (time.monotonic() - self._last), 1)
 
@@ -57,11 +57,11 @@ class MetricsLog:
                 f"  {row['images_per_second']:,.0f} images/s" if "images_per_second" in row else ""
             )
             self.text = f"epoch {epoch:.2f}  loss {row['loss']:.3f}{rate}"
-        # What the monitor and the writing took is no training time.
+        # The time of the monitor and of the writing is no training time.
         self._last, self._last_step = time.monotonic(), step
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
-        """Tell TensorBoard, whose failures (a full disk) must not end training."""
+        """Pass the row to TensorBoard, whose failures (a full disk) must not end training."""
         if self._board is None:
             return
         try:
@@ -72,9 +72,9 @@ class MetricsLog:
             self._board = None
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds."""
+        """Write the rows that TensorBoard still holds."""
         if self._board is not None:
-            # Its thread hands on whatever a full disk made of it.
+            # Its thread passes on any error that a full disk caused.
             with contextlib.suppress(Exception):
                 self._board.close()
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, elsewhere a plain line every ten seconds."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Counts work done; made by `progress`."""
+    """Counts the work that is done; `progress` makes it."""
 
     def __init__(
         self, total: int, unit: str, done: int, bar: Progress | None, *, quiet: bool = False
@@ -36,7 +36,7 @@ class Reporter:
         self._start = self._last_line = time.monotonic()
 
     def advance(self, amount: int = 1, text: str = "") -> None:
-        """Say that ``amount`` more is done; ``text`` stands beside the count."""
+        """Count ``amount`` more units as done and show ``text`` beside the count."""
         self._done += amount
         if self._bar and self._task is not None:
             self._bar.update(self._task, advance=amount, description=text)
@@ -49,7 +49,7 @@ class Reporter:
             self.say(f"{self._unit} {self._done}/{self._total}  {text}  {left} left")
 
     def say(self, line: str) -> None:
-        """Print a line that stays, and log it."""
+        """Print a line that stays on the screen, and log it."""
         if self._quiet:
             return
         logger.info("%s", line)
@@ -59,13 +59,20 @@ class Reporter:
         try:
             print(line, flush=True)
         except BrokenPipeError:
-            # The reader has gone (`| head`): that is no reason for the work to stop.
+            # The reader of the output is gone (`| head`). The work goes on.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextmanager
 def progress(total: int, unit: str, *, done: int = 0, quiet: bool = False) -> Iterator[Reporter]:
-    """Report the progress of ``total`` units of work, of which ``done`` were done before; ``quiet``: say nothing."""
+    """Report the progress of long work.
+
+    Args:
+        total: number of units of work.
+        unit: name of the unit.
+        done: number of units that are done already.
+        quiet: whether to print nothing.
+    """
     console = Console()
     if quiet or not console.is_terminal:
         yield Reporter(total, unit, done, None, quiet=quiet)
@@ -84,7 +91,7 @@ def progress(total: int, unit: str, *, done: int = 0, quiet: bool = False) -> It
 
 
 def time_text(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Seconds as ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""When a training saves its state. Apart from what saves, so that a config does not wait for torch."""
+"""The config of a training's saves. It is apart from the code that saves, so that a config does not wait for torch."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ class SaveConfig:
     """When the state of training is saved.
 
     Attributes:
-        every_steps: number of steps between two saves; null = one save after every epoch. The last step is always
-            saved.
-        keep_last: number of the newest saves that stay.
-        keep_every_steps: step numbers whose multiples stay too, however old; null = none.
-        max_missed: number of saves in a row that the disk may refuse before the run stops.
-        max_seconds: longest time for a save; one that takes longer hangs, and the process ends itself, so that a
-            supervisor can start it anew.
+        every_steps: number of steps from one save to the next; null = one save after every epoch. The last step is
+            always saved.
+        keep_last: number of newest saves that stay.
+        keep_every_steps: number of steps whose multiples stay saved too, however old; null = none.
+        max_missed: number of saves in a row after which the run stops if the disk took none of them.
+        max_seconds: longest time of a save in seconds; a save that takes longer hangs, and the process ends itself, so
+            that a supervisor can start it anew.
     """
 
     every_steps: int | None = None

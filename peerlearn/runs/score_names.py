@@ -1,9 +1,9 @@
-"""Names of what is measured of networks, as metrics.jsonl has them: ``net/0/knn_top1`` is knn_top1 of network "0".
+"""Names of the networks' figures in metrics.jsonl: ``net/0/knn_top1`` is the figure knn_top1 of network "0".
 
-    net/0/FIGURE  net/key-0/FIGURE                of a network, of its momentum network
-    ensemble/FIGURE  weighted_ensemble/FIGURE     of all networks together
-    pixels/FIGURE                                 of the raw images, which a network has to beat
-    knn/k ...                                     what the kNN figures were measured by
+    net/0/FIGURE  net/key-0/FIGURE                a network, and its momentum network
+    ensemble/FIGURE  weighted_ensemble/FIGURE     all networks together
+    pixels/FIGURE                                 the raw images, which a network has to beat
+    knn/k ...                                     the protocol of the kNN figures
 
 Figures that end in _top1 are accuracies in percent.
 """
@@ -21,11 +21,12 @@ _NETWORK = "net/"
 
 
 class ScoreName(NamedTuple):
-    """What is measured, and of what.
+    """A network and a figure.
 
     Attributes:
-        network: "0", "key-0", ENSEMBLE, WEIGHTED_ENSEMBLE or PIXELS, as ``--network`` and result files have it.
-        figure: knn_top1, rankme, ...
+        network: name of the network for ``--network`` and in result files: "0", "key-0", ENSEMBLE,
+            WEIGHTED_ENSEMBLE or PIXELS.
+        figure: name of the figure: knn_top1, rankme, ...
     """
 
     network: str
@@ -33,19 +34,19 @@ class ScoreName(NamedTuple):
 
 
 def measured_part(network: str | int) -> str:
-    """How a network's names begin: ``net/0``, ``ensemble``."""
+    """The beginning of a network's names: ``net/0``, ``ensemble``."""
     if network in (ENSEMBLE, WEIGHTED_ENSEMBLE, PIXELS):
         return str(network).replace("-", "_")
     return f"{_NETWORK}{network}"
 
 
 def score_name(network: str | int, figure: str) -> str:
-    """The name of a figure of a network."""
+    """The name of a network's figure."""
     return f"{measured_part(network)}/{figure}"
 
 
 def parse_score_name(name: str) -> ScoreName | None:
-    """What `score_name` made the name of; None for other names, as of a loss."""
+    """The network and the figure of a name that `score_name` made; None for other names, such as that of a loss."""
     part, _, figure = name.rpartition("/")
     for network in (ENSEMBLE, WEIGHTED_ENSEMBLE, PIXELS):
         if part == measured_part(network):

@@ -1,4 +1,4 @@
-"""Being told to stop: a signal becomes a request, which long work answers where it can."""
+"""Stopping by a signal: the signal becomes a request, which long work looks for where it can stop."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ class Stop:
 
 @contextmanager
 def stop_signals(numbers: Sequence[signal.Signals], answer: str) -> Iterator[Stop]:
-    """Take these signals for as long as the block lasts; a second SIGINT interrupts.
+    """Turn these signals into a request for as long as the block lasts. A second SIGINT interrupts.
 
     Args:
-        numbers: the signals.
-        answer: what is printed at the first: what the work does about it.
+        numbers: signals to take.
+        answer: words that are printed at the first signal: what the work will do.
     """
     stop = Stop()
 
@@ -28,7 +28,7 @@ def stop_signals(numbers: Sequence[signal.Signals], answer: str) -> Iterator[Sto
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not stop.requested:
-            # No logging here: it may be what the signal has interrupted.
+            # No logging here: the signal may have interrupted the logger itself.
             os.write(2, f"{signal.Signals(number).name}: {answer}\n".encode())
         stop.requested = True
 

@@ -1,4 +1,4 @@
-"""env.json: under what a run trains, by which verb, and what it tells to whoever works with its networks later."""
+"""env.json: the environment and the verb of a training, and facts for those who use its networks later."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,15 +13,15 @@ _PART, _VERB = "training", "verb"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """Facts of a training that its config alone does not tell.
+    """Facts about a training that its config alone does not tell.
 
     Attributes:
         dataset: name of the dataset.
-        data_root: folder of the dataset; None for the usual places.
+        data_root: folder of the dataset; None = the usual places.
         images: number of training images.
         seed: seed of the run.
-        lr: learning rate as scaled from the config's base_lr.
-        processes: number of processes that train.
+        lr: learning rate, scaled from the config's base_lr.
+        processes: number of processes that train together.
     """
 
     dataset: str
@@ -36,7 +36,7 @@ class TrainingFacts:
         """The facts that `write_env` wrote.
 
         Raises:
-            UserError: the file lacks one, or cannot be read.
+            UserError: the file lacks a fact, or cannot be read.
         """
         names = [field.name for field in fields(cls)]
         try:
@@ -50,17 +50,17 @@ class TrainingFacts:
 
 
 def write_env(file: Path, verb: str, facts: TrainingFacts | None) -> None:
-    """Write env.json: versions and hardware of this process, the verb that trains, the facts.
+    """Write env.json: versions and hardware of this process, the verb that trains, and the facts.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the disk does not take the file.
     """
     content = {**environment(), _VERB: verb, _PART: asdict(facts) if facts else {}}
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def training_verb(file: Path) -> str:
-    """The verb that trains a run, by its env.json; pretrain where that does not tell."""
+    """The verb that trains a run, from its env.json; `pretrain` if that does not tell it."""
     try:
         return str(json.loads(file.read_text())[_VERB])
     except (OSError, ValueError, TypeError, LookupError):
