@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from peerlearn import HOME, PACKAGES
+from peerlearn import HOME
 from peerlearn.config import nearest
 from peerlearn.errors import DONE, FAILURE, USAGE, SaidByMainError, UsageError, UserError
 
@@ -141,6 +141,8 @@ def check_siblings() -> None:
     Raises:
         UserError: one does not; the message names the file in the way.
     """
+    from peerlearn import PACKAGES
+
     for name in PACKAGES[1:]:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None

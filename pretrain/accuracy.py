@@ -3,8 +3,6 @@
 Dimensions: M networks, N images, C classes.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +13,6 @@ from peerlearn.evaluation.features import extract_features
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.training_data import TrainingData
-
-if TYPE_CHECKING:
-    pass
 
 ENSEMBLE, WEIGHTED = "ensemble", "weighted-ensemble"
 
