@@ -19,13 +19,14 @@ import sklearn
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from linear_eval.classifiers import Batches, FeatureSet, Problem, classify_by_sgd, kept_batches
+from linear_eval.classifiers import Batches, Problem, classify_by_sgd, kept_batches
 from linear_eval.config import LinearConfig
 from linear_eval.logistic import fit_logistic
 from linear_eval.streams import streamed_batches
 from peerlearn.backbones import create_backbone
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.datasets import load_dataset
+from peerlearn.evaluation.feature_sets import FeatureSet
 from peerlearn.export import load_export, save_export
 
 CPU = torch.device("cpu")

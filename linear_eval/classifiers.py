@@ -20,25 +20,13 @@ from peerlearn.compute.schedules import learning_rate
 from peerlearn.counter_random import PERMUTATION, permutation
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import top1
+from peerlearn.evaluation.feature_sets import FeatureSet
 from peerlearn.runs.progress import progress
 
 # A loss is read from the device only now and then.
 _LOSS_EVERY_STEPS = 20
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureSet:
-    """Features of some images by every network: float32 (N, D) by the networks' names, and labels (N,)."""
-
-    features: Mapping[str, Tensor]
-    labels: Tensor
-
-    def part(self, index: Tensor) -> "FeatureSet":
-        """The images of these numbers."""
-        features = {name: found[index] for name, found in self.features.items()}
-        return FeatureSet(features=features, labels=self.labels[index])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Literal
 from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import require
 from peerlearn.evaluation.data import EvaluationDataConfig
+from peerlearn.evaluation.evaluator import EvaluatorConfig
 
 Inputs = Literal["raw", "standardised", "unit"]
 
@@ -16,45 +17,39 @@ def _moco_schedule() -> ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(EvaluatorConfig):
     """A classifier on exported networks; the defaults are MoCo's linear protocol.
 
     Attributes:
-        checkpoint: a run (its latest exports), RUN/export/step-N, or one export; several, say one per seed: their
-            scores are averaged.
-        network: 0, 1, ..., key-0, ..., all, or ensemble (one classifier on all networks' features, and the mean of the
-            networks' logits).
-        method: sgd (linear heads), logistic_regression (the same by L-BFGS, with an L2 penalty), or finetune (the
-            whole network learns).
-        inputs: what linear heads see: raw features, standardised by their mean and deviation over the training
+        network: the networks to score: 0, 1, ..., key-0, ..., all, or ensemble (one classifier on all networks'
+            features, and the mean of the networks' logits).
+        method: kind of classifier: sgd (linear heads), logistic_regression (the same by L-BFGS, with an L2 penalty),
+            or finetune (the whole network learns).
+        inputs: kind of features that linear heads see: raw, standardised by their mean and deviation over the training
             images, or of unit length; several are all tried.
-        epochs: passes over the training images (sgd, finetune).
-        batch_size: images per step, over all processes; all of them where there are fewer.
+        epochs: number of passes over the training images (sgd, finetune).
+        batch_size: number of images per step, over all processes; all of them where there are fewer.
         base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / that. For several
             numbers as many heads are trained at once.
-        base_lr_batch_size: the batch size `base_lr` was published for.
-        momentum: of sgd and finetune.
-        nesterov: of sgd and finetune.
+        base_lr_batch_size: batch size that `base_lr` was published for.
+        momentum: momentum of sgd and finetune.
+        nesterov: whether sgd and finetune take Nesterov's momentum.
         weight_decay: L2 penalty of sgd and finetune.
-        schedule: how the learning rate moves.
-        augmentation: crop_flip (random resized crop and flip, each epoch anew), or none, when sgd trains on kept
-            features.
+        schedule: course of the learning rate.
+        augmentation: augmentation of the training images: crop_flip (random resized crop and flip, each epoch anew),
+            or none, when sgd trains on kept features.
         crop_scale: smallest and largest share of the image's area that a crop keeps.
         penalties_c: inverse strengths C of logistic_regression's penalty, as in scikit-learn; several are all tried.
-        max_iterations: of logistic_regression, for each C.
-        tolerance: of logistic_regression: the largest entry of the mean loss's gradient at which it has converged.
-        held_out_percent: of each class's training images, by which the best of several base_lr, inputs or C is
-            chosen; with a single candidate none are held out.
-        seed: of initial weights, order, crops and what is held out.
-        encoding_batch_size: images encoded at once for kept features.
-        device: auto = a GPU where there is one, or cpu, cuda, ...
-        results: folder of the result files; null = the run's results/, or results/ here for a lone export.
-        cache: keep features on disk and take those that are there.
+        max_iterations: largest number of iterations of logistic_regression, for each C.
+        tolerance: largest entry of the mean loss's gradient at which logistic_regression has converged.
+        held_out_percent: percentage of each class's training images by which the best of several base_lr, inputs or C
+            is chosen; with a single candidate none are held out.
+        seed: seed of initial weights, order, crops and what is held out.
+        encoding_batch_size: number of images encoded at once for kept features.
+        cache: whether features are kept on disk, and those that are there are taken.
         data: the images.
     """
 
-    checkpoint: str | list[str]
-    network: str = "all"
     method: Literal["sgd", "logistic_regression", "finetune"] = "sgd"
     inputs: list[Inputs] = field(default_factory=lambda: ["raw"])
     epochs: int = 100
@@ -73,12 +68,11 @@ class LinearConfig:
     held_out_percent: float = 10.0
     seed: int = 0
     encoding_batch_size: int = 256
-    device: str = "auto"
-    results: str | None = None
     cache: bool = True
     data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "epochs",
             "batch_size",
@@ -100,10 +94,6 @@ class LinearConfig:
             f"inputs must name each kind once, and at least one, got {self.inputs}",
         )
         require(-(2**63) <= self.seed < 2**63, f"seed must fit 64 bits, got {self.seed}")
-        require(
-            all(self.checkpoints()) and bool(self.checkpoints()),
-            "checkpoint must name at least one run or export",
-        )
         require(self.tolerance > 0, f"tolerance must be positive, got {self.tolerance}")
         require(0 <= self.momentum < 1, f"momentum must be within 0..1, got {self.momentum}")
         require(
@@ -127,10 +117,6 @@ class LinearConfig:
             self.method != "finetune" or (len(self.base_lrs) == 1 and self.inputs == ["raw"]),
             "method finetune takes one learning rate and raw inputs: leave a single number in base_lr, and inputs raw",
         )
-
-    def checkpoints(self) -> list[str]:
-        """One or several."""
-        return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
 
     @property
     def base_lrs(self) -> list[float]:

@@ -1,17 +1,14 @@
-"""One checkpoint's networks, scored by a linear protocol: from the config to result.json files."""
+"""One checkpoint's networks, scored by a linear protocol."""
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from linear_eval.classifiers import (
     Classified,
-    Epoch,
-    FeatureSet,
     Problem,
     classify_by_logistic_regression,
     classify_by_sgd,
@@ -26,53 +23,60 @@ from peerlearn.data.augment import EVALUATION_VIEW
 from peerlearn.data.datasets import ImageDataset, select_images
 from peerlearn.data.subsets import hold_out
 from peerlearn.errors import UserError
-from peerlearn.evaluation.classification import ClassificationScores, classification_scores
-from peerlearn.evaluation.data import load_splits, warn_of_missing_classes
-from peerlearn.evaluation.feature_cache import Extraction, load_features
+from peerlearn.evaluation.classification import classification_scores
+from peerlearn.evaluation.data import load_splits, splits_protocol
+from peerlearn.evaluation.feature_cache import Extraction
+from peerlearn.evaluation.feature_sets import load_feature_sets
 from peerlearn.evaluation.networks import frozen, load_backbones
 from peerlearn.evaluation.plots import plot_confusion
-from peerlearn.evaluation.results import write_result
-from peerlearn.evaluation.selection import ENSEMBLE, Selection, results_folder, run_setting
-from peerlearn.evaluation.uncertainty import accuracy_metrics
-from peerlearn.export import export_hash
-from peerlearn.knn import ensemble_features
+from peerlearn.evaluation.results import Score
+from peerlearn.evaluation.selection import ENSEMBLE, Selection
 
 # The mean of the networks' logits, beside ENSEMBLE, one classifier on the features of all.
 ENSEMBLE_LOGITS = "ensemble-logits"
 
 
-def evaluate(config: LinearConfig, selection: Selection, ranks: Ranks) -> dict[str, Path]:
-    """Classify the test images by every selected network, and write a result.json and a confusion matrix for each.
+def score(config: LinearConfig, selection: Selection, ranks: Ranks) -> Iterator[Score]:
+    """Classify the test images by every selected network: accuracies, each with its confusion matrix.
 
-    All ranks call it together; the main one writes.
-
-    Returns:
-        The result files by the networks' names; empty on the other ranks.
+    All ranks call it together; the main one yields the scores.
 
     Raises:
         UserError: a dataset or an export that cannot be had, or that do not fit each other; a classifier that diverges.
     """
-    start = time.monotonic()
-    train, test = ranks.main_first(lambda: load_splits(config.data, selection))
-    if ranks.main:
-        warn_of_missing_classes(train, test)
+    train, test = load_splits(config.data, selection, ranks)
     found = _classify(config, selection, train, test, ranks)
     if not ranks.main:
-        return {}
-    cohort = {name: each for name, each in found.items() if name != ENSEMBLE}
+        return
     if selection.ensemble:
+        cohort = {name: each for name, each in found.items() if name != ENSEMBLE}
         found[ENSEMBLE_LOGITS] = Classified(logits=mean_of_logits(cohort), choice={})
-    assert test.labels is not None
     protocol = _protocol(config, train, test)
-    paths = {}
-    for name, classified in found.items():
-        if name in selection.folders and not selection.alone:
-            continue
-        scores = classification_scores(classified.logits, test.labels)
-        paths[name] = _write(
-            config, selection, name, scores, classified.choice, train, protocol, start
-        )
-    return paths
+    for name in filter(selection.wants, found):
+        yield _score(name, found[name], test, protocol)
+
+
+def _score(
+    name: str, classified: Classified, test: ImageDataset, protocol: dict[str, Any]
+) -> Score:
+    assert test.labels is not None
+    scores = classification_scores(classified.logits, test.labels)
+    return Score(
+        network=name,
+        dataset=test.name,
+        metrics={
+            **scores.metrics(),
+            "per_class_top1": dict(zip(test.class_names, scores.per_class_top1, strict=True)),
+            **classified.choice,
+        },
+        protocol=protocol,
+        picture=partial(
+            plot_confusion,
+            confusion=scores.confusion,
+            class_names=test.class_names,
+            title=f"{test.name}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
+        ),
+    )
 
 
 def _classify(
@@ -82,8 +86,9 @@ def _classify(
     test: ImageDataset,
     ranks: Ranks,
 ) -> dict[str, Classified]:
+    load = partial(load_backbones, selection.folders, train.channels, images=train.name)
     if config.method == "finetune":
-        return finetune(config, load_backbones(selection.folders, train), train, test, ranks)
+        return finetune(config, load(), train, test, ranks)
     how = Extraction(
         ranks=ranks,
         batch_size=config.encoding_batch_size,
@@ -106,15 +111,10 @@ def _classify(
             device=ranks.device,
         )
         return classify_by_sgd(config, problem, batches, device=ranks.device, quiet=quiet)
-    backbones = {
-        name: backbone.to(ranks.device)
-        for name, backbone in load_backbones(selection.folders, train).items()
-    }
+    backbones = {name: backbone.to(ranks.device) for name, backbone in load().items()}
     images = train if fit_index is None else select_images(train, fit_index)
     with frozen(list(backbones.values())):
-        batches = streamed_batches(config, images, backbones, ranks)
-        if selection.ensemble:
-            batches = batches._replace(epoch=_with_ensemble(batches.epoch))
+        batches = streamed_batches(config, images, backbones, ranks, ensemble=selection.ensemble)
         return classify_by_sgd(config, problem, batches, device=ranks.device, quiet=quiet)
 
 
@@ -126,10 +126,7 @@ def _build_problem(
     how: Extraction,
 ) -> tuple[Tensor | None, Problem]:
     """The features of both splits; and which training images are not held out, None for all."""
-    train_set, test_set = (
-        _feature_set(load_features(selection.folders, split, how), split, selection)
-        for split in (train, test)
-    )
+    train_set, test_set = load_feature_sets(selection, (train, test), how)
     fit_index = None
     fit, held_out = train_set, None
     if config.candidates > 1:
@@ -151,64 +148,6 @@ def _nothing_to_choose_by(config: LinearConfig, train: ImageDataset) -> UserErro
         f"{config.candidates} candidates: take more (data.shots, data.train_percent), or leave one number in {keys} "
         "and one kind in inputs"
     )
-
-
-def _feature_set(
-    features: dict[str, Tensor], dataset: ImageDataset, selection: Selection
-) -> FeatureSet:
-    assert dataset.labels is not None
-    if selection.ensemble:
-        features = {**features, ENSEMBLE: ensemble_features(list(features.values()))}
-    return FeatureSet(features=features, labels=dataset.labels)
-
-
-def _with_ensemble(epoch: Epoch) -> Epoch:
-    """Add the joint features to every batch."""
-
-    def joined(number: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        for features, labels in epoch(number):
-            yield {**features, ENSEMBLE: ensemble_features(list(features.values()))}, labels
-
-    return joined
-
-
-def _write(
-    config: LinearConfig,
-    selection: Selection,
-    name: str,
-    scores: ClassificationScores,
-    choice: dict[str, Any],
-    train: ImageDataset,
-    protocol: dict[str, Any],
-    start: float,
-) -> Path:
-    hashes = {each: export_hash(folder) for each, folder in selection.folders.items()}
-    metrics = {
-        **accuracy_metrics(scores.top1, scores.n),
-        "top5": scores.top5,
-        "calibration_error": scores.calibration_error,
-        "per_class_top1": dict(zip(train.class_names, scores.per_class_top1, strict=True)),
-        **choice,
-    }
-    file = write_result(
-        results_folder(config.results, selection),
-        task="linear",
-        dataset=train.name,
-        step=selection.step,
-        network=name,
-        metrics=metrics,
-        protocol=protocol,
-        export_hash=hashes.get(name, hashes),
-        seed=run_setting(selection.run, "seed", None),
-        seconds=round(time.monotonic() - start, 3),
-    )
-    plot_confusion(
-        file.with_suffix(".png"),
-        scores.confusion,
-        train.class_names,
-        title=f"{train.name}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
-    )
-    return file
 
 
 # What a method does not use is no part of its protocol.
@@ -246,8 +185,5 @@ def _protocol(config: LinearConfig, train: ImageDataset, test: ImageDataset) -> 
         "shots": config.data.shots,
         "train_percent": config.data.train_percent,
         "subset_seed": config.data.subset_seed,
-        "train_images": len(train),
-        "test_images": len(test),
-        "train_fingerprint": train.fingerprint(),
-        "test_fingerprint": test.fingerprint(),
+        **splits_protocol(train, test),
     }

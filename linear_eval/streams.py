@@ -15,6 +15,7 @@ from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader
 from peerlearn.errors import UserError
+from peerlearn.evaluation.feature_sets import with_ensemble
 from peerlearn.evaluation.networks import by_input
 
 
@@ -59,9 +60,17 @@ def step_size(config: LinearConfig, images: int, ranks: Ranks) -> int:
 
 
 def streamed_batches(
-    config: LinearConfig, dataset: ImageDataset, backbones: Mapping[str, nn.Module], ranks: Ranks
+    config: LinearConfig,
+    dataset: ImageDataset,
+    backbones: Mapping[str, nn.Module],
+    ranks: Ranks,
+    *,
+    ensemble: bool = False,
 ) -> Batches:
-    """Batches of features of augmented images: every rank encodes its part, and all get the whole batch."""
+    """Batches of features of augmented images: every rank encodes its part, and all get the whole batch.
+
+    With ``ensemble`` the joint features of all networks stand beside theirs.
+    """
     batch_size = step_size(config, len(dataset), ranks)
     loaders = [
         (view_loader(config, view, image_size=size, batch_size=batch_size, ranks=ranks), names)
@@ -78,6 +87,7 @@ def streamed_batches(
                         features[name] = ranks.gather(backbones[name](images).float())
             labels = batches[0].labels
             assert labels is not None
-            yield features, ranks.gather(labels)
+            joined = with_ensemble(features) if ensemble else features
+            yield joined, ranks.gather(labels)
 
     return Batches(epoch, batch_size, loaders[0][0].steps_per_epoch)

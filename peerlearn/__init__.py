@@ -8,7 +8,16 @@ import wrapt
 __version__ = "0.1.0"
 # The folder that holds the packages: a checkout, or site-packages.
 HOME = Path(__file__).resolve().parent.parent
-PACKAGES = ("peerlearn", "pretrain", "linear_eval", "slurm", "studies")
+
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    """PACKAGES: this project's packages, those that a verb lives in, peerlearn first."""
+    if name != "PACKAGES":
+        raise AttributeError(f"module 'peerlearn' has no attribute {name!r}")
+    from peerlearn.commands.verbs import VERBS
+
+    lived_in = (verb.module.partition(".")[0] for verb in VERBS.values())
+    return tuple(dict.fromkeys(["peerlearn", *lived_in]))
 
 
 @wrapt.when_imported("timm")

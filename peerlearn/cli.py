@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn import HOME, PACKAGES
+from peerlearn import HOME
 from peerlearn.commands.verbs import VERBS
 from peerlearn.config import nearest
 from peerlearn.errors import DONE, FAILURE, USAGE, SaidByMainError, UsageError, UserError
@@ -84,6 +84,8 @@ def check_siblings() -> None:
     Raises:
         UserError: a name means another file; the message gives that file.
     """
+    from peerlearn import PACKAGES
+
     for name in PACKAGES[1:]:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None

@@ -3,8 +3,6 @@
 Dimensions: M networks, N images, C classes.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +14,6 @@ from peerlearn.runs.score_names import ENSEMBLE, TOP1, WEIGHTED_ENSEMBLE, score_
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.training_data import TrainingData
-
-if TYPE_CHECKING:
-    pass
 
 
 class AccuracyMonitor:

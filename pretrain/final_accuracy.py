@@ -8,8 +8,7 @@ from torch import Tensor
 
 from peerlearn.data.augment import EVALUATION_VIEW
 from peerlearn.evaluation.classification import ClassificationScores
-from peerlearn.evaluation.results import write_result
-from peerlearn.evaluation.uncertainty import accuracy_metrics
+from peerlearn.evaluation.results import Score, write_score
 from peerlearn.export import export_hash
 from peerlearn.runs.export_folders import network_folder
 from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
@@ -49,24 +48,23 @@ def write_final_accuracy(training: Training, weights: Tensor) -> dict[str, Class
             *measured(data.validation), per_class=config.supervised.weights_per_class
         )
     scores = score_cohort(*measured(data.test), weights)
-    seconds = round(time.monotonic() - start, 3)
+    seconds = time.monotonic() - start
     exports = training.run.exports / step_folder(training.step)
     names = map(str, range(len(cohort.backbones)))
     hashes = {name: export_hash(exports / network_folder(name)) for name in names}
     for network, found in scores.items():
-        write_result(
+        score = Score(
+            network=network,
+            dataset=data.test.name,
+            metrics=found.metrics(),
+            protocol=_protocol(training, network),
+        )
+        write_score(
+            score,
             training.run.results,
             task=TASK,
-            dataset=data.test.name,
             step=training.step,
-            network=network,
-            metrics={
-                **accuracy_metrics(found.top1, found.n),
-                "top5": found.top5,
-                "calibration_error": found.calibration_error,
-            },
-            protocol=_protocol(training, network),
-            export_hash=hashes.get(network, hashes),
+            hashes=hashes,
             seed=config.seed,
             seconds=seconds,
         )

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,9 +115,17 @@ def _content(path: Path) -> bytes:
 
 
 def load_dataset(
-    name: str, split: str = "train", *, root: str | None = None, limit: int | None = None
+    name: str,
+    split: str = "train",
+    *,
+    root: str | None = None,
+    limit: int | None = None,
+    own_classes: bool = False,
 ) -> ImageDataset:
     """One split of a data set, from the layout in which it is published.
+
+    ``own_classes`` numbers the classes of a split of imagenet or folder by its own folders, as few-shot splits need
+    it, and not as those of the train split.
 
     digits         scikit-learn's 1797 digits, 8x8, one channel, grey levels 0..16 scaled to 0..255
                    and never resized here; train: the first 1437 of the file, test: the last 360
@@ -159,7 +168,8 @@ def load_dataset(
         raise UserError(f"data.limit is {limit}: give a positive number of images, or leave it out")
     if root is None and source.root_holds is not None:
         raise UserError(f"{name} needs data.root: the folder that holds {source.root_holds}")
-    content = source.read(split, cache_folder() if root is None else _existing(root))
+    read = (own_classes and source.read_own_classes) or source.read
+    content = read(split, cache_folder() if root is None else _existing(root))
     dataset = ImageDataset(
         name=name,
         split=split,
@@ -209,6 +219,8 @@ class _Source(NamedTuple):
     splits: tuple[str, ...] = ("train", "test")
     # Set where the user must say where the data lies.
     root_holds: str | None = None
+    # Set where a split may have other classes than the train split.
+    read_own_classes: Callable[[str, Path], Content] | None = None
 
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -234,7 +246,14 @@ _SOURCES = {
         _IMAGENET_MEAN,
         _IMAGENET_STD,
         root_holds="train/WNID/*.JPEG and val/WNID/*.JPEG",
+        read_own_classes=partial(image_folders.imagenet, own_classes=True),
     ),
-    "folder": _Source(image_folders.any_folder, _IMAGENET_MEAN, _IMAGENET_STD, root_holds="images"),
+    "folder": _Source(
+        image_folders.any_folder,
+        _IMAGENET_MEAN,
+        _IMAGENET_STD,
+        root_holds="images",
+        read_own_classes=partial(image_folders.any_folder, own_classes=True),
+    ),
 }
 DATASET_NAMES = tuple(_SOURCES)

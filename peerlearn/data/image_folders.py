@@ -129,20 +129,24 @@ def tinyimagenet(split: str, root: Path) -> Content:
     return Content(images, torch.tensor(labels), class_names)
 
 
-def imagenet(split: str, root: Path) -> Content:
-    """ImageNet from root/train/WNID and root/val/WNID. The test split is val."""
+def imagenet(split: str, root: Path, *, own_classes: bool = False) -> Content:
+    """ImageNet from root/train/WNID and root/val/WNID. The test split is val.
+
+    ``own_classes``: number the classes of this split alone, not as in train/.
+    """
     folder = root / ("train" if split == "train" else "val")
-    return _class_folders(_image_files(folder), folder, root)
+    return _class_folders(_image_files(folder), folder, folder if own_classes else root / "train")
 
 
-def any_folder(split: str, root: Path) -> Content:
+def any_folder(split: str, root: Path, *, own_classes: bool = False) -> Content:
     """Any folder of images.
 
     If root holds a folder train, test or val, the train split is root/train, and the test split is
     root/test or else root/val. Otherwise root is the train split, and there is no test split.
     A split is labelled if it has at least two subfolders and each of its images lies directly in
     one of them. The subfolders are the classes. Any other arrangement (images beside the folders,
-    one folder alone, deeper nesting) is unlabelled. The test split numbers classes as train/ does.
+    one folder alone, deeper nesting) is unlabelled. The test split numbers classes as train/ does,
+    unless it has ``own_classes``.
     """
     parts = [root / part for part in ("train", "test", "val")]
     if split == "train":
@@ -154,13 +158,14 @@ def any_folder(split: str, root: Path) -> Content:
         folder = held_out
     images = _image_files(folder)
     labelled = len(_subfolders(folder)) > 1 and all(path.parent.parent == folder for path in images)
-    return _class_folders(images, folder, root) if labelled else Content(images, None, ())
+    if not labelled:
+        return Content(images, None, ())
+    return _class_folders(images, folder, folder if own_classes else root / "train")
 
 
-def _class_folders(images: tuple[Path, ...], folder: Path, root: Path) -> Content:
-    """Images with the first folder below ``folder`` as their class, numbered as in root/train if that exists."""
-    train = root / "train"
-    class_names = _subfolders(train if train.is_dir() else folder)
+def _class_folders(images: tuple[Path, ...], folder: Path, numbering: Path) -> Content:
+    """Images with the first folder below ``folder`` as their class, numbered as in ``numbering`` if that exists."""
+    class_names = _subfolders(numbering if numbering.is_dir() else folder)
     return Content(images, _folder_labels(images, folder, class_names), class_names)
 
 

@@ -1,9 +1,12 @@
 """How well class scores agree with labels. Dimension letters: N images, C classes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from peerlearn.evaluation.uncertainty import accuracy_metrics
 
 # Guo et al. 2017 bin confidences by 15 equal widths.
 _CALIBRATION_BINS = 15
@@ -29,6 +32,14 @@ class ClassificationScores:
     calibration_error: float
     confusion: Tensor
     n: int
+
+    def metrics(self) -> dict[str, Any]:
+        """What every result file tells of a classifier."""
+        return {
+            **accuracy_metrics(self.top1, self.n),
+            "top5": self.top5,
+            "calibration_error": self.calibration_error,
+        }
 
 
 def classification_scores(logits: Tensor, labels: Tensor) -> ClassificationScores:

@@ -2,13 +2,14 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peerlearn.config import require
 from peerlearn.errors import UserError
 from peerlearn.evaluation.selection import Selection, run_setting
 
 if TYPE_CHECKING:
+    from peerlearn.compute.dist import Ranks
     from peerlearn.data.datasets import ImageDataset
 
 logger = logging.getLogger(__name__)
@@ -19,15 +20,15 @@ class EvaluationDataConfig:
     """The dataset to evaluate on.
 
     Attributes:
-        name: a dataset; null = the one the run was trained on.
-        root: where it lies; null = the usual places.
-        limit: only the first n images of each split.
-        train_limit: of the train split, instead of limit.
-        test_limit: of the test split, instead of limit.
-        shots: only so many training images of each class, drawn at random.
-        train_percent: only so many percent of each class's training images, drawn at random.
-        subset_seed: of shots and train_percent.
-        workers: processes that read image files.
+        name: name of the dataset; null = the one the run was trained on.
+        root: folder of the dataset; null = the usual places.
+        limit: number of images of each split, the first ones; null = all.
+        train_limit: number of images of the train split, instead of limit.
+        test_limit: number of images of the test split, instead of limit.
+        shots: number of training images of each class, drawn at random; null = all.
+        train_percent: percentage of each class's training images, drawn at random; null = all.
+        subset_seed: seed by which shots and train_percent draw.
+        workers: number of processes that read image files.
     """
 
     name: str | None = None
@@ -60,43 +61,91 @@ class EvaluationDataConfig:
         require(self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
 
 
-def load_splits(
-    data: EvaluationDataConfig, selection: Selection
-) -> tuple["ImageDataset", "ImageDataset"]:
-    """The train split, or the subset of it asked for, and the test split.
+class DatasetPlace(NamedTuple):
+    """A dataset's name, and the folder that it lies in; None = the usual places."""
 
-    Of the dataset asked for, else of the one the run was trained on.
+    name: str
+    root: str | None
+
+
+def find_dataset(data: EvaluationDataConfig, selection: Selection) -> DatasetPlace:
+    """The dataset asked for, else the one that the networks' run was trained on.
 
     Raises:
-        UserError: no dataset is named, it cannot be had, has no labels, or a single class.
+        UserError: neither is known.
     """
-    from peerlearn.data.datasets import load_dataset
-
     name = data.name or run_setting(selection.run, "dataset", None)
     if name is None:
         raise UserError(f"{selection.exports} does not tell its dataset: give one by --data.name")
     root = data.root or (None if data.name else run_setting(selection.run, "data_root", None))
-    train = load_dataset(name, "train", root=root, limit=data.train_limit or data.limit)
-    test = load_dataset(name, "test", root=root, limit=data.test_limit or data.limit)
-    _check_classes(train, test)
-    return _subset(train, data), test
+    return DatasetPlace(name, root)
 
 
-def _check_classes(train: "ImageDataset", test: "ImageDataset") -> None:
-    if train.labels is None or test.labels is None:
+def load_split(
+    place: DatasetPlace, split: str, limit: int | None, *, own_classes: bool = False
+) -> "ImageDataset":
+    """One labelled split.
+
+    Args:
+        place: a dataset.
+        split: train, test, or another that the dataset has.
+        limit: number of images to keep, the first ones; None = all.
+        own_classes: whether the split has classes of its own, as few-shot splits do, and is not numbered as the train
+            split is.
+
+    Raises:
+        UserError: the split cannot be had, has no labels, or a single class.
+    """
+    from peerlearn.data.datasets import load_dataset
+
+    dataset = load_dataset(place.name, split, root=place.root, limit=limit, own_classes=own_classes)
+    if dataset.labels is None:
         raise UserError(
-            f"{train.name} has no labels: evaluation needs them; choose another by --data.name"
+            f"{place.name} has no labels: evaluation needs them; choose another by --data.name"
         )
+    if dataset.num_classes < 2:
+        raise UserError(f"{place.name} has one class only: there is nothing to tell apart")
+    return dataset
+
+
+def load_splits(
+    data: EvaluationDataConfig, selection: Selection, ranks: "Ranks"
+) -> tuple["ImageDataset", "ImageDataset"]:
+    """The train split, or the subset of it asked for, and the test split, which has the same classes.
+
+    All ranks call it together; the main one comes first, lest several download the same, and warns of missing classes.
+
+    Raises:
+        UserError: as `find_dataset` and `load_split` do; or the splits have different numbers of classes.
+    """
+
+    def load() -> tuple["ImageDataset", "ImageDataset"]:
+        place = find_dataset(data, selection)
+        train = load_split(place, "train", data.train_limit or data.limit)
+        test = load_split(place, "test", data.test_limit or data.limit)
+        check_same_classes(train, test)
+        return _subset(train, data), test
+
+    train, test = ranks.main_first(load)
+    if ranks.main:
+        _warn_of_missing_classes(train, test)
+    return train, test
+
+
+def check_same_classes(train: "ImageDataset", test: "ImageDataset") -> None:
+    """Refuse splits of different numbers of classes.
+
+    Raises:
+        UserError: they are.
+    """
     if train.num_classes != test.num_classes:
         raise UserError(
             f"{train.name}: the train split has {train.num_classes} classes and the test split {test.num_classes}: "
             "they must be the same"
         )
-    if train.num_classes < 2:
-        raise UserError(f"{train.name} has one class only: there is nothing to tell apart")
 
 
-def warn_of_missing_classes(train: "ImageDataset", test: "ImageDataset") -> None:
+def _warn_of_missing_classes(train: "ImageDataset", test: "ImageDataset") -> None:
     """Say where a split, or what limits have left of it, has no image of some class."""
     for split, means in (
         (train, "the others are never predicted"),
@@ -113,6 +162,16 @@ def warn_of_missing_classes(train: "ImageDataset", test: "ImageDataset") -> None
                 split.num_classes,
                 means,
             )
+
+
+def splits_protocol(train: "ImageDataset", test: "ImageDataset") -> dict[str, Any]:
+    """What a protocol tells of the images: how many, and the hash of all that they are."""
+    return {
+        "train_images": len(train),
+        "test_images": len(test),
+        "train_fingerprint": train.fingerprint(),
+        "test_fingerprint": test.fingerprint(),
+    }
 
 
 def _subset(train: "ImageDataset", data: EvaluationDataConfig) -> "ImageDataset":

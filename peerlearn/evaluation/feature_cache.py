@@ -112,7 +112,7 @@ def cache_key(folder: Path, dataset: ImageDataset, device_type: str) -> str:
 def _extract(
     folders: Mapping[str, Path], dataset: ImageDataset, how: Extraction
 ) -> dict[str, Tensor]:
-    backbones = load_backbones(folders, dataset)
+    backbones = load_backbones(folders, dataset.channels, images=dataset.name)
     features: dict[str, Tensor] = {}
     groups = by_input(backbones, dataset)
     total, unit = len(groups) * len(dataset), f"{dataset.name} {dataset.split} images"

@@ -5,34 +5,84 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import timm
 import torch
 from torch import nn
 
+from peerlearn.backbones import size_arguments
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.errors import UserError
 from peerlearn.evaluation.features import eval_mode
 from peerlearn.export import load_export
+from peerlearn.runs.export_folders import WEIGHTS_FILE
 
 
-def load_backbones(folders: Mapping[str, Path], dataset: ImageDataset) -> dict[str, nn.Module]:
-    """The networks of the exports, in eval mode on the CPU.
+def load_backbones(
+    folders: Mapping[str, Path], channels: int, *, images: str
+) -> dict[str, nn.Module]:
+    """`load_backbone` of every export, by the networks' names."""
+    return {
+        name: load_backbone(folder, channels, images=images) for name, folder in folders.items()
+    }
+
+
+def load_backbone(folder: Path, channels: int, *, images: str) -> nn.Module:
+    """The network of an export, in eval mode on the CPU.
+
+    Args:
+        folder: the export.
+        channels: channels of the images that the network is to see.
+        images: name of those images' dataset.
 
     Raises:
-        UserError: one cannot be loaded, or takes other channels than the dataset has.
+        UserError: it cannot be loaded, or takes other channels.
     """
-    backbones = {}
-    for name, folder in folders.items():
-        backbone: Any = load_export(folder)
-        channels = backbone.pretrained_cfg["input_size"][0]
-        if channels != dataset.channels:
-            raise UserError(
-                f"{folder} takes {channels} channels, {dataset.name} has {dataset.channels}: "
-                "choose another dataset by --data.name"
-            )
-        backbones[name] = backbone
-    return backbones
+    backbone: Any = load_export(folder)
+    expected = backbone.pretrained_cfg["input_size"][0]
+    if expected != channels:
+        raise UserError(
+            f"{folder} takes {expected} channels, {images} has {channels}: "
+            "choose another dataset by --data.name"
+        )
+    return cast(nn.Module, backbone)
+
+
+def load_stages(folder: Path, channels: int, *, images: str) -> nn.Module:
+    """The network of an export as one that shows its stages, for a feature pyramid; in eval mode on the CPU.
+
+    Args:
+        folder: the export.
+        channels: channels of the images that the network is to see.
+        images: name of those images' dataset.
+
+    Returns:
+        A module from images (B, channels, H, W) to a list of feature maps (B, C_i, H / R_i, W / R_i), finest first.
+        Its `feature_info.channels()` are the C_i, its `feature_info.reduction()` the R_i. (Maps of a few timm networks,
+        Swin among them, are (B, H / R_i, W / R_i, C_i).)
+
+    Raises:
+        UserError: as `load_backbone` does; or the network has no stages to show.
+    """
+    # First, because timm would load a damaged file in silence.
+    backbone: Any = load_backbone(folder, channels, images=images)
+    config = backbone.pretrained_cfg
+    try:
+        network = timm.create_model(
+            config["architecture"],
+            pretrained=True,
+            pretrained_cfg={**config, "file": str(folder / WEIGHTS_FILE)},
+            features_only=True,
+            in_chans=channels,
+            **size_arguments(config["architecture"], config["input_size"][1]),
+        )
+    except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{folder}: network {config['architecture']} does not show its stages ({reason}): choose another network"
+        ) from error
+    return network.eval()
 
 
 def seen_by(backbone: Any, dataset: ImageDataset) -> tuple[ImageDataset, int]:

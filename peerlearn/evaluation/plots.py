@@ -1,16 +1,36 @@
 """Pictures of results, as PNG files."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Beyond so many classes neither their names nor numbers can be read.
 _MOST_NAMED = 30
 
+logger = logging.getLogger(__name__)
+
+
+def draw(picture: Callable[[Path], object], file: Path) -> None:
+    """Have a picture of a score drawn into a file: whatever fails is one warning, since the score stands without it."""
+    try:
+        picture(file)
+    except Exception as error:  # A drawing library raises what it likes.
+        # Half a picture, or that of an earlier score, would show what is not so.
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        # Matplotlib tells of a wrong formula at length.
+        reason = shorten(str(error) or type(error).__name__, 120)
+        logger.warning("%s could not be drawn (%s); the score beside it stands", file, reason)
+
 
 def plot_confusion(
-    file: Path, confusion: Tensor, class_names: Sequence[str], *, title: str
+    file: Path, confusion: "Tensor", class_names: Sequence[str], *, title: str
 ) -> None:
     """Draw a confusion matrix, int (C, C), rows the true classes: its shares within each row, in percent."""
     from matplotlib.figure import Figure
@@ -26,8 +46,9 @@ def plot_confusion(
     figure.colorbar(picture, label="% of the true class")
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if named:
-        axes.set_xticks(range(classes), class_names, rotation=90)
-        axes.set_yticks(range(classes), class_names)
+        # A dollar sign in a name is a dollar sign, not a formula.
+        axes.set_xticks(range(classes), class_names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), class_names, parse_math=False)
         for row, column in confusion.nonzero().tolist():
             share = float(shares[row, column])
             axes.text(

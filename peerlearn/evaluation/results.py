@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
+from peerlearn.evaluation.plots import draw
 from peerlearn.evaluation.uncertainty import spread_over_runs
 from peerlearn.runs.environment import environment
 from peerlearn.runs.files import write_text
@@ -15,6 +17,34 @@ from peerlearn.runs.files import write_text
 SCHEMA_VERSION = 1
 # The name of the job that measures, if it is one of a pipeline's: its result files repeat it.
 JOB_VARIABLE = "PEERLEARN_JOB"
+# From the metrics of several runs to those of their mean.
+Averaging = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One result file, one row of the table.
+
+    Attributes:
+        network: name of the scored network: a key of `Selection.folders`, or a name for several of them together.
+        dataset: name of the dataset.
+        metrics: figures by name; "n" is how many images, or episodes, they are of.
+        protocol: all that decides the figures beside the networks. Scores of one network differ in it.
+        variant: what the table adds to the network's name, where a network has several scores.
+        picture: function that draws the score into a PNG file of the given path; None draws nothing.
+    """
+
+    network: str
+    dataset: str
+    metrics: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    variant: str = ""
+    picture: Callable[[Path], object] | None = None
+
+    @property
+    def row(self) -> str:
+        """The name of the score's row in the table."""
+        return f"{self.network}, {self.variant}" if self.variant else self.network
 
 
 def write_result(
@@ -69,17 +99,79 @@ def write_result(
     return path
 
 
+def write_score(
+    score: Score,
+    folder: Path,
+    *,
+    task: str,
+    step: int,
+    hashes: Mapping[str, str],
+    seed: Any,
+    seconds: float,
+) -> Path:
+    """Write a score's result file, and draw its picture beside it: of the same name, but .png. Returns the file.
+
+    Args:
+        hashes: export hash of every network; a score of another name is of all of them together.
+
+    Raises:
+        UserError: the result file cannot be written. A picture that cannot be drawn is a warning.
+    """
+    file = write_result(
+        folder,
+        task=task,
+        dataset=score.dataset,
+        step=step,
+        network=score.network,
+        metrics=score.metrics,
+        protocol=score.protocol,
+        export_hash=hashes.get(score.network, dict(hashes)),
+        seed=seed,
+        seconds=round(seconds, 3),
+    )
+    if score.picture is not None:
+        draw(score.picture, file.with_suffix(".png"))
+    return file
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """What `write_result` wrote."""
     return dict(json.loads(path.read_text()))
 
 
-def write_mean_result(folder: Path, paths: Sequence[Path]) -> Path:
+def mean_over_runs(
+    runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The mean, std, ci95 and values of metrics over several runs, n of one run, and the number of runs.
+
+    Args:
+        runs: metrics of each run.
+        names: metrics to average; None: every one that is a decimal number in all runs.
+    """
+    if names is None:
+        names = [name for name in runs[0] if all(isinstance(run.get(name), float) for run in runs)]
+    metrics: dict[str, Any] = {"n": runs[0]["n"], "runs": len(runs)}
+    for name in names:
+        values = [run[name] for run in runs]
+        spread = spread_over_runs(values)
+        metrics[name] = {
+            "mean": spread.mean,
+            "std": spread.std,
+            "ci95": spread.ci95,
+            "values": values,
+        }
+    return metrics
+
+
+def write_mean_result(
+    folder: Path, paths: Sequence[Path], average: Averaging = mean_over_runs
+) -> Path:
     """Write the mean over runs of one score: a result file whose numbers are mean, std, ci95 and the runs' values.
 
     Args:
-        folder: where to.
+        folder: folder of the new file.
         paths: the runs' result files, of one task, dataset, network and protocol.
+        average: function from the metrics of the runs to those of their mean.
 
     Raises:
         UserError: the protocols differ: such scores have no mean; or the folder cannot be written.
@@ -92,24 +184,13 @@ def write_mean_result(folder: Path, paths: Sequence[Path]) -> Path:
                 f"{path} and {paths[0]} were measured under different protocols and are not averaged: "
                 "evaluate them apart"
             )
-    names = [name for name, value in first["metrics"].items() if isinstance(value, float)]
-    metrics: dict[str, Any] = {"n": first["metrics"]["n"], "runs": len(results)}
-    for name in names:
-        values = [result["metrics"][name] for result in results]
-        spread = spread_over_runs(values)
-        metrics[name] = {
-            "mean": spread.mean,
-            "std": spread.std,
-            "ci95": spread.ci95,
-            "values": values,
-        }
     return write_result(
         folder,
         task=first["task"],
         dataset=first["dataset"],
         step=max(result["step"] for result in results),
         network=first["network"],
-        metrics=metrics,
+        metrics=average([result["metrics"] for result in results]),
         protocol=first["protocol"],
         export_hash=[result["export_hash"] for result in results],
         seed=[result["seed"] for result in results],

@@ -1,52 +1,118 @@
 """Tables of scores on the terminal: one run with its interval, or several with their spread."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
-from peerlearn.evaluation.results import read_result, write_mean_result
+from peerlearn.evaluation.results import Averaging, mean_over_runs, read_result, write_mean_result
 from peerlearn.evaluation.uncertainty import spread_over_runs
+
+# The metrics of one network's score, run by run.
+Runs = Sequence[Mapping[str, Any]]
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    heading: its heading.
+    cell: function from the metrics of one run, or of several, to the text of a cell.
+    over_runs: what a cell shows of several runs, for the caption.
+    """
+
+    heading: str
+    cell: Callable[[Runs], str]
+    over_runs: str = ""
+
+
+def metric_column(heading: str, metric: str) -> Column:
+    """A metric: ``62.31``; of several runs mean and standard deviation, ``62.31 +- 0.40``; nothing where it is None."""
+
+    def cell(runs: Runs) -> str:
+        values = [run[metric] for run in runs]
+        if None in values:
+            return ""
+        mean, std, _, _ = spread_over_runs(values)
+        return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} +- {std:.2f}"
+
+    return Column(heading, cell, "mean +- std")
+
+
+def interval_column(metric: str, interval: str) -> Column:
+    """The 95 % interval of a metric, ``60.05 .. 64.50``: the one that its run tells, or that of the mean over runs.
+
+    Args:
+        metric: name of the metric.
+        interval: name of the metric's interval, (low, high), in the metrics of one run.
+    """
+
+    def cell(runs: Runs) -> str:
+        low, high = runs[0][interval]
+        if len(runs) > 1:
+            mean, _, ci95, _ = spread_over_runs([run[metric] for run in runs])
+            low, high = mean - ci95, mean + ci95
+        return f"{low:.2f} .. {high:.2f}"
+
+    return Column("95 % interval", cell)
+
+
+def ci95_column(heading: str, metric: str, ci95: str) -> Column:
+    """A mean and half the width of its 95 % interval, ``62.31 +- 0.84``: over episodes, say, or over several runs.
+
+    Args:
+        heading: heading of the column.
+        metric: name of the mean.
+        ci95: name of the half width in the metrics of one run.
+    """
+
+    def cell(runs: Runs) -> str:
+        mean, half_width = runs[0][metric], runs[0][ci95]
+        if len(runs) > 1:
+            mean, _, half_width, _ = spread_over_runs([run[metric] for run in runs])
+        return f"{mean:.2f} +- {half_width:.2f}"
+
+    return Column(heading, cell, "mean +- ci95")
+
+
+# Of metrics that `accuracy_metrics` makes.
+ACCURACY_COLUMNS = (metric_column("top-1", "top1"), interval_column("top1", "top1_wilson95"))
 
 
 def report_scores(
-    found: Sequence[Mapping[str, Path]], columns: Mapping[str, str], *, title: str, folder: Path
+    files: Sequence[Mapping[str, Path]],
+    columns: Sequence[Column],
+    *,
+    title: str,
+    folder: Path,
+    average: Averaging = mean_over_runs,
 ) -> None:
-    """Print a row per network and, for several runs, write their means.
-
-    One run's top-1 stands with its 95 % interval over test images, several runs as mean +- standard deviation with the
-    95 % interval of the mean.
+    """Print a row per score and, for several runs, write their means.
 
     Args:
-        found: for every run, its result files by the name of the row.
-        columns: the metric of each column, by its heading.
-        folder: of the result files of means.
+        files: for every run, its result files by the name of the row.
+        columns: columns of the table, after that of the rows' names.
+        title: title of the table.
+        folder: folder of the result files of means.
+        average: function from the metrics of several runs to those of their mean.
+
+    Raises:
+        UserError: scores that have no mean, or a folder that cannot be written.
     """
-    n = 0
+    # Imported here: `--help` should not wait for it.
+    from rich.console import Console
+    from rich.table import Table
+
+    n, several = 0, len(files) > 1
     table = Table(title=title)
     table.add_column("network")
-    for heading in columns:
-        table.add_column(heading, justify="right")
-        if heading == "top-1":
-            table.add_column("95 % interval", justify="right")
-    for row in found[0]:
-        paths = [each[row] for each in found]
-        metrics = [read_result(path)["metrics"] for path in paths]
-        n = metrics[0]["n"]
-        cells = []
-        for heading, name in columns.items():
-            spread = spread_over_runs([each[name] for each in metrics])
-            if len(found) > 1:
-                cells.append(f"{spread.mean:.2f} +- {spread.std:.2f}")
-                interval = (spread.mean - spread.ci95, spread.mean + spread.ci95)
-            else:
-                cells.append(f"{spread.mean:.2f}")
-                interval = metrics[0].get("top1_wilson95")
-            if heading == "top-1":
-                cells.append(f"{interval[0]:.2f} .. {interval[1]:.2f}")
-        table.add_row(row, *cells)
-        if len(found) > 1:
-            write_mean_result(folder, paths)
-    table.caption = f"n {n:,}" + (f", {len(found)} runs: mean +- std" if len(found) > 1 else "")
+    for column in columns:
+        table.add_column(column.heading, justify="right")
+    for row in files[0]:
+        paths = [each[row] for each in files]
+        runs = [read_result(path)["metrics"] for path in paths]
+        n = runs[0]["n"]
+        table.add_row(row, *(column.cell(runs) for column in columns))
+        if several:
+            write_mean_result(folder, paths, average)
+    shown = ", ".join(dict.fromkeys(column.over_runs for column in columns if column.over_runs))
+    table.caption = f"n {n:,}" + (f", {len(files)} runs: {shown}" if several else "")
     Console().print(table)

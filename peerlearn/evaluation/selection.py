@@ -33,19 +33,37 @@ class Selection:
     run: Path | None
     step: int
 
+    def wants(self, name: str) -> bool:
+        """Whether a score of that name is asked for: one network's, or that of several together."""
+        return self.alone or name not in self.folders
 
-def select_networks(checkpoint: Path, network: str) -> Selection:
+
+def check_network(network: str, *, ensembles: bool) -> None:
+    """Refuse an ensemble where there are none.
+
+    Raises:
+        UsageError: it is asked for.
+    """
+    if network == ENSEMBLE and not ensembles:
+        raise UsageError(
+            f"--network {ENSEMBLE}: networks are scored one by one here: choose all, or one of 0, 1, ..., key-0, ..."
+        )
+
+
+def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -> Selection:
     """Resolve a run, a step's exports or one export, and a network's name.
 
     Args:
         checkpoint: RUN (its latest exports), RUN/export/step-N, or the folder of one export.
         network: 0, 1, ..., key-0, ..., all (each query network, and their ensemble if there are several), or
             ensemble.
+        ensembles: whether networks can be scored together; where they cannot, `all` is each network alone.
 
     Raises:
         UserError: nothing is exported there.
-        UsageError: no such network; the message lists those there are.
+        UsageError: no such network; the message lists those there are. Or an ensemble where there are none.
     """
+    check_network(network, ensembles=ensembles)
     checkpoint = checkpoint.resolve()
     if is_export(checkpoint):
         return _select_export(checkpoint, network)
@@ -60,11 +78,11 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
     cohort = {name: folder for name, folder in everything.items() if not is_key_network(name)}
     chosen = cohort if network in ("all", ENSEMBLE) else {network: everything.get(network)}
     if None in chosen.values():
-        known = ", ".join([*everything, "all", ENSEMBLE])
+        known = ", ".join([*everything, "all", *([ENSEMBLE] if ensembles else [])])
         raise UsageError(f"--network {network}: not in {exports}; choose from {known}")
     return Selection(
         folders={name: folder for name, folder in chosen.items() if folder},
-        ensemble=network == ENSEMBLE or (network == "all" and len(cohort) > 1),
+        ensemble=network == ENSEMBLE or (ensembles and network == "all" and len(cohort) > 1),
         alone=network != ENSEMBLE,
         exports=exports,
         run=_run_of(exports),
@@ -72,13 +90,18 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
     )
 
 
-def select_runs(checkpoints: Sequence[str], network: str) -> list[Selection]:
+def select_runs(
+    checkpoints: Sequence[str], network: str, *, ensembles: bool = True
+) -> list[Selection]:
     """`select_networks` of one checkpoint, or of several whose scores are to be averaged network by network.
 
     Raises:
         UsageError: two of them are the same, or do not have the same networks.
     """
-    selections = [select_networks(Path(checkpoint), network) for checkpoint in checkpoints]
+    selections = [
+        select_networks(Path(checkpoint), network, ensembles=ensembles)
+        for checkpoint in checkpoints
+    ]
     named = dict(zip(checkpoints, selections, strict=True))
     places = [tuple(each.folders.values()) for each in selections]
     if len(set(places)) < len(places):

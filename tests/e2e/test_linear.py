@@ -14,7 +14,7 @@ from peerlearn.cli import main
 from peerlearn.config import load_config
 from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.errors import UserError
-from peerlearn.evaluation.data import _check_classes
+from peerlearn.evaluation.data import check_same_classes
 from peerlearn.evaluation.networks import weights_hash
 from peerlearn.export import load_export
 from pretrain.cohort import build_cohort
@@ -403,7 +403,7 @@ def test_class_counts_that_differ_are_one_line():
         )  # fmt: skip
 
     with pytest.raises(UserError, match="train split has 3 classes and the test split 2"):
-        _check_classes(split("train", 3), split("test", 2))
+        check_same_classes(split("train", 3), split("test", 2))
 
 
 def test_results_that_cannot_be_written_are_one_line(runs, tmp_path, capsys):

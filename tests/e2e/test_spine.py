@@ -81,7 +81,8 @@ SLOW = ("--pause_seconds", "0.1")
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     tree = copied_tree(tmp_path_factory.mktemp("tree"))
-    (tree / "toy.py").write_text(TOY)
+    (tree / "toy").mkdir()
+    (tree / "toy/__init__.py").write_text(TOY)
     add_line(
         tree / "peerlearn/commands/verbs.py",
         "VERBS = {",

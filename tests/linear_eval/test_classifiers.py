@@ -5,7 +5,6 @@ import torch
 
 from linear_eval.classifiers import (
     Classified,
-    FeatureSet,
     InputTransform,
     Problem,
     classify_by_logistic_regression,
@@ -18,6 +17,7 @@ from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.data.subsets import hold_out
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import top1
+from peerlearn.evaluation.feature_sets import FeatureSet
 
 CPU = torch.device("cpu")
 CLASSES = 4

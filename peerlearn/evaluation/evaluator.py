@@ -1,0 +1,149 @@
+"""What evaluators have in common. An evaluator is its config, its `score` function and its columns.
+
+    words -> config -> exported networks -> score(config, networks, ranks) -> result.json, picture -> table, means
+
+`peerlearn.evaluation.knn_command` is one to start from. A new one needs a line among the verbs of `peerlearn.cli`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from peerlearn.config import config_to_yaml, parse_config, require
+from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, write_score
+from peerlearn.evaluation.score_table import Column, report_scores
+from peerlearn.evaluation.selection import (
+    Selection,
+    check_network,
+    results_folder,
+    run_setting,
+    select_runs,
+)
+
+if TYPE_CHECKING:
+    from peerlearn.compute.dist import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorConfig:
+    """The keys that every evaluator has.
+
+    Attributes:
+        checkpoint: a run (its latest exports), RUN/export/step-N, or one export; several, say one per seed: their
+            scores are averaged.
+        network: the networks to score: 0, 1, ..., key-0, ..., all, or ensemble.
+        device: the device to compute on: auto (a GPU where there is one), cpu, cuda, ...
+        results: folder of the result files; null = the run's results/, or results/ here for a lone export.
+    """
+
+    checkpoint: str | list[str]
+    network: str = "all"
+    device: str = "auto"
+    results: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            all(self.checkpoints()) and bool(self.checkpoints()),
+            "checkpoint must name at least one run or export",
+        )
+
+    def checkpoints(self) -> list[str]:
+        """The checkpoints, of which there may be one."""
+        return [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
+
+
+Config = TypeVar("Config", bound=EvaluatorConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator(Generic[Config]):
+    """A verb that scores exported networks.
+
+    Attributes:
+        verb: word of the command line, and task of the result files.
+        config: class of its config.
+        score: function that yields the scores of one checkpoint's networks. All ranks call it together; scores of
+            other ranks than the main one are dropped. It imports torch itself, so that `--help` need not wait.
+        columns: columns of the printed table.
+        title: title of the table.
+        description: sentence for `--help`.
+        example: command line for `--help`.
+        shipped: folder of its shipped configs.
+        ensembles: whether it can score several networks together.
+        average: function from the metrics of several runs to those of their mean.
+    """
+
+    verb: str
+    config: type[Config]
+    score: Callable[[Config, Selection, "Ranks"], Iterable[Score]]
+    columns: Sequence[Column]
+    title: Callable[[Config], str]
+    description: str
+    example: str
+    shipped: Path | None = None
+    ensembles: bool = True
+    average: Averaging = mean_over_runs
+
+
+def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
+    """`peerlearn VERB [CONFIG] --checkpoint RUN ... [--key value ...]`. Returns the exit code.
+
+    Raises:
+        UserError: whatever `score` raises, a wrong key or value, or a folder that cannot be written.
+    """
+    config, dry_run = parse_config(
+        evaluator.config,
+        argv,
+        verb=evaluator.verb,
+        description=evaluator.description,
+        example=evaluator.example,
+        shipped=evaluator.shipped,
+    )
+    check_network(config.network, ensembles=evaluator.ensembles)
+    if dry_run:
+        print(config_to_yaml(config), end="")
+        return 0
+    selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)
+    # Imported here: a wrong key should not wait for torch.
+    from peerlearn.compute.dist import joined_ranks
+
+    with joined_ranks(config.device) as ranks:
+        files = [_evaluate(evaluator, config, selection, ranks) for selection in selections]
+        if ranks.main:
+            report_scores(
+                files,
+                evaluator.columns,
+                title=evaluator.title(config),
+                folder=Path(config.results or "results"),
+                average=evaluator.average,
+            )
+    return 0
+
+
+def _evaluate(
+    evaluator: Evaluator[Config], config: Config, selection: Selection, ranks: "Ranks"
+) -> dict[str, Path]:
+    """Score one checkpoint's networks: the result files by their rows, none on other ranks than the main one."""
+    from peerlearn.export import export_hash
+
+    start = time.monotonic()
+    folders = selection.folders.items()
+    hashes = ranks.from_main(lambda: {name: export_hash(folder) for name, folder in folders})
+    files: dict[str, Path] = {}
+    for score in evaluator.score(config, selection, ranks):
+        if not ranks.main:
+            continue
+        if score.row in files:
+            raise ValueError(f"two scores are called {score.row!r}: variant must tell them apart")
+        files[score.row] = write_score(
+            score,
+            results_folder(config.results, selection),
+            task=evaluator.verb,
+            step=selection.step,
+            hashes=hashes,
+            seed=run_setting(selection.run, "seed", None),
+            seconds=time.monotonic() - start,
+        )
+    return files
