@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerlearn.compute.schedules import ScheduleConfig
-from peerlearn.config import require
+from peerlearn.config import changeable, require
 from peerlearn.evaluation.data import EvaluationDataConfig
 from peerlearn.evaluation.evaluator import EvaluatorConfig
 
@@ -67,8 +67,8 @@ class LinearConfig(EvaluatorConfig):
     tolerance: float = 1e-4
     held_out_percent: float = 10.0
     seed: int = 0
-    encoding_batch_size: int = 256
-    cache: bool = True
+    encoding_batch_size: int = changeable(256)
+    cache: bool = changeable(True)
     data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from linear_eval.classifiers import (
 )
 from linear_eval.config import LinearConfig
 from linear_eval.finetune import finetune
+from linear_eval.finetuning_run import finetuning_run, own_config
 from linear_eval.streams import streamed_batches
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import EVALUATION_VIEW
@@ -45,13 +46,13 @@ def score(config: LinearConfig, selection: Selection, ranks: Ranks) -> Iterator[
         UserError: a dataset or an export that cannot be had, or that do not fit each other; a classifier that diverges.
     """
     train, test = load_splits(config.data, selection, ranks)
-    found = _classify(config, selection, train, test, ranks)
+    protocol = _protocol(config, train, test)
+    found = _classify(config, selection, train, test, protocol, ranks)
     if not ranks.main:
         return
     if selection.ensemble:
         cohort = {name: each for name, each in found.items() if name != ENSEMBLE}
         found[ENSEMBLE_LOGITS] = Classified(logits=mean_of_logits(cohort), choice={})
-    protocol = _protocol(config, train, test)
     for name in filter(selection.wants, found):
         yield _score(name, found[name], test, protocol)
 
@@ -84,11 +85,13 @@ def _classify(
     selection: Selection,
     train: ImageDataset,
     test: ImageDataset,
+    protocol: dict[str, Any],
     ranks: Ranks,
 ) -> dict[str, Classified]:
     load = partial(load_backbones, selection.folders, train.channels, images=train.name)
     if config.method == "finetune":
-        return finetune(config, load(), train, test, ranks)
+        place = finetuning_run(config, selection, protocol, ranks)
+        return finetune(own_config(config, selection), place, load(), train, test, ranks)
     how = Extraction(
         ranks=ranks,
         batch_size=config.encoding_batch_size,

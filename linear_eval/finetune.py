@@ -1,6 +1,8 @@
-"""Fine-tuning: the whole network learns the classes, from the exported weights on."""
+"""Fine-tuning: the whole network learns the classes, from the exported weights on. It goes on after any stop."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +11,34 @@ from torch import Tensor, nn
 from linear_eval.classifiers import Classified
 from linear_eval.config import LinearConfig
 from linear_eval.streams import step_size, view_loader
+from peerlearn.compute.attempt import Attempt, Program, run_training
 from peerlearn.compute.dist import Ranks
+from peerlearn.compute.guards import StepGuard, all_finite, gradients
+from peerlearn.compute.optimizers import (
+    bytes_to_come,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from peerlearn.compute.resumable import Resumable
 from peerlearn.compute.schedules import learning_rate
-from peerlearn.counter_random import INITIAL_WEIGHTS, MODULE_NOISE, random_bits
+from peerlearn.compute.trainer import STOP_SIGNALS
+from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.data.datasets import ImageDataset
-from peerlearn.errors import UserError
+from peerlearn.data.loader import ViewBatch
+from peerlearn.errors import SavedError, UserError
 from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, seen_by
-from peerlearn.runs.progress import progress
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.save_config import SaveConfig
+from peerlearn.runs.stop import stop_signals
+
+_MAX_SKIPPED_STEPS = 3
+_LOG_EVERY_STEPS = 10
 
 
 def finetune(
     config: LinearConfig,
+    run: RunDirectory,
     backbones: Mapping[str, nn.Module],
     train: ImageDataset,
     test: ImageDataset,
@@ -30,60 +48,204 @@ def finetune(
 
     Batch norm trains too, over each process's own part of a batch. All ranks call it together and get the same.
 
+    Args:
+        config: config of these networks.
+        run: directory in which the training saves; if it is there already, the training in it is continued.
+        backbones: exported networks by name.
+        train: training images.
+        test: test images.
+        ranks: processes that train together.
+
     Raises:
+        SavedError: a signal asked to stop; the training is saved.
         UserError: a network has diverged.
     """
-    models = {
-        name: _with_classifier(backbone, train.num_classes, config.seed).to(ranks.device)
-        for name, backbone in backbones.items()
-    }
-    optimizers = {
-        name: torch.optim.SGD(
-            model.parameters(),
-            lr=config.base_lrs[0],
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
+    program = Program(
+        build=partial(_build, backbones=backbones, train=train), train=_train, facts=lambda _: None
+    )
+    with stop_signals(STOP_SIGNALS, "saving after this step") as stop:
+        training = run_training(
+            program,
+            verb="linear",
+            config=config,
+            run=run,
+            ranks=ranks,
+            stop=stop,
+            resumes=ranks.from_main(run.config.exists),
         )
-        for name, model in models.items()
-    }
-    batch_size = step_size(config, len(train), ranks)
-    lr = config.base_lrs[0] * batch_size / config.base_lr_batch_size
-    loaders = [
-        (view_loader(config, view, image_size=size, batch_size=batch_size, ranks=ranks), names)
-        for view, size, names in by_input(backbones, train)
-    ]
-    steps_per_epoch = loaders[0][0].steps_per_epoch
-    total_steps = config.epochs * steps_per_epoch
-    step = 0
-    with progress(total_steps, "step", quiet=not ranks.main) as report:
-        for epoch in range(config.epochs):
-            for batches in zip(*(loader.epoch(epoch) for loader, _ in loaders), strict=True):
-                rate = learning_rate(
-                    step,
-                    lr=lr,
-                    schedule=config.schedule,
-                    steps_per_epoch=steps_per_epoch,
-                    total_steps=total_steps,
-                )
-                torch.manual_seed(int(random_bits(MODULE_NOISE, config.seed, step, ranks.rank)))
-                loss = torch.zeros((), device=ranks.device)
-                for batch, (_, names) in zip(batches, loaders, strict=True):
-                    assert batch.labels is not None
-                    for name in names:
-                        loss += _step(
-                            models[name],
-                            optimizers[name],
-                            batch.views[0],
-                            batch.labels,
-                            rate,
-                            ranks,
-                        )
-                step += 1
-                report.advance(1, f"epoch {epoch}  loss {float(loss) / len(models):.3f}")
-    return {
+    if training is None:
+        raise SavedError(f"saved in {run.root}: the same command continues")
+    models = training.models
+    classified = {
         name: _classify(config, name, models[name], backbones[name], test, ranks) for name in models
     }
+    # What is left tells how it went; the saves would only take room.
+    ranks.from_main(lambda: shutil.rmtree(run.checkpoints, ignore_errors=True))
+    return classified
+
+
+class FineTuning(Resumable):
+    """Several networks that are fine-tuned side by side."""
+
+    def __init__(
+        self,
+        config: LinearConfig,
+        run: RunDirectory,
+        ranks: Ranks,
+        *,
+        backbones: Mapping[str, nn.Module],
+        train: ImageDataset,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.ranks = ranks
+        self.step = 0
+        self.models = {
+            name: _with_classifier(backbone, train.num_classes, config.seed).to(ranks.device)
+            for name, backbone in backbones.items()
+        }
+        self.optimizers = {
+            name: torch.optim.SGD(
+                model.parameters(),
+                lr=config.base_lrs[0],
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                weight_decay=config.weight_decay,
+            )
+            for name, model in self.models.items()
+        }
+        self.guard = StepGuard(list(self.models.values()), max_skipped_in_a_row=_MAX_SKIPPED_STEPS)
+        self.batch_size = step_size(config, len(train), ranks)
+        self.lr = config.base_lrs[0] * self.batch_size / config.base_lr_batch_size
+        self.loaders = [
+            (
+                view_loader(config, view, image_size=size, batch_size=self.batch_size, ranks=ranks),
+                names,
+            )
+            for view, size, names in by_input(backbones, train)
+        ]
+        self._train = train
+
+    @property
+    def saves(self) -> SaveConfig:
+        return SaveConfig()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loaders[0][0].steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def fingerprint(self) -> str:
+        return self._train.fingerprint()
+
+    @property
+    def dataset_name(self) -> str:
+        return self._train.name
+
+    def headline(self) -> str:
+        networks = ", ".join(self.models)
+        return (
+            f"fine-tuning network {networks} on {len(self._train):,} images of {self._train.name}"
+        )
+
+    def trained(self) -> nn.Module:
+        return nn.ModuleDict(self.models)
+
+    def bytes_to_come(self) -> int:
+        return sum(map(bytes_to_come, self.optimizers.values()))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        networks = {f"net-{name}": dict(m.state_dict()) for name, m in self.models.items()}
+        optimizers = {f"optimizer-{n}": optimizer_tensors(o) for n, o in self.optimizers.items()}
+        return networks | optimizers
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, object]) -> None:
+        for name, model in self.models.items():
+            try:
+                model.load_state_dict(tensors[f"net-{name}"])
+            except RuntimeError as error:
+                raise ValueError(f"network {name} does not fit: {error}") from error
+            load_optimizer_tensors(self.optimizers[name], tensors[f"optimizer-{name}"])
+
+
+def _build(
+    config: LinearConfig,
+    run: RunDirectory,
+    ranks: Ranks,
+    *,
+    backbones: Mapping[str, nn.Module],
+    train: ImageDataset,
+) -> FineTuning:
+    return FineTuning(config, run, ranks, backbones=backbones, train=train)
+
+
+def _train(attempt: Attempt[FineTuning]) -> bool:
+    """Train to the end (True), or to the first step after a signal has asked to stop (False)."""
+    training = attempt.training
+    while training.step < training.total_steps:
+        epoch, start_step = divmod(training.step, training.steps_per_epoch)
+        epochs = (loader.epoch(epoch, start_step) for loader, _ in training.loaders)
+        for batches in zip(*epochs, strict=True):
+            attempt.begin_step()
+            lr, losses = _step(attempt, batches)
+            training.step += 1
+            if (
+                training.step % _LOG_EVERY_STEPS == 0
+                or training.step % training.steps_per_epoch == 0
+            ):
+                row = {f"net/{name}/loss": float(loss) for name, loss in losses.items()}
+                rate = attempt.log.images_per_second(training.step, training.batch_size)
+                loss = sum(row.values()) / len(row)
+                attempt.log.write(
+                    training.step, {"loss": loss, "images_per_second": rate, "lr": lr, **row}
+                )
+            attempt.report.advance(1, attempt.log.text)
+            if attempt.save_if_due():
+                return False
+    return True
+
+
+def _step(
+    attempt: Attempt[FineTuning], batches: Sequence[ViewBatch]
+) -> tuple[float, dict[str, Tensor]]:
+    """One step of every network; its learning rate, and the losses. A step with NaN or Inf is left out."""
+    training, ranks = attempt.training, attempt.training.ranks
+    lr = learning_rate(
+        training.step,
+        lr=training.lr,
+        schedule=training.config.schedule,
+        steps_per_epoch=training.steps_per_epoch,
+        total_steps=training.total_steps,
+    )
+    losses: dict[str, Tensor] = {}
+    for batch, (_, names) in zip(batches, training.loaders, strict=True):
+        assert batch.labels is not None
+        for name in names:
+            for group in training.optimizers[name].param_groups:
+                group["lr"] = lr
+            training.optimizers[name].zero_grad(set_to_none=True)
+            images = batch.views[0].contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(training.models[name](images), batch.labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses[name] = loss.detach()
+    own = {name: gradients(model.parameters()) for name, model in training.models.items()}
+    for each in own.values():
+        ranks.average_(each)
+    computed = [*losses.values(), *(gradient for each in own.values() for gradient in each)]
+    (fault,) = attempt.agree(~all_finite(computed).view(1))
+    if fault:
+        bad = [name for name in own if not all_finite([losses[name], *own[name]])]
+        attempt.skip(f"the loss or the gradient of network {', '.join(bad)} is not finite")
+        return lr, losses
+    for name, model in training.models.items():
+        training.optimizers[name].step()
+        ranks.average_([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+    training.guard.passed()
+    return lr, losses
 
 
 def _with_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Sequential:
@@ -93,25 +255,6 @@ def _with_classifier(backbone: nn.Module, classes: int, seed: int) -> nn.Sequent
     nn.init.normal_(classifier.weight, std=0.01, generator=generator)
     nn.init.zeros_(classifier.bias)
     return nn.Sequential(backbone, classifier).train()
-
-
-def _step(
-    model: nn.Sequential,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    lr: float,
-    ranks: Ranks,
-) -> Tensor:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    ranks.average_([p.grad for p in model.parameters() if p.grad is not None])
-    optimizer.step()
-    ranks.average_([buffer for buffer in model.buffers() if buffer.is_floating_point()])
-    return loss.detach()
 
 
 def _classify(

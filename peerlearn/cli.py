@@ -10,7 +10,16 @@ from pathlib import Path
 from peerlearn import HOME
 from peerlearn.commands.verbs import VERBS
 from peerlearn.config import nearest
-from peerlearn.errors import DONE, FAILURE, USAGE, SaidByMainError, UsageError, UserError
+from peerlearn.errors import (
+    DONE,
+    FAILURE,
+    SAVED_RUN_AGAIN,
+    USAGE,
+    SaidByMainError,
+    SavedError,
+    UsageError,
+    UserError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         # Every process of a job reads the same words, so one complaint is enough.
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
+    except SavedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error)
+        return SAVED_RUN_AGAIN
     except SaidByMainError:
         return FAILURE
     except UserError as error:

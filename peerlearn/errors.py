@@ -11,5 +11,9 @@ class UsageError(UserError):
     """A command line or a config that cannot be read. Exit code 2."""
 
 
+class SavedError(UserError):
+    """The work was asked to stop and has saved: the same command goes on with it. Exit code 75."""
+
+
 class SaidByMainError(UserError):
     """A failure that the main rank reports. The other ranks raise it and print nothing. Exit code 1."""

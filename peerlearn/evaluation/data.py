@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peerlearn.config import require
+from peerlearn.config import changeable, require
 from peerlearn.errors import UserError
 from peerlearn.evaluation.selection import Selection, run_setting
 
@@ -32,14 +32,14 @@ class EvaluationDataConfig:
     """
 
     name: str | None = None
-    root: str | None = None
+    root: str | None = changeable(None)
     limit: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
     shots: int | None = None
     train_percent: float | None = None
     subset_seed: int = 0
-    workers: int = 2
+    workers: int = changeable(2)
 
     def __post_init__(self) -> None:
         for name in ("limit", "train_limit", "test_limit", "shots"):

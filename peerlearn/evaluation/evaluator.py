@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from peerlearn.config import config_to_yaml, parse_config, require
+from peerlearn.config import changeable, config_to_yaml, parse_config, require
 from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, write_score
 from peerlearn.evaluation.score_table import Column, report_scores
 from peerlearn.evaluation.selection import (
@@ -38,10 +38,10 @@ class EvaluatorConfig:
         results: folder of the result files; null = the run's results/, or results/ here for a lone export.
     """
 
-    checkpoint: str | list[str]
-    network: str = "all"
-    device: str = "auto"
-    results: str | None = None
+    checkpoint: str | list[str] = changeable()
+    network: str = changeable("all")
+    device: str = changeable("auto")
+    results: str | None = changeable(None)
 
     def __post_init__(self) -> None:
         require(

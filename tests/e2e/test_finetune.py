@@ -1,0 +1,123 @@
+"""Fine-tuning goes on after any stop to the same scores, bit for bit."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from peerlearn.cli import main
+from peerlearn.runs.directory import RunDirectory
+from tests.e2e.runs import command, environment, events, pretrain, rows, without_clocks
+
+WORDS = ["linear", "finetune", "--epochs", "12", "--data.limit", "120", "--batch_size", "32"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    assert pretrain(run, "--monitor.every_epochs", "0", "--epochs", "1") == 0
+    return run
+
+
+def words(run: Path, *more: str) -> list[str]:
+    return [*WORDS, "--checkpoint", str(run), "--network", "all", "--device", "cpu", *more]
+
+
+def finetuning(run: Path) -> Path:
+    (folder,) = (run / "results").glob("finetune-*")
+    return folder
+
+
+def scores(run: Path) -> dict[str, dict]:
+    files = (run / "results").glob("linear-*.json")
+    results = [json.loads(file.read_text()) for file in files]
+    return {result["network"]: result["metrics"] for result in results}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained, tmp_path_factory):
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("undisturbed") / "r"))
+    subprocess.run(command(*words(run)), env=environment(), check=True, capture_output=True)
+    return run
+
+
+@pytest.fixture
+def stopped(trained, tmp_path):
+    """A copy of the run, and a fine-tuning of it that has saved something."""
+    run = Path(shutil.copytree(trained, tmp_path / "r"))
+    process = subprocess.Popen(
+        command(*words(run)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list((run / "results").glob("finetune-*/checkpoints/latest")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    yield run, process
+    process.kill()
+    process.communicate()
+
+
+def test_an_undisturbed_one_leaves_a_run_without_saves(undisturbed):
+    run = RunDirectory(finetuning(undisturbed))
+    assert run.done
+    assert not run.checkpoints.exists()
+    logged = rows(run.root)
+    assert [row["step"] for row in logged] == sorted({*range(3, 37, 3), 10, 20, 30})
+    assert logged[-1]["loss"] == (logged[-1]["net/0/loss"] + logged[-1]["net/1/loss"]) / 2
+    assert set(scores(undisturbed)) == {"0", "1", "ensemble-logits"}
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert scores(run) == scores(expected)
+    assert [without_clocks(row) for row in rows(finetuning(run))] == [
+        without_clocks(row) for row in rows(finetuning(expected))
+    ]
+
+
+def test_after_kill_9_the_same_command_goes_on(stopped, undisturbed):
+    run, process = stopped
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not scores(run)
+    subprocess.run(command(*words(run)), env=environment(), check=True, capture_output=True)
+    first, second = events(finetuning(run), "started")
+    assert first["step"] == 0
+    assert second["step"] >= 3
+    assert_same(run, undisturbed)
+
+
+def test_told_to_stop_it_saves_and_resume_goes_on(stopped, undisturbed, capsys):
+    run, process = stopped
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert f"saved in {finetuning(run)}: the same command continues" in output
+    resume = command("resume", str(finetuning(run)))
+    subprocess.run(resume, env=environment(), check=True, capture_output=True)
+    assert_same(run, undisturbed)
+    assert main(["resume", str(finetuning(run))]) == 0
+    assert "is done already" in capsys.readouterr().out
+
+
+def test_one_that_is_done_is_begun_anew_by_the_same_command(undisturbed, tmp_path):
+    run = Path(shutil.copytree(undisturbed, tmp_path / "r"))
+    (finetuning(run) / "mark").touch()
+    assert main(words(run)) == 0
+    assert not (finetuning(run) / "mark").exists()
+    assert len(events(finetuning(run), "started")) == 1
+
+
+def test_a_learning_rate_that_makes_it_diverge_ends_in_one_line(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained, tmp_path / "r"))
+    assert main(words(run, "--base_lr", "1e30")) == 1
+    error = capsys.readouterr().err
+    assert "lower base_lr" in error
+    assert "Traceback" not in error
+    assert not scores(run)
