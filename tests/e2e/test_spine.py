@@ -136,7 +136,7 @@ def test_its_run_is_a_run_like_any(tree, undisturbed):
     assert run.log(1, 0).is_file()
     assert "--checkpoint.every_steps" in run_in(tree, "toy", "--help")
     assert "every_steps: 5" in run_in(tree, "toy", "--dry_run")
-    assert "steps (more), pause_seconds, device" in run_in(tree, "resume", "--help")
+    assert "steps (more), pause_seconds, device" in run_in(tree, "resume", str(undisturbed), "--help")
     assert " 40/40 " in run_in(tree, "status", str(undisturbed))
     assert "is done already" in run_in(tree, "resume", str(undisturbed))
 
