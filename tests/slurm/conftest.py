@@ -2,14 +2,16 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.runs import pretrain
 from tests.slurm.cluster import Cluster, missing_programs, scratch_folder, start_cluster
-from tests.slurm.jobs import undisturbed
+from tests.slurm.jobs import train_undisturbed
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
@@ -31,23 +33,25 @@ def _cluster_left_clean(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(once: Once) -> Path:
     """The run of `tests.slurm.jobs` by one process that nothing happened to."""
-    return undisturbed(tmp_path_factory.mktemp("alone"), 1)
+    return once("alone", lambda run: train_undisturbed(run, 1))
 
 
 @pytest.fixture(scope="session")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(once: Once) -> Path:
     """The same by two processes."""
-    return undisturbed(tmp_path_factory.mktemp("together"), 2)
+    return once("together", lambda run: train_undisturbed(run, 2))
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(once: Once) -> Path:
     """A small run that is done."""
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    assert pretrain(run) == 0
-    return run
+
+    def make(run: Path) -> None:
+        assert pretrain(run) == 0
+
+    return once("runs/finished", make)
 
 
 @pytest.fixture

@@ -37,15 +37,15 @@ from tests.e2e.runs import (
 )
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import PROFILE, logs, peerlearn, step, wait_until
+from tests.warm import Process
+from tests.warm import run as run_process
 
 ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
 
 
 def local(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*words), env=environment(), capture_output=True, text=True, cwd=cwd
-    )
+    return run_process(command(*words), env=environment(), capture_output=True, text=True, cwd=cwd)
 
 
 def submission_of(run: Path, name: str = "pretrain-1") -> Path:
@@ -186,7 +186,7 @@ def test_two_submissions_at_the_same_moment(tmp_path: Path) -> None:
     run = tmp_path / "a"
     words = ["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--epochs", "60"]
     both = [
-        subprocess.Popen(
+        Process(
             command(*words, "--run", str(run)),
             env=environment(),
             stdout=subprocess.PIPE,
@@ -207,7 +207,7 @@ def test_two_submissions_at_the_same_moment(tmp_path: Path) -> None:
 
 def test_a_run_that_a_process_trains_is_not_submitted(tmp_path: Path) -> None:
     run = tmp_path / "a"
-    process = subprocess.Popen(
+    process = Process(
         command("pretrain", *SMALL, "--epochs", "300", "--run", str(run)), env=environment()
     )
     wait_until(lambda: step(run) >= 1, "step 1")
@@ -219,6 +219,7 @@ def test_a_run_that_a_process_trains_is_not_submitted(tmp_path: Path) -> None:
     assert not (run / "slurm").exists()
 
 
+@pytest.mark.ddp
 def test_two_local_processes_told_to_stop(tmp_path: Path) -> None:
     """SIGTERM to the job: both save together, nothing holds on, and `resume` ends as one undisturbed pair would."""
     run, expected = tmp_path / "a", tmp_path / "b"
@@ -268,7 +269,7 @@ def in_double_precision(run: Path, *keys: str) -> Path:
     """One process, without a job."""
     driver = ROOT / "tests" / "e2e" / "double_precision.py"
     words = ["pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(run), *keys]
-    found = subprocess.run(command(*words, driver=driver), env=environment())
+    found = run_process(command(*words, driver=driver), env=environment())
     assert found.returncode == 0
     return run
 
@@ -300,6 +301,7 @@ def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
 
 
 @pytest.mark.gpu
+@pytest.mark.ddp
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_half_the_batch_on_each_of_two_gpus_equals_one(tmp_path: Path) -> None:
     """By NCCL, each process on the GPU of its local rank."""
@@ -574,20 +576,20 @@ def test_a_sweep_of_configs_and_files(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_auto_resume_starts_goes_on_and_is_content(tmp_path: Path) -> None:
     run, expected = tmp_path / "a", tmp_path / "b"
     words = ["pretrain", *SMALL, "--run", str(run), "--auto_resume"]
-    process = subprocess.Popen(command(*words, "--epochs", "20"), env=environment())
+    process = Process(command(*words, "--epochs", "20"), env=environment())
     wait_until(lambda: step(run) >= 20, "step 20")
     process.kill()
     process.wait()
     for _ in range(2):
-        done = subprocess.run(command(*words, "--epochs", "20"), env=environment())
+        done = run_process(command(*words, "--epochs", "20"), env=environment())
         assert done.returncode == 0
     assert RunDirectory(run).newest_attempt() == 3
-    found = subprocess.run(
+    found = run_process(
         command("pretrain", *SMALL, "--epochs", "20", "--run", str(expected)), env=environment()
     )
     assert found.returncode == 0
     assert_same_run(run, expected)
-    changed = subprocess.run(
+    changed = run_process(
         command(*words, "--epochs", "20", "--seed", "9"), env=environment(), capture_output=True, text=True
     )  # fmt: skip
     assert changed.returncode == 1

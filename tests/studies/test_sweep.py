@@ -29,6 +29,8 @@ from studies.sweep_run import run_missing
 from studies.sweep_scores import Score, paired_difference, score_sweep
 from studies.sweep_table import grid_table, report
 from tests.e2e.runs import SMALL, command, environment, events
+from tests.warm import Process
+from tests.warm import run as run_process
 
 LAST_STEP = 12
 TERMS = {"all": "", "without scl_hard": "--terms scl_soft icl_hard icl_soft"}
@@ -652,7 +654,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     )
     long, failing = plan_sweep(read_sweep(file)).runs
     start = command("sweep", str(file))
-    process = subprocess.Popen(
+    process = Process(
         start, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 120
@@ -671,7 +673,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
 
     # As the command says: by its folder.
     again = command("sweep", str(tmp_path / "s"))
-    found = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=200)
+    found = run_process(again, env=environment(), capture_output=True, text=True, timeout=200)
     assert found.returncode == 1, found.stdout + found.stderr
     first, second = events(long.folder, "started")
     assert first["step"] == 0 < second["step"] < events(long.folder, "done")[0]["step"]

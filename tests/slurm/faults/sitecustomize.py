@@ -2,6 +2,8 @@
 
 CRASH_STEPS: the steps, by commas. CRASH_ONCE: a folder in which each crash leaves a mark, and then does not recur.
 HANG_STEPS: from the start of that step on, the first fsync takes longer than anybody waits; once, with CRASH_ONCE.
+STEP_SECONDS: no fault, but so long a rest at the start of each step.
+HOLD_STEP, HOLD_UNTIL: no fault, but no way past the start of that step before that file is there.
 DOUBLE_PRECISION: no crash, but float64 throughout.
 """
 
@@ -56,6 +58,11 @@ def _wrap(train: ModuleType) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         if step in _HANG_STEPS and training.ranks.main and not _recurs(step):
             os.fsync = _hang
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+        while str(step) == os.environ.get("HOLD_STEP") and not os.path.exists(
+            os.environ["HOLD_UNTIL"]
+        ):
+            time.sleep(0.02)
         seed_modules(training)
 
     train._seed_modules = crashing
