@@ -28,6 +28,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(cores, min(2 * cores, 8))
 
 
+# What takes one of these fixtures has its markers; a worker that would wait for another to make it does other things.
+MARKED_FIXTURES = {
+    "cluster": [pytest.mark.slurm],
+    "killed_twice": [pytest.mark.slow(60), pytest.mark.xdist_group("killed_twice")],
+}
 # Seconds that a test takes, roughly, where its marker `slow` does not say.
 USUAL_SECONDS = {"slurm": 30.0, "ddp": 10.0, "slow": 10.0}
 
@@ -37,9 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one. Those of a cluster mostly wait: turn by turn with
     those that compute. Short tests follow, a module of them staying with one worker, which has its fixtures."""
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker("slurm")
-    long = sorted((item for item in items if expected_seconds(item)), key=expected_seconds)[::-1]
+        for fixture in sorted(MARKED_FIXTURES.keys() & getattr(item, "fixturenames", ())):
+            for marker in MARKED_FIXTURES[fixture]:
+                item.add_marker(marker)
+    long = [item for item in items if expected_seconds(item)]
+    long.sort(key=expected_seconds, reverse=True)
     waiting = [item for item in long if item.get_closest_marker("slurm")]
     computing = [item for item in long if not item.get_closest_marker("slurm")]
     short = [item for item in items if not expected_seconds(item)]

@@ -186,6 +186,7 @@ def test_unreadable_images_are_replaced_counted_and_listed(tmp_path, backend):
     assert ends[-1]["knn/test_images"] == 4
 
 
+@pytest.mark.slow(8)
 def test_a_resumed_run_replaces_the_same_images(tmp_path):
     root = image_folder(tmp_path / "data", {3: b"", 8: b"no image"})
     words = folder_words(root, "--data.backend", "folder", "--data.max_unreadable_percent", "2")

@@ -187,6 +187,7 @@ def test_a_sweep_in_one_pass_is_its_members_one_by_one(runs, tmp_path):
         assert alone in together
 
 
+@pytest.mark.slow(10)
 def test_digits_to_fashion_mnist_and_back(runs, tmp_path):
     fashion = ["--data.name", "fashion_mnist", "--data.limit", "128", "--monitor.every_epochs", "0"]
     assert pretrain(tmp_path / "fashion", *fashion, "--data.image_size", "28") == 0
@@ -275,6 +276,7 @@ def test_few_shots_and_percent_take_so_many_images(runs, tmp_path):
     assert results(tmp_path / "tiny")["0"]["protocol"]["lrs"] == [0.1 * 20 / 256]
 
 
+@pytest.mark.slow(12)
 def test_finetuning_learns_and_leaves_the_export_alone(runs, tmp_path):
     export = runs[0] / "export/step-00000012/net-0"
     before = weights_hash([load_export(export)])
@@ -417,6 +419,7 @@ def test_results_that_cannot_be_written_are_one_line(runs, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow(15)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(seed, tmp_path):
     """Linear accuracy, n = 2000, standard error 0.9: MoCo of 90 steps against its own start, by few labels."""

@@ -222,6 +222,7 @@ def test_another_number_of_processes_needs_allow_elastic(undisturbed, tmp_path, 
     assert (event["before"], event["now"]) == (2, 1)
 
 
+@pytest.mark.slow(40)
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -54,6 +54,7 @@ def resume(run: Path, *more: str) -> subprocess.CompletedProcess:
     return run_command("resume", str(run), *more)
 
 
+@pytest.mark.slow(30)
 @pytest.mark.parametrize("seed", range(3))
 def test_sigkill_at_any_moment_then_resume_equals_the_undisturbed_run(undisturbed, tmp_path, seed):
     """Killed again and again after random waits, in start-up and in mid-epoch too, until it gets through."""
@@ -106,6 +107,7 @@ def killed_in_save(run: Path, operation: int, step: int, *more: str) -> str:
     return found.stdout
 
 
+@pytest.mark.slow(30)
 def test_sigkill_at_every_step_of_a_save(undisturbed, tmp_path, capsys):
     """Temporary folder, each file, each fsync, manifest, renames, `latest`, removal of the oldest save."""
     often = ["--checkpoint.every_steps", "3"]
@@ -122,10 +124,11 @@ def test_sigkill_at_every_step_of_a_save(undisturbed, tmp_path, capsys):
         assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow(10)
 def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_first_step(tmp_path):
     run = tmp_path / "s"
     words = command("pretrain", *SMALL, "--run", str(run))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         # The line comes before TensorBoard is imported and the networks are measured.
         assert "steps 0 to 12" in process.stdout.readline()
         process.terminate()
@@ -351,12 +354,13 @@ def test_a_run_at_its_last_step_exports_again_what_is_not_whole(undisturbed, tmp
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow(10)
 def test_a_run_directory_that_is_moved_away_ends_the_run_and_is_not_made_anew(tmp_path):
     run, moved = tmp_path / "m", tmp_path / "moved"
-    words = ["pretrain", *SMALL, "--epochs", "60", "--monitor.every_epochs", "0"]
+    words = ["pretrain", *SMALL, "--epochs", "4", "--monitor.every_epochs", "0"]
     with Process(
         command(*words, "--run", str(run)),
-        env=environment(),
+        env=environment(STEP_SECONDS="0.5"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -500,12 +504,13 @@ def test_a_save_of_a_newer_format_is_refused_and_not_set_aside(half_done, capsys
     assert save.is_dir()
 
 
+@pytest.mark.slow(10)
 def test_a_run_in_use_is_refused_and_the_owner_named(tmp_path, capsys):
     run = tmp_path / "u"
     words = command(
-        *("pretrain", *SMALL, "--epochs", "50", "--monitor.every_epochs", "0", "--run", str(run))
+        *("pretrain", *SMALL, "--epochs", "4", "--monitor.every_epochs", "0", "--run", str(run))
     )
-    process = Process(words, env=environment(), stdout=subprocess.PIPE)
+    process = Process(words, env=environment(STEP_SECONDS="1"), stdout=subprocess.PIPE)
     try:
         wait_for(lambda: (run / "checkpoints").exists(), [process])
         assert main(["resume", str(run)]) == 1
@@ -516,7 +521,7 @@ def test_a_run_in_use_is_refused_and_the_owner_named(tmp_path, capsys):
         process.kill()
         process.communicate()
     assert (run / "owner.json").exists()
-    assert main(["resume", str(run), "--epochs", "51"]) == 0
+    assert main(["resume", str(run), "--epochs", "5"]) == 0
     (event,) = events(run, "lock_taken_over")
     assert f"process {process.pid} on" in event["owner"]
     assert not (run / "owner.json").exists()

@@ -153,6 +153,7 @@ RIVALS = [
 ]
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize(
     "more",
     [

@@ -17,14 +17,18 @@ from tests.slurm.cluster import Cluster
 from tests.warm import run as run_process
 
 FAULTS = Path(__file__).parent / "faults"
+# Instead of digits, for which each start would import scikit-learn.
+FASHION = [
+    *("--data.name", "fashion_mnist", "--monitor.train_limit", "250"),
+    *("--monitor.test_limit", "250"),
+]
 # A save after every 10 of the steps, which a job waits between, so that its end is not there before the fault.
-# Fashion-MNIST, as each start would wait for scikit-learn otherwise.
 KEYS = [
     *SMALL,
-    *("--data.name", "fashion_mnist", "--data.limit", "250", "--batch_size", "8", "--epochs", "4"),
+    *FASHION,
+    *("--data.limit", "250", "--batch_size", "8", "--epochs", "4"),
     *("--checkpoint.every_steps", "10", "--checkpoint.export_every_epochs", "2"),
     *("--checkpoint.export_key_networks", "true", "--monitor.every_epochs", "2"),
-    *("--monitor.train_limit", "250", "--monitor.test_limit", "250"),
 ]
 STEPS = 4 * 31
 STEP_SECONDS = 0.05

@@ -53,10 +53,11 @@ def test_user_signal_twice(cluster: Cluster, together: Path, tmp_path: Path) -> 
 
 def test_signal_in_start_up(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
     """Told to stop while Python still imports: nothing is saved yet, and the job is simply started again."""
-    run = tmp_path / "a"
-    job = submit(cluster, run)
-    wait_until(lambda: "Starting with" in logs(run), "a first sign of the job")
+    run, told = tmp_path / "a", tmp_path / "told"
+    job = submit(cluster, run, faults=("HOLD_STEP=-1", f"HOLD_UNTIL={told}"))
+    wait_until(told.with_suffix(".held").exists, "a start of Python")
     cluster.call("scancel", "--signal=USR2", job)
+    told.touch()
     wait_for_end(cluster, job, run)
     assert cluster.restarts(job) == 1
     assert started_at(run) == [0]

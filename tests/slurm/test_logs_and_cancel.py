@@ -122,6 +122,7 @@ def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
     assert err == f"{copy}: done, 1 restart\n"
 
 
+@pytest.mark.slow(15)
 def test_a_local_job_is_followed_to_its_end(
     copy: Path, killed_later: list[subprocess.Popen], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_local_job_is_followed_to_its_end(
     assert headers(capfd.readouterr().out) == [str(logs[1])]
 
 
+@pytest.mark.slow(20)
 def test_jobs_that_die_in_start_up(
     cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +190,7 @@ def test_jobs_that_die_in_start_up(
     assert headers(capfd.readouterr().out) == [str(file)]
 
 
+@pytest.mark.slow(10)
 def test_cancel_makes_a_local_job_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "runs" / "a"
     submit_here("pretrain", *SMALL, *LONG, "--run", str(run))
@@ -206,6 +209,7 @@ def test_cancel_makes_a_local_job_save(tmp_path: Path, capsys: pytest.CaptureFix
     assert out == f"{run}: nothing to cancel: none of its jobs waits or runs\n"
 
 
+@pytest.mark.slow(10)
 def test_cancel_ends_a_local_job_in_start_up(tmp_path: Path) -> None:
     run = tmp_path / "a"
     submit_here("pretrain", *SMALL, *LONG, "--run", str(run))

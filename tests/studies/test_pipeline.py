@@ -278,6 +278,7 @@ def test_more_seeds_and_evaluations_can_be_asked_for(killed_twice: Path, tmp_pat
     assert main(["resume", str(root), "--pretrain", "mine = --epochs 9"]) == 2
 
 
+@pytest.mark.slow(30)
 def test_cancel_ends_the_watch_and_the_runs(tmp_path: Path):
     """The watch first: nothing new is submitted for what it would find dead; and `resume` brings all of it back."""
     file, root = (
@@ -399,6 +400,7 @@ def test_a_new_evaluator_needs_nothing_here(monkeypatch: pytest.MonkeyPatch):
     assert (found.config["method"], found.config["seed"]) == ("logistic_regression", 3)
 
 
+@pytest.mark.slow(90)
 def test_on_slurm_with_the_watch_as_a_job_that_is_requeued(cluster: Cluster, tmp_path: Path):
     profile = tmp_path / "profile.yaml"
     profile.write_text(

@@ -643,6 +643,7 @@ def test_a_failure_stops_no_other_and_a_run_that_stops_stops_all(
     assert started == []
 
 
+@pytest.mark.slow(20)
 def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     """The real command: SIGTERM in its first run, then to its end; the second run cannot start."""
     words = [*SMALL, "--method", "simclr", "--data.limit", "64", "--epochs", "40"]

@@ -100,6 +100,7 @@ def results(run: Path) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(run.glob("results/*.json"))]
 
 
+@pytest.mark.slow(15)
 def test_each_export_is_evaluated_once_and_a_failure_stops_nobody(run: Path):
     flip_last_byte(run / "export" / "step-00000006" / "net-1" / "model.safetensors")
     printed = watch(run, KNN, REFUSED)
@@ -124,6 +125,7 @@ def test_each_export_is_evaluated_once_and_a_failure_stops_nobody(run: Path):
     assert Counter(record["verb"] for record in listed) == {"knn": 4}
 
 
+@pytest.mark.slow(60)
 def test_killed_at_every_point_of_a_submission_the_next_watch_finds_or_makes_the_job(
     trained: Path, tmp_path: Path
 ):
@@ -172,6 +174,7 @@ def killed_watch(run: Path, *, number: int) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow(15)
 def test_watches_at_the_same_time_share_the_work(run: Path):
     watches = [
         Process(
@@ -285,6 +288,7 @@ def test_every_epochs_counts_epochs_and_always_the_last(run: Path):
     assert steps(1, "live") == [6, 12, 18, 24, 30]
 
 
+@pytest.mark.slow(15)
 def test_other_weights_at_a_step_are_evaluated_anew(run: Path):
     watch(run, REFUSED)
     wait_until_ended(run, 2)
