@@ -27,7 +27,7 @@ from peerlearn.config import load_config
 from pretrain.cohort import Cohort, build_networks
 from pretrain.command import SHIPPED
 from pretrain.config import PretrainConfig
-from pretrain.methods import Method, build_method
+from pretrain.method import Method, build_method
 from pretrain.terms import objective
 
 CLASSES = 100

@@ -1,10 +1,13 @@
 """peerlearn: networks that teach each other, and what their checkpoints are good for."""
 
+from pathlib import Path
 from types import ModuleType
 
 import wrapt
 
 __version__ = "0.1.0"
+# The folder that holds the packages: a checkout, or site-packages.
+HOME = Path(__file__).resolve().parent.parent
 PACKAGES = ("peerlearn", "pretrain", "linear_eval", "slurm", "studies")
 
 

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from peerlearn import PACKAGES
+from peerlearn import HOME, PACKAGES
 from peerlearn.config import nearest
-from peerlearn.errors import SaidByMainError, UsageError, UserError
-
-DONE, FAILURE, USAGE, SAVED_RUN_AGAIN = 0, 1, 2, 75
+from peerlearn.errors import DONE, FAILURE, USAGE, SaidByMainError, UsageError, UserError
 
 
 class Verb(NamedTuple):
@@ -143,13 +141,12 @@ def check_siblings() -> None:
     Raises:
         UserError: one does not; the message names the file in the way.
     """
-    home = Path(__file__).resolve().parent.parent
     for name in PACKAGES[1:]:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None
-        if origin != home / name / "__init__.py":
+        if origin != HOME / name / "__init__.py":
             raise UserError(
-                f"`import {name}` finds {origin or 'nothing'} instead of {home / name}: "
+                f"`import {name}` finds {origin or 'nothing'} instead of {HOME / name}: "
                 "rename that file or run from another folder"
             )
 

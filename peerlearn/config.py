@@ -1,8 +1,9 @@
-"""Configs: frozen dataclasses, filled from a YAML file and then from the command line.
+"""Configs: frozen dataclasses, filled from a YAML file and then from the command line; and the words of other verbs.
 
 An unknown key is an error that names the nearest one; a value out of range is refused by the dataclass itself.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -10,13 +11,24 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from peerlearn.errors import UsageError, UserError
 
 Config = TypeVar("Config")
+
+# Of a field's metadata.
+_CHANGEABLE = "changeable"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a wrong word is one line, as everywhere else, and no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the UsageError."""
+        raise UsageError(f"{message} (`{self.prog} --help` explains)")
 
 
 def parse_config(
@@ -110,6 +122,48 @@ def find_config(name: str, shipped: Path | None) -> Path:
         f"{name!r} is neither a file nor a shipped config{nearest(name, names)}; "
         "`peerlearn configs` lists them"
     )
+
+
+def changeable(
+    default: Any = dataclasses.MISSING,
+    *,
+    default_factory: Any = dataclasses.MISSING,
+    to_more: bool = False,
+) -> Any:
+    """A field of a config that may change between a save and its resumption without making it another run.
+
+    Args:
+        default, default_factory: as of `dataclasses.field`; of a group of keys every key may change.
+        to_more: it may only grow.
+    """
+    metadata = {_CHANGEABLE: "more" if to_more else "free"}
+    if default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def changeable_keys(config_class: Any) -> list[str]:
+    """The dotted keys that `changeable` marks, in order, as people read them: ``epochs (more)``, ``checkpoint.*``."""
+    return [text for _, text in _changeable(config_class, "")]
+
+
+def may_change(config_class: Any, key: str, before: Any, after: Any) -> bool:
+    """Whether a dotted key of a saved run may take another value when it is resumed."""
+    for name, text in _changeable(config_class, ""):
+        if key == name or (text.endswith(".*") and key.startswith(f"{name}.")):
+            return not text.endswith(" (more)") or bool(after > before)
+    return False
+
+
+def _changeable(config_class: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        key, is_group = prefix + field.name, dataclasses.is_dataclass(hints[field.name])
+        mark = field.metadata.get(_CHANGEABLE)
+        if mark:
+            yield key, key + (".*" if is_group else " (more)" if mark == "more" else "")
+        elif is_group:
+            yield from _changeable(hints[field.name], key + ".")
 
 
 def require(condition: bool, message: str) -> None:
@@ -229,8 +283,6 @@ def _build_parser(
 
 
 def _parse(parser: Any, config_class: type[Config], words: Sequence[str]) -> Config:
-    import argparse
-
     try:
         values = parser.instantiate(parser.parse_args(words))
         fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
@@ -240,7 +292,10 @@ def _parse(parser: Any, config_class: type[Config], words: Sequence[str]) -> Con
 
 
 def _readable(error: Exception) -> str:
-    """jsonargparse's type errors as ``key: expected int, got 'a'``."""
+    """jsonargparse's type errors as ``key: expected int, got 'a'``.
+
+    It tells of them in prose alone, which pyproject.toml therefore pins by its minor version.
+    """
     text = _one_line(error)
     found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
     if text.lower().startswith("unrecognized arguments"):

@@ -1,4 +1,6 @@
-"""The errors a user can cause and mend; the command line prints them as one line."""
+"""The errors a user can cause and mend, which the command line prints as one line; and exit codes."""
+
+DONE, FAILURE, USAGE, SAVED_RUN_AGAIN = 0, 1, 2, 75
 
 
 class UserError(Exception):

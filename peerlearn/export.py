@@ -21,13 +21,8 @@ from torch import Tensor, nn
 
 from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import replace_folder
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
-# The key of config.json that holds the hashes.
-_SEAL = "sha256"
+from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, SEAL, WEIGHTS_FILE
+from peerlearn.runs.files import file_sha256, replace_folder
 
 
 def save_export(
@@ -154,7 +149,7 @@ def export_hash(folder: Path) -> str:
     Raises:
         UserError: one of the two cannot be read.
     """
-    digests = [_file_sha256(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    digests = [_sha256_in_export(folder / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -215,21 +210,21 @@ def load_export(folder: Path | str) -> nn.Module:
 def _sealed(config: dict[str, Any], weights: bytes) -> dict[str, Any]:
     """The config with the SHA-256 of the weights and of the config itself."""
     hashes = {WEIGHTS_FILE: hashlib.sha256(weights).hexdigest(), CONFIG_FILE: _digest(config)}
-    return {**config, _SEAL: hashes}
+    return {**config, SEAL: hashes}
 
 
 def _check_seal(folder: Path, config: dict[str, Any]) -> None:
     """Make sure that both files are as they were written. An export by another program has no hashes to compare."""
-    if _SEAL not in config:
+    if SEAL not in config:
         return
-    hashes = config[_SEAL] if isinstance(config[_SEAL], dict) else {}
-    rest = {key: value for key, value in config.items() if key != _SEAL}
+    hashes = config[SEAL] if isinstance(config[SEAL], dict) else {}
+    rest = {key: value for key, value in config.items() if key != SEAL}
     if hashes.get(CONFIG_FILE) != _digest(rest):
         raise UserError(
             f"{folder / CONFIG_FILE}: its SHA-256 is not the one it was written with: export the network again, or "
-            f"remove {_SEAL!r} from it if the change is meant"
+            f"remove {SEAL!r} from it if the change is meant"
         )
-    if hashes.get(WEIGHTS_FILE) != _file_sha256(folder / WEIGHTS_FILE):
+    if hashes.get(WEIGHTS_FILE) != _sha256_in_export(folder / WEIGHTS_FILE):
         raise UserError(
             f"{folder / WEIGHTS_FILE}: damaged, its SHA-256 is not that of {CONFIG_FILE}: export the network again"
         )
@@ -242,17 +237,16 @@ def is_whole(folder: Path) -> bool:
         _check_seal(folder, config)
     except (OSError, ValueError, TypeError, UserError):
         return False
-    return _SEAL in config
+    return SEAL in config
 
 
 def _digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _file_sha256(file: Path) -> str:
+def _sha256_in_export(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(file)
     except OSError as error:
         raise _unreadable(file, error) from error
 

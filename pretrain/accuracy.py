@@ -3,32 +3,22 @@
 Dimensions: M networks, N images, C classes.
 """
 
-import time
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from peerlearn.data.augment import EVALUATION_VIEW
 from peerlearn.data.datasets import ImageDataset, first_images
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.evaluation.classification import ClassificationScores, classification_scores
 from peerlearn.evaluation.features import extract_features
-from peerlearn.evaluation.results import write_result
-from peerlearn.evaluation.uncertainty import accuracy_metrics
-from peerlearn.export import export_hash
-from peerlearn.runs.checkpoint import step_folder
+from peerlearn.runs.score_names import ENSEMBLE, TOP1, WEIGHTED_ENSEMBLE, score_name
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
-from pretrain.distill import ensemble_weights
 from pretrain.training_data import TrainingData
 
 if TYPE_CHECKING:
-    from pretrain.state import Training
-
-ENSEMBLE, WEIGHTED = "ensemble", "weighted-ensemble"
-TASK = "classification"
+    pass
 
 
 class AccuracyMonitor:
@@ -68,10 +58,9 @@ class AccuracyMonitor:
         )
         row: dict[str, float] = {f"{self.split}/images": len(labels)}
         for name, scores in score_cohort(logits, labels, weights).items():
-            prefix = f"net/{name}" if name.isdecimal() else name.replace("-", "_")
-            row[f"{prefix}/{self.split}_top1"] = scores.top1
+            row[score_name(name, self.split + TOP1)] = scores.top1
             if scores.top5 is not None:
-                row[f"{prefix}/{self.split}_top5"] = scores.top5
+                row[score_name(name, self.split + "_top5")] = scores.top5
         return row
 
 
@@ -127,81 +116,5 @@ def score_cohort(
     if len(logits) > 1:
         scores[ENSEMBLE] = classification_scores(logits.mean(0), labels)
         theta = weights.view(len(logits), 1, -1)
-        scores[WEIGHTED] = classification_scores((theta * logits).sum(0), labels)
+        scores[WEIGHTED_ENSEMBLE] = classification_scores((theta * logits).sum(0), labels)
     return scores
-
-
-def write_final_accuracy(training: "Training", weights: Tensor) -> dict[str, ClassificationScores]:
-    """Measure the last epoch's networks on the whole test split and write a result file of each score.
-
-    Neither an epoch nor a network is chosen by it. The weighted ensemble's theta is solved on the held-out images
-    where there are any, else it is the moving average of training.
-
-    Args:
-        training: of the method supervised, at its last step, exported.
-        weights: (M,) or (M, C), training's own theta.
-
-    Raises:
-        UserError: the folder of result files cannot be written.
-    """
-    start = time.monotonic()
-    config, data, cohort = training.config, training.data, training.cohort
-    assert data.test is not None
-    measured = partial(
-        cohort_logits,
-        cohort,
-        image_size=training.images.image_size,
-        config=config,
-        device=training.device,
-    )
-    if data.validation is not None and len(cohort.backbones) > 1:
-        weights = ensemble_weights(
-            *measured(data.validation), per_class=config.supervised.weights_per_class
-        )
-    scores = score_cohort(*measured(data.test), weights)
-    seconds = round(time.monotonic() - start, 3)
-    exports = training.run.exports / step_folder(training.step)
-    hashes = {str(m): export_hash(exports / f"net-{m}") for m in range(len(cohort.backbones))}
-    for network, found in scores.items():
-        write_result(
-            training.run.root / "results",
-            task=TASK,
-            dataset=data.test.name,
-            step=training.step,
-            network=network,
-            metrics={
-                **accuracy_metrics(found.top1, found.n),
-                "top5": found.top5,
-                "calibration_error": found.calibration_error,
-            },
-            protocol=_protocol(training, network),
-            export_hash=hashes.get(network, hashes),
-            seed=config.seed,
-            seconds=seconds,
-        )
-    return scores
-
-
-def _protocol(training: "Training", network: str) -> dict[str, Any]:
-    """Under what a network's, or an ensemble's, final accuracy is measured."""
-    config, data = training.config, training.data
-    protocol = {
-        "split": "test",
-        "view": EVALUATION_VIEW,
-        "image_size": training.images.image_size,
-        "epoch": config.epochs,
-        "epoch_chosen_by": "the config: the last",
-        "train_split": data.train.split,
-        "train_images": len(data.train),
-    }
-    if network == ENSEMBLE:
-        protocol["ensemble"] = "mean of logits"
-    elif network == WEIGHTED:
-        per_class = ", per class" if config.supervised.weights_per_class else ""
-        protocol["ensemble"] = f"logits weighted by theta of Eq. 9{per_class}"
-        protocol["theta_from"] = (
-            "training batches, moving average"
-            if data.validation is None
-            else f"{len(data.validation)} held-out images"
-        )
-    return protocol

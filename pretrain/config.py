@@ -2,12 +2,25 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from peerlearn.compute.optimizers import OptimizerConfig
 from peerlearn.compute.schedules import ScheduleConfig
-from peerlearn.config import require
+from peerlearn.config import changeable, require
+from peerlearn.runs.save_config import SaveConfig
 
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
+
+# The class of every method (`pretrain.method`), by name: --help must not wait for torch, which they need.
+METHODS = {
+    "moco": "pretrain.methods:MoCo",
+    "simclr": "pretrain.methods:SimCLR",
+    "supervised": "pretrain.supervised:Supervised",
+}
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +163,9 @@ class DataConfig:
     """
 
     name: str = "fashion_mnist"
-    root: str | None = None
+    root: str | None = changeable(None)
     split: str = "train"
-    fallback: str | None = None
+    fallback: str | None = changeable(None)
     backend: Literal["memory", "folder"] = "memory"
     limit: int | None = None
     validation_percent: float = 0.0
@@ -162,8 +175,8 @@ class DataConfig:
     ] = "moco_v2"
     crop_scale: list[float] | None = None
     image_size: int | None = None
-    workers: int = 2
-    max_unreadable_percent: float = 1.0
+    workers: int = changeable(2)
+    max_unreadable_percent: float = changeable(1.0)
 
     def __post_init__(self) -> None:
         scale = self.crop_scale
@@ -194,77 +207,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimiser; the learning rate is `base_lr` of the run.
-
-    Attributes:
-        name: sgd, lars or adamw.
-        momentum: of sgd and lars.
-        nesterov: of sgd and lars.
-        weight_decay: L2 penalty (sgd, lars) or decoupled decay (adamw).
-        decay_norm_and_bias: decay batch-norm weights and biases too, as MoCo does.
-    """
-
-    name: Literal["sgd", "lars", "adamw"] = "sgd"
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    decay_norm_and_bias: bool = True
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.momentum < 1, f"optimizer.momentum must be within 0..1, got {self.momentum}"
-        )
-        require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay must be at least 0, got {self.weight_decay}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(SaveConfig):
     """When the state of training is saved and the networks are exported.
 
     Attributes:
-        every_steps: save after this many steps; null = after every epoch. The last step is always saved.
-        keep_last: how many of the newest saves stay.
-        keep_every_steps: saves of every multiple of this many steps stay too; null = none.
-        max_missed: stop after this many saves in a row that the disk did not take.
-        max_seconds: a save that takes longer hangs: the process ends itself, so that a supervisor can start it anew.
-        export_every_epochs: export the networks after this many epochs. The last step is always exported.
-        export_key_networks: export the momentum networks too.
+        every_steps: number of steps between two saves; null = one save after every epoch. The last step is always
+            saved.
+        keep_last: number of the newest saves that stay.
+        keep_every_steps: step numbers whose multiples stay too, however old; null = none.
+        max_missed: number of saves in a row that the disk may refuse before the run stops.
+        max_seconds: longest time for a save; one that takes longer hangs, and the process ends itself, so that a
+            supervisor can start it anew.
+        export_every_epochs: number of epochs between two exports of the networks. The last step is always exported.
+        export_key_networks: whether the momentum networks are exported too.
     """
 
-    every_steps: int | None = None
-    keep_last: int = 2
-    keep_every_steps: int | None = None
-    max_missed: int = 3
-    max_seconds: float = 1800.0
     export_every_epochs: int = 10
     export_key_networks: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            self.every_steps is None or self.every_steps >= 1,
-            f"checkpoint.every_steps must be at least 1, got {self.every_steps}",
-        )
-        require(
-            self.keep_every_steps is None or self.keep_every_steps >= 1,
-            f"checkpoint.keep_every_steps must be null or at least 1, got {self.keep_every_steps}",
-        )
-        require(
-            self.max_missed >= 1,
-            f"checkpoint.max_missed must be at least 1, got {self.max_missed}",
-        )
-        require(
-            0 < self.max_seconds < math.inf,
-            f"checkpoint.max_seconds must be positive and finite, got {self.max_seconds}",
-        )
-        require(
-            self.keep_last >= 2,
-            f"checkpoint.keep_last must be at least 2, so that one save stands while the next is "
-            f"written, got {self.keep_last}",
-        )
+        super().__post_init__()
         require(
             self.export_every_epochs >= 1,
             f"checkpoint.export_every_epochs must be at least 1, got {self.export_every_epochs}",
@@ -286,13 +248,13 @@ class MonitorConfig:
         log_every_steps: a row of losses in metrics.jsonl after this many steps.
     """
 
-    every_epochs: int = 1
+    every_epochs: int = changeable(1)
     k: int = 200
     temperature: float = 0.1
     train_limit: int | None = None
     test_limit: int | None = None
     key_networks: bool = False
-    log_every_steps: int = 10
+    log_every_steps: int = changeable(10)
 
     def __post_init__(self) -> None:
         for name in ("k", "train_limit", "test_limit", "log_every_steps"):
@@ -335,10 +297,10 @@ class PretrainConfig:
         rank_timeout_seconds: how long a process waits for the others before it gives them up.
     """
 
-    run: str | None = None
+    run: str | None = changeable(None)
     seed: int = 0
-    epochs: int = 200
-    method: Literal["moco", "simclr", "supervised"] = "moco"
+    epochs: int = changeable(200, to_more=True)
+    method: MethodName = "moco"
     batch_size: int = 256
     accumulation_steps: int = 1
     base_lr: float = 0.03
@@ -352,18 +314,18 @@ class PretrainConfig:
         default_factory=lambda: ["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
     )
     symmetric: bool = False
-    device: str = "auto"
+    device: str = changeable("auto")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = False
     max_skipped_steps: int = 3
-    rank_timeout_seconds: float = 600.0
+    rank_timeout_seconds: float = changeable(600.0)
     cohort: CohortConfig = field(default_factory=CohortConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = changeable(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:

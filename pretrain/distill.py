@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlearn.compute.device import full_float32
-from pretrain.losses import require_finite, soft_kl, widen
+from pretrain.finite import require_finite
+from pretrain.losses import soft_kl, summed, widen
 from pretrain.simplex_weights import check_logits, ensemble_weights
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 
+@summed
 def vanilla(logits: Tensor, labels: Tensor) -> Tensor:
     """``sum_m mean_b CE(softmax(z_m), y)`` (Eq. 7 of the MCL paper): a scalar.
 
@@ -54,16 +56,15 @@ def vanilla(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (M, B, C) float.
         labels: (B,) int64 classes.
     """
-    return vanilla_by_network(logits, labels).sum()
-
-
-def vanilla_by_network(logits: Tensor, labels: Tensor) -> Tensor:
-    """`vanilla` before the sum over networks: (M,)."""
     check_logits("vanilla", logits, labels)
     with full_float32(logits.device):
         return torch.stack([F.cross_entropy(z, labels) for z in widen(logits)])
 
 
+vanilla_by_network = vanilla.by_network
+
+
+@summed
 def dml(logits: Tensor, *, temperature: float = 1.0, detach: bool = True) -> Tensor:
     """``sum_m 1/(M-1) sum_{l != m} T^2 mean_b KL(sg[softmax_T(z_l)] || softmax_T(z_m))``: a scalar.
 
@@ -76,11 +77,6 @@ def dml(logits: Tensor, *, temperature: float = 1.0, detach: bool = True) -> Ten
 
     NOTE: all networks learn in one step, where the paper updates them in turn.
     """
-    return dml_by_network(logits, temperature=temperature, detach=detach).sum()
-
-
-def dml_by_network(logits: Tensor, *, temperature: float = 1.0, detach: bool = True) -> Tensor:
-    """`dml` before the sum over networks: (M,), each network's divergence from its peers."""
     check_logits("dml", logits)
     _check_settings("dml", logits, temperature, fewest=2)
     with full_float32(logits.device):
@@ -92,6 +88,10 @@ def dml_by_network(logits: Tensor, *, temperature: float = 1.0, detach: bool = T
         return torch.stack([torch.stack(of_peers).mean() for of_peers in losses])
 
 
+dml_by_network = dml.by_network
+
+
+@summed
 def ensemble_teaching(
     logits: Tensor,
     labels: Tensor,
@@ -111,20 +111,6 @@ def ensemble_teaching(
         per_class: weigh the networks for every class apart.
         weights: theta, (M,) or (M, C), if it is known already: several processes find it once, over all their batches.
     """
-    return ensemble_teaching_by_network(
-        logits, labels, temperature=temperature, per_class=per_class, weights=weights
-    ).sum()
-
-
-def ensemble_teaching_by_network(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 1.0,
-    per_class: bool = False,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """`ensemble_teaching` before the sum over networks: (M,)."""
     check_logits("ensemble_teaching", logits, labels)
     _check_settings("ensemble_teaching", logits, temperature, fewest=1)
     networks, _, classes = logits.shape
@@ -143,6 +129,10 @@ def ensemble_teaching_by_network(
         return torch.stack([_teach(ensemble, student, temperature, detach=True) for student in z])
 
 
+ensemble_teaching_by_network = ensemble_teaching.by_network
+
+
+@summed
 def cl_ilr(
     logits: Tensor, *, temperature: float = 3.0, weight: float = 1.0, detach: bool = True
 ) -> Tensor:
@@ -157,13 +147,6 @@ def cl_ilr(
         detach: False lets the gradient into the teachers. OKDDip's implementation (train_one.py --avg) does. With it,
             and w = 1, this is also what that repository trains as "DML" by default (train_DML.py).
     """
-    return cl_ilr_by_network(logits, temperature=temperature, weight=weight, detach=detach).sum()
-
-
-def cl_ilr_by_network(
-    logits: Tensor, *, temperature: float = 3.0, weight: float = 1.0, detach: bool = True
-) -> Tensor:
-    """`cl_ilr` before the sum over networks: (M,)."""
     check_logits("cl_ilr", logits)
     _check_settings("cl_ilr", logits, temperature, fewest=2)
     with full_float32(logits.device):
@@ -175,6 +158,10 @@ def cl_ilr_by_network(
         return weight * torch.stack(losses)
 
 
+cl_ilr_by_network = cl_ilr.by_network
+
+
+@summed
 def one(
     logits: Tensor,
     gate: Tensor,
@@ -197,21 +184,6 @@ def one(
         detach: False lets the gradient of the divergences into the ensemble, hence into gate and networks, as OKDDip's
             implementation (train_one.py) does. The authors' own (loss/kl_loss.py) detaches it.
     """
-    return one_by_network(
-        logits, gate, labels, temperature=temperature, weight=weight, detach=detach
-    ).sum()
-
-
-def one_by_network(
-    logits: Tensor,
-    gate: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 3.0,
-    weight: float = 1.0,
-    detach: bool = True,
-) -> Tensor:
-    """`one` before the sum over networks: (M,). The ensemble's cross-entropy is counted in M equal parts."""
     check_logits("one", logits, labels)
     _check_settings("one", logits, temperature, fewest=1)
     networks, batch, _ = logits.shape
@@ -224,12 +196,17 @@ def one_by_network(
     with full_float32(logits.device):
         z = widen(logits)
         ensemble = (gate.to(z.dtype).T.unsqueeze(-1) * z).sum(0)
+        # What teaches all of them is counted in M equal parts.
         share = F.cross_entropy(ensemble, labels) / networks
         return torch.stack(
             [share + weight * _teach(ensemble, student, temperature, detach) for student in z]
         )
 
 
+one_by_network = one.by_network
+
+
+@summed
 def okddip(
     logits: Tensor,
     attention: Tensor,
@@ -251,20 +228,6 @@ def okddip(
         detach: no gradient reaches the teachers. The attention then learns nothing, so the default is that of the
             authors' code (train_GL.py), where every target is live.
     """
-    return okddip_by_network(
-        logits, attention, temperature=temperature, weight=weight, detach=detach
-    ).sum()
-
-
-def okddip_by_network(
-    logits: Tensor,
-    attention: Tensor,
-    *,
-    temperature: float = 3.0,
-    weight: float = 1.0,
-    detach: bool = False,
-) -> Tensor:
-    """`okddip` before the sum over networks: (M,), the leader last."""
     check_logits("okddip", logits)
     _check_settings("okddip", logits, temperature, fewest=2)
     peers, batch = len(logits) - 1, logits.shape[1]
@@ -284,6 +247,9 @@ def okddip_by_network(
                 for teacher, student in zip(teachers, z, strict=True)
             ]
         )
+
+
+okddip_by_network = okddip.by_network
 
 
 def ramp(epoch: float, ramp_epochs: float = 80.0) -> float:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.config import load_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.config import ArgumentParser, load_config
+from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.evaluation.selection import ENSEMBLE, select_networks
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_folders import KEY_PREFIX, is_key_network, network_folder
+from peerlearn.runs.step_folders import step_folder, step_folders
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -34,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
     from peerlearn.exchange.export_formats import convert_export, how_to_load, write_export
 
     with tempfile.TemporaryDirectory() as scratch:
-        if (checkpoint / "config.yaml").is_file():
+        if RunDirectory(checkpoint).begun:
             exports = _rebuild_exports(checkpoint, arguments.network, arguments.step, Path(scratch))
-            home = checkpoint / "export" / exports[0].parent.name
+            home = RunDirectory(checkpoint).exports / exports[0].parent.name
         else:
             exports = _select_exports(checkpoint, arguments.network, arguments.step)
             home = exports[0].parent
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             ) from error
         print(f"{folder}{'' if written else ': is there already, the same'}")
     print(f"to load one: {how_to_load(folders[0], arguments.format)}")
-    return 0
+    return DONE
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -92,14 +94,13 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
         UserError: no such save, or none that is whole, or it is not of the run's networks.
         UsageError: no such network.
     """
-    from peerlearn.runs.checkpoint import step_folder
     from pretrain.cohort import build_networks, load_named_state
     from pretrain.exports import TrainingImages, export_cohort
 
     save, tensors, state = _read_save(run, step)
     # config.yaml may have been changed since.
     config = _saved_config(state, save, scratch)
-    numbers, group, suffix = _find_networks(config, run, network)
+    names, group = _find_networks(config, run, network)
     # How training parts its batches for batch norm is not part of the networks.
     cohort_config = dataclasses.replace(config.cohort, batch_norm_splits=1)
     try:
@@ -118,13 +119,14 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
     except ValueError as error:
         raise UserError(f"{save}: {error}") from error
     folder = scratch / step_folder(state["step"])
-    export_cohort(cohort, folder, config=config, images=images, step=state["step"], suffix=suffix)
-    return [folder / f"net-{number}{suffix}" for number in numbers]
+    prefix = KEY_PREFIX if is_key_network(names[0]) else ""
+    export_cohort(cohort, folder, config=config, images=images, step=state["step"], prefix=prefix)
+    return [folder / network_folder(name) for name in names]
 
 
 def _saved_config(state: dict[str, Any], save: Path, scratch: Path) -> PretrainConfig:
     """The config that the save's networks were trained by."""
-    file = scratch / "config.yaml"
+    file = RunDirectory(scratch).config
     try:
         file.write_text(yaml.safe_dump(state["config"]))
         return load_config(PretrainConfig, file)
@@ -134,42 +136,43 @@ def _saved_config(state: dict[str, Any], save: Path, scratch: Path) -> PretrainC
         ) from error
 
 
-def _find_networks(config: PretrainConfig, run: Path, network: str) -> tuple[list[int], str, str]:
-    """The numbers of the networks, the group of the save's tensors that holds them, and their folders' suffix."""
+def _find_networks(config: PretrainConfig, run: Path, network: str) -> tuple[list[str], str]:
+    """The names of the networks, and the group of the save's tensors that holds them."""
     count = config.cohort.networks
     if network == "all":
-        return list(range(count)), "networks", ""
-    if network.startswith("key-") and config.method != "moco":
+        return [str(number) for number in range(count)], "networks"
+    if is_key_network(network) and config.method != "moco":
         raise UsageError(
             f"--network {network}: {run} was trained by {config.method}, which has no momentum networks"
         )
-    names = {str(number): ([number], "networks", "") for number in range(count)}
+    groups = {str(number): "networks" for number in range(count)}
     if config.method == "moco":
-        names |= {f"key-{number}": ([number], "key_networks", "-key") for number in range(count)}
-    if network not in names:
+        groups |= {f"{KEY_PREFIX}{number}": "key_networks" for number in range(count)}
+    if network not in groups:
         raise UsageError(
-            f"--network {network}: {run} has no such network; choose from {', '.join(names)}, all"
+            f"--network {network}: {run} has no such network; choose from {', '.join(groups)}, all"
         )
-    return names[network]
+    return [network], groups[network]
 
 
 def _read_save(
     run: Path, step: int | None
 ) -> tuple[Path, dict[str, dict[str, "Tensor"]], dict[str, Any]]:
     """The save of a step, or the newest that is whole: its folder, tensors and state."""
-    from peerlearn.runs.checkpoint import load_checkpoint, saved_step, saved_steps, step_folder
+    from peerlearn.runs.checkpoint import load_checkpoint
 
-    folders = saved_steps(run / "checkpoints")
+    directory = RunDirectory(run)
+    saves = step_folders(directory.checkpoints)
     if step is not None:
-        steps = ", ".join(str(saved_step(folder)) for folder in folders)
-        folders = [folder for folder in folders if folder.name == step_folder(step)]
-        if not folders:
-            exported = run / "export" / step_folder(step)
+        steps = ", ".join(str(saved) for saved, _ in saves)
+        saves = [save for save in saves if save[0] == step]
+        if not saves:
+            exported = directory.exports / step_folder(step)
             instead = f"; its exports can be given instead: {exported}" if exported.is_dir() else ""
             raise UsageError(
-                f"--step {step}: no such save in {run / 'checkpoints'}, which has {steps or 'none'}{instead}"
+                f"--step {step}: no such save in {directory.checkpoints}, which has {steps or 'none'}{instead}"
             )
-    for folder in folders:
+    for _, folder in saves:
         try:
             return folder, *load_checkpoint(folder)
         except UserError as error:
@@ -177,5 +180,5 @@ def _read_save(
                 raise
             logger.warning("passed over a damaged checkpoint: %s", error)
     raise UserError(
-        f"{run / 'checkpoints'}: no checkpoint is whole; exports can be given instead, as {run}/export/step-N"
+        f"{directory.checkpoints}: no checkpoint is whole; exports can be given instead, as {run}/export/step-N"
     )

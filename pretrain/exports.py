@@ -7,6 +7,7 @@ from typing import Any
 
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.export import save_export
+from peerlearn.runs.export_folders import network_folder
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 
@@ -66,17 +67,17 @@ def export_cohort(
     config: PretrainConfig,
     images: TrainingImages,
     step: int,
-    suffix: str = "",
+    prefix: str = "",
 ) -> None:
-    """Write every network's backbone, with its classifier if it has one, as ``folder/net-M`` and the suffix.
+    """Write every network's backbone, with its classifier if it has one, below ``folder``.
 
-    The suffix is ``-key`` for momentum networks.
+    The prefix of their names is `KEY_PREFIX` for momentum networks.
     """
     names = config.cohort.architectures()
     for m, (backbone, name) in enumerate(zip(cohort.backbones, names, strict=True)):
         save_export(
             backbone,
-            folder / f"net-{m}{suffix}",
+            folder / network_folder(f"{prefix}{m}"),
             architecture=name,
             in_chans=images.channels,
             small_images=config.cohort.small_images,

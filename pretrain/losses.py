@@ -15,21 +15,19 @@ divergences with a detached teacher, not cross-entropies: the gradient is the sa
 peers agree. The sum of Eq. 5 starts at the first candidate, since it would be no KL otherwise.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peerlearn.compute.device import full_float32
+from pretrain.finite import require_finite
 
 # Stands for "not a candidate". Finite, so that differences of two masked logits are 0 and not NaN.
 _EXCLUDED = -1e9
-
-
-class NonFiniteError(ValueError):
-    """A NaN or Inf reached a loss. The message names the term, the network and the tensor."""
 
 
 class MCLTerms(NamedTuple):
@@ -53,6 +51,40 @@ class MCLTerms(NamedTuple):
         return MCLTerms(*(term.sum() for term in self))
 
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result", Tensor, MCLTerms)
+
+
+class Summed(Protocol[Arguments, Result]):
+    """A loss as the sum over its networks.
+
+    Attributes:
+        by_network: takes the same arguments and gives one entry per network: (M,) in place of scalars.
+    """
+
+    by_network: Callable[Arguments, Result]
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """The sum."""
+        ...
+
+
+def summed(loss: Callable[Arguments, Result]) -> Summed[Arguments, Result]:
+    """Make a function that returns (M,) vectors return their sums; unsummed it stays there as ``by_network``."""
+
+    @functools.wraps(loss)
+    def total(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        terms = loss(*args, **kwargs)
+        return terms.summed() if isinstance(terms, MCLTerms) else terms.sum()
+
+    loss.__doc__ = f"`{loss.__name__}` before the sum over networks: one entry per network, (M,)."
+    loss.__name__ = loss.__qualname__ = f"{loss.__name__}_by_network"
+    found = cast("Summed[Arguments, Result]", total)
+    found.by_network = loss
+    return found
+
+
+@summed
 def queue_terms(
     query: Tensor,
     key: Tensor,
@@ -84,30 +116,6 @@ def queue_terms(
         NonFiniteError: an input holds NaN or Inf.
         ValueError: shapes, ``filled`` or temperatures that make no sense.
     """
-    return queue_terms_by_network(
-        query,
-        key,
-        queue,
-        temperature=temperature,
-        soft_temperature=soft_temperature,
-        same_sample_positive=same_sample_positive,
-        filled=filled,
-        backend=backend,
-    ).summed()
-
-
-def queue_terms_by_network(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    *,
-    temperature: float,
-    soft_temperature: float = 1.0,
-    same_sample_positive: bool = True,
-    filled: int | None = None,
-    backend: Literal["auto", "reference"] = "auto",
-) -> MCLTerms:
-    """`queue_terms` before the sum over networks: four (M,) vectors."""
     _check_queue_arguments(query, key, queue, filled, backend)
     _check_temperatures(temperature, soft_temperature)
     # Rows never written are sliced away rather than masked: they have no logit at all.
@@ -134,6 +142,10 @@ def queue_terms_by_network(
         )
 
 
+queue_terms_by_network = queue_terms.by_network
+
+
+@summed
 def batch_terms(
     embedding: Tensor,
     labels: Tensor,
@@ -164,28 +176,6 @@ def batch_terms(
         NonFiniteError: an input holds NaN or Inf.
         ValueError: shapes or temperatures that make no sense, or more negatives asked for than an anchor has.
     """
-    return batch_terms_by_network(
-        embedding,
-        labels,
-        temperature=temperature,
-        soft_temperature=soft_temperature,
-        same_sample_positive=same_sample_positive,
-        num_negatives=num_negatives,
-        generator=generator,
-    ).summed()
-
-
-def batch_terms_by_network(
-    embedding: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float,
-    soft_temperature: float = 1.0,
-    same_sample_positive: bool = True,
-    num_negatives: int | None = None,
-    generator: torch.Generator | None = None,
-) -> MCLTerms:
-    """`batch_terms` before the sum over networks: four (M,) vectors."""
     if embedding.ndim != 3 or labels.shape != embedding.shape[1:2]:
         raise ValueError(
             "embedding must be (M, B, D) and labels (B,), "
@@ -228,6 +218,10 @@ def batch_terms_by_network(
         )
 
 
+batch_terms_by_network = batch_terms.by_network
+
+
+@summed
 def view_terms(
     views: Tensor,
     *,
@@ -244,22 +238,21 @@ def view_terms(
 
     The other arguments, the result and what is raised are those of `batch_terms`.
     """
-    return view_terms_by_network(
-        views,
+    if views.ndim != 4 or views.shape[1] != 2:
+        raise ValueError(f"views must be (M, 2, B, D), got {tuple(views.shape)}")
+    labels = torch.arange(views.shape[2], device=views.device).repeat(2)
+    return batch_terms.by_network(
+        views.flatten(1, 2),
+        labels,
         temperature=temperature,
         soft_temperature=soft_temperature,
         same_sample_positive=same_sample_positive,
         num_negatives=num_negatives,
         generator=generator,
-    ).summed()
+    )
 
 
-def view_terms_by_network(views: Tensor, **settings: Any) -> MCLTerms:
-    """`view_terms` before the sum over networks: four (M,) vectors."""
-    if views.ndim != 4 or views.shape[1] != 2:
-        raise ValueError(f"views must be (M, 2, B, D), got {tuple(views.shape)}")
-    labels = torch.arange(views.shape[2], device=views.device).repeat(2)
-    return batch_terms_by_network(views.flatten(1, 2), labels, **settings)
+view_terms_by_network = view_terms.by_network
 
 
 def _mutual_terms(
@@ -391,21 +384,3 @@ def _check_temperatures(temperature: float, soft_temperature: float) -> None:
 def widen(tensor: Tensor) -> Tensor:
     """float32, or float64 as it is: what losses are computed in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def require_finite(term: str, name: str, tensor: Tensor) -> None:
-    """Raise NonFiniteError if a network's (rows, N) slice of the (M, rows, N) tensor holds NaN or Inf.
-
-    Args:
-        term: whose computation it would spoil, for the message.
-        name: of the tensor, likewise.
-    """
-    finite_rows = torch.isfinite(tensor.detach()).all(-1)
-    if bool(finite_rows.all()):
-        return
-    network = int((~finite_rows).any(-1).nonzero()[0])
-    bad = (~finite_rows[network]).nonzero().flatten()
-    raise NonFiniteError(
-        f"{term} of network {network} is not finite: {name}[{network}] holds NaN or Inf "
-        f"in {len(bad)} of {finite_rows.shape[1]} rows, the first is row {int(bad[0])}"
-    )

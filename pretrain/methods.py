@@ -1,16 +1,16 @@
 """How views become loss terms: MoCo with its momentum peers and queue, and SimCLR; `pretrain.supervised` beside them.
 
-A method is built once per run and asked, per optimiser step, in this order: `begin_step`, `terms` once for every
-micro-batch, `end_step`. Every loss sees the queue as it was before the step.
-
 Dimensions: M networks, B batch, K queue, D embedding size.
 """
+
+import logging
 
 import torch
 from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import SHUFFLE_BN, permutation
+from peerlearn.data.datasets import ImageDataset
 from pretrain.cohort import (
     Cohort,
     load_named_state,
@@ -21,10 +21,12 @@ from pretrain.cohort import (
 from pretrain.config import PretrainConfig
 from pretrain.key_queue import KeyQueue
 from pretrain.losses import MCLTerms, queue_terms_by_network, view_terms_by_network
-from pretrain.supervised import Supervised
+from pretrain.method import Method
+
+logger = logging.getLogger(__name__)
 
 
-class MoCo:
+class MoCo(Method):
     """Each query network finds its image's key among the queue's (He et al. 2020; the paper, section 3.4).
 
     Attributes:
@@ -32,10 +34,12 @@ class MoCo:
         queue: the keys of earlier batches.
     """
 
-    def __init__(self, cohort: Cohort, config: PretrainConfig, ranks: Ranks) -> None:
-        self.cohort = cohort
-        self.config = config
-        self.ranks = ranks
+    peers: Cohort
+
+    def __init__(
+        self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
+    ) -> None:
+        super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
         self.peers = momentum_peers(cohort)
         self.queue = KeyQueue(
             config.cohort.networks,
@@ -45,6 +49,18 @@ class MoCo:
         )
         # Of the step's micro-batches, each (M, ranks, B, D); those of the swapped views apart.
         self._fresh_keys: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    @classmethod
+    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+        """Warn of a queue in which images meet keys of their own."""
+        if config.queue.size >= len(dataset):
+            logger.warning(
+                "queue.size %d is more than the other images of %s there are (%d in all): images will meet keys of "
+                "their own as negatives; lower queue.size",
+                config.queue.size,
+                dataset.name,
+                len(dataset),
+            )
 
     def begin_step(self, step: int) -> None:
         """Move the key networks, before they encode anything."""
@@ -136,18 +152,8 @@ class MoCo:
         return {"queue/filled_percent": 100.0 * self.queue.filled / self.queue.size}
 
 
-class SimCLR:
+class SimCLR(Method):
     """The other images of the batch are the negatives (Chen et al. 2020): no key networks, no queue."""
-
-    peers = None
-
-    def __init__(self, cohort: Cohort, config: PretrainConfig, ranks: Ranks) -> None:
-        self.cohort = cohort
-        self.config = config
-        self.ranks = ranks
-
-    def begin_step(self, step: int) -> None:
-        """Nothing moves but the cohort itself."""
 
     def terms(self, views: tuple[Tensor, ...], labels: Tensor | None = None) -> MCLTerms:
         """The terms of one batch, two views (B, channels, S, S) of each image: four (M,) vectors."""
@@ -163,32 +169,3 @@ class SimCLR:
             soft_temperature=self.config.soft_temperature,
             same_sample_positive=self.config.same_sample_positive,
         )
-
-    def end_step(self) -> None:
-        """Nothing to keep."""
-
-    def drop_step(self) -> None:
-        """Nothing to forget."""
-
-    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Nothing beside the cohort."""
-        return {}
-
-    def load_state_tensors(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Nothing beside the cohort."""
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing to watch."""
-        return {}
-
-
-Method = MoCo | SimCLR | Supervised
-
-
-def build_method(
-    cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
-) -> Method:
-    """The method that ``config.method`` names, for one of the ranks that train the cohort together."""
-    if config.method == "supervised":
-        return Supervised(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
-    return MoCo(cohort, config, ranks) if config.method == "moco" else SimCLR(cohort, config, ranks)

@@ -24,6 +24,20 @@ from peerlearn.evaluation.representation import (
 )
 from peerlearn.knn import ensemble_features, knn_scores, knn_top1
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_folders import KEY_PREFIX
+from peerlearn.runs.score_names import (
+    ENSEMBLE,
+    KNN_K,
+    KNN_TEMPERATURE,
+    KNN_TEST_IMAGES,
+    KNN_TOP1,
+    KNN_TRAIN_IMAGES,
+    PIXELS,
+    ScoreName,
+    measured_part,
+    parse_score_name,
+    score_name,
+)
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 
@@ -74,26 +88,32 @@ class Monitor:
             max_unreadable_percent=100.0,
         )
 
-    def measure(self, cohort: Cohort, peers: Cohort | None = None) -> dict[str, float]:
+    def measure(
+        self, cohort: Cohort, peers: Cohort | None = None, *, pixels: bool = False
+    ) -> dict[str, float]:
         """Every figure of every network, by its name in metrics.jsonl; accuracies in percent.
 
         Args:
             cohort: the query networks.
             peers: the momentum networks, measured too where the config asks for them.
+            pixels: whether raw pixels are measured too, which a network has to beat.
         """
         row: dict[str, float] = {}
-        networks = {f"net/{m}": backbone for m, backbone in enumerate(cohort.backbones)}
+        networks = {str(m): backbone for m, backbone in enumerate(cohort.backbones)}
         if peers is not None and self.config.monitor.key_networks:
-            networks |= {f"net/key-{m}": backbone for m, backbone in enumerate(peers.backbones)}
+            networks |= {f"{KEY_PREFIX}{m}": backbone for m, backbone in enumerate(peers.backbones)}
         test, test_labels = self._features(self.test, networks)
         for name, features in test.items():
-            row[f"{name}/rankme"] = rankme(features[:_RANKME_IMAGES])
-            row[f"{name}/feature_std"] = feature_std(features)
+            row[score_name(name, "rankme")] = rankme(features[:_RANKME_IMAGES])
+            row[score_name(name, "feature_std")] = feature_std(features)
         if self.train is not None:
             train, train_labels = self._features(self.train, networks)
             names = list(networks)[: len(cohort.backbones)]
             row |= self._knn((train, train_labels), (test, test_labels), cohort_names=names)
-        return row | self._probe_figures(cohort)
+        row |= self._probe_figures(cohort)
+        if pixels and (top1 := self.pixels_top1()) is not None:
+            row[score_name(PIXELS, KNN_TOP1)] = top1
+        return row
 
     def pixels_top1(self) -> float | None:
         """kNN top-1 of the raw pixels in percent, which a network has to beat; None for large images and files."""
@@ -146,12 +166,15 @@ class Monitor:
             name: self._scores(train_features[name], train_labels, test_features[name])
             for name in train_features
         }
-        row = {f"{name}/knn_top1": knn_top1(found, test_labels) for name, found in scores.items()}
+        row = {
+            score_name(name, KNN_TOP1): knn_top1(found, test_labels)
+            for name, found in scores.items()
+        }
         joint = [
             ensemble_features([features[name] for name in cohort_names])
             for features in (train_features, test_features)
         ]
-        row["ensemble/knn_top1"] = knn_top1(
+        row[score_name(ENSEMBLE, KNN_TOP1)] = knn_top1(
             self._scores(joint[0], train_labels, joint[1]), test_labels
         )
         if len(cohort_names) > 1:
@@ -160,10 +183,10 @@ class Monitor:
             )
         monitor = self.config.monitor
         protocol = {
-            "knn/k": min(monitor.k, len(train_labels)),
-            "knn/temperature": monitor.temperature,
-            "knn/train_images": len(train_labels),
-            "knn/test_images": len(test_labels),
+            KNN_K: min(monitor.k, len(train_labels)),
+            KNN_TEMPERATURE: monitor.temperature,
+            KNN_TRAIN_IMAGES: len(train_labels),
+            KNN_TEST_IMAGES: len(test_labels),
         }
         return row | protocol
 
@@ -186,28 +209,29 @@ class Monitor:
         first, second = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
         row = {}
         for m in range(len(first)):
-            row[f"net/{m}/alignment"] = alignment(first[m], second[m])
-            row[f"net/{m}/uniformity"] = uniformity(first[m])
+            row[score_name(m, "alignment")] = alignment(first[m], second[m])
+            row[score_name(m, "uniformity")] = uniformity(first[m])
         return row
 
 
 def warn_of_collapse(run: RunDirectory, step: int, row: dict[str, float]) -> None:
     """Say, and leave an event, where a network's features or embeddings have become the same for all images."""
-    networks = sorted({key.rpartition("/")[0] for key in row if key.endswith("/feature_std")})
+    scores = {name: row[key] for key in row if (name := parse_score_name(key))}
+    networks = sorted({name.network for name in scores if name.figure == "feature_std"})
     for network in networks:
         signs = {
-            name: row[f"{network}/{name}"]
+            name: scores[ScoreName(network, name)]
             for name, collapsed in (
                 ("feature_std", lambda value: value < _COLLAPSED_STD),
                 ("rankme", lambda value: value < _COLLAPSED_RANKME),
                 ("uniformity", lambda value: value > _COLLAPSED_UNIFORMITY),
             )
-            if f"{network}/{name}" in row and collapsed(row[f"{network}/{name}"])
+            if ScoreName(network, name) in scores and collapsed(scores[ScoreName(network, name)])
         }
         if signs:
             figures = ", ".join(f"{name} {value:.2g}" for name, value in signs.items())
-            logger.warning("%s has collapsed at step %d: %s", network, step, figures)
-            run.event("collapse", step=step, network=network, **signs)
+            logger.warning("%s has collapsed at step %d: %s", measured_part(network), step, figures)
+            run.event("collapse", step=step, network=measured_part(network), **signs)
 
 
 def _labelled_splits(

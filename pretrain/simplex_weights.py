@@ -21,7 +21,7 @@ import torch
 from scipy.linalg import cho_factor, cho_solve, helmert
 from torch import Tensor
 
-from pretrain.losses import require_finite
+from pretrain.finite import require_finite
 
 Array = npt.NDArray[np.float64]
 
@@ -55,7 +55,8 @@ def ensemble_weights(logits: Tensor, labels: Tensor, *, per_class: bool = False)
         NonFiniteError: the logits hold NaN or Inf.
         ValueError: shapes that do not fit, or a label that is none of the C classes.
     """
-    check_logits("ensemble_weights", logits, labels)
+    # The solver waits for the device anyway, and must not be given NaN.
+    check_logits("ensemble_weights", logits, labels, at_once=True)
     z = logits.detach().to("cpu", torch.float64).numpy()
     y = labels.detach().cpu().numpy()
     if not (y.min() >= 0 and y.max() < z.shape[2]):
@@ -68,8 +69,12 @@ def ensemble_weights(logits: Tensor, labels: Tensor, *, per_class: bool = False)
     )
 
 
-def check_logits(term: str, logits: Tensor, labels: Tensor | None = None) -> None:
+def check_logits(
+    term: str, logits: Tensor, labels: Tensor | None = None, *, at_once: bool = False
+) -> None:
     """Refuse logits that are no non-empty (M, B, C) or not finite, and labels that are not (B,).
+
+    ``at_once`` is that of `require_finite`.
 
     Raises:
         NonFiniteError: names the term and the network.
@@ -81,7 +86,7 @@ def check_logits(term: str, logits: Tensor, labels: Tensor | None = None) -> Non
         raise ValueError(
             f"labels must be (B,) with B of logits {tuple(logits.shape)}, got {tuple(labels.shape)}"
         )
-    require_finite(term, "logits", logits)
+    require_finite(term, "logits", logits, at_once=at_once)
 
 
 class _Point(NamedTuple):

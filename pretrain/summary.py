@@ -7,6 +7,16 @@ from rich.table import Table
 
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.score_names import (
+    ENSEMBLE,
+    KNN_K,
+    KNN_TEMPERATURE,
+    KNN_TEST_IMAGES,
+    KNN_TOP1,
+    PIXELS,
+    parse_score_name,
+    score_name,
+)
 
 
 def print_summary(
@@ -39,21 +49,23 @@ def _accuracies(dataset: str, accuracies: Mapping[str, ClassificationScores]) ->
 
 
 def _knn(run: RunDirectory, dataset: str) -> Table | None:
-    rows = [row for row in run.metric_rows() if "ensemble/knn_top1" in row]
+    rows = [row for row in run.metric_rows() if score_name(ENSEMBLE, KNN_TOP1) in row]
     if not rows:
         return None
     first, last = rows[0], rows[-1]
     table = Table(
         title=f"kNN top-1 (%) on {dataset}",
-        caption=f"k {last['knn/k']}, temperature {last['knn/temperature']}, "
-        f"n {last['knn/test_images']:,}",
+        caption=f"k {last[KNN_K]}, temperature {last[KNN_TEMPERATURE]}, "
+        f"n {last[KNN_TEST_IMAGES]:,}",
     )
     table.add_column("features of")
     table.add_column("untrained", justify="right")
     table.add_column(f"epoch {last['epoch']:.0f}", justify="right")
-    if "pixels/knn_top1" in first:
-        table.add_row("raw pixels", f"{first['pixels/knn_top1']:.2f}", "")
-    for key in (key for key in last if key.endswith("/knn_top1")):
-        name = key.removesuffix("/knn_top1").replace("net/", "network ")
-        table.add_row(name, f"{first[key]:.2f}", f"{last[key]:.2f}")
+    if (pixels := score_name(PIXELS, KNN_TOP1)) in first:
+        table.add_row("raw pixels", f"{first[pixels]:.2f}", "")
+    names = {key: name for key in last if (name := parse_score_name(key))}
+    for key, (network, figure) in names.items():
+        if figure == KNN_TOP1:
+            label = network if network in (ENSEMBLE, PIXELS) else f"network {network}"
+            table.add_row(label, f"{first[key]:.2f}", f"{last[key]:.2f}")
     return table

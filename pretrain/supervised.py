@@ -3,6 +3,7 @@
 Dimensions: M networks, B batch, D embedding size, C classes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,13 @@ from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import NUM_NEGATIVES, random_bits
+from peerlearn.data.augment import Augmentation
+from peerlearn.data.datasets import ImageDataset
+from peerlearn.errors import UserError
+from peerlearn.evaluation.classification import ClassificationScores
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.score_names import score_name
+from pretrain.accuracy import AccuracyMonitor
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.distill import (
@@ -22,9 +30,13 @@ from pretrain.distill import (
     ramp,
     vanilla_by_network,
 )
+from pretrain.final_accuracy import TASK, write_final_accuracy
+from pretrain.finite import require_finite
 from pretrain.gates import scale_gradient
-from pretrain.losses import MCLTerms, batch_terms_by_network, require_finite
+from pretrain.losses import MCLTerms, batch_terms_by_network
+from pretrain.method import Method, Watch
 from pretrain.terms import SupervisedTerms
+from pretrain.training_data import TrainingData
 
 # The ensemble's weights that are reported move slowly, by every so many training batches.
 _WEIGHTS_EVERY_STEPS = 10
@@ -32,21 +44,20 @@ _WEIGHTS_MOMENTUM = 0.9
 _FADED_IN = ("cl_ilr", "one", "okddip")
 
 
-class Supervised:
+class Supervised(Method):
     """``L = L_vanilla + L_MCL + L_teaching`` (the paper, Eq. 10), each part as the config asks.
 
     Attributes:
         ensemble_weights: theta of Eq. 9, (M,) or (M, C) float32 on the CPU: a moving average over training batches.
     """
 
-    peers = None
+    views = 1
+    needs_labels = True
 
     def __init__(
         self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
     ) -> None:
-        self.cohort = cohort
-        self.config = config
-        self.ranks = ranks
+        super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
         self._steps_per_epoch = steps_per_epoch
         networks = config.cohort.networks
         classes = cohort.get_parameter("classifiers.0.weight").shape[0]
@@ -54,6 +65,29 @@ class Supervised:
         self.ensemble_weights = torch.full(shape, 1 / networks)
         self._fresh_weights: Tensor | None = None
         self._step = 0
+
+    @classmethod
+    def images_per_class(cls, config: PretrainConfig) -> int | None:
+        """Of a batch, drawn by the class-aware sampler (the paper, section 3.3)."""
+        return config.supervised.images_per_class
+
+    @classmethod
+    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+        """Make sure that every anchor has as many negatives as are to be drawn.
+
+        Raises:
+            UserError: it has not.
+        """
+        asked, m = config.supervised.num_negatives, config.supervised.images_per_class
+        if asked is None or m is None or dataset.labels is None:
+            return
+        classes = len(dataset.labels.unique())
+        largest = m * math.ceil(config.batch_size / m / classes)
+        if asked > config.batch_size - largest:
+            raise UserError(
+                f"supervised.num_negatives {asked}: in a batch of {config.batch_size} images of {classes} classes an "
+                f"anchor may have only {config.batch_size - largest} negatives: lower it, or raise batch_size"
+            )
 
     def begin_step(self, step: int) -> None:
         """Nothing moves but the cohort itself."""
@@ -173,12 +207,32 @@ class Supervised:
         """Restore `state_tensors`."""
         self.ensemble_weights.copy_(state["ensemble"]["weights"])
 
+    def build_monitor(
+        self, data: TrainingData, *, augmentation: Augmentation, image_size: int
+    ) -> Watch:
+        """Accuracy on what is held out or, where nothing is, on the test split."""
+        monitor = AccuracyMonitor(
+            self.config, data, image_size=image_size, device=self.ranks.device
+        )
+        return lambda untrained: monitor.measure(self.cohort, self.ensemble_weights)
+
+    def results(self, training: Any) -> dict[str, ClassificationScores]:
+        """The accuracies of the last epoch, in result files."""
+        return write_final_accuracy(training, self.ensemble_weights)
+
+    @classmethod
+    def lacks_results(cls, run: RunDirectory) -> bool:
+        """Whether there is no result file (any more)."""
+        return not any(run.results.glob(f"{TASK}-*.json"))
+
     def metrics(self) -> dict[str, float]:
         """How the reported ensemble weighs its networks (the mean over classes), and how much teaching counts."""
         row = {}
         if len(self.ensemble_weights) > 1:
             means = self.ensemble_weights.view(len(self.ensemble_weights), -1).mean(1)
-            row = {f"net/{m}/ensemble_weight": weight for m, weight in enumerate(means.tolist())}
+            row = {
+                score_name(m, "ensemble_weight"): weight for m, weight in enumerate(means.tolist())
+            }
         if self.config.supervised.teaching != "none":
             row["teaching_weight"] = self.teaching_weight
         return row

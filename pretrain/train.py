@@ -3,34 +3,34 @@
 import logging
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
+from peerlearn.compute.guards import NonFiniteError, all_finite, gradients
 from peerlearn.compute.schedules import learning_rate
-from peerlearn.counter_random import MODULE_NOISE, random_bits
 from peerlearn.data.loader import ViewBatch
-from peerlearn.runs.progress import Reporter
-from peerlearn.runs.stop import Stop
-from pretrain.accuracy import AccuracyMonitor
 from pretrain.cohort import statistics
-from pretrain.guards import checked_terms, gradient_fault
-from pretrain.metrics import MetricsLog, gradient_norms
+from pretrain.faults import gradient_fault, term_fault, terms_are_finite
+from pretrain.finite import deferred_checks, first_fault
+from pretrain.method import networks_of
 from pretrain.monitor import warn_of_collapse
-from pretrain.state import Training, export, export_last_again, save
-from pretrain.supervised import Supervised
+from pretrain.rows import gradient_norms, loss_row, scores_text
+from pretrain.state import Training, export, export_last_again
 from pretrain.terms import Terms, objective
 
 logger = logging.getLogger(__name__)
 
 
-def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> bool:
-    """Train from ``training.step`` to the end, or to the first step after ``stop`` is requested on any rank.
+def train(attempt: Attempt[Training]) -> bool:
+    """Train from ``training.step`` to the end, or to the first step after a signal has asked any rank to stop.
 
     The order within a step matters:
-        1. views      one global batch, two random views of every image; dropout and the like are
-                      seeded by the step, so that they too continue exactly
+        1. views      one global batch, random views of every image; dropout and the like are seeded by the step, so
+                      that they too continue exactly
         2. momentum   the key networks move, before they encode anything
         3. terms      per micro-batch: queries, keys, the loss terms, backward; the queue stands still
         4. step       gradients are averaged over the ranks; the optimiser, at this step's learning rate
@@ -47,149 +47,143 @@ def train(training: Training, log: MetricsLog, report: Reporter, stop: Stop) -> 
         DivergedError: too many steps in a row had NaN or Inf.
         UserError: a rank is lost, images or the disk fail too often.
     """
-    config, cohort, method = training.config, training.cohort, training.method
-    ranks, guard, precision = training.ranks, training.guard, training.precision
-    optimizer = training.optimizer
-    cohort.train()
+    training = attempt.training
+    training.cohort.train()
+    if training.step == 0:
+        _measure_untrained(attempt)
     if training.step == training.total_steps:
-        ranks.from_main(lambda: export_last_again(training))
+        training.ranks.from_main(lambda: export_last_again(training))
     while training.step < training.total_steps:
         epoch, start_step = divmod(training.step, training.steps_per_epoch)
+        training.unreadable.begin_epoch(epoch)
         for batch in training.loader.epoch(epoch, start_step):  # 1
-            ranks.at_step(training.step)
-            if training.dataset.has_files:
-                training.unreadable.note(
-                    batch.unreadable, epoch=epoch, ranks=ranks, run=training.run
-                )
-            _seed_modules(training)
-            lr = _set_learning_rate(training)
-            guard.remember()
-            method.begin_step(training.step)  # 2
-
-            optimizer.zero_grad(set_to_none=True)
-            parts: list[Terms] = []
-            for part in _micro_batches(batch, config.accumulation_steps):  # 3
-                with precision.autocast():
-                    terms, fault = checked_terms(partial(method.terms, *part))
-                fault = _agreed_fault(training, fault, batch)
-                if fault or terms is None:
-                    break
-                precision.backward(objective(terms, config) / config.accumulation_steps)
-                parts.append(type(terms)(*(term.detach() for term in terms)))
-            else:
-                ranks.average_([p.grad for p in cohort.parameters() if p.grad is not None])
-                precision.unscale(optimizer)
-                if not precision.overflow_is_normal:
-                    fault = _agreed_fault(training, gradient_fault(cohort), batch)
-
-            if fault:
-                precision.leave_out_step()
-                method.drop_step()
-                guard.skip(training.step, fault)
-            else:
-                precision.step(optimizer)  # 4
-                ranks.average_(_statistics(training))
-                method.end_step()  # 5
-                guard.passed()
+            done = train_step(attempt, batch)  # 2 to 5
             training.step += 1
-
-            epoch_ends = training.step % training.steps_per_epoch == 0
-            if epoch_ends or training.step % config.monitor.log_every_steps == 0:  # 6
-                row = {"lr": lr, "skipped_steps": guard.skipped} | method.metrics()
-                if not fault:
-                    row = log.losses(training.step, _mean(parts, ranks), config) | row
-                    row |= gradient_norms(cohort) | precision.metrics()
-                if training.dataset.has_files:
-                    row["unreadable_images"] = training.unreadable.in_epoch
-                if _monitor_due(training):
-                    row |= _measure(training)
-                log.write(training.step, row)
-                if epoch_ends:
-                    report.say(f"{scores_text(row, epoch=epoch + 1)}  {log.text}")
-            report.advance(1, log.text)
-
-            ended = training.step == training.total_steps
-            stopping = ranks.any(stop.requested)
-            if _export_due(training):  # 7
-                ranks.from_main(partial(export, training, must=ended))
-            # Not among skipped steps: such saves would push out the last good one.
-            if (_save_due(training) and not guard.in_a_row) or stopping or ended:  # 8
-                save(training, attempt=log.attempt, must=stopping or ended)
-            if stopping and not ended:
+            _log(attempt, done)  # 6
+            if _epoch_due(training, training.config.checkpoint.export_every_epochs):  # 7
+                ended = training.step == training.total_steps
+                training.ranks.from_main(partial(export, training, must=ended))
+            if attempt.save_if_due():  # 8
                 return False
     return True
 
 
-def measure_untrained(training: Training, log: MetricsLog, report: Reporter) -> None:
+class StepDone(NamedTuple):
+    """What is to be told of a step.
+
+    Attributes:
+        lr: learning rate of the step.
+        terms: terms of each micro-batch, (M,) vectors without gradient.
+        skipped: whether the step was left out.
+    """
+
+    lr: float
+    terms: list[Terms]
+    skipped: bool
+
+
+def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
+    """One optimiser step, 2 to 5 of `train`'s order, on this rank's part of a batch.
+
+    The host waits for the device once, where the ranks agree whether the step can be trusted. (Beside that fp16 looks
+    at its own flag, and the ensemble weights of supervised training are solved on the host.)
+
+    Raises:
+        DivergedError: too many steps in a row had NaN or Inf.
+        UserError: a rank is lost, or too many images cannot be read.
+    """
+    training = attempt.training
+    config, cohort, method = training.config, training.cohort, training.method
+    ranks, precision, optimizer = training.ranks, training.precision, training.optimizer
+    attempt.begin_step()
+    lr = _set_learning_rate(training)
+    method.begin_step(training.step)  # 2
+
+    optimizer.zero_grad(set_to_none=True)
+    parts: list[Terms] = []
+    refused = None
+    with deferred_checks() as checks:
+        try:
+            for part in _micro_batches(batch, config.accumulation_steps):  # 3
+                with precision.autocast():
+                    terms = method.terms(*part)
+                precision.backward(objective(terms, config) / config.accumulation_steps)
+                parts.append(type(terms)(*(term.detach() for term in terms)))
+        except NonFiniteError as error:
+            # Of what every rank computes alike: none of them waits for another in backward.
+            refused = str(error)
+    own = gradients(cohort.parameters())
+    ranks.average_(own)
+    bad_terms = ~terms_are_finite(checks, parts) if refused is None else _flag(True, ranks)
+    bad_gradients = ~all_finite(own).to(ranks.device) & precision.overflow_is_a_fault()
+    term_is_bad, gradient_is_bad, unreadable = attempt.agree(
+        torch.stack([bad_terms, bad_gradients]), bool(batch.unreadable)
+    )
+    if unreadable:
+        training.unreadable.note(batch.unreadable, ranks=ranks, run=training.run)
+
+    if term_is_bad or gradient_is_bad:
+        own_fault = first_fault(checks) or refused or term_fault(parts)
+        fault = own_fault if term_is_bad else gradient_fault(cohort)
+        method.drop_step()
+        attempt.skip(fault, images=batch.index.tolist())
+        return StepDone(lr, parts, skipped=True)
+    precision.unscale(optimizer)
+    precision.step(optimizer)  # 4
+    ranks.average_([tensor for each in networks_of(method) for tensor in statistics(each)])
+    method.end_step()  # 5
+    training.guard.passed()
+    return StepDone(lr, parts, skipped=False)
+
+
+def _flag(value: bool, ranks: Ranks) -> Tensor:
+    return torch.full((), value, device=ranks.device)
+
+
+def _log(attempt: Attempt[Training], done: StepDone) -> None:
+    """The row of the step just done, where one is due."""
+    training, log, report = attempt.training, attempt.log, attempt.report
+    monitor = training.config.monitor
+    epoch_ends = training.step % training.steps_per_epoch == 0
+    if epoch_ends or training.step % monitor.log_every_steps == 0:
+        row = {"lr": done.lr, "skipped_steps": training.guard.skipped} | training.method.metrics()
+        if not done.skipped:
+            losses = loss_row(_mean(done.terms, training.ranks), training.config)
+            rate = log.images_per_second(training.step, training.config.batch_size)
+            row = {"loss": losses.pop("loss"), "images_per_second": rate, **losses} | row
+            row |= gradient_norms(training.cohort) | training.precision.metrics()
+        if training.dataset.has_files:
+            row["unreadable_images"] = training.unreadable.in_epoch
+        if _epoch_due(training, monitor.every_epochs):
+            row |= _measure(training, untrained=False)
+        log.write(training.step, row)
+        if epoch_ends:
+            epoch = training.step // training.steps_per_epoch
+            report.say(f"{scores_text(row, epoch=epoch)}  {log.text}")
+    report.advance(1, log.text)
+
+
+def _measure_untrained(attempt: Attempt[Training]) -> None:
     """The row of step 0: what random networks and raw pixels score."""
+    training = attempt.training
     if not training.config.monitor.every_epochs:
         return
-    row = _measure(training, pixels=True)
-    log.write(training.step, row)
-    report.say(scores_text(row, epoch=0))
+    row = _measure(training, untrained=True)
+    attempt.log.write(training.step, row)
+    attempt.report.say(scores_text(row, epoch=0))
 
 
-def _measure(training: Training, *, pixels: bool = False) -> dict[str, float]:
+def _measure(training: Training, *, untrained: bool) -> dict[str, float]:
     """What the monitor sees, measured by the main rank and told to all."""
 
     def measure() -> dict[str, float]:
-        monitor, method = training.monitor, training.method
-        if isinstance(monitor, AccuracyMonitor):
-            assert isinstance(method, Supervised)
-            return monitor.measure(training.cohort, method.ensemble_weights)
-        assert monitor is not None
-        row = monitor.measure(training.cohort, method.peers)
-        if pixels and (top1 := monitor.pixels_top1()) is not None:
-            row["pixels/knn_top1"] = top1
-        return row
+        assert training.watch is not None
+        return training.watch(untrained)
 
     row = training.ranks.from_main(measure)
     if training.ranks.main:
         warn_of_collapse(training.run, training.step, row)
     return row
-
-
-def _agreed_fault(training: Training, fault: str | None, batch: ViewBatch) -> str | None:
-    """What is wrong on any rank, or None; the event names the images of those ranks."""
-    ranks = training.ranks
-    if not ranks.any(fault is not None):
-        return None
-    found = ranks.collect(fault and {"reason": fault, "images": batch.index.tolist()})
-    faults = {rank: item for rank, item in enumerate(found) if item}
-    reason = "; ".join(f"rank {rank}: {item['reason']}" for rank, item in faults.items())
-    if ranks.main:
-        logger.warning("step %d is skipped: %s", training.step, reason)
-        training.run.event(
-            "step_skipped",
-            step=training.step,
-            epoch=training.step // training.steps_per_epoch,
-            batch=training.step % training.steps_per_epoch,
-            reason=reason,
-            images=[index for item in faults.values() for index in item["images"]],
-        )
-    return reason
-
-
-def _statistics(training: Training) -> list[Tensor]:
-    """Every batch-norm statistic of the query and the key networks, which each rank has moved by its own batch."""
-    peers = training.method.peers
-    return statistics(training.cohort) + (statistics(peers) if peers else [])
-
-
-def scores_text(row: dict[str, float], *, epoch: int) -> str:
-    """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1."""
-    found = {key.rpartition("/"): value for key, value in row.items() if key.endswith("_top1")}
-    if not found:
-        return f"epoch {epoch}"
-    kind = next(iter(found))[2].removesuffix("_top1").replace("knn", "kNN")
-    scores = "  ".join(f"{network} {value:.2f}" for (network, _, _), value in found.items())
-    return f"epoch {epoch}  {kind} top-1 %: {scores}"
-
-
-def _seed_modules(training: Training) -> None:
-    """Seed torch's own generators, which dropout and stochastic depth draw from, by the step."""
-    rank = training.ranks.rank
-    torch.manual_seed(int(random_bits(MODULE_NOISE, training.config.seed, training.step, rank)))
 
 
 def _set_learning_rate(training: Training) -> float:
@@ -229,16 +223,3 @@ def _epoch_due(training: Training, every_epochs: int) -> bool:
         return False
     epochs, rest = divmod(training.step, training.steps_per_epoch)
     return rest == 0 and (epochs % every_epochs == 0 or epochs == training.config.epochs)
-
-
-def _monitor_due(training: Training) -> bool:
-    return _epoch_due(training, training.config.monitor.every_epochs)
-
-
-def _export_due(training: Training) -> bool:
-    return _epoch_due(training, training.config.checkpoint.export_every_epochs)
-
-
-def _save_due(training: Training) -> bool:
-    every_steps = training.config.checkpoint.every_steps or training.steps_per_epoch
-    return training.step % every_steps == 0

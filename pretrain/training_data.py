@@ -31,16 +31,16 @@ class TrainingData(NamedTuple):
     test: ImageDataset | None = None
 
 
-def load_training_data(config: PretrainConfig, ranks: Ranks) -> TrainingData:
+def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bool) -> TrainingData:
     """The dataset of the config, or its fallback with a line that says so, without what is held out.
 
     Raises:
         UserError: neither can be had; or labels, a test split or images to hold out are asked for and missing.
     """
     train, root = _load(config.data, ranks)
-    supervised, settings = config.method == "supervised", config.data
+    settings = config.data
     for key, asked in (
-        ("method supervised", supervised),
+        (f"method {config.method}", needs_labels),
         ("data.validation_percent", settings.validation_percent > 0),
         ("data.shots", settings.shots is not None),
     ):
@@ -50,7 +50,7 @@ def load_training_data(config: PretrainConfig, ranks: Ranks) -> TrainingData:
                 "data.name or data.split"
             )
     # Read before anything is trained: the end of the run needs it.
-    test = load_dataset(train.name, "test", root=root) if supervised else None
+    test = load_dataset(train.name, "test", root=root) if needs_labels else None
     if test is not None and not _labelled(test):
         raise UserError(f"{test.name} test has no labels to measure accuracy by")
     validation = None

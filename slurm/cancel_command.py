@@ -1,21 +1,20 @@
 """`peerlearn cancel`: end the jobs of runs."""
 
 import contextlib
+import importlib
 import os
 import signal
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.errors import UserError
-from peerlearn.runs.directory import now_text
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, UserError
+from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, call
-from slurm.find_runs import find_runs
 from slurm.jobs import JobKey, Record, job_key, records_of, states_of
-from slurm.status import CANCELLED_FILE
-from studies.ledger import PIPELINE, Ledger
+from slurm.status import CANCELLED_FILE, find_runs
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,19 +51,14 @@ def main(argv: Sequence[str]) -> int:
     for run in runs:
         if run not in ended:
             print(f"{run}: nothing to cancel: {_why_nothing(run)}")
-    return 0
+    return DONE
 
 
 def _pipeline_jobs(words: Sequence[Path], known: Container[JobKey]) -> list[tuple[Path, Record]]:
     """The jobs of pipelines that are no run's: those that watch and sum up."""
     folders = [folder for word in words for folder in (word, *word.glob("*"), *word.glob("*/*"))]
-    jobs = [
-        (folder, {**entry.job, "verb": entry.key.split()[0]})
-        for folder in folders
-        if (folder / "pipeline.yaml").is_file()
-        for entry in Ledger(folder / PIPELINE).entries().values()
-        if entry.job is not None and entry.kind is None
-    ]
+    # By name, as the CLI finds verbs: nothing here stands on `studies`.
+    jobs = importlib.import_module("studies.ledger").jobs_without_a_run(folders)
     return [(folder, record) for folder, record in jobs if job_key(record) not in known]
 
 

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from peerlearn.cli import SAVED_RUN_AGAIN
-from peerlearn.errors import UserError
-from peerlearn.runs.directory import write_text
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
+from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, read_submission
@@ -182,7 +181,7 @@ class _Process:
         }
         if place.num_tasks > 1:
             variables |= self._rendezvous()
-        traces = self.submission.folder / "outcomes" / f"nccl-{self.task}-{self.restart}-rank-"
+        traces = self.submission.outcomes / f"nccl-{self.task}-{self.restart}-rank-"
         defaults = {
             "OMP_NUM_THREADS": str(self.submission.config.cpus_per_task),
             # NCCL's flight recorder: at a timeout the last collectives of every rank are written beside the outcomes.
@@ -196,7 +195,7 @@ class _Process:
         """Where the processes meet: rank 0 finds a free port and tells the others by a file."""
         place = self.place
         name = f"rendezvous-{place.job_id}-{self.restart}.json"
-        file = self.submission.folder / "outcomes" / name
+        file = self.submission.outcomes / name
         if place.global_rank == 0:
             address = os.environ.get("MASTER_ADDR") or socket.gethostname()
             found = {
@@ -223,7 +222,7 @@ class _Process:
         if self.run_directory and attempt > attempt_before:
             step = read_step(self.run_directory.logs(attempt))
             events = [e for e in self.run_directory.events() if e.get("attempt") == attempt]
-        if code == 0:
+        if code == DONE:
             return Outcome(kind="done", code=code, reason="done", step=step)
         if code in (SAVED_RUN_AGAIN, -signal.SIGUSR2):
             # Not yet able to save, it had nothing to save.

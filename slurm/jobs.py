@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
+from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.heartbeat import process_exists, process_started_at
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, job_states
@@ -61,7 +62,7 @@ def records_of(run: Path) -> list[Record]:
 def submission_of(run: Path, record: Record) -> Path:
     """The submission of a job, which moves with its run."""
     folder = Path(record["folder"])
-    return folder if folder.is_dir() else run / "slurm" / folder.name
+    return folder if folder.is_dir() else RunDirectory(run).jobs / folder.name
 
 
 class JobWatch:

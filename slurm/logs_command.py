@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.errors import UserError
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, UserError
 from peerlearn.runs.directory import RunDirectory
-from slurm.find_runs import find_runs, is_run
+from peerlearn.runs.files import numbered_files
 from slurm.jobs import JobWatch, Record, records_of, submission_of
-from slurm.status import RunStatus, read_statuses
+from slurm.status import RunStatus, find_runs, is_run, read_statuses
 from slurm.submission import TRAINING_VERBS
 
 _POLL_SECONDS = 0.5
@@ -31,14 +31,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.follow:
         with contextlib.suppress(KeyboardInterrupt):
             _follow(run, arguments.rank, arguments.attempt)
-        return 0
+        return DONE
     files = _log_files(run, arguments.rank, arguments.attempt)
     if not files:
         raise UserError(_nothing_yet(run))
     printer = _Printer()
     for file in files:
         printer.print_new(file)
-    return 0
+    return DONE
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -139,11 +139,11 @@ def _log_files(run: Path, rank: int, attempt: int | None, *, wait: bool = False)
         there = f"1 to {newest}" if newest else "none yet"
         raise UserError(f"{run}: no attempt {attempt}; there is {there}")
     folder = directory.logs(attempt or newest)
-    logs = _by_rank(folder, "rank-", ".log")
+    logs = directory.rank_logs(attempt or newest)
     files = [_of_rank(logs, rank, folder, wait=wait)] if logs else []
     if attempt is None and (job := _job_to_come(directory)):
         folder = submission_of(run, job)
-        if printed := _by_rank(folder, f"{job['job']}_", "_log.out"):
+        if printed := numbered_files(folder, f"{job['job']}_", "_log.out"):
             files.append(_of_rank(printed, rank, folder, wait=wait))
     return [file for file in files if file is not None]
 
@@ -164,15 +164,6 @@ def _job_to_come(directory: RunDirectory) -> Record | None:
     if not training or (started and started[-1] >= str(training[-1].get("time", ""))):
         return None
     return training[-1]
-
-
-def _by_rank(folder: Path, before: str, after: str) -> dict[int, Path]:
-    """The files of a folder that are named by ranks."""
-    files = {
-        file.name.removeprefix(before).removesuffix(after): file
-        for file in folder.glob(f"{before}*{after}")
-    }
-    return {int(rank): file for rank, file in files.items() if rank.isdecimal()}
 
 
 def _nothing_yet(run: Path) -> str:

@@ -7,6 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peerlearn.runs.score_names import (
+    ENSEMBLE,
+    KNN_K,
+    KNN_TEMPERATURE,
+    KNN_TOP1,
+    TOP1,
+    measured_part,
+    score_name,
+)
+
 _RATE_ROWS = 5
 _WINDOW_ROWS = 200
 _BLOCK_BYTES = 1 << 18
@@ -39,7 +49,7 @@ def read_tail(file: Path) -> MetricsTail:
     rows: list[Row] = []
     scores = _UNSCORED
     for line in _lines_backwards(file):
-        scored = scores is _UNSCORED and b"_top1" in line
+        scored = scores is _UNSCORED and TOP1.encode() in line
         if len(rows) >= _WINDOW_ROWS and not scored:
             if scores is not _UNSCORED:
                 break
@@ -85,21 +95,21 @@ def _pace(rows: Sequence[Row]) -> float | None:
 
 def _scores(row: Row) -> dict[str, Any]:
     """The ensemble's accuracy, or a single network's: by kNN, or of a supervised run's classifiers."""
-    for network in ("ensemble", "net/0"):
+    for network in (ENSEMBLE, "0"):
         epoch = number(row.get("epoch"))
-        if (score := number(row.get(f"{network}/knn_top1"))) is not None:
+        if (score := number(row.get(score_name(network, KNN_TOP1)))) is not None:
             return _UNSCORED | {
                 "knn_top1": score,
-                "knn_network": network,
+                "knn_network": measured_part(network),
                 "knn_epoch": epoch,
-                "knn_k": integer(row.get("knn/k")),
-                "knn_temperature": number(row.get("knn/temperature")),
+                "knn_k": integer(row.get(KNN_K)),
+                "knn_temperature": number(row.get(KNN_TEMPERATURE)),
             }
         for split in ("test", "validation"):
-            if (score := number(row.get(f"{network}/{split}_top1"))) is not None:
+            if (score := number(row.get(score_name(network, split + TOP1)))) is not None:
                 return _UNSCORED | {
                     "classifier_top1": score,
-                    "classifier_network": network,
+                    "classifier_network": measured_part(network),
                     "classifier_epoch": epoch,
                     "classifier_split": split,
                 }

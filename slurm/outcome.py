@@ -5,14 +5,19 @@ FOLDER/outcomes-TASK.jsonl                one line for each start, with the deci
 """
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peerlearn.cli import DONE, SAVED_RUN_AGAIN
-from peerlearn.runs.directory import now_text, write_text
-from peerlearn.runs.files import append_json_line, read_json_lines
+from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN
+from peerlearn.runs.environment import now_text
+from peerlearn.runs.files import append_json_line, read_json_lines, write_text
+from slurm.jobs import job_key, states_of
+from slurm.submission import OUTCOMES_FOLDER, Submission, local_identity
 
+_POLL_SECONDS = 2.0
 # done; saved, and to go on; crashed, which another start may not do; failed, by what the user must mend.
 Kind = Literal["done", "saved", "crashed", "failed"]
 Decision = Literal["done", "requeue", "failed"]
@@ -39,14 +44,14 @@ class Outcome:
 
 def write_outcome(folder: Path, *, task: int, restart: int, rank: int, outcome: Outcome) -> None:
     """Leave it for the end of the batch script."""
-    file = folder / "outcomes" / f"{task}-{restart}-{rank}.json"
+    file = folder / OUTCOMES_FOLDER / f"{task}-{restart}-{rank}.json"
     write_text(file, json.dumps(asdict(outcome)) + "\n")
 
 
 def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome]:
     """What the processes of one start have left, by rank."""
     found = {}
-    for file in (folder / "outcomes").glob(f"{task}-{restart}-*.json"):
+    for file in (folder / OUTCOMES_FOLDER).glob(f"{task}-{restart}-*.json"):
         found[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
     return found
 
@@ -108,8 +113,8 @@ def whole_outcome(outcomes: dict[int, Outcome], *, code: int, processes: int) ->
             step=step,
         )
 
-    if code == 0:
-        return Outcome(kind="done", code=0, reason="done", step=step)
+    if code == DONE:
+        return Outcome(kind="done", code=DONE, reason="done", step=step)
     # A save is one of all processes: whoever tells of it speaks for all.
     known = first("saved") or first("crashed") or first("failed")
     if known:
@@ -171,3 +176,50 @@ def _trailing(earlier: list[dict[str, Any]], *, step: int | None) -> int:
 
 def _step(step: int | None) -> str:
     return "start-up" if step is None else f"step {step}"
+
+
+def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
+    """Wait for all of them, and say how each ended.
+
+    Returns:
+        0 if all have done what they were to do, 75 if some are saved and to be resumed, else 1.
+    """
+    executor = submission.config.executor
+    waiting = {job: {"job": job, "executor": executor, **_identity(job, executor)} for job in jobs}
+    codes: list[int] = []
+    said: dict[str, str] = {}
+    while waiting:
+        states = states_of(waiting.values())
+        for job, record in list(waiting.items()):
+            state = states.get(job_key(record))
+            if state is not None and state.live:
+                if said.get(job) != state.text:
+                    print(f"job {job}: {state.text}", flush=True)
+                said[job] = state.text
+                continue
+            del waiting[job]
+            outcome = outcome_of(submission, jobs.index(job), state.state if state else "gone")
+            print(f"job {job}: {outcome.kind} ({outcome.reason})", flush=True)
+            codes.append({"done": DONE, "saved": SAVED_RUN_AGAIN}.get(outcome.kind, FAILURE))
+        if waiting:
+            time.sleep(_POLL_SECONDS)
+    return max(codes, key=lambda code: (code == FAILURE, code))
+
+
+def _identity(job: str, executor: str) -> dict[str, Any]:
+    return local_identity(int(job)) if executor == "local" else {}
+
+
+def outcome_of(submission: Submission, task: int, state: str) -> Outcome:
+    """How a job that is no more has ended, by what it left; else by Slurm's word."""
+    if submission.config.executor == "slurm":
+        history = read_history(submission.folder, task)
+        last = history[-1] if history else None
+        if last and last["decision"] != "requeue":
+            kind: Kind = "done" if last["decision"] == "done" else "failed"
+            return Outcome(kind=kind, code=DONE, reason=last["reason"], step=last["step"])
+        return Outcome(kind="failed", code=FAILURE, reason=state)
+    found = read_outcomes(submission.folder, task=task, restart=0)
+    processes = submission.config.tasks_per_node
+    done = len(found) == processes and not any(outcome.code for outcome in found.values())
+    return whole_outcome(found, code=DONE if done else FAILURE, processes=processes)

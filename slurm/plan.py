@@ -12,8 +12,8 @@ import yaml
 
 from peerlearn.cli import VERBS, dispatch
 from peerlearn.config import nearest
-from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import RunDirectory, default_run
+from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory, default_run
 from slurm.submission import Task
 
 _NOT_AS_JOBS = ("submit", "status", "cancel", "logs", "pipeline")
@@ -67,7 +67,7 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
     runs = [str(task.run) for task in tasks if task.trains]
     if len(set(runs)) < len(runs):
         raise UsageError(f"sweep: two of its runs have the same name: {sorted(runs)}")
-    return (root / "slurm" if root else _home(tasks[0])), tasks
+    return (root / JOBS_FOLDER if root else _home(tasks[0])), tasks
 
 
 def _runs_of_sweep(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[Task]]:
@@ -80,7 +80,7 @@ def _runs_of_sweep(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, li
     tasks = [_task(command) for command in found["commands"]]
     if not tasks:
         raise UserError(f"{found['folder']}: all its runs are done: add --table, without submit")
-    return Path(found["folder"]) / "slurm", tasks
+    return Path(found["folder"]) / JOBS_FOLDER, tasks
 
 
 def _values(word: str) -> list[tuple[str, str]]:
@@ -111,7 +111,7 @@ def _sweep_root(words: Sequence[str]) -> Path | None:
 def _task(words: list[str]) -> Task:
     verb = words[0]
     if verb == "resume":
-        if len(words) > 1 and (Path(words[1]) / "pipeline.yaml").is_file():
+        if len(words) > 1 and (Path(words[1]) / PIPELINE_FILE).is_file():
             raise UsageError(
                 f"{words[1]} is a pipeline, which submits its jobs itself: `peerlearn resume {words[1]}`"
             )
@@ -136,7 +136,7 @@ def _printed(words: list[str]) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         code = dispatch(words)
-    if code != 0:
+    if code != DONE:
         raise UserError(f"`peerlearn {' '.join(words)}` ends with {code}")
     return printed.getvalue()
 
@@ -147,10 +147,11 @@ def _run_of(checkpoint: str | list[str] | None) -> str | None:
     if first is None:
         return None
     for folder in (Path(first), *Path(first).parents):
-        if (folder / "config.yaml").is_file() and (folder / "logs").is_dir():
+        run = RunDirectory(folder)
+        if run.begun and run.attempts.is_dir():
             return str(folder)
     return None
 
 
 def _home(task: Task) -> Path:
-    return Path(task.run or "runs") / "slurm"
+    return Path(task.run or "runs") / JOBS_FOLDER

@@ -1,28 +1,38 @@
-"""What is known of runs: from their own files, and from Slurm where it answers. Nothing is written."""
+"""Which runs a command line means, and what is known of them: from their own files, and from Slurm where it answers.
+
+Nothing is written.
+"""
 
 import contextlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from peerlearn.runs.directory import RunDirectory
+from peerlearn.errors import UserError
+from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory
 from peerlearn.runs.files import read_json_lines
-from peerlearn.runs.heartbeat import INTERVAL_SECONDS, Beat, read_beat, read_step
+from peerlearn.runs.heartbeat import INTERVAL_SECONDS, Beat, read_beats, read_step
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState
 from slurm.jobs import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.metrics_tail import MetricsTail, integer, number, read_tail
-from slurm.outcome import Outcome
-from slurm.submission import TRAINING_VERBS, read_submission
-from slurm.wait import outcome_of
+from slurm.outcome import Outcome, outcome_of
+from slurm.submission import (
+    JOBS_FILE,
+    OUTCOMES_FOLDER,
+    TRAINING_VERBS,
+    job_numbers,
+    read_submission,
+)
 
 # What `peerlearn cancel` has ended: {"job", "time"}. Slurm keeps no memory of it without accounting, and of an array's
 # task that was still waiting not even then.
-CANCELLED_FILE = Path("slurm") / "cancelled.jsonl"
+CANCELLED_FILE = Path(JOBS_FOLDER) / "cancelled.jsonl"
 
+# A run lies so deep below a folder that is named for it, at most.
+_LEVELS = 2
 _FRESH_BEAT_SECONDS = 4 * INTERVAL_SECONDS
 # Those that tell how a start began or ended.
 _EVENTS = ("started", "stopped", "done", "failed", "requeued", "job_failed")
@@ -111,7 +121,7 @@ def read_status(
         states: of those jobs that somebody knows of.
     """
     history = _read_history(run, records)
-    metrics = read_tail(run / "metrics.jsonl")
+    metrics = read_tail(RunDirectory(run).metrics)
     job = history.newest_job(states)
     state, reason, live = _state(history, job, states.get(job_key(job)) if job else None)
     if state == "failed" and job is not None and _is_newer(job, history.started):
@@ -211,13 +221,10 @@ def _read_history(run: Path, records: Sequence[Record]) -> _History:
 
 
 def _read_beats(folder: Path) -> list[Beat]:
-    names = (file.name.split(".")[0] for file in folder.glob("rank-*.heartbeat.json"))
-    ranks = [int(name.removeprefix("rank-")) for name in names if name[5:].isdecimal()]
-    beats = [read_beat(folder, rank) for rank in ranks]
     return [
         beat
-        for beat in beats
-        if beat and number(beat.time_seconds) is not None and integer(beat.pid) is not None
+        for beat in read_beats(folder)
+        if number(beat.time_seconds) is not None and integer(beat.pid) is not None
     ]
 
 
@@ -278,7 +285,7 @@ def _dead(history: _History, job: Record | None) -> tuple[str, str | None, bool]
     outcome = _local_outcome(job, history) if job else None
     if outcome is not None and outcome.kind in ("crashed", "failed"):
         return "failed", outcome.reason, False
-    if job is not None and not (history.run / "config.yaml").is_file():
+    if job is not None and not RunDirectory(history.run).begun:
         return "dead", f"job {job['job']} is gone, and the run never began", False
     since = max((beat.time_seconds for beat in history.beats), default=None)
     if since is None:
@@ -296,7 +303,7 @@ class _Mark(NamedTuple):
 
 
 def _read_mark(run: Path) -> _Mark | None:
-    done, failed = run / "DONE", run / "FAILED"
+    done, failed = RunDirectory(run).done_mark, RunDirectory(run).failed_mark
     with contextlib.suppress(OSError):
         return _Mark("done", None, done.stat().st_mtime)
     with contextlib.suppress(OSError):
@@ -319,7 +326,7 @@ def _outcome(run: Path, job: Record) -> Outcome | None:
     """How a job ended, by what its submission holds; None if that does not tell."""
     folder = submission_of(run, job)
     try:
-        task = json.loads((folder / "jobs.json").read_text()).index(job["job"])
+        task = job_numbers(folder).index(job["job"])
         return outcome_of(read_submission(folder), task, "")
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
@@ -329,7 +336,7 @@ def _local_outcome(job: Record, history: _History) -> Outcome | None:
     """How a job of this machine ended, if it says so and the run has not been started since."""
     if job["executor"] == "slurm":
         return None
-    files = (submission_of(history.run, job) / "outcomes").glob("*-0-*.json")
+    files = (submission_of(history.run, job) / OUTCOMES_FOLDER).glob("*-0-*.json")
     written = max((file.stat().st_mtime for file in files), default=None)
     if written is None or any(beat.time_seconds > written for beat in history.beats):
         return None
@@ -360,3 +367,37 @@ def _time_of(text: object) -> float:
 def _printable(line: str) -> str:
     """Without what would move the cursor of a terminal."""
     return "".join(character if character.isprintable() else " " for character in line)
+
+
+def find_runs(words: Sequence[Path]) -> list[Path]:
+    """The runs named, and those of folders named: a sweep, a pipeline, `runs`.
+
+    Raises:
+        UserError: a folder is not there, or none of them holds a run.
+    """
+    for word in words:
+        if not word.exists():
+            raise UserError(f"{word} is not there: name run directories, or a folder that has some")
+    found = [run for word in words for run in _runs_below(word, _LEVELS)]
+    if not found:
+        raise UserError(f"no run in {', '.join(map(str, words))}: name run directories")
+    return list({run.absolute(): run for run in found}.values())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run, or has been submitted to become one."""
+    return RunDirectory(folder).begun or (folder / JOBS_FILE).is_file()
+
+
+def _runs_below(folder: Path, levels: int) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+        return
+    if (folder / PIPELINE_FILE).is_file():
+        levels = _LEVELS
+    if levels == 0 or not folder.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _runs_below(path, levels - 1)

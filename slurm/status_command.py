@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.errors import UsageError
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, UsageError
 from peerlearn.runs.progress import time_text
-from slurm.find_runs import find_runs
 from slurm.jobs import JobWatch
-from slurm.status import RunStatus, read_statuses
+from slurm.status import RunStatus, find_runs, read_statuses
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -31,17 +30,17 @@ def main(argv: Sequence[str]) -> int:
     show = _show_json if arguments.json else _show_table
     if not arguments.follow:
         show(read_statuses(find_runs(words), JobWatch()))
-        return 0
+        return DONE
     with contextlib.suppress(KeyboardInterrupt):
         snapshots = _snapshots(words, arguments.interval_seconds)
         if not arguments.json and _console().is_terminal:
             _follow_live(snapshots)
-            return 0
+            return DONE
         for number, statuses in enumerate(snapshots):
             if number and not arguments.json:
                 print()
             show(statuses)
-    return 0
+    return DONE
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

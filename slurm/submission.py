@@ -23,18 +23,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peerlearn import PACKAGES
+from peerlearn import HOME, PACKAGES
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import RunDirectory, now_text, write_text
-from peerlearn.runs.files import append_json_line, read_json_lines
+from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
+from peerlearn.runs.environment import now_text
+from peerlearn.runs.files import append_json_line, read_json_lines, write_text
 from peerlearn.runs.heartbeat import process_started_at
 from slurm.config import SubmitConfig
 
 # Verbs whose jobs own the run directory; those of others only look at it.
 TRAINING_VERBS = ("pretrain", "resume")
-JOBS_FILE = Path("slurm") / "jobs.jsonl"
+JOBS_FILE = Path(JOBS_FOLDER) / "jobs.jsonl"
+OUTCOMES_FOLDER = "outcomes"
+_SUBMISSION_FILE = "submission.json"
+_NUMBERS_FILE = "jobs.json"
 _LOCK_SECONDS = 120.0
-_HOME = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,11 @@ class Submission:
     def code(self) -> Path:
         """The copy of the program."""
         return self.folder / "code"
+
+    @property
+    def outcomes(self) -> Path:
+        """How each start of its jobs ended, and what its processes tell each other."""
+        return self.folder / OUTCOMES_FOLDER
 
     def config_file(self, task: int) -> Path:
         """The config that a task's command is pointed to."""
@@ -174,7 +182,7 @@ def remove_submission(submission: Submission) -> None:
 
 def read_submission(folder: Path) -> Submission:
     """What `create_submission` wrote."""
-    content = json.loads((folder / "submission.json").read_text())
+    content = json.loads((folder / _SUBMISSION_FILE).read_text())
     return Submission(
         folder=folder,
         tasks=[Task(**task) for task in content["tasks"]],
@@ -185,7 +193,7 @@ def read_submission(folder: Path) -> Submission:
 
 def record_jobs(submission: Submission, jobs: list[str]) -> None:
     """Note the job of each task in the submission, and in the run it works on."""
-    write_text(submission.folder / "jobs.json", json.dumps(jobs) + "\n")
+    write_text(submission.folder / _NUMBERS_FILE, json.dumps(jobs) + "\n")
     for task, job in zip(submission.tasks, jobs, strict=True):
         if task.run is None:
             continue
@@ -201,6 +209,19 @@ def record_jobs(submission: Submission, jobs: list[str]) -> None:
         file = Path(task.run) / JOBS_FILE
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         append_json_line(file, record)
+
+
+def job_numbers(folder: Path) -> list[str]:
+    """The job of each task of a submission.
+
+    Raises:
+        OSError: nothing has been noted, or it cannot be read.
+        ValueError: it is not what `record_jobs` wrote.
+    """
+    numbers = json.loads((folder / _NUMBERS_FILE).read_text())
+    if not isinstance(numbers, list):
+        raise ValueError(f"{folder / _NUMBERS_FILE} holds no list")
+    return list(map(str, numbers))
 
 
 def local_identity(pid: int) -> dict[str, Any]:
@@ -237,7 +258,7 @@ def _copy_code(target: Path) -> None:
     try:
         for package in PACKAGES:
             shutil.copytree(
-                _HOME / package, target / package, ignore=shutil.ignore_patterns("__pycache__")
+                HOME / package, target / package, ignore=shutil.ignore_patterns("__pycache__")
             )
     except shutil.Error as error:
         # A list of (source, target, reason).
@@ -247,7 +268,7 @@ def _copy_code(target: Path) -> None:
 
 def _write(submission: Submission) -> None:
     submission.config_file(0).parent.mkdir()
-    (submission.folder / "outcomes").mkdir()
+    submission.outcomes.mkdir()
     for number, task in enumerate(submission.tasks):
         if task.config_yaml is not None:
             write_text(submission.config_file(number), task.config_yaml)
@@ -258,12 +279,12 @@ def _write(submission: Submission) -> None:
         "time": now_text(),
         "git": _revision(),
     }
-    write_text(submission.folder / "submission.json", json.dumps(content, indent=2) + "\n")
+    write_text(submission.folder / _SUBMISSION_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _revision() -> dict[str, Any] | None:
     """The commit that the copied code comes from, and whether it was changed since; None outside a checkout."""
-    git = ("git", "-C", str(_HOME))
+    git = ("git", "-C", str(HOME))
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         commit, changes = (

@@ -8,7 +8,8 @@ import yaml
 
 from peerlearn.cli import dispatch
 from peerlearn.config import parse_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.runs.directory import JOBS_FOLDER
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
 from slurm.submission import Submission, Task, create_submission, locked_home
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     name = config.name or job_name(tasks, home)
     if dry_run:
         _print_plan(home, tasks, config, name)
-        return 0
+        return DONE
     from slurm.executors import submit
 
     _check_checkpoints(tasks, config)
@@ -39,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
         jobs = submit(submission, name)
     _announce(submission, jobs)
     if not config.wait and config.executor != "debug":
-        return 0
-    from slurm.wait import wait_for_jobs
+        return DONE
+    from slurm.outcome import wait_for_jobs
 
     return wait_for_jobs(submission, jobs)
 
@@ -74,7 +75,7 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
 
 def job_name(tasks: Sequence[Task], home: Path) -> str:
     """What squeue shows: the verb, and the run or the sweep."""
-    folder = home.parent.name if home.name == "slurm" else home.name
+    folder = home.parent.name if home.name == JOBS_FOLDER else home.name
     return f"{tasks[0].words[0]}-{folder}" if folder else tasks[0].words[0]
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from peerlearn.errors import UserError
 from peerlearn.evaluation.results import JOB_VARIABLE
+from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
 from peerlearn.runs.stop import Stop
 from slurm.jobs import job_key
 from slurm.plan import plan_tasks
@@ -89,7 +90,7 @@ def _order(pipeline: Pipeline, run: PlannedRun) -> Order:
     return Order(
         key=_key(run),
         task=lambda: _pretraining_task(pipeline, run),
-        home=run.folder / "slurm",
+        home=RunDirectory(run.folder).jobs,
         config=pipeline.clusters["cluster"],
         prefix=f"pretrain-{run.folder.name}",
         facts={"variant": run.variant, "seed": run.seed},
@@ -98,7 +99,7 @@ def _order(pipeline: Pipeline, run: PlannedRun) -> Order:
 
 def _pretraining_task(pipeline: Pipeline, run: PlannedRun) -> Task:
     """Begin it, or go on with it."""
-    if (run.folder / "config.yaml").is_file():
+    if RunDirectory(run.folder).begun:
         return plan_tasks(["resume", str(run.folder)], [])[1][0]
     resolved = pipeline.root / "configs" / f"pretrain-{run.variant}.yaml"
     return plan_tasks(["pretrain", str(resolved), *own_words(run)], [])[1][0]
@@ -114,7 +115,7 @@ def submit_watch(pipeline: Pipeline) -> str | None:
     order = Order(
         key="watch",
         task=lambda: Task(words=["watch", str(pipeline.root)]),
-        home=pipeline.root / "slurm",
+        home=pipeline.root / JOBS_FOLDER,
         config=pipeline.clusters["watch_cluster"],
         prefix="watch",
     )
@@ -160,7 +161,7 @@ def _submit_summary(pipeline: Pipeline, live: Sequence[str]) -> bool:
     order = Order(
         key=key,
         task=lambda: Task(words=["summary", str(pipeline.root)]),
-        home=pipeline.root / "slurm",
+        home=pipeline.root / JOBS_FOLDER,
         config=replace(
             pipeline.clusters["watch_cluster"],
             dependency=f"afterany:{':'.join(live)}" if live else None,

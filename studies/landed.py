@@ -4,11 +4,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
 from peerlearn.errors import UserError
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_folders import network_folder, read_seal
+from peerlearn.runs.step_folders import latest_step, step_folders
+from peerlearn.runs.training_facts import TrainingFacts
 
 Training = Literal["none", "live", "done", "dead"]
 
@@ -34,12 +38,12 @@ def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -
     Those of a run that goes on count once export/latest names them, which is written after all networks.
     """
     networks = _networks(run)
-    folders = run.glob("export/step-*") if networks else ()
-    found = [export for folder in folders if (export := _export(folder, networks))]
-    found.sort(key=lambda export: export.step)
+    exports = RunDirectory(run).exports
+    folders = reversed(step_folders(exports)) if networks else ()
+    found = [e for step, folder in folders if (e := _export(folder, step, networks))]
     if training == "live":
-        latest = _latest_step(run)
-        found = [export for export in found if export.step <= latest]
+        latest = latest_step(exports)
+        found = [export for export in found if latest is not None and export.step <= latest]
     if every_epochs is None or not found:
         return found
     steps = every_epochs * _steps_per_epoch(run)
@@ -50,34 +54,18 @@ def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -
 def _networks(run: Path) -> int:
     """How many the run trains; 0 while it has not begun."""
     try:
-        return int(yaml.safe_load((run / "config.yaml").read_text())["cohort"]["networks"])
+        return int(yaml.safe_load(RunDirectory(run).config.read_text())["cohort"]["networks"])
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
         return 0
 
 
-def _export(folder: Path, networks: int) -> Export | None:
-    """None if it is not whole: each network's folder appears at once, but they do so one after the other."""
-    digits = folder.name.removeprefix("step-")
-    if not digits.isdigit():
-        return None
-    seals: list[Any] = []
-    try:
-        for network in range(networks):
-            export = folder / f"net-{network}"
-            seals.append(json.loads((export / "config.json").read_text())["sha256"])
-            if not isinstance(seals[-1], dict) or not (export / "model.safetensors").is_file():
-                return None
-    except (OSError, ValueError, TypeError, LookupError):
+def _export(folder: Path, step: int, networks: int) -> Export | None:
+    """None while a network is missing: each one's folder appears at once, but they do so one after the other."""
+    seals = [read_seal(folder / network_folder(str(network))) for network in range(networks)]
+    if None in seals:
         return None
     digest = hashlib.sha256(json.dumps(seals, sort_keys=True).encode()).hexdigest()
-    return Export(folder=folder, step=int(digits), sha256=digest)
-
-
-def _latest_step(run: Path) -> int:
-    try:
-        return int((run / "export" / "latest").read_text().strip().removeprefix("step-"))
-    except (OSError, ValueError):
-        return -1
+    return Export(folder=folder, step=step, sha256=digest)
 
 
 def _steps_per_epoch(run: Path) -> int:
@@ -87,10 +75,18 @@ def _steps_per_epoch(run: Path) -> int:
         UserError: the run does not tell.
     """
     try:
-        images = json.loads((run / "env.json").read_text())["training"]["images"]
-        batch = yaml.safe_load((run / "config.yaml").read_text())["batch_size"]
+        images = TrainingFacts.read(RunDirectory(run).env).images
+        batch = yaml.safe_load(RunDirectory(run).config.read_text())["batch_size"]
         return max(1, int(images) // int(batch))
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, yaml.YAMLError) as error:
+    except (
+        UserError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        yaml.YAMLError,
+    ) as error:
         raise UserError(
             f"{run}: its env.json and config.yaml do not tell the steps of an epoch, which every_epochs needs"
         ) from error

@@ -9,12 +9,11 @@ RUN/slurm/evaluations.jsonl (evaluations), PIPELINE/slurm/pipeline.jsonl (pretra
 By its name, or its submission's folder, a job is found whose submitter died before it could write the second line.
 """
 
-import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,21 +23,23 @@ from filelock import FileLock, Timeout
 
 from peerlearn.errors import UserError
 from peerlearn.evaluation.results import JOB_VARIABLE
-from peerlearn.runs.directory import now_text
+from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE
+from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line, read_json_lines
 from slurm.config import SubmitConfig
 from slurm.outcome import Kind
 from slurm.submission import (
     Task,
     create_submission,
+    job_numbers,
     jobs_of,
     local_identity,
     read_submission,
     record_jobs,
 )
 
-EVALUATIONS = Path("slurm") / "evaluations.jsonl"
-PIPELINE = Path("slurm") / "pipeline.jsonl"
+EVALUATIONS = Path(JOBS_FOLDER) / "evaluations.jsonl"
+PIPELINE = Path(JOBS_FOLDER) / "pipeline.jsonl"
 _LOCK_SECONDS = 120.0
 # An sbatch whose caller was killed may need so long until its job is to be seen.
 _IN_FLIGHT_SECONDS = {"slurm": 60.0}
@@ -278,7 +279,7 @@ def _find_job(entry: Entry) -> str | None:
     if not entry.folder.is_dir():
         return None
     try:
-        return str(json.loads((entry.folder / "jobs.json").read_text())[0])
+        return job_numbers(entry.folder)[0]
     except (OSError, ValueError, LookupError):
         pass
     job = _job_named(entry.name) if entry.executor == "slurm" else _local_job(entry.folder)
@@ -324,3 +325,13 @@ def _may_be_in_flight(entry: Entry) -> bool:
         return False
     age = time.time() - entry.begun_seconds
     return age < _IN_FLIGHT_SECONDS.get(entry.executor, 1.0)
+
+
+def jobs_without_a_run(folders: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder and the job of whatever a pipeline has handed over that is no run's and has not ended: its watching
+    and summing up. Folders that hold no pipeline give none."""
+    for folder in folders:
+        if (folder / PIPELINE_FILE).is_file():
+            for entry in Ledger(folder / PIPELINE).entries().values():
+                if entry.job is not None and entry.kind is None:
+                    yield folder, {**entry.job, "verb": entry.key.split()[0]}

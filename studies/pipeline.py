@@ -15,7 +15,8 @@ import yaml
 
 from peerlearn.config import config_to_yaml, load_config
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import RunDirectory, write_text
+from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory
+from peerlearn.runs.files import write_text
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
 from slurm.submit_command import read_cluster
@@ -30,7 +31,6 @@ from studies.watch import (
     survey_jobs,
 )
 
-CONFIG_FILE = "pipeline.yaml"
 _LONGEST_NAME = 60
 _PROFILES = ("cluster", "evaluation_cluster", "watch_cluster")
 
@@ -108,7 +108,7 @@ class Pipeline:
 
 def is_pipeline(folder: Path) -> bool:
     """Whether a pipeline was made there."""
-    return (folder / CONFIG_FILE).is_file()
+    return (folder / PIPELINE_FILE).is_file()
 
 
 def planned_runs(root: Path, config: PipelineConfig) -> list[PlannedRun]:
@@ -243,7 +243,7 @@ def write_pipeline(pipeline: Pipeline) -> None:
         for each in pipeline.evaluations:
             text = yaml.safe_dump(each.config, sort_keys=False, allow_unicode=True)
             write_text(folder / f"evaluate-{name_of(each.line)}.yaml", text)
-        write_text(pipeline.root / CONFIG_FILE, config_to_yaml(pipeline.config))
+        write_text(pipeline.root / PIPELINE_FILE, config_to_yaml(pipeline.config))
     except OSError as error:
         raise UserError(
             f"{pipeline.root}: cannot be written ({error.strerror}): choose another --folder"
@@ -252,8 +252,8 @@ def write_pipeline(pipeline: Pipeline) -> None:
 
 def remove_pipeline(pipeline: Pipeline) -> None:
     """Take away what `write_pipeline` wrote; nothing else may have come of it."""
-    (pipeline.root / CONFIG_FILE).unlink(missing_ok=True)
-    for name in ("configs", "slurm"):
+    (pipeline.root / PIPELINE_FILE).unlink(missing_ok=True)
+    for name in ("configs", JOBS_FOLDER):
         shutil.rmtree(pipeline.root / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         pipeline.root.rmdir()  # Unless it holds anything else.
@@ -265,7 +265,7 @@ def load_pipeline(root: Path) -> Pipeline:
     Raises:
         UserError: a file is missing or damaged.
     """
-    config = load_config(PipelineConfig, root / CONFIG_FILE)
+    config = load_config(PipelineConfig, root / PIPELINE_FILE)
     folder = root / "configs"
     try:
         return Pipeline(

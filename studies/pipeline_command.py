@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.config import config_to_yaml, parse_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.runs.directory import PIPELINE_FILE
 from peerlearn.runs.stop import Stop
 from studies.advance import advance, ask_again, submit_watch
 from studies.pipeline import (
-    CONFIG_FILE,
     Pipeline,
     is_pipeline,
     load_pipeline,
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     pipeline = plan_pipeline(root, config)
     if dry_run:
         _print_plan(pipeline)
-        return 0
+        return DONE
     write_pipeline(pipeline)
     found = advance(pipeline, Stop())
     if found.troubles and not _anything_submitted(pipeline):
@@ -57,7 +57,7 @@ def resume(argv: Sequence[str]) -> int:
     made = load_pipeline(root)
     config, dry_run = parse_config(
         PipelineConfig,
-        [str(root / CONFIG_FILE), *argv[1:]],
+        [str(root / PIPELINE_FILE), *argv[1:]],
         verb="resume",
         description="Submit what a pipeline lacks; changed keys hold from now on.",
         example="peerlearn resume runs/fashion_mnist --seeds 0 1 2 3",
@@ -67,7 +67,7 @@ def resume(argv: Sequence[str]) -> int:
     pipeline = plan_pipeline(root, config, made)
     if dry_run:
         _print_plan(pipeline)
-        return 0
+        return DONE
     write_pipeline(pipeline)
     ask_again(pipeline)
     return _go_on(pipeline, advance(pipeline, Stop()))
@@ -79,7 +79,7 @@ def _go_on(pipeline: Pipeline, found: Pass) -> int:
         print(f"{trouble}; it is tried again by the watch", flush=True)
     if found.finished:
         print(f"pipeline: {pipeline.root}: all is submitted", flush=True)
-        return 0
+        return DONE
     here = pipeline.clusters["watch_cluster"].executor == "debug"
     if pipeline.config.watch == "here" or here:
         print(f"pipeline: {pipeline.root}: watching here", flush=True)
@@ -87,7 +87,7 @@ def _go_on(pipeline: Pipeline, found: Pass) -> int:
     if said := submit_watch(pipeline):
         print(f"{said}: watch {pipeline.root}")
     print(f"pipeline: {pipeline.root}", flush=True)
-    return 0
+    return DONE
 
 
 def _anything_submitted(pipeline: Pipeline) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.errors import UserError
-from peerlearn.runs.directory import write_text
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, UserError
+from peerlearn.runs.files import write_text
 from studies.pipeline import Pipeline, is_pipeline, load_pipeline, name_of
 from studies.summary import Score, Summary, sum_up
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     if not is_pipeline(root):
         raise UserError(f"{root} is no pipeline: it has no pipeline.yaml")
     summarise(load_pipeline(root))
-    return 0
+    return DONE
 
 
 def summarise(pipeline: Pipeline) -> None:

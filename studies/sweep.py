@@ -16,7 +16,8 @@ from typing import Any
 
 from peerlearn.config import config_to_yaml, load_config, nearest, parse_config
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import RunDirectory, write_text
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import write_text
 from pretrain.command import SHIPPED, lacks_results
 from pretrain.config import PretrainConfig
 from studies.sweep_config import SweepConfig, read_sweep
@@ -91,7 +92,7 @@ class SweptRun:
         run = RunDirectory(self.folder)
         if run.done and not lacks_results(self.variant.config, run):
             return "done"
-        return "begun" if run.config.is_file() else "missing"
+        return "begun" if run.begun else "missing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +252,7 @@ def check_folder(sweep: Sweep) -> None:
                 ) from error
             continue
         ours = flat_config(replace(run.variant.config, seed=run.seed))
-        theirs = flat_config(load_config(PretrainConfig, run.folder / "config.yaml"))
+        theirs = flat_config(load_config(PretrainConfig, RunDirectory(run.folder).config))
         for key, value in ours.items():
             if value != theirs[key] and not _INCIDENTAL_KEYS.fullmatch(key):
                 raise UserError(

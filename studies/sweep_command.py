@@ -6,10 +6,8 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.cli import SAVED_RUN_AGAIN
-from peerlearn.config import config_to_yaml, find_config
-from peerlearn.errors import UsageError, UserError
+from peerlearn.config import ArgumentParser, config_to_yaml, find_config
+from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UsageError, UserError
 from peerlearn.runs.stop import stop_signals
 from studies.sweep import (
     CONFIG_FILE,
@@ -54,10 +52,10 @@ def main(argv: Sequence[str]) -> int:
     check_folder(sweep)
     if words.dry_run:
         _print_plan(sweep)
-        return 0
+        return DONE
     if words.commands:
         print(json.dumps({"folder": str(sweep.root), "commands": _commands(sweep)}))
-        return 0
+        return DONE
     if not words.table:
         return _run(sweep, words.only)
     if not sweep.root.is_dir():
@@ -66,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
     write_sweep(sweep)
     report(sweep, whole=is_whole(sweep, words.only))
-    return 0
+    return DONE
 
 
 def _find(name: str) -> Path:
@@ -89,7 +87,7 @@ def _run(sweep: Sweep, only: Sequence[str]) -> int:
         again = shlex.join(["sweep", str(sweep.root), *(["--only", *only] if only else [])])
         print(f"saved; `peerlearn {again}` goes on", flush=True)
         return SAVED_RUN_AGAIN
-    return 1 if report(sweep, whole=is_whole(sweep, only)).problems else 0
+    return FAILURE if report(sweep, whole=is_whole(sweep, only)).problems else DONE
 
 
 def _commands(sweep: Sweep) -> list[list[str]]:

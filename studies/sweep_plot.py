@@ -6,8 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peerlearn.runs.score_names import ENSEMBLE
 from studies.sweep import Sweep
-from studies.sweep_scores import ENSEMBLE, INDIVIDUAL, Score
+from studies.sweep_scores import INDIVIDUAL, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-from peerlearn.cli import SAVED_RUN_AGAIN
+from peerlearn import HOME
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN
+from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import append_text
 from peerlearn.runs.stop import Stop
 from studies.sweep import Sweep, SweptRun, config_file, unwritable
 
 _LOOK_SECONDS = 0.2
-_HOME = Path(__file__).resolve().parent.parent
 
 
 def run_missing(sweep: Sweep, stop: Stop) -> bool:
@@ -40,9 +41,9 @@ def run_missing(sweep: Sweep, stop: Stop) -> bool:
         print(f"{head}: {verb} (`peerlearn logs {run.folder} -f` follows it)", flush=True)
         begun = time.monotonic()
         code = _run(sweep, run, stop)
-        if code == SAVED_RUN_AGAIN or (stop.requested and code != 0):
+        if code == SAVED_RUN_AGAIN or (stop.requested and code != DONE):
             return False
-        ended = "done" if code == 0 else f"failed: {why_not_done(run)}"
+        ended = "done" if code == DONE else f"failed: {why_not_done(run)}"
         print(f"{head}: {ended} ({time.monotonic() - begun:.0f} s)", flush=True)
     return True
 
@@ -51,7 +52,7 @@ def _run(sweep: Sweep, run: SweptRun, stop: Stop) -> int:
     """One run in a process of its own, told to stop when this one is. Returns its exit code."""
     # By its resolved config: what becomes of a file that it names, meanwhile, changes no later run.
     words = ["pretrain", str(config_file(sweep, run.variant)), *run.own_words, "--auto_resume"]
-    paths = [str(_HOME), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         with run.log.open("ab") as output:
             child = subprocess.Popen(
@@ -89,7 +90,7 @@ def why_not_done(run: SweptRun) -> str:
     state = run.state
     if state == "done":
         return ""
-    if failed := _lines(run.folder / "FAILED"):
+    if failed := _lines(RunDirectory(run.folder).failed_mark):
         return " ".join(failed)
     said = (_lines(run.log) or [""])[-1]
     if said.startswith("peerlearn: "):

@@ -1,6 +1,5 @@
 """What the runs of a sweep score at their last step, over seeds, and against the baseline of their row."""
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +11,22 @@ from peerlearn.errors import UserError
 from peerlearn.evaluation.results import read_result
 from peerlearn.evaluation.uncertainty import spread_over_runs
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.score_names import (
+    ENSEMBLE,
+    KNN_K,
+    KNN_TEMPERATURE,
+    KNN_TEST_IMAGES,
+    KNN_TOP1,
+    KNN_TRAIN_IMAGES,
+    WEIGHTED_ENSEMBLE,
+    parse_score_name,
+    score_name,
+)
+from peerlearn.runs.training_facts import TrainingFacts
 from studies.sweep import Cell, Sweep, SweptRun
 from studies.sweep_run import why_not_done
 
-INDIVIDUAL, ENSEMBLE, WEIGHTED = "individual", "ensemble", "weighted-ensemble"
+INDIVIDUAL = "individual"
 _METRICS = ("top1", "top5")
 # Differences that are told apart by rounding alone.
 _NO_SPREAD = 1e-9
@@ -182,7 +193,7 @@ def _cell_scores(
 
 def _rank(key: Key) -> tuple[int, int, int]:
     network, metric = key
-    named = (INDIVIDUAL, ENSEMBLE, WEIGHTED)
+    named = (INDIVIDUAL, ENSEMBLE, WEIGHTED_ENSEMBLE)
     place = (named.index(network), 0) if network in named else (len(named), int(network))
     return _METRICS.index(metric), *place
 
@@ -216,7 +227,7 @@ def read_scores(run: SweptRun) -> RunScores:
     networks = run.variant.config.cohort.networks
     directory = RunDirectory(run.folder)
     step = _last_step(directory)
-    files = sorted((run.folder / "results").glob("classification-*.json"))
+    files = sorted(directory.results.glob("classification-*.json"))
     if files:
         measured, values = _classified(files, step)
     else:
@@ -277,7 +288,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         result = read_result(file)
         metrics = result["metrics"]
-        known = result["network"] in (ENSEMBLE, WEIGHTED) or result["network"].isdecimal()
+        known = result["network"] in (ENSEMBLE, WEIGHTED_ENSEMBLE) or result["network"].isdecimal()
         sound = (
             known
             and isinstance(result["protocol"], dict)
@@ -300,7 +311,7 @@ def _is_score(value: object) -> bool:
 
 def _knn(directory: RunDirectory, last_step: int) -> tuple[str, dict[Key, float]]:
     """The same of the monitor's last row."""
-    rows = [row for row in directory.metric_rows() if "ensemble/knn_top1" in row]
+    rows = [row for row in directory.metric_rows() if score_name(ENSEMBLE, KNN_TOP1) in row]
     if not rows or rows[-1]["step"] != last_step:
         raise UserError(
             f"it has no classification result of its last step {last_step} (method supervised), nor kNN in "
@@ -308,19 +319,19 @@ def _knn(directory: RunDirectory, last_step: int) -> tuple[str, dict[Key, float]
         )
     row = rows[-1]
     values: dict[Key, float] = {}
-    for name, value in row.items():
-        network = name.removesuffix("/knn_top1").removeprefix("net/")
-        if name.endswith("/knn_top1") and (network == ENSEMBLE or network.isdecimal()):
+    for key, value in row.items():
+        network, figure = parse_score_name(key) or ("", key)
+        if figure == KNN_TOP1 and (network == ENSEMBLE or network.isdecimal()):
             if not _is_score(value):
-                raise UserError(f"metrics.jsonl: {name} of step {last_step} is no number")
+                raise UserError(f"metrics.jsonl: {key} of step {last_step} is no number")
             values[(network, "top1")] = value
     try:
-        facts = json.loads((directory.root / "env.json").read_text())["training"]
+        facts = TrainingFacts.read(directory.env)
         measured = (
-            f"kNN top-1 on {facts['dataset']} (k {row['knn/k']}, temperature {row['knn/temperature']}, "
-            f"{row['knn/train_images']:,} neighbours, n {row['knn/test_images']:,})"
+            f"kNN top-1 on {facts.dataset} (k {row[KNN_K]}, temperature {row[KNN_TEMPERATURE]}, "
+            f"{row[KNN_TRAIN_IMAGES]:,} neighbours, n {row[KNN_TEST_IMAGES]:,})"
         )
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (UserError, ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"env.json or metrics.jsonl lacks what the kNN was measured by: {type(error).__name__}: {error}"
         ) from error

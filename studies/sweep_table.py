@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from peerlearn.runs.directory import write_text
+from peerlearn.runs.files import write_text
+from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
 from studies.sweep import Cell, Sweep, unwritable
 from studies.sweep_plot import plot_sweep
-from studies.sweep_scores import ENSEMBLE, INDIVIDUAL, WEIGHTED, Findings, Score, score_sweep
+from studies.sweep_scores import INDIVIDUAL, Findings, Score, score_sweep
 
 if TYPE_CHECKING:
     import rich.table
@@ -99,7 +100,7 @@ def _shown_networks(cells: Sequence[Cell], scores: Sequence[Score]) -> list[str]
     """Individual and ensembles; every network apart where they are of different kinds."""
     found = {score.network for score in scores} | {INDIVIDUAL}
     differing = any(len(set(cell.variant.config.cohort.architectures())) > 1 for cell in cells)
-    named = [network for network in (INDIVIDUAL, ENSEMBLE, WEIGHTED) if network in found]
+    named = [network for network in (INDIVIDUAL, ENSEMBLE, WEIGHTED_ENSEMBLE) if network in found]
     return named + sorted((n for n in found if n.isdecimal() and differing), key=int)
 
 

@@ -19,9 +19,9 @@ from peerlearn.runs.stop import Stop
 from slurm.client import JobState
 from slurm.config import SubmitConfig
 from slurm.jobs import JobKey, Record, job_key, states_of
+from slurm.outcome import outcome_of
 from slurm.plan import plan_tasks
 from slurm.submission import TRAINING_VERBS, Task, jobs_of, read_submission
-from slurm.wait import outcome_of
 from studies.landed import Export, Training, landed_exports
 from studies.ledger import EVALUATIONS, Entry, Ledger, Order, hand_over
 
@@ -179,11 +179,11 @@ def training_of(run: Path, survey: Survey) -> Training:
     record = _training_job(run)
     if record and survey.live(job_key(record)):
         return "live"
-    if (run / "DONE").exists():
+    if RunDirectory(run).done:
         return "done"
     if _owner_lives(run, survey):
         return "live"
-    return "dead" if record or (run / "config.yaml").is_file() else "none"
+    return "dead" if record or RunDirectory(run).begun else "none"
 
 
 def _owner_lives(run: Path, survey: Survey) -> bool:
@@ -242,7 +242,7 @@ def _results(entry: Entry, run: Path) -> list[Path]:
     """The result files that name the entry's job."""
     if "step" not in entry.facts:
         return []
-    folder = Path(entry.facts.get("results") or run / "results")
+    folder = Path(entry.facts.get("results") or RunDirectory(run).results)
     found = []
     for path in sorted(folder.glob(f"*-{entry.facts['step']:08d}-*.json")):
         try:
@@ -313,7 +313,7 @@ def _order(
     return Order(
         key=key,
         task=task,
-        home=run / "slurm",
+        home=RunDirectory(run).jobs,
         config=replace(cluster, wait=False, sweep=[], name=None, dependency=None),
         prefix="eval",
         facts={
@@ -327,7 +327,7 @@ def _order(
 def failure_of(run: Path) -> str:
     """Why a run that stopped is not done, as far as it tells."""
     try:
-        return (run / "FAILED").read_text().strip()
+        return RunDirectory(run).failed_mark.read_text().strip()
     except OSError:
         pass
     stopped = [e for e in RunDirectory(run).events() if e["event"] in ("started", "stopped")]

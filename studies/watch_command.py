@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.cli import SAVED_RUN_AGAIN
-from peerlearn.errors import UsageError, UserError
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UsageError, UserError
 from peerlearn.runs.stop import Stop, stop_signals
 from slurm.submit_command import read_cluster
 from studies.advance import advance, end_watch
@@ -87,7 +86,7 @@ def watch(look: Callable[[Stop], Pass], interval_seconds: float, *, once: bool) 
             except UserError as error:
                 found = Pass(finished=False, troubles=[error])
             if found.finished:
-                return 0
+                return DONE
             trouble = found.troubles[0] if found.troubles else None
             if trouble is None or found.training or found.live:
                 since = time.monotonic()
@@ -97,7 +96,7 @@ def watch(look: Callable[[Stop], Pass], interval_seconds: float, *, once: bool) 
                 print(f"{trouble}; it is tried again every {interval_seconds:g} s", flush=True)
             said = str(trouble or "")
             if once:
-                return 0
+                return DONE
             _sleep(interval_seconds, stop)
     return SAVED_RUN_AGAIN
 

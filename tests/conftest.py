@@ -1,4 +1,4 @@
-"""What all tests share: their order, what is made once for all, reproducible properties, Ctrl-C, and a full disk."""
+"""What all tests share: their order, runs made once for all, a SLURM, reproducible properties, Ctrl-C, a full disk."""
 
 import itertools
 import os
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+
+from tests.slurm.cluster import Cluster, missing_programs, scratch_folder, start_cluster
 
 # The same examples on every machine, however busy it is.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
@@ -85,6 +87,25 @@ def once(
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """One SLURM for all tests of a worker, left empty and as configured by each."""
+    if reason := missing_programs():
+        pytest.skip(reason)
+    started = start_cluster(scratch_folder())
+    yield started
+    started.stop()
+
+
+@pytest.fixture(autouse=True)
+def _cluster_left_clean(request: pytest.FixtureRequest) -> Iterator[None]:
+    used = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
+    yield
+    if used:
+        used.restore_configuration()
+        used.cancel_all()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ more, on which the process id goes back at once and the wait status at the end. 
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -16,15 +17,18 @@ import threading
 import traceback
 from typing import Any
 
-# Each of them is imported by some verb, late.
-import matplotlib.pyplot  # noqa: F401
-import scipy.stats  # noqa: F401
-import sklearn.datasets  # noqa: F401
-import torch._dynamo
-import torch.utils.tensorboard  # noqa: F401
-
-import pretrain.command
-import pretrain.train  # noqa: F401
+# What verbs import late.
+for name in (
+    *("torch._dynamo", "torch.utils.tensorboard", "timm", "matplotlib.pyplot", "scipy.stats"),
+    *("sklearn.datasets", "pretrain.command", "pretrain.train", "linear_eval.command"),
+    *(
+        "linear_eval.evaluate",
+        "linear_eval.finetune",
+        "peerlearn.commands.resume_command",
+        "peerlearn.evaluation.knn_command",
+    ),
+):
+    importlib.import_module(name)
 
 FAULTS = os.path.join(os.path.dirname(__file__), "slurm", "faults", "sitecustomize.py")
 

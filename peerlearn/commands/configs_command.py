@@ -4,9 +4,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.config import nearest
-from peerlearn.errors import UsageError
+from peerlearn.config import ArgumentParser, nearest
+from peerlearn.errors import DONE, UsageError
 
 # verb -> the package and folder that hold its shipped configs
 CONFIG_FOLDERS = {
@@ -31,11 +30,11 @@ def main(argv: Sequence[str]) -> int:
     name = parser.parse_args(argv).name
     if name is not None:
         print(_find(Path(name).stem).read_text(), end="")
-        return 0
+        return DONE
     for verb, place in CONFIG_FOLDERS.items():
         for path in sorted(config_folder(*place).glob("*.yaml")):
             print(f"{verb:<8}  {path.stem:<32} {_summary(read_header(path))}")
-    return 0
+    return DONE
 
 
 def _summary(header: dict[str, str]) -> str:

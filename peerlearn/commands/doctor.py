@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
-from peerlearn.arguments import ArgumentParser
+from peerlearn.compute.cpu import BF16_UNITS, cpu_flags
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, FAILURE
 
-CPU_INFO = Path("/proc/cpuinfo")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 _FASHION_MNIST_FILES = [
@@ -35,7 +36,7 @@ _SINFO_TIMEOUT_SECONDS = 5
 
 # Required distributions without a row of their own; a test holds all minima to pyproject.toml.
 OTHER_LIBRARIES = {
-    "jsonargparse": "4.49",
+    "jsonargparse": "4.53.*",
     "rich": "13",
     "tensorboard": "2.18",
     "scikit-learn": "1.5",
@@ -122,7 +123,8 @@ def check_other_libraries() -> Check:
         ok=not wrong,
         required=True,
         found=f"missing or too old: {', '.join(wrong)}" if wrong else f"all {count}",
-        fix="pip install " + " ".join(f"'{name}>={minimum}'" for name, minimum in wrong.items()),
+        fix="pip install "
+        + " ".join(f"'{name}{_relation(wanted)}{wanted}'" for name, wanted in wrong.items()),
     )
 
 
@@ -155,16 +157,6 @@ def check_cuda() -> Check:
         found=found or "none: training runs on the CPU",
         fix=fix if shutil.which("nvidia-smi") else "",
     )
-
-
-# Names of the instructions in /proc/cpuinfo, x86's and Arm's.
-BF16_UNITS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-FP16_UNITS = frozenset(("avx512_fp16", "amx_fp16", "asimdhp"))
-
-
-def cpu_flags() -> set[str]:
-    """What the processor can do, by Linux' names; empty on other systems."""
-    return set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
 
 
 def check_cpu_bf16() -> Check:
@@ -329,7 +321,7 @@ def main(argv: list[str]) -> int:
         _print_rich(checks)
     else:
         _print_plain(checks)
-    return 0 if ok else 1
+    return DONE if ok else FAILURE
 
 
 def _print_plain(checks: Sequence[Check]) -> None:
@@ -402,6 +394,11 @@ def _version_of(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _relation(wanted: str) -> str:
+    """How pip is asked for a minimum, or for one minor version."""
+    return "==" if wanted.endswith(".*") else ">="
 
 
 def _at_least(version: str, minimum: str) -> bool:

@@ -287,13 +287,18 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
 
 
 @contextmanager
-def evaluating_ranks(device: str) -> Iterator[Ranks]:
-    """`start_ranks` for an evaluation: leave the group together at the end, or in disorder after a failure."""
-    ranks = start_ranks(device, timeout_seconds=_EVALUATION_TIMEOUT_SECONDS)
+def joined_ranks(
+    device: str, *, timeout_seconds: float = _EVALUATION_TIMEOUT_SECONDS
+) -> Iterator[Ranks]:
+    """`start_ranks`, and leave the group together at the end, or in disorder after a failure."""
+    ranks = start_ranks(device, timeout_seconds=timeout_seconds)
     failed: str | None = "it was interrupted"
     try:
         yield ranks
         failed = None
+    except Exception as error:
+        failed = " ".join(str(error).split())
+        raise
     finally:
         ranks.close(failed)
 

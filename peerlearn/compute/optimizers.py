@@ -1,19 +1,54 @@
 """The optimiser of a cohort: one over all networks, as Eq. 6 is one loss."""
 
-import torch
-from torch import nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from pretrain.config import OptimizerConfig
+from peerlearn.config import require
+
+if TYPE_CHECKING:
+    # A config should not wait for torch.
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimiser; the learning rate is `base_lr` of the run.
+
+    Attributes:
+        name: sgd, lars or adamw.
+        momentum: of sgd and lars.
+        nesterov: of sgd and lars.
+        weight_decay: L2 penalty (sgd, lars) or decoupled decay (adamw).
+        decay_norm_and_bias: decay batch-norm weights and biases too, as MoCo does.
+    """
+
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.momentum < 1, f"optimizer.momentum must be within 0..1, got {self.momentum}"
+        )
+        require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay must be at least 0, got {self.weight_decay}",
+        )
 
 
 def build_optimizer(
-    cohort: nn.Module, config: OptimizerConfig, *, lr: float
-) -> torch.optim.Optimizer:
+    cohort: "nn.Module", config: OptimizerConfig, *, lr: float
+) -> "torch.optim.Optimizer":
     """SGD (MoCo), LARS (You et al. 2017) or AdamW over the cohort's parameters.
 
     Unless ``decay_norm_and_bias``, vectors and scalars (batch-norm weights, biases) are neither decayed nor, with
     LARS, adapted; MoCo decays everything.
     """
+    import torch
+
     parameters = [p for p in cohort.parameters() if p.requires_grad]
     if config.decay_norm_and_bias:
         groups = [{"params": parameters, "weight_decay": config.weight_decay}]
@@ -34,8 +69,10 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: "torch.optim.Optimizer") -> dict[str, "torch.Tensor"]:
     """The optimiser's state as named tensors: ``<parameter number>.<name>``."""
+    import torch
+
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": torch.as_tensor(value)
@@ -45,8 +82,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
+def bytes_to_come(optimizer: "torch.optim.Optimizer") -> int:
+    """Size of the state that the optimiser will have after its first step, of the parameters that have none yet."""
+    import torch
+
+    moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return sum(moments * p.nbytes for p in parameters if p not in optimizer.state)
+
+
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+    optimizer: "torch.optim.Optimizer", tensors: dict[str, "torch.Tensor"]
 ) -> None:
     """Restore `optimizer_tensors`; learning rates and decay stay those of the config."""
     state: dict[int, dict[str, torch.Tensor]] = {}

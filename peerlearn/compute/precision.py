@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlearn.commands.doctor import BF16_UNITS, FP16_UNITS, cpu_flags
-from pretrain.config import PretrainConfig
+from peerlearn.compute.cpu import BF16_UNITS, FP16_UNITS, cpu_flags
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,22 +23,22 @@ class Precision:
     averaged before they are looked at.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, precision: str, device: torch.device, *, tf32: bool = False) -> None:
         self._device = device
-        self._type = _AUTOCAST[config.precision]
+        self._type = _AUTOCAST[precision]
         self._unscaled = False
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         if device.type == "cuda":
-            tf32 = "tf32" if config.tf32 else "ieee"
-            torch.backends.cuda.matmul.fp32_precision = tf32
-            torch.backends.cudnn.conv.fp32_precision = tf32  # type: ignore[attr-defined]
-        elif config.tf32:
+            products = "tf32" if tf32 else "ieee"
+            torch.backends.cuda.matmul.fp32_precision = products
+            torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+        elif tf32:
             logger.warning("tf32 has no effect on %s: it is a format of CUDA devices", device.type)
         if device.type == "cpu" and self._type is not None and not cpu_computes(self._type):
             logger.warning(
                 "precision %s is many times slower than fp32 on this CPU, which has no units for it: "
                 "set precision to fp32",
-                config.precision,
+                precision,
             )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -66,10 +65,14 @@ class Precision:
             self.scaler.update()
         self._unscaled = False
 
-    @property
-    def overflow_is_normal(self) -> bool:
-        """Whether a gradient that is not finite may be the scale's doing, which a smaller scale mends."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+    def overflow_is_a_fault(self) -> Tensor:
+        """Whether a gradient that is not finite cannot be the scale's doing, which a smaller scale mends.
+
+        Returns:
+            bool (), on the device, so that nobody waits for it.
+        """
+        scale: Tensor = self.scaler.scale(torch.ones((), device=self._device))
+        return scale <= 1.0
 
     def metrics(self) -> dict[str, float]:
         """The scale of fp16's losses; nothing otherwise."""

@@ -507,3 +507,9 @@ def evaluation_view(images: Tensor, *, size: int) -> Tensor:
 
 def _resize(images: Tensor, height: int, width: int) -> Tensor:
     return interpolate(images, (height, width), mode="bilinear", antialias=True)
+
+
+def pixels(images: Tensor, device: torch.device) -> Tensor:
+    """Images on the device as float32 in [0, 1]."""
+    images = images.to(device, non_blocking=True)
+    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images

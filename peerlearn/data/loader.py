@@ -1,4 +1,4 @@
-"""Batches of random views for training, and of evaluation views in order.
+"""Batches of random views for training.
 
 What a training batch holds is a function of (dataset, recipe, seed, epoch, step) and of nothing
 else: neither the number of workers nor of ranks, nor where an epoch is taken up again. The dataset
@@ -25,13 +25,12 @@ from peerlearn.data.augment import (
     ViewParameters,
     distort,
     draw_view_parameters,
-    evaluation_view,
     normalise,
+    pixels,
     resized_crop,
 )
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.held_images import HeldImages, held_in_memory
-from peerlearn.data.image_folders import DecodeError
 from peerlearn.data.sampler import EpochOrder, check_class_aware, class_aware, shuffled
 from peerlearn.data.unreadable import Decoded, Unreadable, decode_images, read_substitute
 from peerlearn.data.workers import Jobs, results, worker_pool
@@ -146,7 +145,7 @@ class ViewLoader:
         augmentation, dataset = self._recipe.augmentation, self._dataset
         for batch in self._cropper.cut(self._draws(epoch, start_step)):
             views = (
-                distort(_pixels(crops, self._device), parameters, augmentation)
+                distort(pixels(crops, self._device), parameters, augmentation)
                 for crops, parameters in zip(batch.crops, batch.parameters, strict=True)
             )
             yield ViewBatch(
@@ -186,56 +185,6 @@ def _labels(dataset: ImageDataset) -> Tensor:
             "choose another data.name or data.split, or leave images_per_class out"
         )
     return dataset.labels
-
-
-def evaluation_batches(
-    dataset: ImageDataset,
-    *,
-    image_size: int,
-    batch_size: int,
-    device: torch.device,
-    workers: int = 0,
-    start: int = 0,
-    stop: int | None = None,
-    unreadable: list[Unreadable] | None = None,
-) -> Iterator[Tensor]:
-    """The evaluation views of images start..stop-1 in order, normalised, on the device.
-
-    Yields float32 (batch_size, channels, image_size, image_size); the last may be smaller.
-    ``workers`` processes decode image files and round their views to uint8; images in memory are
-    viewed on the device. An image that cannot be decoded raises UserError or, where a list
-    ``unreadable`` is given, is appended to it and seen as black.
-    """
-    positions = range(len(dataset))[start:stop]
-    cuts = [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
-    images = dataset.images
-    views: Iterator[Tensor]
-    if isinstance(images, Tensor):
-        batches = (images[cut.start : cut.stop].to(device) for cut in cuts)
-        views = (evaluation_view(batch, size=image_size) for batch in batches)
-    else:
-        function = partial(_evaluation_views, size=image_size)
-        jobs = [images[cut.start : cut.stop] for cut in cuts]
-        pool = worker_pool(function, jobs, workers=workers, device=device)
-        noted = _noting_unreadable(results(pool), cuts, images, unreadable)
-        views = (_pixels(batch, device) for batch in noted)
-    for view in views:
-        yield normalise(view, dataset.mean, dataset.std)
-
-
-def _noting_unreadable(
-    evaluated: Iterator["_EvaluationResult"],
-    cuts: Sequence[range],
-    files: tuple[Path, ...],
-    unreadable: list[Unreadable] | None,
-) -> Iterator[Tensor]:
-    for cut, result in zip(cuts, evaluated, strict=True):
-        for position, reason in result.failures.items():
-            file = files[cut[position]]
-            if unreadable is None:
-                raise DecodeError(file, reason)
-            unreadable.append(Unreadable(cut[position], str(file), reason))
-        yield result.views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,20 +403,3 @@ def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
         crop = pad(crop, (before, after, above, below))
     resized = interpolate(crop, (size, size), mode="bilinear", antialias=True)
     return resized[0].round_().clamp_(0, 255).to(torch.uint8)
-
-
-class _EvaluationResult(NamedTuple):
-    failures: dict[int, str]
-    views: Tensor
-
-
-def _evaluation_views(files: Sequence[Path], *, size: int) -> _EvaluationResult:
-    images, failures = decode_images(files)
-    views = [evaluation_view(image[None], size=size) for image in images]
-    return _EvaluationResult(failures, torch.cat(views).mul_(255).round_().to(torch.uint8))
-
-
-def _pixels(images: Tensor, device: torch.device) -> Tensor:
-    """Images on the device as float32 in [0, 1]."""
-    images = images.to(device, non_blocking=True)
-    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images

@@ -28,7 +28,7 @@ from peerlearn.errors import UserError
 from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, frozen, load_backbones
 from peerlearn.export import export_hash
-from peerlearn.runs.directory import write_text
+from peerlearn.runs.files import file_sha256, write_text
 from peerlearn.runs.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,7 @@ def _read(root: Path, key: str) -> Tensor | None:
     file = root / f"{key}.safetensors"
     try:
         expected = json.loads(_facts(root, key).read_text())["sha256"]
-        with file.open("rb") as stream:
-            whole = hashlib.file_digest(stream, "sha256").hexdigest() == expected
+        whole = file_sha256(file) == expected
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -187,8 +186,7 @@ def _write(root: Path, key: str, features: Tensor, export: Path, dataset: ImageD
     temporary = root / f".{key}.{os.getpid()}.tmp"
     try:
         safetensors.torch.save_file({"features": features.contiguous()}, temporary)
-        with temporary.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256 = file_sha256(temporary)
         temporary.replace(file)
         facts = {
             "sha256": sha256,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.datasets import ImageDataset
-from peerlearn.data.loader import evaluation_batches
+from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.unreadable import Unreadable
 
 # Of one rank, sent at once.

@@ -103,10 +103,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     selections = select_runs(config.checkpoints(), config.network)
     # Imported here: a wrong key should not wait for torch.
-    from peerlearn.compute.dist import evaluating_ranks
+    from peerlearn.compute.dist import joined_ranks
     from peerlearn.evaluation.score_table import report_scores
 
-    with evaluating_ranks(config.device) as ranks:
+    with joined_ranks(config.device) as ranks:
         found = [evaluate(config, selection, ranks) for selection in selections]
         if ranks.main:
             swept = len(config.ks()) * len(config.temperatures()) > 1

@@ -9,7 +9,8 @@ from typing import Any
 
 from peerlearn.errors import UserError
 from peerlearn.evaluation.uncertainty import spread_over_runs
-from peerlearn.runs.directory import environment, write_text
+from peerlearn.runs.environment import environment
+from peerlearn.runs.files import write_text
 
 SCHEMA_VERSION = 1
 # The name of the job that measures, if it is one of a pipeline's: its result files repeat it.

@@ -1,15 +1,16 @@
 """Which exported networks `--checkpoint` and `--network` mean."""
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peerlearn.errors import UsageError, UserError
-
-ENSEMBLE = "ensemble"
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_folders import exported_networks, is_export, is_key_network, network_in
+from peerlearn.runs.score_names import ENSEMBLE as ENSEMBLE
+from peerlearn.runs.step_folders import latest_step, step_folders, step_of
+from peerlearn.runs.training_facts import TrainingFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +47,17 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
         UsageError: no such network; the message lists those there are.
     """
     checkpoint = checkpoint.resolve()
-    if (checkpoint / "model.safetensors").is_file():
+    if is_export(checkpoint):
         return _select_export(checkpoint, network)
     exports = checkpoint
-    if (checkpoint / "config.yaml").is_file():
+    if RunDirectory(checkpoint).begun:
         exports = _latest(checkpoint)
-    everything = _named_exports(exports)
+    everything = exported_networks(exports)
     if not everything:
         raise UserError(
             f"{checkpoint}: no exported networks here; give a run, RUN/export/step-N or one export"
         )
-    cohort = {name: folder for name, folder in everything.items() if not name.startswith("key-")}
+    cohort = {name: folder for name, folder in everything.items() if not is_key_network(name)}
     chosen = cohort if network in ("all", ENSEMBLE) else {network: everything.get(network)}
     if None in chosen.values():
         known = ", ".join([*everything, "all", ENSEMBLE])
@@ -67,7 +68,7 @@ def select_networks(checkpoint: Path, network: str) -> Selection:
         alone=network != ENSEMBLE,
         exports=exports,
         run=_run_of(exports),
-        step=_step(exports),
+        step=step_of(exports.name) or 0,
     )
 
 
@@ -92,7 +93,7 @@ def select_runs(checkpoints: Sequence[str], network: str) -> list[Selection]:
 
 def _select_export(folder: Path, network: str) -> Selection:
     """One export; its folder tells the network, and its run and step where it lies in a run."""
-    name = _network_name(folder.name) or "0"
+    name = network_in(folder.name) or "0"
     if network not in ("all", name):
         raise UsageError(f"--network {network}: {folder} is network {name} alone; leave it out")
     exports = folder.parent
@@ -102,61 +103,32 @@ def _select_export(folder: Path, network: str) -> Selection:
         alone=True,
         exports=exports,
         run=_run_of(exports),
-        step=_step(exports),
+        step=step_of(exports.name) or 0,
     )
 
 
 def _run_of(exports: Path) -> Path | None:
     run = exports.parent.parent
-    return run if (run / "config.yaml").is_file() else None
+    return run if RunDirectory(run).begun else None
 
 
 def _latest(run: Path) -> Path:
     """The folder that `latest` names, or the newest where that file is missing or spoilt."""
-    exports = run / "export"
-    steps = {folder.name: folder for folder in exports.glob("step-*") if _step(folder)}
-    if not steps:
+    exports = RunDirectory(run).exports
+    folders = step_folders(exports)
+    if not folders:
         raise UserError(f"{run}: nothing has been exported yet")
-    try:
-        named = (exports / "latest").read_text().strip()
-    except (OSError, ValueError):
-        named = ""
-    return steps.get(named) or max(steps.values(), key=_step)
-
-
-def _named_exports(folder: Path) -> dict[str, Path]:
-    """The exports by their networks' names; query networks first, by number."""
-    found = {
-        name: path
-        for path in folder.glob("net-*")
-        if (name := _network_name(path.name)) and (path / "model.safetensors").is_file()
-    }
-    return dict(
-        sorted(found.items(), key=lambda item: (item[0].startswith("key-"), len(item[0]), item[0]))
-    )
-
-
-def _network_name(folder_name: str) -> str | None:
-    """net-0 is "0", net-0-key is "key-0"; None for other folders."""
-    match = re.fullmatch(r"net-(\d+)(-key)?", folder_name)
-    return f"{'key-' if match[2] else ''}{match[1]}" if match else None
-
-
-def _step(exports: Path) -> int:
-    digits = exports.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else 0
+    named = latest_step(exports)
+    return next((folder for step, folder in folders if step == named), folders[0][1])
 
 
 def results_folder(asked: str | None, selection: Selection) -> Path:
     """Where result files go: the folder asked for, else the run's, else results/ here."""
-    return Path(asked) if asked else (selection.run or Path()) / "results"
+    return Path(asked) if asked else RunDirectory(selection.run or Path()).results
 
 
-def run_setting(run: Path | None, name: str, default: Any) -> Any:
-    """A fact of the run's env.json that evaluators need: dataset, data_root, seed."""
-    if run is None:
-        return default
-    try:
-        return json.loads((run / "env.json").read_text())["training"][name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'env.json'} does not tell the run's {name}") from error
+def run_setting(
+    run: Path | None, name: Literal["dataset", "data_root", "seed"], default: Any
+) -> Any:
+    """A fact of the run's training; the default for exports that belong to no run."""
+    return default if run is None else getattr(TrainingFacts.read(RunDirectory(run).env), name)

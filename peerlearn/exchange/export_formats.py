@@ -19,14 +19,8 @@ import numpy as np
 from torch import nn
 
 from peerlearn.errors import UserError
-from peerlearn.export import (
-    CARD_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    export_hash,
-    load_export,
-    write_folder,
-)
+from peerlearn.export import export_hash, load_export, write_folder
+from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 DETECTRON2_FILE = "model.pkl"
 

@@ -25,6 +25,7 @@ from peerlearn.errors import UserError
 from peerlearn.exchange.export_formats import RESNETS, ResNetShape
 from peerlearn.export import state_misfits
 from peerlearn.networks.cifar import CIFAR_NETWORKS
+from peerlearn.runs.export_folders import KEY_PREFIX, network_order
 
 # torch does not compress; half-precision zeros may have been, by hand.
 _MOST_EXPANSION = 20
@@ -303,10 +304,10 @@ def _split_by_prefix(
             rest.append(name)
             continue
         found = match.groupdict()
-        key = "key-" if found.get("role") in ("k", "momentum") else ""
+        key = KEY_PREFIX if found.get("role") in ("k", "momentum") else ""
         network = f"{key}{found.get('number', 0)}"
         parts.setdefault(network, _Part(source=found["source"])).add(found["name"], tensor)
-    order = sorted(parts, key=lambda network: (network.startswith("key-"), len(network), network))
+    order = sorted(parts, key=network_order)
     return {network: parts[network] for network in order}, rest
 
 

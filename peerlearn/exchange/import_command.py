@@ -1,16 +1,16 @@
 """`peerlearn import`: networks of other programs' checkpoints as exports."""
 
 import argparse
-import hashlib
 import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from peerlearn.arguments import ArgumentParser
-from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import replace_folder
+from peerlearn.config import ArgumentParser
+from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.runs.export_folders import network_folder
+from peerlearn.runs.files import file_sha256, replace_folder
 
 if TYPE_CHECKING:
     from peerlearn.exchange.foreign_checkpoints import ForeignCheckpoint, ForeignNetwork
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = read_foreign(file)
     images = [_expected_images(network, arguments) for network in checkpoint.networks]
     output: Path = arguments.output or Path("imported") / _plain_stem(file)
-    sha256 = _sha256(file)
+    sha256 = file_sha256(file)
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} is there already: choose another folder by --output")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".import-") as scratch:
             whole = Path(scratch) / output.name
             for network, expected in zip(checkpoint.networks, images, strict=True):
-                folder = whole / _folder_name(network.name)
+                folder = whole / network_folder(network.name)
                 _save(folder, file, sha256, checkpoint, network, expected)
             # All networks at once, or none: a part would pass for the whole.
             replace_folder(whole, output)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             f"{output}: cannot be written ({error.strerror}): choose another folder by --output"
         ) from error
     _report(file, sha256, checkpoint, images, output)
-    return 0
+    return DONE
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,15 +128,6 @@ def _plain_stem(file: Path) -> str:
     return name.name
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _folder_name(network: str) -> str:
-    return f"net-{network.removeprefix('key-')}{'-key' if network.startswith('key-') else ''}"
-
-
 def _save(
     folder: Path,
     file: Path,
@@ -184,7 +175,7 @@ def _report(
     print(f"layout: {checkpoint.layout}")
     for network, expected in zip(checkpoint.networks, images, strict=True):
         print(
-            f"{output / _folder_name(network.name)}: {network.source} is {network.architecture}, matched "
+            f"{output / network_folder(network.name)}: {network.source} is {network.architecture}, matched "
             f"{network.matched} of {network.matched} tensors"
             + ("" if network.counted else ", batch counters are not in the file: set to 0")
             + (f", stem {_SMALL_STEM}" if network.small_images else "")

@@ -6,11 +6,9 @@ The manifest holds the SHA-256 of every other file and is written last: a folder
 A save that turns out damaged is set aside as ``step-00001000.bad``.
 """
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,21 +19,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import replace_folder, write_text
+from peerlearn.runs.files import file_sha256, replace_folder
+from peerlearn.runs.step_folders import step_folder, step_folders, write_latest
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
+_STATE = "state.json"
+# Ends the name of a save that was set aside.
+_BAD = ".bad"
 
 logger = logging.getLogger(__name__)
 
 
 class DamagedSaveError(UserError):
     """A save that is not whole: a file is missing, cut short or changed."""
-
-
-def step_folder(step: int) -> str:
-    """The name of a step's folder, the same under checkpoints/ and export/."""
-    return f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -58,12 +55,12 @@ def save_checkpoint(
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
             # Not save_file, whose files none but their owner can read and whose errors have no number.
             (temporary / f"{name}.safetensors").write_bytes(safetensors.torch.save(contiguous))
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+        hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         replace_folder(temporary, final)
-        write_text(root / "latest", final.name + "\n")
+        write_latest(final)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -85,7 +82,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             for name in names
             if name.endswith(".safetensors")
         }
-        return tensors, json.loads((folder / "state.json").read_text())
+        return tensors, json.loads((folder / _STATE).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedSaveError(f"{folder}: {error}") from error
 
@@ -117,33 +114,32 @@ def check_whole(folder: Path) -> list[str]:
         raise DamagedSaveError(f"{folder}: its {_MANIFEST} is that of step {step}")
     for name, sha256 in hashes.items():
         file = folder / name
-        if file.parent != folder or not file.is_file() or _sha256(file) != sha256:
+        if file.parent != folder or not file.is_file() or file_sha256(file) != sha256:
             raise DamagedSaveError(f"{file}: missing or damaged, its SHA-256 is not the manifest's")
-    if "state.json" not in hashes:
-        raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no state.json")
+    if _STATE not in hashes:
+        raise DamagedSaveError(f"{folder}: its {_MANIFEST} names no {_STATE}")
     return sorted(hashes)
 
 
 def saved_steps(root: Path) -> list[Path]:
     """The folders of all saves, the newest first, whole or not; those set aside are left out."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=saved_step, reverse=True)
-
-
-def saved_step(folder: Path) -> int:
-    """The step of a save's folder."""
-    return int(folder.name.removeprefix("step-"))
+    return [folder for _, folder in step_folders(root)]
 
 
 def set_aside(folder: Path) -> Path:
     """Rename a save so that it is never taken for one again; returns the new path."""
-    bad = folder.with_name(f"{folder.name}.bad")
+    bad = folder.with_name(folder.name + _BAD)
     number = 1
     while bad.exists():
         number += 1
-        bad = folder.with_name(f"{folder.name}.bad{number}")
+        bad = folder.with_name(f"{folder.name}{_BAD}{number}")
     os.rename(folder, bad)
     return bad
+
+
+def saves_set_aside(root: Path) -> list[Path]:
+    """What `set_aside` has renamed there."""
+    return list(root.glob(f"*{_BAD}*"))
 
 
 def drop_old_checkpoints(
@@ -153,8 +149,8 @@ def drop_old_checkpoints(
 
     One that cannot be deleted stays, with a warning: that is no reason to stop.
     """
-    for folder in saved_steps(root)[keep_last:]:
-        if keep_every_steps is None or saved_step(folder) % keep_every_steps:
+    for step, folder in step_folders(root)[keep_last:]:
+        if keep_every_steps is None or step % keep_every_steps:
             try:
                 shutil.rmtree(folder)
             except OSError as error:
@@ -165,8 +161,3 @@ def remove_stumps(root: Path) -> None:
     """Delete what saves that were killed midway have left."""
     for stump in root.glob(".tmp-*"):
         shutil.rmtree(stump, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

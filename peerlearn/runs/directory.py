@@ -1,30 +1,39 @@
 """The run directory: one folder that holds everything a run reads and writes.
 
 RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/rank-R.log  DONE | FAILED
-      checkpoints/  export/  results/
+      checkpoints/  export/  results/  slurm/
+
+Who needs one of these paths asks for it here.
 """
 
-import datetime
-import hashlib
 import json
 import logging
 import math
-import os
-import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peerlearn import PACKAGES
 from peerlearn.errors import UserError
-from peerlearn.runs.files import append_text, read_json_lines
+from peerlearn.runs.environment import now_text
+from peerlearn.runs.files import (
+    append_text,
+    numbered_files,
+    read_json_lines,
+    sync,
+    write_text,
+)
+from peerlearn.runs.lock import LOCK_FILES
+from peerlearn.runs.training_facts import TrainingFacts, write_env
+
+# What was submitted for a run lies in it; for several runs at once, in the folder that holds them.
+JOBS_FOLDER = "slurm"
+# A folder of runs that holds this file is a pipeline.
+PIPELINE_FILE = "pipeline.yaml"
+_ATTEMPT = "attempt-"
+# What stands before and after the rank.
+_LOG = ("rank-", ".log")
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = ("peerlearn", "torch", "torchvision", "timm", "numpy", "faiss-gpu")
 
 
 class RunDirectory:
@@ -47,7 +56,7 @@ class RunDirectory:
         Raises:
             UserError: the folder holds a run already, or anything else.
         """
-        if (self.root / "config.yaml").exists():
+        if self.config.exists():
             raise UserError(
                 f"{self.root} holds a run already: `peerlearn resume {self.root}` continues it, "
                 "--run names another folder"
@@ -57,9 +66,7 @@ class RunDirectory:
 
     def _holds_anything(self) -> bool:
         # A start that was refused or killed early may have left its lock behind, a submission is there before its run.
-        return any(
-            path.name not in (".lock", "owner.json", "slurm") for path in self.root.iterdir()
-        )
+        return any(path.name not in (*LOCK_FILES, JOBS_FOLDER) for path in self.root.iterdir())
 
     def create_folder(self) -> None:
         """Make the folder of a new run.
@@ -94,8 +101,13 @@ class RunDirectory:
         Raises:
             UserError: it is not.
         """
-        if not self.config.is_file():
+        if not self.begun:
             raise UserError(f"{self.root} is not a run directory: it has no config.yaml")
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run: its config is written first."""
+        return self.config.is_file()
 
     @property
     def config(self) -> Path:
@@ -106,6 +118,14 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def event_log(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def env(self) -> Path:
+        return self.root / "env.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -113,49 +133,79 @@ class RunDirectory:
     def exports(self) -> Path:
         return self.root / "export"
 
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tb"
+
+    @property
+    def jobs(self) -> Path:
+        return self.root / JOBS_FOLDER
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def done_mark(self) -> Path:
+        return self.root / "DONE"
+
+    @property
+    def failed_mark(self) -> Path:
+        return self.root / "FAILED"
+
     def check_there(self) -> None:
         """Make sure that the run directory has not been moved or removed while it is in use.
 
         Raises:
             UserError: it has.
         """
-        if not self.config.is_file():
+        if not self.begun:
             raise UserError(
                 f"{self.root} is gone: moved or removed while training; `peerlearn resume` goes on where it is now"
             )
 
     @property
     def done(self) -> bool:
-        return (self.root / "DONE").exists()
+        return self.done_mark.exists()
 
-    def start_attempt(self, facts: Mapping[str, Any]) -> int:
+    def start_attempt(self, verb: str, facts: TrainingFacts | None) -> int:
         """Number this start of the program, counted from 1, and make its log folder.
 
         Also writes env.json and clears an earlier DONE or FAILED.
 
         Args:
-            facts: what evaluators need to know of the training; goes into env.json.
+            verb: verb of the command line that trains; by it `peerlearn resume` knows who goes on.
+            facts: what evaluators need to know of the training; None of a training that makes nothing for them.
         """
         attempt = self.newest_attempt() + 1
         try:
             self.logs(attempt).mkdir(parents=True)
-            env = {**environment(), "training": facts}
-            write_text(self.root / "env.json", json.dumps(env, indent=2) + "\n")
+            write_env(self.env, verb, facts)
         except OSError as error:
             raise self._unwritable(error) from error
-        for mark in ("DONE", "FAILED"):
-            (self.root / mark).unlink(missing_ok=True)
+        for mark in (self.done_mark, self.failed_mark):
+            mark.unlink(missing_ok=True)
         return attempt
 
     def newest_attempt(self) -> int:
         """The number of the latest start of the program; 0 before the first."""
-        folders = (self.root / "logs").glob("attempt-*")
-        names = (folder.name.removeprefix("attempt-") for folder in folders)
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        return max(numbered_files(self.attempts, _ATTEMPT), default=0)
 
     def logs(self, attempt: int) -> Path:
         """The folder of an attempt's logs and heartbeats, one of each per rank."""
-        return self.root / "logs" / f"attempt-{attempt}"
+        return self.attempts / f"{_ATTEMPT}{attempt}"
+
+    def log(self, attempt: int, rank: int) -> Path:
+        """What a rank logs in an attempt."""
+        return self.logs(attempt) / f"{_LOG[0]}{rank}{_LOG[1]}"
+
+    def rank_logs(self, attempt: int) -> dict[int, Path]:
+        """The logs there are of an attempt, by rank."""
+        return numbered_files(self.logs(attempt), *_LOG)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one logged step to metrics.jsonl; NaN and Inf, which JSON does not know, become null."""
@@ -196,15 +246,15 @@ class RunDirectory:
     def sync_metrics(self) -> None:
         """Wait until the rows so far are on the disk, so that no save is ahead of them."""
         if self.metrics.exists():
-            _sync(self.metrics)
+            sync(self.metrics)
 
     def event(self, name: str, **fields: Any) -> None:
         """Add one line to events.jsonl: what happened, when, and its facts."""
-        self._append_line(self.root / "events.jsonl", {"time": now_text(), "event": name, **fields})
+        self._append_line(self.event_log, {"time": now_text(), "event": name, **fields})
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The events so far; lines that cannot be read are left out."""
-        rows = read_json_lines(self.root / "events.jsonl")
+        rows = read_json_lines(self.event_log)
         return (row for row in rows if "event" in row)
 
     def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
@@ -219,12 +269,12 @@ class RunDirectory:
 
     def mark_done(self) -> None:
         """Leave DONE: the run has finished and its last step is saved and exported."""
-        write_text(self.root / "DONE", "")
-        (self.root / "FAILED").unlink(missing_ok=True)
+        write_text(self.done_mark, "")
+        self.failed_mark.unlink(missing_ok=True)
 
     def mark_failed(self, reason: str) -> None:
         """Leave FAILED with the reason."""
-        write_text(self.root / "FAILED", reason + "\n")
+        write_text(self.failed_mark, reason + "\n")
 
 
 def default_run(argv: Sequence[str]) -> Path:
@@ -237,80 +287,5 @@ def default_run(argv: Sequence[str]) -> Path:
     return Path("runs") / (Path(argv[0]).stem if named else "pretrain")
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for env.json and every result."""
-    import torch
-
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _LIBRARIES},
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda_devices": devices,
-        "code_sha256": _code_sha256(),
-    }
-
-
-@cache
-def _code_sha256() -> str:
-    """Of this project's Python files as they were when the process first asked: those it runs."""
-    home = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        for file in sorted((home / package).rglob("*.py")):
-            digest.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def now_text() -> str:
-    """The time, for people: UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a small file as a whole: it is either the old or the new text, never half of it.
-
-    ``durable`` waits until it is on the disk.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Make a finished temporary folder appear as ``final`` at once, durably; an older ``final`` goes."""
-    for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.replace(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

@@ -16,9 +16,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peerlearn.runs.directory import write_text
+from peerlearn.runs.files import numbered_files, write_text
 
 INTERVAL_SECONDS = 2.0
+# What stands before and after the rank.
+_BEAT_FILE = ("rank-", ".heartbeat.json")
+_STEP_FILE = ("rank-", ".step")
 # A beat older than this is no beat: several were missed.
 _SILENT_SECONDS = 4 * INTERVAL_SECONDS
 
@@ -126,10 +129,16 @@ def read_beat(folder: Path, rank: int) -> Beat | None:
         return None
 
 
+def read_beats(folder: Path) -> list[Beat]:
+    """The last beats of all ranks, as far as they can be read."""
+    beats = (read_beat(folder, rank) for rank in numbered_files(folder, *_BEAT_FILE))
+    return [beat for beat in beats if beat is not None]
+
+
 def read_step(folder: Path) -> int | None:
     """The step an attempt has come to, whichever way it ended: the furthest of its ranks; None before the first."""
     steps = []
-    for file in folder.glob("rank-*.step"):
+    for file in numbered_files(folder, *_STEP_FILE).values():
         with contextlib.suppress(OSError, ValueError):
             steps.append(int(file.read_text()))
     return max(steps, default=None)
@@ -218,8 +227,8 @@ def _silence(beat: Beat | None) -> str:
 
 
 def _step_file_name(rank: int) -> str:
-    return f"rank-{rank}.step"
+    return f"{_STEP_FILE[0]}{rank}{_STEP_FILE[1]}"
 
 
 def _file_name(rank: int) -> str:
-    return f"rank-{rank}.heartbeat.json"
+    return f"{_BEAT_FILE[0]}{rank}{_BEAT_FILE[1]}"

@@ -20,7 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import now_text, write_text
+from peerlearn.runs.environment import now_text
+from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import process_exists, process_started_at
 
 LOCK_FILES = (".lock", "owner.json")

@@ -25,7 +25,8 @@ from peerlearn.data.augment import (
     resized_crop,
 )
 from peerlearn.data.datasets import ImageDataset
-from peerlearn.data.loader import ViewBatch, ViewLoader, evaluation_batches
+from peerlearn.data.evaluation_views import evaluation_batches
+from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
 

@@ -17,7 +17,7 @@ from PIL import Image
 from peerlearn.cli import main
 from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
 from peerlearn.runs.directory import RunDirectory
-from pretrain.metrics import CLOCK_WORDS
+from peerlearn.runs.metrics import CLOCK_WORDS
 from tests.warm import Process
 
 SMALL = [

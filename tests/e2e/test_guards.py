@@ -11,6 +11,7 @@ from PIL import Image
 
 import pretrain.train as training_loop
 from peerlearn.cli import main
+from peerlearn.compute.attempt import Attempt
 from peerlearn.runs.checkpoint import saved_steps
 from tests.e2e.runs import (
     SMALL,
@@ -241,9 +242,10 @@ def fill(disk: Path, leaving: int) -> Path:
 def test_a_disk_that_fills_up_costs_saves_but_not_the_run(disk, monkeypatch, capsys):
     """Full from step 4 to step 7, then emptied: two saves are missed, the older one stands, every row is there."""
     run = disk / "r"
-    advance = training_loop._seed_modules
+    begin_step = Attempt.begin_step
 
-    def seed_modules(training):
+    def fill_and_begin(attempt):
+        training = attempt.training
         if training.step == 4:
             fill(disk, leaving=0)
         if training.step == 8:
@@ -251,9 +253,9 @@ def test_a_disk_that_fills_up_costs_saves_but_not_the_run(disk, monkeypatch, cap
             saves = [path.name for path in saved_steps(run / "checkpoints")]
             assert saves == ["step-00000004", "step-00000002"]
             assert not list((run / "checkpoints").glob(".tmp*"))
-        advance(training)
+        begin_step(attempt)
 
-    monkeypatch.setattr(training_loop, "_seed_modules", seed_modules)
+    monkeypatch.setattr(Attempt, "begin_step", fill_and_begin)
     words = ["--checkpoint.every_steps", "2", "--checkpoint.export_every_epochs", "1"]
     assert pretrain(run, *QUIET, *words) == 0
     missed = events(run, "save_missed")
@@ -271,14 +273,15 @@ def test_a_disk_that_fills_up_costs_saves_but_not_the_run(disk, monkeypatch, cap
 
 def test_a_disk_that_stays_full_ends_the_run_after_three_misses(disk, monkeypatch, capsys):
     run = disk / "r"
-    advance = training_loop._seed_modules
+    begin_step = Attempt.begin_step
 
-    def seed_modules(training):
+    def fill_and_begin(attempt):
+        training = attempt.training
         if training.step == 4:
             fill(disk, leaving=0)
-        advance(training)
+        begin_step(attempt)
 
-    monkeypatch.setattr(training_loop, "_seed_modules", seed_modules)
+    monkeypatch.setattr(Attempt, "begin_step", fill_and_begin)
     assert pretrain(run, *QUIET, "--checkpoint.every_steps", "2") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "step 10 could not be saved (No space left on device), miss number 3 in a row" in error

@@ -331,9 +331,9 @@ def test_features_of_several_processes_are_each_images_own(tmp_path, runs):
 import sys, torch
 from pathlib import Path
 from peerlearn.data.datasets import first_images, load_dataset
-from peerlearn.compute.dist import evaluating_ranks
+from peerlearn.compute.dist import joined_ranks
 from peerlearn.evaluation.feature_cache import Extraction, load_features
-with evaluating_ranks("cpu") as ranks:
+with joined_ranks("cpu") as ranks:
     how = Extraction(ranks=ranks, batch_size=7, workers=0, cached=False)
     images = first_images(load_dataset("digits", "test"), int(sys.argv[3]))
     found = load_features({"0": Path(sys.argv[1])}, images, how)["0"]

@@ -40,19 +40,19 @@ def test_the_loss_scale_is_saved_and_grows_again_to_the_bit(tmp_path, monkeypatc
     """fp16 begins with a scale that is too large here or not; wherever it stands, a resumed run has it."""
     words = [*QUIET, "--precision", "fp16", "--checkpoint.every_steps", "3"]
     assert pretrain(tmp_path / "a", *words) == 0
-    from pretrain import train
+    from peerlearn.compute.attempt import Attempt
 
     class Killed(BaseException):
         pass
 
-    seed = train._seed_modules
+    begin_step = Attempt.begin_step
 
-    def killed_at_step_8(training):
-        if training.step == 8:
+    def killed_at_step_8(attempt):
+        if attempt.training.step == 8:
             raise Killed
-        seed(training)
+        begin_step(attempt)
 
-    monkeypatch.setattr(train, "_seed_modules", killed_at_step_8)
+    monkeypatch.setattr(Attempt, "begin_step", killed_at_step_8)
     with pytest.raises(Killed):
         pretrain(tmp_path / "b", *words)
     monkeypatch.undo()

@@ -4,7 +4,6 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,29 +248,28 @@ def test_an_existing_run_is_never_overwritten(finished, capsys):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(finished, tmp_path, poison):
     from peerlearn.compute.dist import Ranks
+    from peerlearn.compute.guards import NonFiniteError
+    from peerlearn.compute.saves import save
     from peerlearn.config import load_config
     from pretrain.config import PretrainConfig
-    from pretrain.losses import NonFiniteError
-    from pretrain.state import build, export, save
+    from pretrain.state import build, export
 
     run = RunDirectory(tmp_path / "n")
     config = load_config(PretrainConfig, finished / "config.yaml")
     training = build(config, run, Ranks(torch.device("cpu")))
     with torch.no_grad():
         training.cohort.heads[1].weight[0, 0] = poison
-    for write in (partial(save, attempt=1, must=True), partial(export, must=True)):
+    for write in (partial(save, attempt=1), partial(export, must=True)):
         with pytest.raises(NonFiniteError, match=r"heads\.1\.weight holds NaN or Inf"):
             write(training)
     assert not run.root.exists()
 
 
 def test_dropout_is_seeded_by_the_step(tmp_path):
-    from pretrain.config import PretrainConfig
-    from pretrain.train import _seed_modules
+    from peerlearn.compute.attempt import seed_modules
 
     def draw(seed: int, step: int) -> torch.Tensor:
-        ranks = SimpleNamespace(rank=0)
-        _seed_modules(SimpleNamespace(config=PretrainConfig(seed=seed), step=step, ranks=ranks))
+        seed_modules(seed, step, rank=0)
         return torch.nn.functional.dropout(torch.ones(64))
 
     assert torch.equal(draw(0, 3), draw(0, 3))

@@ -168,20 +168,21 @@ def test_a_rank_that_is_stopped_is_named_after_the_timeout(tmp_path):
 
 STOPPED_WHILE_MAIN_SAVES = """
 import os, signal, sys
-import pretrain.state, pretrain.train
 from peerlearn.cli import main
+from peerlearn.compute import saves
+from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
 rank, victim = os.environ["RANK"], os.environ["VICTIM"]
 def stop():
     os.kill(os.getpid(), signal.SIGSTOP)
 if rank == victim == "0":
-    pretrain.state.save_checkpoint = lambda *arguments: stop()
+    saves.save_checkpoint = lambda *arguments: stop()
 if rank == victim == "1":
-    save = pretrain.state.save
+    save = Attempt.save
     def save_after_stop(*arguments, **named):
         Ranks.from_main = lambda *ignored: stop()
         save(*arguments, **named)
-    pretrain.train.save = save_after_stop
+    Attempt.save = save_after_stop
 sys.exit(main(sys.argv[1:]))
 """
 

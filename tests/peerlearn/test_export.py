@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import peerlearn.runs.directory
+import peerlearn.runs.files
 from peerlearn.backbones import create_backbone
 from peerlearn.errors import UserError
 from peerlearn.export import export_hash, load_export, save_export
@@ -321,7 +321,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
         synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         real(descriptor)
 
-    monkeypatch.setattr(peerlearn.runs.directory.os, "fsync", fsync)
+    monkeypatch.setattr(peerlearn.runs.files.os, "fsync", fsync)
     network = ("conv4", 1, False, 28)
     save(trained(*network), tmp_path / "net-0", network)
     assert {"model.safetensors", "config.json", "README.md", ".net-0.tmp"} <= set(synced)

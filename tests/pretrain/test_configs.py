@@ -3,6 +3,7 @@
 import pytest
 
 from peerlearn.commands.configs_command import HEADER_FIELDS, main, read_header
+from peerlearn.compute.optimizers import OptimizerConfig
 from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import config_to_yaml, load_config
 from pretrain.cohort import build_cohort
@@ -12,7 +13,6 @@ from pretrain.config import (
     CohortConfig,
     DataConfig,
     MonitorConfig,
-    OptimizerConfig,
     PretrainConfig,
     QueueConfig,
 )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peerlearn.compute.guards import NonFiniteError
 from pretrain import distill
 from pretrain.distill import (
     cl_ilr,
@@ -28,7 +29,6 @@ from pretrain.distill import (
     vanilla,
     vanilla_by_network,
 )
-from pretrain.losses import NonFiniteError
 
 Rows = list[list[float]]
 

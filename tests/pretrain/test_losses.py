@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peerlearn.compute.guards import NonFiniteError
 from pretrain.losses import (
     MCLTerms,
-    NonFiniteError,
     batch_terms,
     queue_terms,
     queue_terms_by_network,

@@ -11,7 +11,8 @@ from peerlearn.compute.dist import Ranks
 from pretrain.cohort import Cohort
 from pretrain.config import CohortConfig, PretrainConfig, QueueConfig
 from pretrain.losses import MCLTerms, queue_terms, view_terms
-from pretrain.methods import MoCo, SimCLR, build_method
+from pretrain.method import build_method
+from pretrain.methods import MoCo, SimCLR
 from pretrain.terms import objective
 
 ALONE = Ranks(torch.device("cpu"))

@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from peerlearn.compute.guards import DivergedError, NonFiniteError, StepGuard
+from peerlearn.compute.resume import config_changes
 from peerlearn.compute.schedules import ScheduleConfig, learning_rate
 from peerlearn.runs.generators import generator_states, load_generator_states, seed_generators
 from pretrain.cohort import Cohort, momentum_peers, update_momentum
-from pretrain.guards import DivergedError, StepGuard, checked_terms, gradient_fault
+from pretrain.faults import gradient_fault, term_fault, terms_are_finite
+from pretrain.finite import deferred_checks, first_fault, require_finite
 from pretrain.key_queue import KeyQueue
-from pretrain.losses import MCLTerms, NonFiniteError
-from pretrain.restore import config_changes
+from pretrain.losses import MCLTerms
 
 CPU = torch.device("cpu")
 NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -345,21 +347,40 @@ def test_the_first_term_that_is_not_finite_is_named_with_its_network(networks, b
     for place in bad:
         values[place] = value
     computed = MCLTerms(*values.requires_grad_().unbind())
-    terms, fault = checked_terms(lambda: computed)
+    assert bool(terms_are_finite([], [computed])) == (not bad)
     if bad:
         term, network = min(bad)
-        assert terms is None
-        assert fault == f"{MCLTerms._fields[term]} of network {network} is not finite"
+        assert (
+            term_fault([computed]) == f"{MCLTerms._fields[term]} of network {network} is not finite"
+        )
     else:
-        assert terms is computed
-        assert fault is None
+        assert term_fault([computed]) is None
 
 
-def test_a_loss_that_refuses_its_input_is_a_fault_by_its_own_words():
-    def refuse() -> MCLTerms:
-        raise NonFiniteError("query[0] holds NaN")
-
-    assert checked_terms(refuse) == (None, "query[0] holds NaN")
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
+    value=NOT_FINITE,
+    data=st.data(),
+)
+def test_a_deferred_check_says_later_what_it_would_have_raised_at_once(shape, value, data):
+    good, bad = torch.ones(shape), torch.ones(shape)
+    network, row, column = (data.draw(st.integers(0, size - 1)) for size in shape)
+    bad[network, row, column] = value
+    with pytest.raises(NonFiniteError) as raised:
+        require_finite("icl_hard", "query", bad)
+    assert f"icl_hard of network {network} is not finite: query[{network}]" in str(raised.value)
+    assert f"in 1 of {shape[1]} rows, the first is row {row}" in str(raised.value)
+    with deferred_checks() as checks:
+        require_finite("scl_hard", "key", good)
+        require_finite("icl_hard", "query", bad)
+        with pytest.raises(NonFiniteError):
+            require_finite("icl_hard", "query", bad, at_once=True)
+    assert first_fault(checks) == str(raised.value)
+    assert not terms_are_finite(checks, [])
+    assert first_fault(checks[:1]) is None
+    assert terms_are_finite(checks[:1], [MCLTerms(*torch.ones(4, shape[0]))])
+    with pytest.raises(NonFiniteError):
+        require_finite("icl_hard", "query", bad)
 
 
 @settings(max_examples=60)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize, minimize_scalar
 from torch import Tensor
 
+from peerlearn.compute.guards import NonFiniteError
 from pretrain import simplex_weights
-from pretrain.losses import NonFiniteError
 from pretrain.simplex_weights import ensemble_weights
 
 BOTH = pytest.mark.parametrize("per_class", [False, True])

@@ -14,7 +14,7 @@ from pretrain.cohort import Cohort, build_cohort
 from pretrain.config import CohortConfig, PretrainConfig, SupervisedConfig
 from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import batch_terms
-from pretrain.methods import build_method
+from pretrain.method import build_method
 from pretrain.supervised import Supervised
 from pretrain.terms import SupervisedTerms, objective
 

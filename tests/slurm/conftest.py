@@ -1,4 +1,4 @@
-"""One SLURM for all tests of a worker, left empty and as configured by each; and the runs that they compare with."""
+"""The runs that jobs are compared with."""
 
 import shutil
 import subprocess
@@ -8,28 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.runs import pretrain
-from tests.slurm.cluster import Cluster, missing_programs, scratch_folder, start_cluster
 from tests.slurm.jobs import train_undisturbed
 
 Once = Callable[[str, Callable[[Path], object]], Path]
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    if reason := missing_programs():
-        pytest.skip(reason)
-    started = start_cluster(scratch_folder())
-    yield started
-    started.stop()
-
-
-@pytest.fixture(autouse=True)
-def _cluster_left_clean(request: pytest.FixtureRequest) -> Iterator[None]:
-    used = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
-    yield
-    if used:
-        used.restore_configuration()
-        used.cancel_all()
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,10 @@ import torch
 
 from peerlearn.commands import doctor
 from peerlearn.commands.doctor import Check, main
+from peerlearn.compute import cpu
 from peerlearn.errors import UsageError
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 def check(name: str = "thing", **values: object) -> Check:
@@ -148,7 +149,7 @@ class TestPackages:
     def test_the_minima_are_those_of_pyproject(self, monkeypatch: pytest.MonkeyPatch) -> None:
         project = tomllib.loads(PYPROJECT.read_text())["project"]
         wanted = dict(
-            line.replace("[signatures]", "").split(">=") for line in project["dependencies"]
+            re.split(">=|==", line.replace("[signatures]", "")) for line in project["dependencies"]
         )
         asked = dict(doctor.OTHER_LIBRARIES)
         monkeypatch.setattr(
@@ -351,7 +352,7 @@ class TestDevices:
     ) -> None:
         if info is not None:
             (tmp_path / "cpuinfo").write_text(info)
-        monkeypatch.setattr(doctor, "CPU_INFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(cpu, "CPU_INFO", tmp_path / "cpuinfo")
         result = doctor.check_cpu_bf16()
         assert (result.ok, result.required) == (units is not None, False)
         assert result.found == units or result.found.startswith("none: ")

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from peerlearn.compute.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from pretrain.config import OptimizerConfig
+from peerlearn.compute.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 
 
 def network() -> nn.Module:

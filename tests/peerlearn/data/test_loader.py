@@ -212,7 +212,7 @@ def test_workers_do_not_outlive_a_killed_main_process(tmp_path: Path):
     """Nor do the process that forks them and the tracker of their resources."""
     script = tmp_path / "crash.py"
     script.write_text(CRASH)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen(
         [sys.executable, str(script), "wait"], env=environment, stdout=subprocess.PIPE, text=True
     ) as main:
@@ -230,7 +230,7 @@ def test_workers_do_not_outlive_a_killed_main_process(tmp_path: Path):
 def test_a_crash_in_the_middle_of_an_epoch_ends_the_process(tmp_path: Path):
     script = tmp_path / "crash.py"
     script.write_text(CRASH)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     result = subprocess.run(
         [sys.executable, str(script)],
         env={**os.environ, "PYTHONPATH": str(root)},

@@ -27,8 +27,9 @@ from peerlearn.data.augment import (
     draw_view_parameters,
 )
 from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.image_folders import DecodeError, decode_image
-from peerlearn.data.loader import ViewBatch, ViewLoader, evaluation_batches
+from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.data.unreadable import (
     Unreadable,
     check_unreadable_rate,

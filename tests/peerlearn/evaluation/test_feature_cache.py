@@ -171,7 +171,7 @@ def test_of_two_processes_one_computes_and_both_get_the_features(cache, network)
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SLOW, str(network)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
             stdout=subprocess.PIPE,
             text=True,
         )

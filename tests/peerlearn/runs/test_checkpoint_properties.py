@@ -18,11 +18,10 @@ from peerlearn.runs.checkpoint import (
     load_checkpoint,
     remove_stumps,
     save_checkpoint,
-    saved_step,
     saved_steps,
     set_aside,
-    step_folder,
 )
+from peerlearn.runs.step_folders import step_folder, step_folders
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -73,7 +72,7 @@ def test_whatever_is_saved_is_loaded(step, content, state, tmp_path_factory):
         name: {key: as_saved(tensor) for key, tensor in group.items()}
         for name, group in content.items()
     }
-    assert (saved_steps(root), saved_step(folder)) == ([folder], step)
+    assert step_folders(root) == [(step, folder)]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == step
     others = {path.name for path in folder.iterdir()} - {"manifest.json"}
@@ -217,8 +216,10 @@ def test_saves_are_told_from_the_rest_and_come_newest_first_by_number(steps, odd
     root = tmp_path_factory.mktemp("order")
     lay_out(root, *odd, *map(step_folder, steps))
     found = saved_steps(root)
-    assert [saved_step(folder) for folder in found] == sorted(steps, reverse=True)
-    assert [folder.name for folder in found] == [step_folder(saved_step(f)) for f in found]
+    assert [step for step, _ in step_folders(root)] == sorted(steps, reverse=True)
+    assert [folder.name for folder in found] == [
+        step_folder(step) for step, _ in step_folders(root)
+    ]
     shutil.rmtree(root)
 
 

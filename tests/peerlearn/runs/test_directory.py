@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import RunDirectory, write_text
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import write_text
+from peerlearn.runs.training_facts import TrainingFacts
 
+FACTS = TrainingFacts(dataset="digits", data_root=None, images=1437, seed=3, lr=0.1, processes=2)
 VALUES = st.one_of(st.floats(), st.integers(), st.text(max_size=6), st.none())
 ROWS = st.lists(
     st.tuples(st.integers(0, 20), st.dictionaries(st.text(max_size=4), VALUES, max_size=3)).map(
@@ -240,11 +243,11 @@ def test_a_start_is_numbered_after_the_highest_before_it(earlier, odd, tmp_path_
     run = RunDirectory(root)
     run.mark_done()
     run.mark_failed("before")
-    attempt = run.start_attempt({"seed": 3})
+    attempt = run.start_attempt("pretrain", FACTS)
     assert attempt == max(earlier, default=0) + 1
     assert run.logs(attempt).is_dir()
-    assert json.loads((root / "env.json").read_text())["training"] == {"seed": 3}
+    assert TrainingFacts.read(root / "env.json") == FACTS
     assert not run.done
     assert not (root / "FAILED").exists()
-    assert run.start_attempt({}) == attempt + 1
+    assert run.start_attempt("pretrain", FACTS) == attempt + 1
     shutil.rmtree(root)

@@ -238,7 +238,7 @@ time.sleep(600)
 def test_a_killed_rank_is_named_dead_by_the_beats_it_left(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", RANK, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )
     try:
         until(lambda: (beat := read_beat(tmp_path, 1)) is not None and beat.collectives == 4)

@@ -47,7 +47,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def popen(*words: str) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(tmp_path), *words],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

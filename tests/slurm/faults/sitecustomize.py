@@ -59,11 +59,12 @@ def _use_double_precision(command: ModuleType) -> None:
         use_double_precision()
 
 
-@wrapt.when_imported("pretrain.train")
-def _wrap(train: ModuleType) -> None:
-    seed_modules = train._seed_modules
+@wrapt.when_imported("peerlearn.compute.attempt")
+def _wrap(spine: ModuleType) -> None:
+    begin_step = spine.Attempt.begin_step
 
-    def crashing(training: Any) -> None:
+    def crashing(attempt: Any) -> None:
+        training = attempt.training
         step = training.step
         if step in _CRASH_STEPS and training.ranks.main and not _recurs(step):
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -71,9 +72,9 @@ def _wrap(train: ModuleType) -> None:
             os.fsync = _hang
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         _hold(step)
-        seed_modules(training)
+        begin_step(attempt)
 
-    train._seed_modules = crashing
+    spine.Attempt.begin_step = crashing
 
 
 if "peerlearn" in sys.orig_argv:

@@ -9,36 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
-from peerlearn.compute.optimizers import load_optimizer_tensors
-from peerlearn.config import load_config
+from peerlearn.compute.resumable import Resumable
+from peerlearn.config import load_config, may_change
 from peerlearn.errors import UserError
 from peerlearn.runs.checkpoint import (
     DamagedSaveError,
     check_whole,
     load_checkpoint,
     remove_stumps,
-    saved_step,
     saved_steps,
+    saves_set_aside,
     set_aside,
 )
-from peerlearn.runs.directory import environment
+from peerlearn.runs.environment import environment
 from peerlearn.runs.generators import load_generator_states
-from pretrain.cohort import load_named_state
-from pretrain.config import PretrainConfig
-from pretrain.state import Training
-
-# What may change between a save and its resumption without making it another run. More epochs are checked apart.
-_SAFE_KEYS = (
-    "run",
-    "device",
-    "rank_timeout_seconds",
-    "data.root",
-    "data.fallback",
-    "data.workers",
-    "data.max_unreadable_percent",
-    "monitor.every_epochs",
-    "monitor.log_every_steps",
-)
+from peerlearn.runs.step_folders import LATEST_FILE, step_folders
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +32,7 @@ class RefusedResumeError(UserError):
     """The run is sound, but what it is asked to go on with would make it another run."""
 
 
-def resume_latest(training: Training, *, allow_elastic: bool = False) -> None:
+def resume_latest(training: Resumable, *, allow_elastic: bool = False) -> None:
     """Continue from the newest save that is whole, from step 0 if nothing was ever saved.
 
     A damaged save is set aside with a warning and an event. Rows of metrics.jsonl after the step are cut.
@@ -61,7 +46,7 @@ def resume_latest(training: Training, *, allow_elastic: bool = False) -> None:
     if name is None:
         # Nothing but config.yaml tells what run this was to be.
         ranks.from_main(
-            lambda: _check_config(training, _plain(load_config(PretrainConfig, run.config)))
+            lambda: _check_config(training, _plain(load_config(type(training.config), run.config)))
         )
         ranks.from_main(lambda: run.cut_metrics(0))
         return
@@ -69,12 +54,12 @@ def resume_latest(training: Training, *, allow_elastic: bool = False) -> None:
     ranks.from_main(lambda: _cut_metrics(training, rows))
 
 
-def _plain(config: PretrainConfig) -> dict[str, Any]:
+def _plain(config: Any) -> dict[str, Any]:
     """As a save holds it."""
     return dict(json.loads(json.dumps(asdict(config))))
 
 
-def _cut_metrics(training: Training, rows: int) -> None:
+def _cut_metrics(training: Resumable, rows: int) -> None:
     """Cut what is trained anew, and say so if rows from before the save are missing."""
     found = training.run.cut_metrics(training.step)
     if found < rows:
@@ -88,7 +73,7 @@ def _cut_metrics(training: Training, rows: int) -> None:
         training.run.event("metrics_missing", step=training.step, rows=rows, found=found)
 
 
-def roll_back(training: Training, *, before_step: int, reason: str) -> None:
+def roll_back(training: Resumable, *, before_step: int, reason: str) -> None:
     """Go back to the newest save of a step up to ``before_step``; later ones are set aside.
 
     Raises:
@@ -97,8 +82,8 @@ def roll_back(training: Training, *, before_step: int, reason: str) -> None:
     run, ranks = training.run, training.ranks
 
     def choose() -> str:
-        for folder in saved_steps(run.checkpoints):
-            if saved_step(folder) > before_step:
+        for step, folder in step_folders(run.checkpoints):
+            if step > before_step:
                 set_aside(folder)
         name = _newest_whole_save(training) if saved_steps(run.checkpoints) else None
         if name is None:
@@ -111,7 +96,7 @@ def roll_back(training: Training, *, before_step: int, reason: str) -> None:
         run.event("rolled_back", step=training.step, before_step=before_step, reason=reason)
 
 
-def _newest_whole_save(training: Training) -> str | None:
+def _newest_whole_save(training: Resumable) -> str | None:
     """The folder's name; None if this run has never saved. Damaged saves on the way are set aside."""
     run = training.run
     remove_stumps(run.checkpoints)
@@ -133,33 +118,29 @@ def _newest_whole_save(training: Training) -> str | None:
     return None
 
 
-def _has_ever_saved(training: Training) -> bool:
+def _has_ever_saved(training: Resumable) -> bool:
     """By what is left of it: events, the file `latest`, saves that were set aside, rows of later steps."""
     run = training.run
     events = {event["event"] for event in run.events()}
     if events & {"saved", "checkpoint_damaged"}:
         return True
-    left = (run.checkpoints / "latest", *run.checkpoints.glob("step-*.bad*"))
+    left = (run.checkpoints / LATEST_FILE, *saves_set_aside(run.checkpoints))
     if any(path.exists() for path in left):
         return True
-    first_save = training.config.checkpoint.every_steps or training.steps_per_epoch
+    first_save = training.saves.every_steps or training.steps_per_epoch
     last_row = max((row["step"] for row in run.metric_rows()), default=0)
     return last_row > first_save and "save_missed" not in events
 
 
-def _restore(training: Training, folder: Path, *, allow_elastic: bool) -> int:
+def _restore(training: Resumable, folder: Path, *, allow_elastic: bool) -> int:
     """Put a save's state in place; returns how many rows of metrics there were."""
     tensors, state = load_checkpoint(folder)
     try:
         training.ranks.from_main(
             lambda: _check_same_run(training, folder, state, allow_elastic=allow_elastic)
         )
-        load_named_state(training.cohort, tensors["networks"])
-        training.method.load_state_tensors(tensors)
-        load_optimizer_tensors(training.optimizer, tensors["optimizer"])
-        training.precision.load_state(state["loss_scaling"])
+        training.load(tensors, state)
         training.guard.load_state(state["guard"])
-        training.unreadable.load_state(state["unreadable"])
         if state["world_size"] == training.ranks.world_size:
             _restore_generators(training, tensors["rng"])
         training.step = state["step"]
@@ -173,28 +154,32 @@ def _restore(training: Training, folder: Path, *, allow_elastic: bool) -> int:
 
 
 def _check_same_run(
-    training: Training, folder: Path, state: Mapping[str, Any], *, allow_elastic: bool
+    training: Resumable, folder: Path, state: Mapping[str, Any], *, allow_elastic: bool
 ) -> None:
     _check_config(training, state["config"])
-    if state["dataset"] != training.dataset_fingerprint:
+    if state["dataset"] != training.fingerprint:
         raise RefusedResumeError(
-            f"{folder}: was trained on other images than {training.dataset.name} holds now: "
+            f"{folder}: was trained on other images than {training.dataset_name} holds now: "
             "restore the data, or start a new run"
         )
     _check_world_size(training, state["world_size"], allow_elastic=allow_elastic)
     _note_environment(training, state["environment"])
 
 
-def _restore_generators(training: Training, tensors: Mapping[str, Tensor]) -> None:
+def _restore_generators(training: Resumable, tensors: Mapping[str, Tensor]) -> None:
     own = f"rank-{training.ranks.rank}."
     states = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
-    load_generator_states(states, training.device)
+    load_generator_states(states, training.ranks.device)
 
 
-def _check_config(training: Training, saved: Mapping[str, Any]) -> None:
+def _check_config(training: Resumable, saved: Mapping[str, Any]) -> None:
     """Refuse a config that would make this another run; note changes that are safe."""
     changes = dict(config_changes(saved, asdict(training.config)))
-    unsafe = {key: change for key, change in changes.items() if not _is_safe(key, change)}
+    unsafe = {
+        key: change
+        for key, change in changes.items()
+        if not may_change(type(training.config), key, *change)
+    }
     if unsafe:
         raise RefusedResumeError(
             f"{training.run.config}: changed since the last save: {_listed(unsafe)}; "
@@ -217,17 +202,11 @@ def config_changes(
             yield key, (before, after)
 
 
-def _is_safe(key: str, change: tuple[Any, Any]) -> bool:
-    if key == "epochs":
-        return bool(change[1] > change[0])
-    return key in _SAFE_KEYS or key.startswith("checkpoint.")
-
-
 def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
 
 
-def _check_world_size(training: Training, saved: int, *, allow_elastic: bool) -> None:
+def _check_world_size(training: Resumable, saved: int, *, allow_elastic: bool) -> None:
     ranks = training.ranks
     if saved == ranks.world_size:
         return
@@ -240,7 +219,7 @@ def _check_world_size(training: Training, saved: int, *, allow_elastic: bool) ->
     training.run.event("world_size_changed", before=saved, now=ranks.world_size)
 
 
-def _note_environment(training: Training, saved: Mapping[str, Any]) -> None:
+def _note_environment(training: Resumable, saved: Mapping[str, Any]) -> None:
     """Warn where another code, library or machine goes on; bit-equality is then not promised."""
     changes = dict(config_changes(saved, environment()))
     if changes:

@@ -24,16 +24,17 @@ class UnreadableImages:
         """How many images of this epoch another took the place of; one drawn several times counts once."""
         return len(self._in_epoch)
 
-    def note(
-        self, found: Sequence[Unreadable], *, epoch: int, ranks: Ranks, run: RunDirectory
-    ) -> None:
-        """Enter what this rank met in a step; the main rank writes an event for each file not met before.
+    def begin_epoch(self, epoch: int) -> None:
+        """Count anew, unless the epoch is the one that was begun already."""
+        if epoch != self._epoch:
+            self._epoch, self._in_epoch = epoch, set()
+
+    def note(self, found: Sequence[Unreadable], *, ranks: Ranks, run: RunDirectory) -> None:
+        """Enter what the ranks met in a step; the main rank writes an event for each file not met before.
 
         Raises:
             UserError: too many of an epoch's images cannot be read.
         """
-        if epoch != self._epoch:
-            self._epoch, self._in_epoch = epoch, set()
         for image in (Unreadable(*item) for part in ranks.collect(found) for item in part):
             self._in_epoch.add(image.index)
             if image.index not in self._known:

@@ -4,15 +4,15 @@ A step whose losses or gradients hold NaN or Inf is skipped, on all ranks alike:
 batch-norm statistics stay as they were before it. Too many in a row mean that training has diverged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.cohort import Cohort
-from pretrain.losses import NonFiniteError
-from pretrain.terms import Terms
+
+class NonFiniteError(ValueError):
+    """A tensor holds NaN or Inf. The message names it."""
 
 
 class DivergedError(Exception):
@@ -31,8 +31,8 @@ class StepGuard:
     """Remembers the buffers of before a step, and counts the steps that were skipped.
 
     Attributes:
-        skipped: how many since the start of the run.
-        in_a_row: how many of them since the last good step.
+        skipped: number of steps skipped since the start of the run.
+        in_a_row: number of steps skipped since the last good one.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, max_skipped_in_a_row: int) -> None:
@@ -76,50 +76,28 @@ class StepGuard:
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
 
 
-def checked_terms(compute: Callable[[], Terms]) -> tuple[Terms | None, str | None]:
-    """The (M,) terms of a batch, or None and which term of which network is not finite."""
-    try:
-        terms = compute()
-    except NonFiniteError as error:
-        return None, str(error)
-    finite = torch.isfinite(torch.cat([term.detach() for term in terms]))
-    if bool(finite.all()):
-        return terms, None
-    names = [
-        f"{n} of network {m}"
-        for n, t in zip(terms._fields, terms, strict=True)
-        for m in range(len(t))
-    ]
-    return None, f"{names[int((~finite).nonzero()[0])]} is not finite"
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients there are."""
+    return [p.grad for p in parameters if p.grad is not None]
 
 
-def gradient_fault(cohort: Cohort) -> str | None:
-    """Which network's gradient is not finite, if any."""
-    for m in range(len(cohort.backbones)):
-        for name, part in cohort.parts(m):
-            if not _finite([p.grad for p in part.parameters() if p.grad is not None]):
-                return f"the gradient of network {m}'s {name} is not finite"
-    if cohort.gate is not None and not _finite(
-        [p.grad for p in cohort.gate.parameters() if p.grad is not None]
-    ):
-        return "the gradient of the gate is not finite"
-    return None
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no element of any tensor is NaN or Inf: a bool () on their device, so that nobody waits for it."""
+    if not tensors:
+        return torch.ones((), dtype=torch.bool)
+    # A norm is NaN or Inf if an element is; foreach makes few kernels of many tensors.
+    norms = torch._foreach_norm([t.detach().float() for t in tensors], float("inf"))
+    return torch.isfinite(torch.stack(norms)).all()
 
 
-def require_finite_weights(cohort: Cohort) -> None:
+def require_finite_weights(module: nn.Module) -> None:
     """Make sure that nothing poisoned is saved or exported.
 
     Raises:
         NonFiniteError: a parameter or a batch-norm statistic holds NaN or Inf.
     """
-    for name, tensor in (*cohort.named_parameters(), *cohort.named_buffers()):
-        if not _finite([tensor.detach()]):
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not all_finite([tensor]):
             raise NonFiniteError(
                 f"{name} holds NaN or Inf: lower base_lr, and look at the losses in metrics.jsonl"
             )
-
-
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    # A norm is NaN or Inf if an element is; foreach makes few kernels of many tensors.
-    norms = torch._foreach_norm([t.float() for t in tensors], float("inf"))
-    return bool(torch.isfinite(torch.stack(norms)).all()) if norms else True

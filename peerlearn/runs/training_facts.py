@@ -1,0 +1,67 @@
+"""env.json: under what a run trains, by which verb, and what it tells to whoever works with its networks later."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from peerlearn.errors import UserError
+from peerlearn.runs.environment import environment
+from peerlearn.runs.files import write_text
+
+_PART, _VERB = "training", "verb"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """Facts of a training that its config alone does not tell.
+
+    Attributes:
+        dataset: name of the dataset.
+        data_root: folder of the dataset; None for the usual places.
+        images: number of training images.
+        seed: seed of the run.
+        lr: learning rate as scaled from the config's base_lr.
+        processes: number of processes that train.
+    """
+
+    dataset: str
+    data_root: str | None
+    images: int
+    seed: int
+    lr: float
+    processes: int
+
+    @classmethod
+    def read(cls, file: Path) -> "TrainingFacts":
+        """The facts that `write_env` wrote.
+
+        Raises:
+            UserError: the file lacks one, or cannot be read.
+        """
+        names = [field.name for field in fields(cls)]
+        try:
+            content = dict(json.loads(file.read_text())[_PART])
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{file} does not tell the run's {', '.join(names)}") from error
+        missing = [name for name in names if name not in content]
+        if missing:
+            raise UserError(f"{file} does not tell the run's {', '.join(missing)}")
+        return cls(**{name: content[name] for name in names})
+
+
+def write_env(file: Path, verb: str, facts: TrainingFacts | None) -> None:
+    """Write env.json: versions and hardware of this process, the verb that trains, the facts.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    content = {**environment(), _VERB: verb, _PART: asdict(facts) if facts else {}}
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def training_verb(file: Path) -> str:
+    """The verb that trains a run, by its env.json; pretrain where that does not tell."""
+    try:
+        return str(json.loads(file.read_text())[_VERB])
+    except (OSError, ValueError, TypeError, LookupError):
+        return "pretrain"

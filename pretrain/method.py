@@ -1,0 +1,151 @@
+"""What a pretraining method is to the loop that runs it. Dimensions: M networks, B batch.
+
+A method is a class of its own file and a line of `pretrain.config.METHODS`; whatever it leaves as it stands here works
+as for a contrastive method on two views without labels.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.augment import Augmentation
+from peerlearn.data.datasets import ImageDataset
+from peerlearn.evaluation.classification import ClassificationScores
+from peerlearn.runs.directory import RunDirectory
+from pretrain.cohort import Cohort
+from pretrain.config import METHODS, PretrainConfig
+from pretrain.monitor import Monitor
+from pretrain.terms import Terms
+from pretrain.training_data import TrainingData
+
+# Told whether nothing is trained yet; gives every figure by its name in metrics.jsonl.
+Watch = Callable[[bool], dict[str, float]]
+
+
+class Method(Protocol):
+    """How images become loss terms, and all that differs with it.
+
+    A method is built once per run and asked, per optimiser step, in this order: `begin_step`, `terms` once for every
+    micro-batch, `end_step`, or `drop_step` where the step is left out. Every loss sees what the method keeps as it was
+    before the step.
+
+    Attributes:
+        views: number of random views of each image.
+        needs_labels: whether images need labels, by which classifiers are trained.
+        cohort: networks that learn.
+        config: config of the run.
+        ranks: processes that train together.
+        peers: momentum networks, one per network; None without.
+    """
+
+    views: ClassVar[int] = 2
+    needs_labels: ClassVar[bool] = False
+
+    cohort: Cohort
+    config: PretrainConfig
+    ranks: Ranks
+    peers: Cohort | None = None
+
+    def __init__(
+        self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
+    ) -> None:
+        self.cohort = cohort
+        self.config = config
+        self.ranks = ranks
+
+    @classmethod
+    def images_per_class(cls, config: PretrainConfig) -> int | None:
+        """Of a batch, for the class-aware sampler; None = plain shuffling."""
+        return None
+
+    @classmethod
+    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+        """Refuse, or warn of, a config that does not go with the images.
+
+        Raises:
+            UserError: it does not.
+        """
+
+    def begin_step(self, step: int) -> None:
+        """Before anything is encoded."""
+
+    def terms(self, views: tuple[Tensor, ...], labels: Tensor | None) -> Terms:
+        """The terms of one micro-batch: (M,) vectors.
+
+        Args:
+            views: `views` of them, each (B, channels, S, S).
+            labels: (B,); None where the dataset has none.
+
+        Raises:
+            NonFiniteError: of what all ranks compute alike; `pretrain.finite` has what only one may see.
+        """
+        raise NotImplementedError
+
+    def end_step(self) -> None:
+        """After the optimiser's step."""
+
+    def drop_step(self) -> None:
+        """The step is left out: forget what it brought."""
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps beside the cohort, by group and name."""
+        return {}
+
+    def load_state_tensors(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Restore `state_tensors`."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of its own for the rows of metrics.jsonl."""
+        return {}
+
+    def build_monitor(
+        self, data: TrainingData, *, augmentation: Augmentation, image_size: int
+    ) -> Watch:
+        """What is watched while training: kNN accuracy and signs of a collapse."""
+        monitor = Monitor(
+            self.config,
+            data.train,
+            data.root,
+            augmentation=augmentation,
+            image_size=image_size,
+            device=self.ranks.device,
+        )
+        return lambda untrained: monitor.measure(self.cohort, self.peers, pixels=untrained)
+
+    def results(self, training: Any) -> dict[str, ClassificationScores]:
+        """Write the result files of the end of training.
+
+        Args:
+            training: the `pretrain.state.Training`, at its last step, exported.
+
+        Returns:
+            The accuracies by network; empty for methods that measure none.
+        """
+        return {}
+
+    @classmethod
+    def lacks_results(cls, run: RunDirectory) -> bool:
+        """Whether what `results` writes is not there (any more)."""
+        return False
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its name in the config."""
+    module, _, attribute = METHODS[name].partition(":")
+    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def build_method(
+    cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
+) -> Method:
+    """The method that ``config.method`` names, for one of the ranks that train the cohort together."""
+    return method_class(config.method)(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
+
+
+def networks_of(method: Method) -> Sequence[Cohort]:
+    """Every cohort that a step changes: the networks that learn, and their momentum networks."""
+    return [method.cohort] if method.peers is None else [method.cohort, method.peers]

@@ -1,0 +1,45 @@
+"""What a row of metrics.jsonl tells of a step. Dimension: M networks."""
+
+import torch
+
+from peerlearn.runs.score_names import TOP1, measured_part, parse_score_name, score_name
+from pretrain.cohort import Cohort
+from pretrain.config import PretrainConfig
+from pretrain.terms import Terms, objective
+
+
+def loss_row(terms: Terms, config: PretrainConfig) -> dict[str, float]:
+    """The loss and every network's own terms, from (M,) vectors."""
+    total = objective(terms, config)
+    values = torch.cat([total.view(1), *terms]).tolist()
+    row = {"loss": values.pop(0)}
+    for name, term in zip(terms._fields, terms, strict=True):
+        for m in range(len(term)):
+            row[score_name(m, name)] = values.pop(0)
+    return row
+
+
+def gradient_norms(cohort: Cohort) -> dict[str, float]:
+    """The norm of every network's gradient, with its head and classifier, shared stages counted in each.
+
+    The terms are sums over networks and pairs, so their scale grows with M; this shows by how much.
+    """
+    norms = []
+    for m in range(len(cohort.backbones)):
+        parameters = (p for _, part in cohort.parts(m) for p in part.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    return {
+        score_name(m, "gradient_norm"): norm for m, norm in enumerate(torch.stack(norms).tolist())
+    }
+
+
+def scores_text(row: dict[str, float], *, epoch: int) -> str:
+    """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1."""
+    named = {name: value for key, value in row.items() if (name := parse_score_name(key))}
+    top1 = {name: value for name, value in named.items() if name.figure.endswith(TOP1)}
+    if not top1:
+        return f"epoch {epoch}"
+    kind = next(iter(top1)).figure.removesuffix(TOP1).replace("knn", "kNN")
+    scores = "  ".join(f"{measured_part(name.network)} {value:.2f}" for name, value in top1.items())
+    return f"epoch {epoch}  {kind} top-1 %: {scores}"
