@@ -258,7 +258,7 @@ def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(copy: Path, tmp_path:
         if interrupted:
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
         # All processes have closed their end: after what they wrote comes an error.
         with suppress(OSError):
             while True:

@@ -201,7 +201,7 @@ def test_two_submissions_at_the_same_moment(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    ends = [(process.communicate(timeout=100), process.returncode) for process in both]
+    ends = [(process.communicate(timeout=240), process.returncode) for process in both]
     assert sorted(code for _, code in ends) == [0, 1], ends
     ((_, refused),) = [output for output, code in ends if code == 1]
     assert re.search(r"job \d+ \(running\) works on it already|is in use by|holds a run", refused)

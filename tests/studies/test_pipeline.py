@@ -69,7 +69,7 @@ def peerlearn(*words: str, driver: tuple[str, ...] = (), **variables: str) -> st
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.1)

@@ -660,14 +660,14 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     process = Process(
         start, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     metrics = RunDirectory(long.folder).metrics
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 75, output
     assert "[1/2] base-seed-0: starts" in output
     assert output.endswith(f"saved; `peerlearn sweep {tmp_path / 's'}` goes on\n")
@@ -676,7 +676,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
 
     # As the command says: by its folder.
     again = command("sweep", str(tmp_path / "s"))
-    found = run_process(again, env=environment(), capture_output=True, text=True, timeout=200)
+    found = run_process(again, env=environment(), capture_output=True, text=True, timeout=400)
     assert found.returncode == 1, found.stdout + found.stderr
     first, second = events(long.folder, "started")
     assert first["step"] == 0 < second["step"] < events(long.folder, "done")[0]["step"]
