@@ -1,13 +1,16 @@
 # make demo   train two networks that teach each other on Fashion-MNIST, and print what they learned
-# make test   lint, types and every test
-# Both set everything up first, in .venv.
+# make test   lint, types and every test that this machine can run
+# make test-fast   in a few minutes what one runs while writing: no slow test, no cluster, no group of processes
+# All set everything up first, in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# One thread in every process, as more of them run than there are cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test test-fast lint types setup clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -16,7 +19,10 @@ demo: $(READY)
 test: $(READY) lint types
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
 		echo "no SLURM here: its tests are skipped; to have them run: sh scripts/system_packages.sh slurm"
-	$(BIN)/python -m pytest -n auto --dist loadscope --cov --cov-report=term:skip-covered
+	$(PYTEST) --cov --cov-report=term:skip-covered
+
+test-fast: $(READY) lint
+	$(PYTEST) -m "not slow and not slurm and not ddp"
 
 lint: $(READY)
 	$(BIN)/ruff check .

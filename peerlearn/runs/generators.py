@@ -8,6 +8,9 @@ import random
 from typing import Any
 
 import numpy as np
+
+# It draws from Python's generator while it is imported: that is done before the generator is seeded or restored.
+import rich.console  # noqa: F401
 import torch
 from torch import Tensor
 

@@ -18,6 +18,7 @@ from peerlearn.cli import main
 from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.metrics import CLOCK_WORDS
+from tests.warm import Process
 
 SMALL = [
     *("--data.name", "digits", "--data.image_size", "16", "--data.limit", "200"),
@@ -74,7 +75,10 @@ def exported_files(run: Path) -> dict[str, bytes]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread each: the sums of a layer are then added in one order, whoever runs beside."""
+    """One thread each: the sums of a layer are then added in one order, whoever runs beside.
+
+    STEP_SECONDS: the rest that a warm process takes at each step, so that a signal finds it before its end.
+    """
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
@@ -90,13 +94,11 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def launch(
-    processes: int, *words: str, driver: Path | None = None, **more: str
-) -> list[subprocess.Popen]:
+def launch(processes: int, *words: str, driver: Path | None = None, **more: str) -> list[Process]:
     """Start the ranks of a job by hand, each process ours to watch and to kill."""
     port = free_port()
     return [
-        subprocess.Popen(
+        Process(
             command(*words, driver=driver),
             env=environment(
                 RANK=str(rank),
@@ -115,7 +117,7 @@ def launch(
     ]
 
 
-def ends(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str]]:
+def ends(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
     """Exit code and output of each; none outlives the test."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -129,7 +131,7 @@ def ends(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[
 
 def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
     """Until it holds; at once if a process ends before."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert all(process.poll() is None for process in processes), "a process ended early"
         assert time.monotonic() < deadline, "waited in vain"

@@ -24,8 +24,10 @@ from tests.e2e.runs import (
     pretrain,
     rows,
     small_disk,
+    wait_for,
     without_clocks,
 )
+from tests.warm import Process
 
 QUIET = ["--monitor.every_epochs", "0"]
 
@@ -185,17 +187,17 @@ def test_unreadable_images_are_replaced_counted_and_listed(tmp_path, backend):
     assert ends[-1]["knn/test_images"] == 4
 
 
+@pytest.mark.slow(8)
 def test_a_resumed_run_replaces_the_same_images(tmp_path):
     root = image_folder(tmp_path / "data", {3: b"", 8: b"no image"})
     words = folder_words(root, "--data.backend", "folder", "--data.max_unreadable_percent", "2")
     assert main(["pretrain", *words, "--run", str(tmp_path / "a")]) == 0
-    process = subprocess.Popen(
+    process = Process(
         command("pretrain", *words, "--run", str(tmp_path / "b"), "--checkpoint.every_steps", "1"),
-        env=environment(),
+        env=environment(STEP_SECONDS="0.2"),
         stdout=subprocess.DEVNULL,
     )
-    while process.poll() is None and not (tmp_path / "b/checkpoints/step-00000003").exists():
-        pass
+    wait_for(lambda: (tmp_path / "b/checkpoints/step-00000003").exists(), [process])
     process.kill()
     process.wait()
     assert main(["resume", str(tmp_path / "b")]) == 0

@@ -39,13 +39,15 @@ def cache(tmp_path_factory):
         os.environ["XDG_CACHE_HOME"] = before
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    for seed in (0, 1):
-        words = ["--seed", str(seed), "--monitor.every_epochs", "0"]
-        words += ["--checkpoint.export_key_networks", "true"]
-        assert pretrain(folder / str(seed), *words) == 0
+@pytest.fixture(scope="session")
+def runs(once) -> list[Path]:
+    def make(folder: Path) -> None:
+        for seed in (0, 1):
+            words = ["--seed", str(seed), "--monitor.every_epochs", "0"]
+            words += ["--checkpoint.export_key_networks", "true"]
+            assert pretrain(folder / str(seed), *words) == 0
+
+    folder = once("two-seeds", make)
     return [folder / "0", folder / "1"]
 
 
@@ -185,6 +187,7 @@ def test_a_sweep_in_one_pass_is_its_members_one_by_one(runs, tmp_path):
         assert alone in together
 
 
+@pytest.mark.slow(10)
 def test_digits_to_fashion_mnist_and_back(runs, tmp_path):
     fashion = ["--data.name", "fashion_mnist", "--data.limit", "128", "--monitor.every_epochs", "0"]
     assert pretrain(tmp_path / "fashion", *fashion, "--data.image_size", "28") == 0
@@ -273,6 +276,7 @@ def test_few_shots_and_percent_take_so_many_images(runs, tmp_path):
     assert results(tmp_path / "tiny")["0"]["protocol"]["lrs"] == [0.1 * 20 / 256]
 
 
+@pytest.mark.slow(12)
 def test_finetuning_learns_and_leaves_the_export_alone(runs, tmp_path):
     export = runs[0] / "export/step-00000012/net-0"
     before = weights_hash([load_export(export)])
@@ -285,6 +289,7 @@ def test_finetuning_learns_and_leaves_the_export_alone(runs, tmp_path):
     assert weights_hash([load_export(export)]) == before
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_score_as_one_does(processes, runs, tmp_path):
     """101 training and 67 test images divide by neither: none is left out, none counts twice."""
@@ -319,6 +324,7 @@ def test_several_processes_score_as_one_does(processes, runs, tmp_path):
                 assert ours[network]["metrics"][key] == result["metrics"][key], (name, network)
 
 
+@pytest.mark.ddp
 def test_features_of_several_processes_are_each_images_own(tmp_path, runs):
     """In the dataset's order, to the last bits: the parts of the ranks are put together rightly."""
     code = """
@@ -413,26 +419,21 @@ def test_results_that_cannot_be_written_are_one_line(runs, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow(15)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(seed, tmp_path):
-    """Linear accuracy, n = 2000, standard error 0.9: MoCo of a minute against its own start."""
-    data = [
-        "--data.name",
-        "fashion_mnist",
-        "--data.train_limit",
-        "4000",
-        "--data.test_limit",
-        "2000",
-    ]
+    """Linear accuracy, n = 2000, standard error 0.9: MoCo of 90 steps against its own start, by few labels."""
+    data = ["--data.name", "fashion_mnist", "--data.train_limit", "500"]
+    data += ["--data.test_limit", "2000"]
     protocol = ["--method", "logistic_regression", "--inputs", "standardised"]
     run, start = tmp_path / "run", tmp_path / "start"
-    training = ["mcl_fashion_mnist_demo", "--data.limit", "4000", "--epochs", "6"]
+    training = ["mcl_fashion_mnist_demo", "--data.limit", "2000", "--data.image_size", "16"]
     training += ["--cohort.networks", "1", "--alpha", "1", "--beta", "0"]
     training += ["--seed", str(seed), "--monitor.every_epochs", "0", "--run", str(run)]
     assert main(["pretrain", *training, *CPU]) == 0
     config = load_config(PretrainConfig, run / "config.yaml")
-    cohort = build_cohort(config.cohort, in_chans=1, image_size=28, seed=seed)
-    images = TrainingImages.of(load_dataset("fashion_mnist", "train", limit=1), 28)
+    cohort = build_cohort(config.cohort, in_chans=1, image_size=16, seed=seed)
+    images = TrainingImages.of(load_dataset("fashion_mnist", "train", limit=1), 16)
     export_cohort(cohort, start, config=config, images=images, step=0)
     scores = []
     for checkpoint in (run, start):

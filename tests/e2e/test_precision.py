@@ -35,6 +35,7 @@ def test_a_run_in_half_precision_stays_near_float32_and_keeps_float32_state(
             assert tensor.dtype in (torch.float32, torch.int64)
 
 
+@pytest.mark.slow(8)
 def test_the_loss_scale_is_saved_and_grows_again_to_the_bit(tmp_path, monkeypatch):
     """fp16 begins with a scale that is too large here or not; wherever it stands, a resumed run has it."""
     words = [*QUIET, "--precision", "fp16", "--checkpoint.every_steps", "3"]

@@ -26,10 +26,14 @@ from tests.e2e.runs import (
     rows,
     wait_for,
 )
+from tests.warm import run as run_process
 
 DOUBLE = Path(__file__).parent / "double_precision.py"
 QUIET = ["--monitor.every_epochs", "0"]
+# Two epochs of three steps, in which the queue wraps.
+SHORT = ["--data.limit", "104", *QUIET]
 BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.ddp
 
 
 def finish(processes: int, run: Path, *more: str, driver: Path | None = None) -> None:
@@ -59,10 +63,10 @@ def finish(processes: int, run: Path, *more: str, driver: Path | None = None) ->
 def test_a_share_of_the_batch_each_equals_one_process(processes, more, tmp_path):
     """Losses, queues, weights, momentum, batch-norm statistics: to 1e-9 in float64, where sums round to 1e-16."""
     alone, together = tmp_path / "alone", tmp_path / "together"
-    words = ["pretrain", *SMALL, *QUIET, *more, "--run", str(alone)]
-    found = subprocess.run(command(*words, driver=DOUBLE), env=environment(), capture_output=True)
+    words = ["pretrain", *SMALL, *SHORT, *more, "--run", str(alone)]
+    found = run_process(command(*words, driver=DOUBLE), env=environment(), capture_output=True)
     assert found.returncode == 0, found.stderr
-    finish(processes, together, *QUIET, *more, driver=DOUBLE)
+    finish(processes, together, *SHORT, *more, driver=DOUBLE)
     ours, theirs = rows(together), rows(alone)
     assert len(ours) == len(theirs) > 5
     for mine, expected in zip(ours, theirs, strict=True):
@@ -79,17 +83,17 @@ def test_a_share_of_the_batch_each_equals_one_process(processes, more, tmp_path)
 
 def test_two_processes_in_float32_start_as_one_does(tmp_path):
     """In float32 the last bits differ at once and then grow from step to step; the first steps show the size."""
-    assert pretrain(tmp_path / "a", *QUIET, "--cohort.batch_norm_splits", "4") == 0
-    finish(2, tmp_path / "b", *QUIET, "--cohort.batch_norm_splits", "4")
+    assert pretrain(tmp_path / "a", *SHORT, "--cohort.batch_norm_splits", "4") == 0
+    finish(2, tmp_path / "b", *SHORT, "--cohort.batch_norm_splits", "4")
     for ours, theirs in list(zip(rows(tmp_path / "b"), rows(tmp_path / "a"), strict=True))[:3]:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 def test_plain_batch_norm_means_a_part_per_process(tmp_path):
     """Two processes with plain batch norm are one with two parts: MoCo's own setting, shuffled keys included."""
-    finish(2, tmp_path / "a", *QUIET, driver=DOUBLE)
-    words = ["pretrain", *SMALL, *QUIET, "--cohort.batch_norm_splits", "2"]
-    done = subprocess.run(
+    finish(2, tmp_path / "a", *SHORT, driver=DOUBLE)
+    words = ["pretrain", *SMALL, *SHORT, "--cohort.batch_norm_splits", "2"]
+    done = run_process(
         command(*words, "--run", str(tmp_path / "b"), driver=DOUBLE), env=environment()
     )
     assert done.returncode == 0
@@ -98,11 +102,10 @@ def test_plain_batch_norm_means_a_part_per_process(tmp_path):
         torch.testing.assert_close(tensors["networks"][name], tensor, rtol=1e-9, atol=1e-9)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "two"
-    finish(2, run, "--checkpoint.export_key_networks", "true")
-    return run
+@pytest.fixture(scope="session")
+def undisturbed(once) -> Path:
+    more = ("--checkpoint.export_key_networks", "true")
+    return once("undisturbed-2", lambda run: finish(2, run, *more))
 
 
 def test_only_the_main_rank_prints_and_every_rank_has_its_log(undisturbed, tmp_path):
@@ -129,7 +132,7 @@ def test_a_signal_to_any_rank_then_resume_equals_the_undisturbed_run(
 ):
     run = tmp_path / "r"
     words = ["pretrain", *SMALL, "--run", str(run), "--checkpoint.export_key_networks", "true"]
-    ranks = launch(2, *words, "--checkpoint.every_steps", "2")
+    ranks = launch(2, *words, "--checkpoint.every_steps", "2", STEP_SECONDS="0.2")
     wait_for(lambda: (run / "checkpoints/step-00000004").exists(), ranks)
     ranks[victim].send_signal(kind)
     found = ends(ranks)
@@ -150,12 +153,12 @@ def test_a_signal_to_any_rank_then_resume_equals_the_undisturbed_run(
 
 def test_a_rank_that_is_stopped_is_named_after_the_timeout(tmp_path):
     run = tmp_path / "s"
-    words = ["pretrain", *SMALL, *QUIET, "--epochs", "60", "--rank_timeout_seconds", "6"]
+    words = ["pretrain", *SMALL, *QUIET, "--epochs", "60", "--rank_timeout_seconds", "10"]
     ranks = launch(2, *words, "--run", str(run))
     wait_for(lambda: (run / "checkpoints/latest").exists(), ranks)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     try:
-        output, _ = ranks[0].communicate(timeout=60)
+        output, _ = ranks[0].communicate(timeout=240)
     finally:
         ranks[1].kill()
         ranks[1].communicate()
@@ -193,7 +196,7 @@ def test_a_rank_that_is_stopped_while_the_main_rank_saves_is_named_too(victim, t
     ranks = launch(2, *words, "--run", str(tmp_path / "s"), driver=driver, VICTIM=str(victim))
     other = ranks[1 - victim]
     try:
-        output, _ = other.communicate(timeout=90)
+        output, _ = other.communicate(timeout=240)
     finally:
         for rank in ranks:
             rank.kill()
@@ -208,7 +211,7 @@ def test_another_number_of_processes_needs_allow_elastic(undisturbed, tmp_path, 
     from peerlearn.cli import main
 
     run = tmp_path / "e"
-    ranks = launch(2, "pretrain", *SMALL, *QUIET, "--run", str(run))
+    ranks = launch(2, "pretrain", *SMALL, *QUIET, "--run", str(run), STEP_SECONDS="0.2")
     wait_for(lambda: (run / "checkpoints/latest").exists(), ranks)
     ranks[0].terminate()
     assert [code for code, _ in ends(ranks)] == [75, 75]
@@ -220,6 +223,7 @@ def test_another_number_of_processes_needs_allow_elastic(undisturbed, tmp_path, 
     assert (event["before"], event["now"]) == (2, 1)
 
 
+@pytest.mark.slow(40)
 @pytest.mark.parametrize(
     "launcher",
     [

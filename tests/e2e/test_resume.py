@@ -28,37 +28,43 @@ from tests.e2e.runs import (
     wait_for,
     without_clocks,
 )
+from tests.warm import Process
+from tests.warm import run as run_process
 
 KEYS = ["--checkpoint.export_key_networks", "true"]
 KILLER = Path(__file__).parent / "killed_at_a_file_operation.py"
 
 
 def run_command(*words: str, driver: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
+    return run_process(
         command(*words, driver=driver), env=environment(), capture_output=True, text=True
     )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "a"
-    found = run_command("pretrain", *SMALL, "--run", str(run), *KEYS)
-    assert found.returncode == 0, found.stderr
-    return run
+@pytest.fixture(scope="session")
+def undisturbed(once) -> Path:
+    def make(run: Path) -> None:
+        found = run_command("pretrain", *SMALL, "--run", str(run), *KEYS)
+        assert found.returncode == 0, found.stderr
+
+    return once("undisturbed", make)
 
 
 def resume(run: Path, *more: str) -> subprocess.CompletedProcess:
     return run_command("resume", str(run), *more)
 
 
+@pytest.mark.slow(30)
 @pytest.mark.parametrize("seed", range(3))
 def test_sigkill_at_any_moment_then_resume_equals_the_undisturbed_run(undisturbed, tmp_path, seed):
     """Killed again and again after random waits, in start-up and in mid-epoch too, until it gets through."""
     wait = random.Random(seed)
+    # One of them in the seconds of a real start too.
+    start = subprocess.Popen if seed == 0 else Process
     run = tmp_path / "c"
     words = ["pretrain", *SMALL, "--run", str(run), *KEYS, "--checkpoint.every_steps", "1"]
     for _ in range(3):
-        process = subprocess.Popen(
+        process = start(
             command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         before = len(saved_steps(run / "checkpoints"))
@@ -79,12 +85,13 @@ def test_sigkill_at_any_moment_then_resume_equals_the_undisturbed_run(undisturbe
 def test_sigterm_saves_exits_75_and_resume_equals_the_undisturbed_run(undisturbed, tmp_path):
     run = tmp_path / "c"
     words = ["pretrain", *SMALL, "--run", str(run), *KEYS, "--checkpoint.every_steps", "2"]
-    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.PIPE)
+    slowly = environment(STEP_SECONDS="0.2")
+    process = Process(command(*words), env=slowly, stdout=subprocess.PIPE)
     wait_for(lambda: (run / "checkpoints/step-00000002").exists(), [process])
     process.terminate()
     # A second one while it saves changes nothing.
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 75
     assert not (run / "DONE").exists()
     assert resume(run).returncode == 0
@@ -100,6 +107,7 @@ def killed_in_save(run: Path, operation: int, step: int, *more: str) -> str:
     return found.stdout
 
 
+@pytest.mark.slow(30)
 def test_sigkill_at_every_step_of_a_save(undisturbed, tmp_path, capsys):
     """Temporary folder, each file, each fsync, manifest, renames, `latest`, removal of the oldest save."""
     often = ["--checkpoint.every_steps", "3"]
@@ -116,23 +124,23 @@ def test_sigkill_at_every_step_of_a_save(undisturbed, tmp_path, capsys):
         assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow(10)
 def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_first_step(tmp_path):
     run = tmp_path / "s"
     words = command("pretrain", *SMALL, "--run", str(run))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         # The line comes before TensorBoard is imported and the networks are measured.
         assert "steps 0 to 12" in process.stdout.readline()
         process.terminate()
-        assert process.wait(60) == 75
+        assert process.wait(240) == 75
     assert saved_steps(run / "checkpoints")
     assert main(["resume", str(run)]) == 0
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def killed(once) -> Path:
     """A run killed after the save of step 9, with that of step 6 beside it."""
-    run = tmp_path_factory.mktemp("runs") / "k"
-    killed_in_save(run, 1, 12, "--checkpoint.every_steps", "3")
+    run = once("killed", lambda run: killed_in_save(run, 1, 12, "--checkpoint.every_steps", "3"))
     assert [p.name for p in saved_steps(run / "checkpoints")] == ["step-00000009", "step-00000006"]
     return run
 
@@ -346,19 +354,20 @@ def test_a_run_at_its_last_step_exports_again_what_is_not_whole(undisturbed, tmp
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow(10)
 def test_a_run_directory_that_is_moved_away_ends_the_run_and_is_not_made_anew(tmp_path):
     run, moved = tmp_path / "m", tmp_path / "moved"
-    words = ["pretrain", *SMALL, "--epochs", "60", "--monitor.every_epochs", "0"]
-    with subprocess.Popen(
+    words = ["pretrain", *SMALL, "--epochs", "4", "--monitor.every_epochs", "0"]
+    with Process(
         command(*words, "--run", str(run)),
-        env=environment(),
+        env=environment(STEP_SECONDS="0.5"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         wait_for(lambda: (run / "checkpoints/latest").exists(), [process])
         run.rename(moved)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=240)
     assert process.returncode == 1
     assert f"{run} is gone: moved or removed while training" in error.splitlines()[-1]
     assert not run.exists()
@@ -495,12 +504,13 @@ def test_a_save_of_a_newer_format_is_refused_and_not_set_aside(half_done, capsys
     assert save.is_dir()
 
 
+@pytest.mark.slow(10)
 def test_a_run_in_use_is_refused_and_the_owner_named(tmp_path, capsys):
     run = tmp_path / "u"
     words = command(
-        *("pretrain", *SMALL, "--epochs", "50", "--monitor.every_epochs", "0", "--run", str(run))
+        *("pretrain", *SMALL, "--epochs", "4", "--monitor.every_epochs", "0", "--run", str(run))
     )
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE)
+    process = Process(words, env=environment(STEP_SECONDS="1"), stdout=subprocess.PIPE)
     try:
         wait_for(lambda: (run / "checkpoints").exists(), [process])
         assert main(["resume", str(run)]) == 1
@@ -511,7 +521,7 @@ def test_a_run_in_use_is_refused_and_the_owner_named(tmp_path, capsys):
         process.kill()
         process.communicate()
     assert (run / "owner.json").exists()
-    assert main(["resume", str(run), "--epochs", "51"]) == 0
+    assert main(["resume", str(run), "--epochs", "5"]) == 0
     (event,) = events(run, "lock_taken_over")
     assert f"process {process.pid} on" in event["owner"]
     assert not (run / "owner.json").exists()
@@ -558,14 +568,14 @@ def test_a_line_follows_a_torn_one_on_a_line_of_its_own(tmp_path):
 def test_metrics_equal_also_where_only_the_first_epoch_was_killed(undisturbed, tmp_path):
     """SIGTERM in the first epoch, before the first periodic save: the save is its own."""
     run = tmp_path / "f"
-    process = subprocess.Popen(
+    process = Process(
         command("pretrain", *SMALL, "--run", str(run), *KEYS),
-        env=environment(),
+        env=environment(STEP_SECONDS="0.2"),
         stdout=subprocess.PIPE,
     )
     wait_for(lambda: (run / "metrics.jsonl").exists(), [process])
     os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 75
     assert resume(run).returncode == 0
     assert [without_clocks(row) for row in rows(run)] == [

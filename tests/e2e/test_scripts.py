@@ -10,18 +10,20 @@ import torch
 from PIL import Image, ImageFont
 
 from peerlearn.data.datasets import load_dataset
+from tests.e2e.runs import environment
 from tests.idx_files import write_idx
+from tests.warm import run as run_process
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return run_process(
         [sys.executable, str(SCRIPTS / script), *map(str, words)],
         capture_output=True,
         text=True,
-        check=False,
+        env=environment(),
         stdin=subprocess.DEVNULL,
     )
 

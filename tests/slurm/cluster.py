@@ -18,7 +18,7 @@ NODES = ("n1", "n2")
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "srun")
 # The daemons are in folders that the search path of a plain user leaves out.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-START_SECONDS = 60
+START_SECONDS = 120
 
 
 class Cluster:
@@ -69,10 +69,13 @@ class Cluster:
             "SelectType": "select/cons_tres",
             "SelectTypeParameters": "CR_Core",
             "JobRequeue": "1",
-            "KillWait": "5",
+            # Also what a job has to save in, on a busy machine.
+            "KillWait": "10",
             # As shipped: jobs ask for it themselves.
             "KillOnBadExit": "0",
             "SlurmdTimeout": "15",
+            # What a busy machine answers late is sent again, and may end the next start of a job.
+            "MessageTimeout": "30",
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "JobAcctGatherType": "jobacct_gather/linux",
@@ -114,7 +117,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
 
     def state(self, job: str) -> str:
@@ -135,7 +138,7 @@ class Cluster:
         fields = self.call("scontrol", "show", "job", job).split()
         return next(word.split("=", 1)[1] for word in fields if word.startswith(f"{name}="))
 
-    def wait_for_state(self, job: str, *states: str, timeout_seconds: float = 120) -> str:
+    def wait_for_state(self, job: str, *states: str, timeout_seconds: float = 300) -> str:
         """The state of these that the job is in first."""
         seen = ""
 
@@ -220,7 +223,7 @@ class Cluster:
         for name in NODES:
             if name not in self.daemons or self.daemons[name].poll() is not None:
                 self.start_node(name)
-        self.wait(self.emptied, "empty cluster", 90)
+        self.wait(self.emptied, "empty cluster", 180)
 
     def emptied(self) -> bool:
         """Asked again and again, as a job may requeue itself while it is cancelled."""

@@ -1,53 +1,38 @@
-"""One SLURM for all tests of a worker, left empty and as configured by each; and the runs that they compare with."""
+"""The runs that jobs are compared with."""
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.runs import pretrain
-from tests.slurm.cluster import Cluster, missing_programs, scratch_folder, start_cluster
-from tests.slurm.jobs import undisturbed
+from tests.slurm.jobs import train_undisturbed
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    if reason := missing_programs():
-        pytest.skip(reason)
-    started = start_cluster(scratch_folder())
-    yield started
-    started.stop()
-
-
-@pytest.fixture(autouse=True)
-def _cluster_left_clean(request: pytest.FixtureRequest) -> Iterator[None]:
-    used = request.getfixturevalue("cluster") if "cluster" in request.fixturenames else None
-    yield
-    if used:
-        used.restore_configuration()
-        used.cancel_all()
-
-
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(once: Once) -> Path:
     """The run of `tests.slurm.jobs` by one process that nothing happened to."""
-    return undisturbed(tmp_path_factory.mktemp("alone"), 1)
+    return once("alone", lambda run: train_undisturbed(run, 1))
 
 
 @pytest.fixture(scope="session")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(once: Once) -> Path:
     """The same by two processes."""
-    return undisturbed(tmp_path_factory.mktemp("together"), 2)
+    return once("together", lambda run: train_undisturbed(run, 2))
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(once: Once) -> Path:
     """A small run that is done."""
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    assert pretrain(run) == 0
-    return run
+
+    def make(run: Path) -> None:
+        assert pretrain(run) == 0
+
+    return once("runs/finished", make)
 
 
 @pytest.fixture

@@ -14,21 +14,30 @@ from slurm.jobs import JobWatch
 from slurm.status import RunStatus, read_statuses
 from tests.e2e.runs import SMALL, ends, environment, launch
 from tests.slurm.cluster import Cluster
+from tests.warm import run as run_process
 
-# About ten seconds of training, a save after every 10 of its steps.
+FAULTS = Path(__file__).parent / "faults"
+# Instead of digits, for which each start would import scikit-learn.
+FASHION = [
+    *("--data.name", "fashion_mnist", "--monitor.train_limit", "250"),
+    *("--monitor.test_limit", "250"),
+]
+# A save after every 10 of the steps, which a job waits between, so that its end is not there before the fault.
 KEYS = [
     *SMALL,
-    *("--data.limit", "1000", "--epochs", "8", "--checkpoint.every_steps", "10"),
-    *("--monitor.every_epochs", "4", "--checkpoint.export_every_epochs", "4"),
-    *("--checkpoint.export_key_networks", "true"),
+    *FASHION,
+    *("--data.limit", "250", "--batch_size", "8", "--epochs", "4"),
+    *("--checkpoint.every_steps", "10", "--checkpoint.export_every_epochs", "2"),
+    *("--checkpoint.export_key_networks", "true", "--monitor.every_epochs", "2"),
 ]
-STEPS = 8 * 31
+STEPS = 4 * 31
+STEP_SECONDS = 0.05
 PROFILE = [
     *("--cluster", "slurm", "--partition", "main", "--cpus_per_task", "1", "--time_minutes", "10"),
     *("--environment", "GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"),
 ]
 TWO_NODES = ("--nodes", "2")
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 400.0
 
 
 def status(run: Path) -> RunStatus:
@@ -37,7 +46,7 @@ def status(run: Path) -> RunStatus:
 
 def peerlearn(cluster: Cluster, *words: str) -> subprocess.CompletedProcess:
     """The command, as on a login node."""
-    return subprocess.run(
+    return run_process(
         [sys.executable, "-m", "peerlearn", *words],
         env={**cluster.environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -55,30 +64,31 @@ def submit(
     run: Path,
     *keys: str,
     options: tuple[str, ...] = (),
+    faults: tuple[str, ...] = (),
     verb: str = "pretrain",
 ) -> str:
-    """Submit a run or its continuation; returns the job."""
-    words = ["submit", *PROFILE, *options, "--", *submit_words(run, verb), *keys]
+    """Submit a run or its continuation, with faults of `sitecustomize`; returns the job."""
+    variables = (f"PYTHONPATH={FAULTS}", f"STEP_SECONDS={STEP_SECONDS}", *faults)
+    # The profile ends with its variables.
+    words = ["submit", *PROFILE, *variables, *options, "--", *submit_words(run, verb), *keys]
     found = peerlearn(cluster, *words)
     assert found.returncode == 0, found.stderr
     return found.stdout.split("job ")[1].split(":")[0]
 
 
-def undisturbed(folder: Path, processes: int) -> Path:
+def train_undisturbed(run: Path, processes: int) -> None:
     """The run that nothing happens to, without SLURM."""
-    run = folder / f"undisturbed-{processes}"
     words = submit_words(run)
     if processes > 1:
         found = ends(launch(processes, *words, GLOO_SOCKET_IFNAME="lo"))
         assert [code for code, _ in found] == [0] * processes, found
     else:
-        subprocess.run(
+        run_process(
             [sys.executable, "-m", "peerlearn", *words],
             env=environment(),
             check=True,
             capture_output=True,
         )
-    return run
 
 
 def wait_until(

@@ -1,12 +1,11 @@
 """Faults that SLURM itself deals, on the real cluster: each run ends byte for byte as if nothing had happened."""
 
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import assert_same_run, command, environment
+from tests.e2e.runs import assert_same_run
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
     TWO_NODES,
@@ -15,25 +14,26 @@ from tests.slurm.jobs import (
     saved_when_told,
     started_at,
     submit,
-    submit_words,
     wait_for_end,
     wait_for_step,
     wait_until,
 )
 
 
-def test_time_limit(cluster: Cluster, tmp_path: Path) -> None:
-    """A limit of a minute, to be told 55 s before: the job saves, requeues itself, and goes on at that very step."""
-    run, expected = tmp_path / "a", tmp_path / "b"
-    # As long as SLURM may take to look at the clock, and longer.
-    keys = ("--epochs", "30")
-    job = submit(cluster, run, *keys, options=("--time_minutes", "1", "--signal_seconds", "55"))
-    words = [*submit_words(expected), *keys]
-    subprocess.run(command(*words), env=environment(), check=True, capture_output=True)
+@pytest.mark.slow(100)
+def test_time_limit(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
+    """A limit of a minute, to be told 30 s before: the job saves, requeues itself, and goes on at that very step."""
+    run, told = tmp_path / "a", tmp_path / "told"
+    options = ("--time_minutes", "1", "--signal_seconds", "30")
+    # It is there still when SLURM looks at the clock.
+    faults = ("HOLD_STEP=20", f"HOLD_UNTIL={told}")
+    job = submit(cluster, run, options=options, faults=faults)
+    wait_until(lambda: "saving after this step" in logs(run), "SLURM to look at the clock")
+    told.touch()
     wait_for_end(cluster, job, run)
     assert cluster.restarts(job) >= 1
     assert started_at(run) == [0, *saved_when_told(run)], logs(run)
-    assert_same_run(run, expected)
+    assert_same_run(run, alone)
 
 
 def test_user_signal_twice(cluster: Cluster, together: Path, tmp_path: Path) -> None:
@@ -53,10 +53,11 @@ def test_user_signal_twice(cluster: Cluster, together: Path, tmp_path: Path) -> 
 
 def test_signal_in_start_up(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
     """Told to stop while Python still imports: nothing is saved yet, and the job is simply started again."""
-    run = tmp_path / "a"
-    job = submit(cluster, run)
-    wait_until(lambda: "Starting with" in logs(run), "a first sign of the job")
+    run, told = tmp_path / "a", tmp_path / "told"
+    job = submit(cluster, run, faults=("HOLD_STEP=-1", f"HOLD_UNTIL={told}"))
+    wait_until(told.with_suffix(".held").exists, "a start of Python")
     cluster.call("scancel", "--signal=USR2", job)
+    told.touch()
     wait_for_end(cluster, job, run)
     assert cluster.restarts(job) == 1
     assert started_at(run) == [0]
@@ -149,8 +150,8 @@ def test_node_death(cluster: Cluster, together: Path, tmp_path: Path) -> None:
 
 def test_two_jobs_on_one_run(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
     """Neither a second job nor a process beside it comes in; the job itself does, requeued."""
-    run = tmp_path / "a"
-    job = submit(cluster, run)
+    run, go = tmp_path / "a", tmp_path / "go"
+    job = submit(cluster, run, faults=("HOLD_STEP=5", f"HOLD_UNTIL={go}"))
     wait_for_step(run, 5)
     second = peerlearn(cluster, "submit", "--cluster", "slurm", "--", "resume", str(run))
     assert second.returncode == 1
@@ -160,6 +161,7 @@ def test_two_jobs_on_one_run(cluster: Cluster, alone: Path, tmp_path: Path) -> N
     assert f"{run} is in use by process" in beside.stderr
     assert f"SLURM job {job}" in beside.stderr
     cluster.call("scontrol", "requeue", job)
+    go.touch()
     wait_for_end(cluster, job, run)
     assert started_at(run) == [0, *saved_when_told(run)]
     assert_same_run(run, alone)

@@ -51,7 +51,7 @@ def test_every_process_learns_its_place_and_where_rank_0_is(
     time.sleep(0.3)
     assert found == []
     main = process(submission, 0)._variables()
-    waiting.join(timeout=30)
+    waiting.join(timeout=120)
     (other,) = found
     expected = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "3"}
     assert expected.items() <= main.items()

@@ -18,6 +18,8 @@ from peerlearn.runs.directory import RunDirectory
 from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
+from tests.warm import Process
+from tests.warm import run as run_process
 
 LONG = ["--epochs", "2000", "--monitor.every_epochs", "1"]
 LONG_STEPS = 2000 * 6
@@ -32,9 +34,9 @@ def shown(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict]:
 
 def slurm_status(cluster: Cluster, *words: object, **more: str) -> list[dict]:
     """As on a login node, with another environment where asked."""
-    found = subprocess.run(
+    found = run_process(
         command("status", *map(str, words), "--json"),
-        env={**cluster.environment, **more},
+        env={**cluster.environment, "OMP_NUM_THREADS": "1", **more},
         capture_output=True,
         text=True,
         check=True,
@@ -103,6 +105,7 @@ def test_a_supervised_run_shows_the_accuracy_of_its_classifiers(
     assert f"classifier: top-1 in % on the {split} images, {network}" in printed
 
 
+@pytest.mark.ddp
 def test_two_ranks_run_one_falls_silent_they_are_killed(
     tmp_path: Path, killed_later: list[subprocess.Popen]
 ) -> None:
@@ -119,15 +122,12 @@ def test_two_ranks_run_one_falls_silent_they_are_killed(
     pace = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
     assert found.seconds_left == pytest.approx((LONG_STEPS - found.step) / pace, rel=0.3)
     assert found.heartbeat_age_seconds is not None
-    assert found.heartbeat_age_seconds < 3
+    assert found.heartbeat_age_seconds < 10
 
     os.kill(killed_later[1].pid, signal.SIGSTOP)
-    time.sleep(4)
-    found = status(run)
-    assert found.state == "running"
-    assert found.heartbeat_age_seconds is not None
     # Of rank 1, not of rank 0, which beats.
-    assert found.heartbeat_age_seconds > 3.5
+    wait_until(lambda: (status(run).heartbeat_age_seconds or 0) > 11, "rank 1's silence")
+    assert status(run).state == "running"
 
     for process in killed_later:
         process.kill()
@@ -244,7 +244,7 @@ def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(copy: Path, tmp_path:
     (tmp_path / "live" / "owner.json").write_text(json.dumps(owner))
     for run, state, interrupted in ((copy, "done", False), (tmp_path / "live", "running", True)):
         main_end, terminal = pty.openpty()
-        process = subprocess.Popen(
+        process = Process(
             command("status", str(run), "--follow", "--interval_seconds", "0.3"),
             env=environment(TERM="xterm", COLUMNS="200"),
             stdout=terminal,
@@ -258,7 +258,7 @@ def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(copy: Path, tmp_path:
         if interrupted:
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
         # All processes have closed their end: after what they wrote comes an error.
         with suppress(OSError):
             while True:
@@ -313,9 +313,9 @@ def test_jobs_of_a_sweep_that_wait(cluster: Cluster, tmp_path: Path) -> None:
             )
     assert (tmp_path / "bin" / "calls").read_text() == "called\n"
 
-    offline = subprocess.run(
+    offline = run_process(
         command("status", str(sweep)),
-        env={**cluster.environment, "SLURM_CONF": os.devnull},
+        env={**cluster.environment, "OMP_NUM_THREADS": "1", "SLURM_CONF": os.devnull},
         capture_output=True,
         text=True,
     )
@@ -353,20 +353,20 @@ def test_a_job_that_runs_and_one_that_waits_for_its_nodes(cluster: Cluster, tmp_
     assert (found["state"], found["job"], found["restarts"]) == ("running", job, 0)
     assert found["reason"] is None
     assert found["step"] >= 20
-    assert found["heartbeat_age_seconds"] < 5
+    assert found["heartbeat_age_seconds"] < 20
     assert found["seconds_left"] > 10
     assert (found["evaluations_pending"], found["evaluations_running"]) == (0, 0)
     assert (waiting["state"], waiting["live"]) == ("pending", True)
 
-    offline = subprocess.run(
+    offline = run_process(
         command("status", str(run), "--json"),
-        env={**cluster.environment, "SLURM_CONF": os.devnull},
+        env={**cluster.environment, "OMP_NUM_THREADS": "1", "SLURM_CONF": os.devnull},
         capture_output=True,
         text=True,
     )
     (found,) = json.loads(offline.stdout)
     assert (found["state"], found["live"]) == ("running", True)
-    assert found["heartbeat_age_seconds"] < 5
+    assert found["heartbeat_age_seconds"] < 20
 
     # By Slurm's own program: saved, and to be resumed by somebody, but not by itself.
     cluster.call("scancel", job)

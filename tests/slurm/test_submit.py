@@ -29,23 +29,25 @@ from tests.e2e.runs import (
     SMALL,
     assert_same_run,
     command,
+    ends,
     environment,
     events,
+    launch,
     newest_tensors,
     pretrain,
     rows,
 )
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import PROFILE, logs, peerlearn, step, wait_until
+from tests.slurm.jobs import FASHION, PROFILE, logs, peerlearn, step, wait_until
+from tests.warm import Process
+from tests.warm import run as run_process
 
 ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
 
 
 def local(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*words), env=environment(), capture_output=True, text=True, cwd=cwd
-    )
+    return run_process(command(*words), env=environment(), capture_output=True, text=True, cwd=cwd)
 
 
 def submission_of(run: Path, name: str = "pretrain-1") -> Path:
@@ -109,13 +111,14 @@ def test_the_batch_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert not run.exists()
 
 
+@pytest.mark.slow(10)
 def test_a_job_on_this_machine(tmp_path: Path) -> None:
     """The submission: private, whole, by path; the run: as without it; the command comes back at once."""
     run, expected = tmp_path / "a", tmp_path / "b"
-    words = ["pretrain", *SMALL, "--run", "a"]
+    words = ["pretrain", *SMALL, *FASHION, "--run", "a"]
     found = local("submit", "--cluster", "local", "--wait", "true", "--", *words, cwd=tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert local("pretrain", *SMALL, "--run", str(expected)).returncode == 0
+    assert local("pretrain", *SMALL, *FASHION, "--run", str(expected)).returncode == 0
     assert_same_run(run, expected)
     folder = submission_of(run)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -134,6 +137,7 @@ def test_a_job_on_this_machine(tmp_path: Path) -> None:
     assert events(run, "environment_changed") == []
 
 
+@pytest.mark.slow(20)
 def test_other_verbs_are_jobs_too(tmp_path: Path) -> None:
     run = tmp_path / "a"
     assert pretrain(run) == 0
@@ -149,6 +153,7 @@ def test_other_verbs_are_jobs_too(tmp_path: Path) -> None:
     assert re.search(r"job \d+: failed \(data\.shots .*100000", failing.stdout), failing.stdout
 
 
+@pytest.mark.slow(20)
 def test_the_same_evaluation_with_several_k(tmp_path: Path) -> None:
     """A sweep of a verb that makes no run: jobs of one submission, which leave the run alone."""
     run = tmp_path / "a"
@@ -181,12 +186,13 @@ def test_dry_run_may_stand_on_either_side(tmp_path: Path, capsys: pytest.Capture
     assert "--cohort.networks" in capsys.readouterr().out
 
 
+@pytest.mark.slow(12)
 def test_two_submissions_at_the_same_moment(tmp_path: Path) -> None:
     """One run, one job: the other is refused, whichever it is."""
     run = tmp_path / "a"
     words = ["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--epochs", "60"]
     both = [
-        subprocess.Popen(
+        Process(
             command(*words, "--run", str(run)),
             env=environment(),
             stdout=subprocess.PIPE,
@@ -195,7 +201,7 @@ def test_two_submissions_at_the_same_moment(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    ends = [(process.communicate(timeout=100), process.returncode) for process in both]
+    ends = [(process.communicate(timeout=240), process.returncode) for process in both]
     assert sorted(code for _, code in ends) == [0, 1], ends
     ((_, refused),) = [output for output, code in ends if code == 1]
     assert re.search(r"job \d+ \(running\) works on it already|is in use by|holds a run", refused)
@@ -207,7 +213,7 @@ def test_two_submissions_at_the_same_moment(tmp_path: Path) -> None:
 
 def test_a_run_that_a_process_trains_is_not_submitted(tmp_path: Path) -> None:
     run = tmp_path / "a"
-    process = subprocess.Popen(
+    process = Process(
         command("pretrain", *SMALL, "--epochs", "300", "--run", str(run)), env=environment()
     )
     wait_until(lambda: step(run) >= 1, "step 1")
@@ -219,31 +225,38 @@ def test_a_run_that_a_process_trains_is_not_submitted(tmp_path: Path) -> None:
     assert not (run / "slurm").exists()
 
 
+@pytest.mark.slow(30)
+@pytest.mark.ddp
 def test_two_local_processes_told_to_stop(tmp_path: Path) -> None:
     """SIGTERM to the job: both save together, nothing holds on, and `resume` ends as one undisturbed pair would."""
-    run, expected = tmp_path / "a", tmp_path / "b"
-    keys = ["pretrain", *SMALL, "--epochs", "40", "--monitor.every_epochs", "0"]
+    run, expected, told = tmp_path / "a", tmp_path / "b", tmp_path / "told"
+    keys = ["pretrain", *SMALL, *FASHION, "--epochs", "4", "--monitor.every_epochs", "0"]
     options = ["submit", "--cluster", "local", "--tasks_per_node", "2"]
+    options += ["--environment", f"PYTHONPATH={FAULTS}", "HOLD_STEP=9", f"HOLD_UNTIL={told}"]
     found = local(*options, "--", *keys, "--run", str(run))
     assert found.returncode == 0, found.stderr
     (record,) = jobs_of(run)
-    wait_until(lambda: step(run) >= 20, "step 20")
+    wait_until(lambda: step(run) >= 9, "step 9")
     os.kill(int(record["job"]), signal.SIGTERM)
+    told.touch()
     wait_until(lambda: bool(events(run, "stopped")), "a save")
     wait_until(lambda: not Path(f"/proc/{record['job']}").exists(), "the end of the job")
-    for words in (["resume", str(run)], [*keys, "--run", str(expected)]):
-        found = local(*options, "--wait", "true", "--", *words)
-        assert found.returncode == 0, found.stdout + found.stderr
+    found = local(*options, "--wait", "true", "--", "resume", str(run))
+    assert found.returncode == 0, found.stdout + found.stderr
+    for code, output in ends(launch(2, *keys, "--run", str(expected))):
+        assert code == 0, output
     assert_same_run(run, expected)
 
 
+@pytest.mark.slow(40)
 def test_a_sweep_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
     """Two seeds x two rates, one at a time: a run each, in a folder of its own, with its own config."""
     root = tmp_path / "s"
     found = peerlearn(
         cluster,
         *("submit", *PROFILE, "--sweep", "seed=3,4", "base_lr=0.1,0.2", "--throttle", "1"),
-        *("--wait", "true", "--", "pretrain", *SMALL, "--epochs", "1", "--run", str(root)),
+        *("--wait", "true", "--", "pretrain", *SMALL, *FASHION, "--epochs", "1"),
+        *("--run", str(root)),
     )
     assert found.returncode == 0, found.stdout + found.stderr
     runs = sorted(path.name for path in root.iterdir() if path.name != "slurm")
@@ -260,7 +273,7 @@ def test_a_sweep_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-KEYS_OF_A_SHARE = ["--cohort.batch_norm_splits", "4", "--monitor.every_epochs", "0"]
+KEYS_OF_A_SHARE = [*FASHION, "--cohort.batch_norm_splits", "4", "--monitor.every_epochs", "0"]
 DOUBLE = [f"PYTHONPATH={FAULTS}:{ROOT}", "DOUBLE_PRECISION=1", "OMP_NUM_THREADS=1"]
 
 
@@ -268,7 +281,7 @@ def in_double_precision(run: Path, *keys: str) -> Path:
     """One process, without a job."""
     driver = ROOT / "tests" / "e2e" / "double_precision.py"
     words = ["pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(run), *keys]
-    found = subprocess.run(command(*words, driver=driver), env=environment())
+    found = run_process(command(*words, driver=driver), env=environment())
     assert found.returncode == 0
     return run
 
@@ -286,6 +299,7 @@ def assert_equal_to_rounding(together: Path, alone: Path) -> None:
             torch.testing.assert_close(tensors[group][name], tensor, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow(30)
 def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -300,6 +314,7 @@ def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
 
 
 @pytest.mark.gpu
+@pytest.mark.ddp
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_half_the_batch_on_each_of_two_gpus_equals_one(tmp_path: Path) -> None:
     """By NCCL, each process on the GPU of its local rank."""
@@ -571,24 +586,26 @@ def test_a_sweep_of_configs_and_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert printed.count("\nepochs: 3\n") == 1
 
 
+@pytest.mark.slow(10)
 def test_auto_resume_starts_goes_on_and_is_content(tmp_path: Path) -> None:
     run, expected = tmp_path / "a", tmp_path / "b"
     words = ["pretrain", *SMALL, "--run", str(run), "--auto_resume"]
-    process = subprocess.Popen(command(*words, "--epochs", "20"), env=environment())
-    wait_until(lambda: step(run) >= 20, "step 20")
+    slowly = environment(STEP_SECONDS="0.1")
+    process = Process(command(*words, "--epochs", "5"), env=slowly)
+    wait_until(lambda: step(run) >= 8, "step 8")
     process.kill()
     process.wait()
     for _ in range(2):
-        done = subprocess.run(command(*words, "--epochs", "20"), env=environment())
+        done = run_process(command(*words, "--epochs", "5"), env=environment())
         assert done.returncode == 0
     assert RunDirectory(run).newest_attempt() == 3
-    found = subprocess.run(
-        command("pretrain", *SMALL, "--epochs", "20", "--run", str(expected)), env=environment()
+    found = run_process(
+        command("pretrain", *SMALL, "--epochs", "5", "--run", str(expected)), env=environment()
     )
     assert found.returncode == 0
     assert_same_run(run, expected)
-    changed = subprocess.run(
-        command(*words, "--epochs", "20", "--seed", "9"), env=environment(), capture_output=True, text=True
+    changed = run_process(
+        command(*words, "--epochs", "5", "--seed", "9"), env=environment(), capture_output=True, text=True
     )  # fmt: skip
     assert changed.returncode == 1
     assert "seed" in changed.stderr
@@ -603,6 +620,7 @@ def test_every_shipped_profile_can_be_read_and_is_listed(capsys: pytest.CaptureF
     assert profiles["gpu_node"].tasks_per_node == profiles["gpu_node"].gpus_per_node == 8
 
 
+@pytest.mark.slow(10)
 def test_a_command_that_waits_for_nothing_lets_go_of_its_pipe(tmp_path: Path) -> None:
     """`peerlearn submit ... | tee` ends when the submission has, not when the job does."""
     run = tmp_path / "a"

@@ -25,6 +25,7 @@ from studies.pipeline_command import SHIPPED
 from studies.watch import resolve_evaluation
 from tests.e2e.runs import SMALL, command, environment
 from tests.slurm.cluster import Cluster
+from tests.warm import run as run_process
 
 DRIVER = Path(__file__).parent / "killed_while_submitting.py"
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def write_config(folder: Path, **keys: object) -> Path:
 def peerlearn(*words: str, driver: tuple[str, ...] = (), **variables: str) -> str:
     """What the command prints, which is to end well, or to be killed by its driver."""
     start = [str(DRIVER), *driver] if driver else ["-m", "peerlearn"]
-    found = subprocess.run(
+    found = run_process(
         [sys.executable, *start, *words],
         env=environment(**{"PYTHONPATH": str(ROOT), **variables}),
         capture_output=True,
@@ -68,7 +69,7 @@ def peerlearn(*words: str, driver: tuple[str, ...] = (), **variables: str) -> st
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.1)
@@ -113,10 +114,13 @@ def summary_of(root: Path) -> dict:
     return json.loads((root / "summary.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def killed_twice(once: Callable[..., Path]) -> Path:
     """A pipeline that came to its end though it was killed while it began, and its watch later."""
-    folder = tmp_path_factory.mktemp("pipeline")
+    return once("pipeline", kill_twice) / "p"
+
+
+def kill_twice(folder: Path) -> None:
     file, root = write_config(folder, throttle=1), folder / "p"
     peerlearn("pipeline", str(file), driver=("started", str(root)))
     printed = peerlearn("resume", str(root))
@@ -132,7 +136,6 @@ def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wait_for((root / "summary.json").is_file, "summary")
     # A watch that lives on does nothing more.
     wait_for(lambda: not processes_with("peerlearn", "watch", str(root)), "end of the watch")
-    return root
 
 
 def test_every_run_and_evaluation_was_made_once(killed_twice: Path):
@@ -193,13 +196,16 @@ def result_value(run: Path, score: dict) -> float:
     return found["metrics"][score["metric"]]
 
 
-def test_the_summary_names_what_failed(killed_twice: Path, capsys: pytest.CaptureFixture):
+def test_the_summary_names_what_failed(
+    killed_twice: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     problems = summary_of(killed_twice)["problems"]
     assert [(p["run"], p["what"]) for p in problems] == [
         (run_of(killed_twice, seed).name, f"{REFUSED}, step {STEP}") for seed in (0, 1)
     ]
     assert all("--network 7: not in" in problem["why"] for problem in problems)
-    assert main(["summary", str(killed_twice)]) == 0
+    root = Path(shutil.copytree(killed_twice, tmp_path / "p", symlinks=True))
+    assert main(["summary", str(root)]) == 0
     printed = capsys.readouterr().out
     assert f"missing: {problems[0]['run']}: {REFUSED}, step {STEP}: job" in printed
     assert "2 of 2" in printed
@@ -272,6 +278,7 @@ def test_more_seeds_and_evaluations_can_be_asked_for(killed_twice: Path, tmp_pat
     assert main(["resume", str(root), "--pretrain", "mine = --epochs 9"]) == 2
 
 
+@pytest.mark.slow(30)
 def test_cancel_ends_the_watch_and_the_runs(tmp_path: Path):
     """The watch first: nothing new is submitted for what it would find dead; and `resume` brings all of it back."""
     file, root = (
@@ -356,7 +363,7 @@ def test_a_wrong_pipeline_is_refused_at_once(
 
 def test_refused_by_the_cluster_it_leaves_nothing(tmp_path: Path):
     file = write_config(tmp_path, cluster="slurm")
-    found = subprocess.run(
+    found = run_process(
         command("pipeline", str(file)),
         env={**environment(), "PATH": "/nonexistent"},
         capture_output=True,
@@ -393,6 +400,7 @@ def test_a_new_evaluator_needs_nothing_here(monkeypatch: pytest.MonkeyPatch):
     assert (found.config["method"], found.config["seed"]) == ("logistic_regression", 3)
 
 
+@pytest.mark.slow(90)
 def test_on_slurm_with_the_watch_as_a_job_that_is_requeued(cluster: Cluster, tmp_path: Path):
     profile = tmp_path / "profile.yaml"
     profile.write_text(

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from slurm.submission import jobs_of
 from tests.e2e.runs import SMALL, environment, events
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import PROFILE, logs, peerlearn
+from tests.warm import run as run_process
 
 KEYS = [*SMALL, "--epochs", "1", "--monitor.train_limit", "200", "--method", "simclr"]
 
@@ -32,7 +32,7 @@ def test_a_sweep_is_one_array(cluster: Cluster, tmp_path: Path) -> None:
     for run, *more in ((first,), (begun, "--alpha", "0.25")):
         words = [*KEYS, *more, "--seed", "0", "--run", str(run)]
         start = [sys.executable, "-m", "peerlearn", "pretrain", *words]
-        subprocess.run(start, env=environment(), check=True, capture_output=True)
+        run_process(start, env=environment(), check=True, capture_output=True)
     (begun / "DONE").unlink()
 
     found = peerlearn(cluster, "submit", *PROFILE, "--wait", "true", "--", "sweep", str(file))

@@ -30,6 +30,8 @@ from studies.sweep_run import run_missing
 from studies.sweep_scores import Score, paired_difference, score_sweep
 from studies.sweep_table import grid_table, report
 from tests.e2e.runs import SMALL, command, environment, events
+from tests.warm import Process
+from tests.warm import run as run_process
 
 LAST_STEP = 12
 TERMS = {"all": "", "without scl_hard": "--terms scl_soft icl_hard icl_soft"}
@@ -643,6 +645,7 @@ def test_a_failure_stops_no_other_and_a_run_that_stops_stops_all(
     assert started == []
 
 
+@pytest.mark.slow(20)
 def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     """The real command: SIGTERM in its first run, then to its end; the second run cannot start."""
     words = [*SMALL, "--method", "simclr", "--data.limit", "64", "--epochs", "40"]
@@ -654,17 +657,17 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     )
     long, failing = plan_sweep(read_sweep(file)).runs
     start = command("sweep", str(file))
-    process = subprocess.Popen(
+    process = Process(
         start, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     metrics = RunDirectory(long.folder).metrics
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 75, output
     assert "[1/2] base-seed-0: starts" in output
     assert output.endswith(f"saved; `peerlearn sweep {tmp_path / 's'}` goes on\n")
@@ -673,7 +676,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
 
     # As the command says: by its folder.
     again = command("sweep", str(tmp_path / "s"))
-    found = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=200)
+    found = run_process(again, env=environment(), capture_output=True, text=True, timeout=400)
     assert found.returncode == 1, found.stdout + found.stderr
     first, second = events(long.folder, "started")
     assert first["step"] == 0 < second["step"] < events(long.folder, "done")[0]["step"]

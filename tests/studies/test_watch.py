@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from studies.ledger import EVALUATIONS, Entry, Ledger
 from studies.watch import Pass, Survey, resolve_evaluation
 from tests.e2e.runs import command, environment, flip_last_byte, pretrain
 from tests.slurm.cluster import Cluster
+from tests.warm import Process
+from tests.warm import run as run_process
 
 DRIVER = Path(__file__).parent / "killed_while_submitting.py"
 KNN = "knn --k 5 --data.limit 200"
@@ -33,13 +35,15 @@ REFUSED = "knn --network 7"
 STEPS = (6, 12)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def trained(once: Callable[..., Path]) -> Path:
     """A run with exports at steps 6 and 12; not to be changed."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    assert pretrain(run, "--checkpoint.export_every_epochs", "1") == 0
-    shutil.rmtree(run / "tb")
-    return run
+
+    def make(run: Path) -> None:
+        assert pretrain(run, "--checkpoint.export_every_epochs", "1") == 0
+        shutil.rmtree(run / "tb")
+
+    return once("two-exports", make)
 
 
 @pytest.fixture
@@ -60,13 +64,13 @@ def watch_words(run: Path, *evaluations: str, cluster: str = "local") -> list[st
 
 def watch(run: Path, *evaluations: str, cluster: str = "local", **variables: str) -> str:
     """What a watch prints, which is to end well."""
-    found = subprocess.run(
+    found = run_process(
         command(*watch_words(run, *evaluations, cluster=cluster)),
         env=environment(**variables),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=240,
     )
     assert found.returncode == 0, found.stderr
     return found.stdout
@@ -96,6 +100,7 @@ def results(run: Path) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(run.glob("results/*.json"))]
 
 
+@pytest.mark.slow(15)
 def test_each_export_is_evaluated_once_and_a_failure_stops_nobody(run: Path):
     flip_last_byte(run / "export" / "step-00000006" / "net-1" / "model.safetensors")
     printed = watch(run, KNN, REFUSED)
@@ -120,6 +125,7 @@ def test_each_export_is_evaluated_once_and_a_failure_stops_nobody(run: Path):
     assert Counter(record["verb"] for record in listed) == {"knn": 4}
 
 
+@pytest.mark.slow(60)
 def test_killed_at_every_point_of_a_submission_the_next_watch_finds_or_makes_the_job(
     trained: Path, tmp_path: Path
 ):
@@ -159,7 +165,7 @@ def test_killed_at_every_point_of_a_submission_the_next_watch_finds_or_makes_the
 
 
 def killed_watch(run: Path, *, number: int) -> subprocess.CompletedProcess:
-    return subprocess.run(
+    return run_process(
         [sys.executable, str(DRIVER), str(number), str(run), *watch_words(run, REFUSED)],
         env=environment(PYTHONPATH=str(Path(__file__).parents[2])),
         capture_output=True,
@@ -168,9 +174,10 @@ def killed_watch(run: Path, *, number: int) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow(15)
 def test_watches_at_the_same_time_share_the_work(run: Path):
     watches = [
-        subprocess.Popen(
+        Process(
             command(*watch_words(run, REFUSED, "knn --network 8")),
             env=environment(),
             stdout=subprocess.PIPE,
@@ -178,7 +185,7 @@ def test_watches_at_the_same_time_share_the_work(run: Path):
         )
         for _ in range(4)
     ]
-    printed = "".join(process.communicate(timeout=120)[0] for process in watches)
+    printed = "".join(process.communicate(timeout=240)[0] for process in watches)
     assert [process.returncode for process in watches] == [0] * 4
     assert printed.count("job ") == 4
     assert len({entry.job["job"] for entry in entries(run)}) == 4
@@ -201,7 +208,7 @@ def test_a_damaged_ledger_costs_its_damaged_lines_only(run: Path):
 def test_a_refused_submission_is_made_later(run: Path):
     words = watch_words(run, REFUSED, cluster="slurm")
     nowhere = {"PATH": "/nonexistent"}
-    found = subprocess.run(
+    found = run_process(
         command(*words, "--once"),
         env={**environment(), **nowhere},
         capture_output=True,
@@ -238,13 +245,13 @@ def test_told_to_stop_it_asks_to_be_run_again(run: Path, number: int):
     alive = {"host": "elsewhere", "pid": 1, "time_seconds": time.time() + 3600}
     (run / "DONE").unlink()
     (run / "owner.json").write_text(json.dumps(alive))
-    process = subprocess.Popen(
+    process = Process(
         command(*watch_words(run, REFUSED)), env=environment(), stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("job ")
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 75
     wait_until_ended(run, len(entries(run)))
 
@@ -281,6 +288,7 @@ def test_every_epochs_counts_epochs_and_always_the_last(run: Path):
     assert steps(1, "live") == [6, 12, 18, 24, 30]
 
 
+@pytest.mark.slow(15)
 def test_other_weights_at_a_step_are_evaluated_anew(run: Path):
     watch(run, REFUSED)
     wait_until_ended(run, 2)
@@ -392,15 +400,13 @@ def test_on_slurm_a_job_is_found_again_by_its_name(cluster: Cluster, run: Path, 
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    killed = subprocess.run([*driver, "started", str(run), *words], env=variables)
+    killed = run_process([*driver, "started", str(run), *words], env=variables)
     assert killed.returncode == -signal.SIGKILL
     (entry,) = entries(run)
     assert entry.in_doubt
     assert not (entry.folder / "jobs.json").exists()
     (job,) = cluster.call("squeue", "--noheader", "--format=%i").split()
-    found = subprocess.run(
-        command(*words), env=variables, capture_output=True, text=True, check=True
-    )
+    found = run_process(command(*words), env=variables, capture_output=True, text=True, check=True)
     assert f"job {job}, found again" in found.stdout
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED"
     assert len(outcomes(run)) == 1

@@ -54,7 +54,7 @@ def test_a_server_that_never_answers_is_given_up(
                     md5="0" * 32,
                     advice="say please",
                 )
-            assert time.monotonic() - start < 10
+            assert time.monotonic() - start < 60
         assert "\n" not in str(caught.value)
         assert socket.getdefaulttimeout() == before
     finally:

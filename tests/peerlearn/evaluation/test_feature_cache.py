@@ -177,7 +177,7 @@ def test_of_two_processes_one_computes_and_both_get_the_features(cache, network)
         )
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0].split("\n") for process in processes]
+    outputs = [process.communicate(timeout=240)[0].split("\n") for process in processes]
     assert sorted(len(lines) for lines in outputs) == [2, 3]
     assert outputs[0][-2] == outputs[1][-2]
 
@@ -190,7 +190,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_counts(cache, netw
     (cache / f"{key}.lock").touch()
     start = time.monotonic()
     load_features({"0": network}, digits(), HOW)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 120
     assert extractions == ["0"]
 
 

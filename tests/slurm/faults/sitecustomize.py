@@ -2,11 +2,15 @@
 
 CRASH_STEPS: the steps, by commas. CRASH_ONCE: a folder in which each crash leaves a mark, and then does not recur.
 HANG_STEPS: from the start of that step on, the first fsync takes longer than anybody waits; once, with CRASH_ONCE.
+STEP_SECONDS: no fault, but so long a rest at the start of each step.
+HOLD_STEP, HOLD_UNTIL: no fault, but no way past the start of that step before that file is there; -1 is the start of
+the process, which it tells by a file of that name with .held behind.
 DOUBLE_PRECISION: no crash, but float64 throughout.
 """
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +38,15 @@ def _recurs(step: int) -> bool:
     return False
 
 
+def _hold(step: int) -> None:
+    if os.environ.get("HOLD_STEP") != str(step):
+        return
+    file = Path(os.environ["HOLD_UNTIL"])
+    file.with_suffix(".held").touch()
+    while not file.exists():
+        time.sleep(0.02)
+
+
 def _hang(descriptor: int) -> None:
     time.sleep(3600)
 
@@ -57,6 +70,12 @@ def _wrap(spine: ModuleType) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         if step in _HANG_STEPS and training.ranks.main and not _recurs(step):
             os.fsync = _hang
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+        _hold(step)
         begin_step(attempt)
 
     spine.Attempt.begin_step = crashing
+
+
+if "peerlearn" in sys.orig_argv:
+    _hold(-1)
