@@ -33,6 +33,7 @@ class Alike(Method):
     def load_state_tensors(self, state): self.mean.copy_(state["alike"]["mean"])
     def metrics(self): return {"mean_norm": float(self.mean.norm())}
 '''.lstrip()
+pytestmark = pytest.mark.slow
 WORDS = ["pretrain", *SMALL, "--method", "alike"]
 
 

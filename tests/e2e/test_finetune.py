@@ -3,16 +3,19 @@
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 
 from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
 from tests.e2e.runs import command, environment, events, pretrain, rows, without_clocks
+from tests.warm import Process
+from tests.warm import run as run_process
 
+pytestmark = pytest.mark.slow
 WORDS = ["linear", "finetune", "--epochs", "12", "--data.limit", "120", "--batch_size", "32"]
 
 
@@ -41,7 +44,7 @@ def scores(run: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def undisturbed(trained, tmp_path_factory):
     run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("undisturbed") / "r"))
-    subprocess.run(command(*words(run)), env=environment(), check=True, capture_output=True)
+    run_process(command(*words(run)), env=environment(), check=True, capture_output=True)
     return run
 
 
@@ -49,11 +52,11 @@ def undisturbed(trained, tmp_path_factory):
 def stopped(trained, tmp_path):
     """A copy of the run, and a fine-tuning of it that has saved something."""
     run = Path(shutil.copytree(trained, tmp_path / "r"))
-    process = subprocess.Popen(
+    process = Process(
         command(*words(run)),
         env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=PIPE,
+        stderr=STDOUT,
         text=True,
     )
     while not list((run / "results").glob("finetune-*/checkpoints/latest")):
@@ -86,7 +89,7 @@ def test_after_kill_9_the_same_command_goes_on(stopped, undisturbed):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not scores(run)
-    subprocess.run(command(*words(run)), env=environment(), check=True, capture_output=True)
+    run_process(command(*words(run)), env=environment(), check=True, capture_output=True)
     first, second = events(finetuning(run), "started")
     assert first["step"] == 0
     assert second["step"] >= 3
@@ -100,7 +103,7 @@ def test_told_to_stop_it_saves_and_resume_goes_on(stopped, undisturbed, capsys):
     assert process.returncode == 75, output
     assert f"saved in {finetuning(run)}: the same command continues" in output
     resume = command("resume", str(finetuning(run)))
-    subprocess.run(resume, env=environment(), check=True, capture_output=True)
+    run_process(resume, env=environment(), check=True, capture_output=True)
     assert_same(run, undisturbed)
     assert main(["resume", str(finetuning(run))]) == 0
     assert "is done already" in capsys.readouterr().out

@@ -75,6 +75,7 @@ TOYS = trainer.Trainer(
 def main(argv): return trainer.start(TOYS, argv)
 def resume(argv): return trainer.resume(TOYS, argv)
 '''.lstrip()
+pytestmark = pytest.mark.slow
 SLOW = ("--pause_seconds", "0.1")
 
 
@@ -136,7 +137,9 @@ def test_its_run_is_a_run_like_any(tree, undisturbed):
     assert run.log(1, 0).is_file()
     assert "--checkpoint.every_steps" in run_in(tree, "toy", "--help")
     assert "every_steps: 5" in run_in(tree, "toy", "--dry_run")
-    assert "steps (more), pause_seconds, device" in run_in(tree, "resume", str(undisturbed), "--help")
+    assert "steps (more), pause_seconds, device" in run_in(
+        tree, "resume", str(undisturbed), "--help"
+    )
     assert " 40/40 " in run_in(tree, "status", str(undisturbed))
     assert "is done already" in run_in(tree, "resume", str(undisturbed))
 
