@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from peerlearn import PACKAGES
+from peerlearn import HOME, PACKAGES
+from peerlearn.config import changeable_keys
+from pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 RUN = "peerlearn/runs/directory.py"
@@ -58,3 +60,9 @@ def test_names_of_scores_are_written_and_parsed_in_one_file():
 def test_one_function_hashes_files():
     hashing = [path for path in literals() if "file_digest" in (ROOT / path).read_text()]
     assert hashing == ["peerlearn/runs/files.py"]
+
+
+def test_docs_list_the_keys_that_may_change_on_resume():
+    """The fields themselves say so, by `changeable`; refusal and help read it there."""
+    keys = ", ".join(f"`{key}`" for key in changeable_keys(PretrainConfig))
+    assert f"| {keys} |" in (HOME / "docs/runs.md").read_text()
