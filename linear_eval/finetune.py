@@ -30,6 +30,7 @@ from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, seen_by
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.save_config import SaveConfig
+from peerlearn.runs.score_names import score_name
 from peerlearn.runs.stop import stop_signals
 
 _MAX_SKIPPED_STEPS = 3
@@ -159,14 +160,14 @@ class FineTuning(Resumable):
         return sum(map(bytes_to_come, self.optimizers.values()))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        networks = {f"net-{name}": dict(m.state_dict()) for name, m in self.models.items()}
+        networks = {f"weights-{name}": dict(m.state_dict()) for name, m in self.models.items()}
         optimizers = {f"optimizer-{n}": optimizer_tensors(o) for n, o in self.optimizers.items()}
         return networks | optimizers
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, object]) -> None:
         for name, model in self.models.items():
             try:
-                model.load_state_dict(tensors[f"net-{name}"])
+                model.load_state_dict(tensors[f"weights-{name}"])
             except RuntimeError as error:
                 raise ValueError(f"network {name} does not fit: {error}") from error
             load_optimizer_tensors(self.optimizers[name], tensors[f"optimizer-{name}"])
@@ -197,7 +198,7 @@ def _train(attempt: Attempt[FineTuning]) -> bool:
                 training.step % _LOG_EVERY_STEPS == 0
                 or training.step % training.steps_per_epoch == 0
             ):
-                row = {f"net/{name}/loss": float(loss) for name, loss in losses.items()}
+                row = {score_name(name, "loss"): float(loss) for name, loss in losses.items()}
                 rate = attempt.log.images_per_second(training.step, training.batch_size)
                 loss = sum(row.values()) / len(row)
                 attempt.log.write(
