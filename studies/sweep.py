@@ -24,11 +24,6 @@ from studies.sweep_config import SweepConfig, read_sweep
 
 CONFIG_FILE = "sweep.yaml"
 _LONGEST_NAME = 80
-# Keys that may differ without making another run: where and how it ran, and how often it was watched.
-_INCIDENTAL_KEYS = re.compile(
-    r"run|device|rank_timeout_seconds|data\.(root|workers|fallback|max_unreadable_percent)"
-    r"|monitor\.(every_epochs|log_every_steps)|checkpoint\..*"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +249,8 @@ def check_folder(sweep: Sweep) -> None:
         ours = flat_config(replace(run.variant.config, seed=run.seed))
         theirs = flat_config(load_config(PretrainConfig, RunDirectory(run.folder).config))
         for key, value in ours.items():
-            if value != theirs[key] and not _INCIDENTAL_KEYS.fullmatch(key):
+            # What may grow when a run is resumed makes another run here.
+            if value != theirs[key] and not may_change(PretrainConfig, key, value, value):
                 raise UserError(
                     f"{run.folder} is a run of another config: {key} is {theirs[key]!r} there and {value!r} in the "
                     "sweep: choose another --folder"
