@@ -80,12 +80,16 @@ def _wrap(spine: ModuleType) -> None:
 
 
 class _Compiler(ModuleType):
-    """Instead of torch's compiler, which nothing here compiles with, and whose import is half of a start."""
+    """Instead of torch's compiler, which nothing here compiles with, and whose import is half of a start: any name
+    in it is such a one again, and as a decorator leaves functions as they are."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda function=None, *_, **__: function or (lambda given: given)
+        return _Compiler(name)
+
+    def __call__(self, function: Any = None, *_: Any, **__: Any) -> Any:
+        return function or (lambda given: given)
 
 
 class _CompilerFinder(MetaPathFinder, Loader):
