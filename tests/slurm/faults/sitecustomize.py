@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,5 +79,31 @@ def _wrap(spine: ModuleType) -> None:
     spine.Attempt.begin_step = crashing
 
 
+class _Compiler(ModuleType):
+    """Instead of torch's compiler, which nothing here compiles with, and whose import is half of a start: any name
+    in it is such a one again, and as a decorator leaves functions as they are."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Compiler(name)
+
+    def __call__(self, function: Any = None, *_: Any, **__: Any) -> Any:
+        return function or (lambda given: given)
+
+
+class _CompilerFinder(MetaPathFinder, Loader):
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        is_compiler = name == "torch._dynamo" or name.startswith("torch._dynamo.")
+        return ModuleSpec(name, self, is_package=True) if is_compiler else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Compiler(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It is whole as it was made."""
+
+
 if "peerlearn" in sys.orig_argv:
+    sys.meta_path.insert(0, _CompilerFinder())
     _hold(-1)
