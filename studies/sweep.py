@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peerlearn.config import config_to_yaml, load_config, nearest, parse_config
+from peerlearn.config import config_to_yaml, load_config, may_change, nearest, parse_config
 from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import write_text
