@@ -27,7 +27,6 @@ from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.export import check_classifier, is_whole
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
-from peerlearn.runs.generators import seed_generators
 from peerlearn.runs.save_config import SaveConfig
 from peerlearn.runs.step_folders import step_folder, write_latest
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
@@ -179,7 +178,6 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         # Before training, not at the first export.
         check_classifier(backbone, num_classes, in_chans=dataset.channels, image_size=image_size)
     method = build_method(cohort, config, ranks, steps_per_epoch=loader.steps_per_epoch)
-    seed_generators(config.seed, ranks.rank)
     watch = None
     if config.monitor.every_epochs and ranks.main:
         watch = method.build_monitor(data, augmentation=augmentation, image_size=image_size)

@@ -18,6 +18,7 @@ from peerlearn.config import config_to_yaml, load_config
 from peerlearn.counter_random import MODULE_NOISE, random_bits
 from peerlearn.errors import SaidByMainError, UserError
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.generators import seed_generators
 from peerlearn.runs.lock import run_lock
 from peerlearn.runs.logs import log_to, log_to_terminal
 from peerlearn.runs.metrics import MetricsLog
@@ -244,6 +245,7 @@ def run_training(
             taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
         # Before a new run is written: if the data cannot be loaded, nothing is left behind.
         training = program.build(config, run, ranks)
+        seed_generators(config.seed, ranks.rank)
         ranks.from_main(lambda: check_room(training))
         number = None
         try:
