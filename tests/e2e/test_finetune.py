@@ -103,7 +103,8 @@ def test_told_to_stop_it_saves_and_resume_goes_on(stopped, undisturbed, capsys):
     assert process.returncode == 75, output
     assert f"saved in {finetuning(run)}: the same command continues" in output
     resume = command("resume", str(finetuning(run)))
-    run_process(resume, env=environment(), check=True, capture_output=True)
+    done = run_process(resume, env=environment(), stdout=PIPE, stderr=STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
     assert_same(run, undisturbed)
     assert main(["resume", str(finetuning(run))]) == 0
     assert "is done already" in capsys.readouterr().out
