@@ -21,7 +21,7 @@ from peerlearn.config import config_to_yaml
 from peerlearn.evaluation.results import write_result
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.stop import Stop
-from peerlearn.runs.training_facts import TrainingFacts
+from peerlearn.runs.training_facts import TrainingFacts, write_env
 from slurm.plan import plan_tasks
 from studies.sweep import Sweep, SweptRun, check_folder, plan_sweep, write_sweep
 from studies.sweep_config import read_sweep
@@ -490,7 +490,7 @@ def test_networks_of_different_kinds_stand_apart(tmp_path: Path) -> None:
 
 def knn_rows(directory: RunDirectory, *steps: int, networks: int) -> None:
     facts = {"data_root": None, "images": 1437, "seed": 0, "lr": 0.1, "processes": 1}
-    TrainingFacts(dataset="digits", **facts).write(directory.env)
+    write_env(directory.env, "pretrain", TrainingFacts(dataset="digits", **facts))
     for step in steps:
         row: dict = {"step": step, "epoch": 1.0, "ensemble/knn_top1": 90.0 + step}
         row |= {f"net/{m}/knn_top1": 80.0 + m + step for m in range(networks)}
