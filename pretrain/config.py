@@ -28,16 +28,17 @@ class CohortConfig:
     """The networks that learn together.
 
     Attributes:
-        networks: M, how many; 1 is the plain method without peers.
-        backbones: one name for all of them, or a list of M names; any timm network, or a CIFAR network.
-        share_stages: how many low stages all networks share, 0 = independent, null = the paper's rule (none for
-            two networks; for more, all but the last stage of CIFAR networks and all but the last two of others).
-        embedding_dim: D, size of the embedding the losses compare.
-        projection: linear, or mlp (two layers with a ReLU between).
-        small_images: give ResNets a 3x3 stem without max-pool.
-        batch_norm_splits: normalise the global batch in this many parts of their own, as so many GPUs would;
-            1 = plain: one part per process.
-        sync_batch_norm: statistics of the whole global batch, over all processes.
+        networks: number of networks, M; 1 is the plain method without peers.
+        backbones: architecture of the networks: one name for all of them, or a list of M names; any timm network, or a
+            CIFAR network.
+        share_stages: number of low stages that all networks share; 0 = none, null = the paper's rule (none for two
+            networks; for more, all but the last stage of CIFAR networks and all but the last two of others).
+        embedding_dim: size of the embedding that the losses compare, D.
+        projection: kind of projection head: linear, or mlp (two layers with a ReLU between).
+        small_images: whether ResNets get a 3x3 stem without max-pool.
+        batch_norm_splits: number of parts of the global batch that are normalised apart, as on so many GPUs; 1 = one
+            part per process.
+        sync_batch_norm: whether batch norm takes the statistics of the whole global batch, over all processes.
     """
 
     networks: int = 2
@@ -85,8 +86,8 @@ class QueueConfig:
     """MoCo's queue of negatives and its momentum networks.
 
     Attributes:
-        size: K, keys held per network.
-        momentum: m of the key networks' moving average, per step.
+        size: number of keys held per network, K.
+        momentum: momentum of the key networks' moving average, per step.
     """
 
     size: int = 65536
@@ -102,15 +103,17 @@ class SupervisedConfig:
     """What the method supervised adds to the contrastive terms: cross-entropy (Eq. 7), and peers' class probabilities.
 
     Attributes:
-        teaching: what networks learn from each other's logits: none, dml, ensemble_teaching (Eq. 8), cl_ilr, one or
-            okddip (whose last network is the leader).
-        teaching_temperature: T of the teaching's softmax; null = the method's own, 1 of dml and ensemble_teaching, 3
-            of the others.
-        detach_teacher: no gradient reaches the teachers; null = the method's own, false for okddip alone.
-        weights_per_class: ensemble_teaching weighs its networks for every class apart, as theta of Eq. 9 is printed.
-        ramp_epochs: over so many the teaching of cl_ilr, one and okddip is faded in.
-        images_per_class: of a batch, drawn by the class-aware sampler (section 3.3); null = plain shuffling.
-        num_negatives: K of the contrastive terms, drawn at random for every anchor; null = all of the batch.
+        teaching: kind of learning from the peers' logits: none, dml, ensemble_teaching (Eq. 8), cl_ilr, one, or okddip
+            (whose last network is the leader).
+        teaching_temperature: temperature of the teaching's softmax, T; null = the method's own, 1 of dml and
+            ensemble_teaching, 3 of the others.
+        detach_teacher: whether the teachers get no gradient; null = the method's own, false for okddip alone.
+        weights_per_class: whether ensemble_teaching weighs its networks for every class apart, as theta of Eq. 9 is
+            printed.
+        ramp_epochs: number of epochs over which the teaching of cl_ilr, one and okddip is faded in.
+        images_per_class: number of images of one class in a group of the class-aware sampler (section 3.3); null =
+            plain shuffling.
+        num_negatives: number of negatives of every anchor, drawn at random, K; null = all of the batch.
     """
 
     teaching: Literal["none", "dml", "ensemble_teaching", "cl_ilr", "one", "okddip"] = "none"
@@ -144,22 +147,22 @@ class DataConfig:
     """The images and how they are read and augmented.
 
     Attributes:
-        name: digits, fashion_mnist, cifar10, cifar100, stl10, tinyimagenet, imagenet, or folder.
-        root: where the data lies; null = the usual places, then a download where one exists.
-        split: train; for stl10 also unlabeled and train+unlabeled.
-        fallback: the dataset to take, with a line that says so, where `name` cannot be had; null = stop.
-        backend: memory (decoded once) or folder (decoded by workers).
-        limit: only the first n training images.
-        validation_percent: of every class are held out, drawn by the seed, for the method supervised to be watched on,
-            so that the test split is looked at once, at the end; 0 = none.
-        shots: train on only n images of every class, drawn by the seed; null = all.
-        augmentation: moco_v1, moco_v2, moco_cifar, crop_flip, supervised_cifar (pad, crop, flip) or
-            supervised_imagenet (crop of 8 to 100 % of the area, flip).
+        name: name of the dataset: digits, fashion_mnist, cifar10, cifar100, stl10, tinyimagenet, imagenet, or folder.
+        root: folder of the dataset; null = the usual places, then a download where one exists.
+        split: split to train on: train; for stl10 also unlabeled and train+unlabeled.
+        fallback: dataset to take where `name` is not to be had, with a line that says so; null = stop.
+        backend: place where crops are cut: memory (images decoded once) or folder (images decoded by workers).
+        limit: number of training images, the first ones; null = all.
+        validation_percent: percentage of every class that is held out, drawn by the seed. The method supervised is
+            watched on it, so that the test split is looked at once, at the end; 0 = none.
+        shots: number of training images of every class, drawn by the seed; null = all.
+        augmentation: recipe of the random views: moco_v1, moco_v2, moco_cifar, crop_flip, supervised_cifar (pad, crop,
+            flip) or supervised_imagenet (crop of 8 to 100 % of the area, flip).
         crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
         image_size: side of the views in pixels; null = the dataset's own, 224 for image files.
-        workers: processes that read images.
-        max_unreadable_percent: of the images; an unreadable one is replaced by another and listed in
-            events.jsonl, more than this share stops the run.
+        workers: number of processes that read images.
+        max_unreadable_percent: largest percentage of the images that may be unreadable before the run stops. Another
+            image takes the place of an unreadable one, and events.jsonl lists it.
     """
 
     name: str = "fashion_mnist"
@@ -238,14 +241,15 @@ class MonitorConfig:
     """What is watched while training, on the dataset's own train and test splits, never used for training.
 
     Attributes:
-        every_epochs: kNN and representation figures, of the method supervised accuracies, after this many epochs;
-            0 = never.
-        k: neighbours of the weighted kNN.
-        temperature: of the kNN's weights exp(cosine / temperature).
-        train_limit: only the first n training images as the kNN's neighbours.
-        test_limit: only the first n test images; what is held out (data.validation_percent) is watched whole.
-        key_networks: watch the momentum networks too (moco).
-        log_every_steps: a row of losses in metrics.jsonl after this many steps.
+        every_epochs: number of epochs between two measurements: kNN and representation figures, or accuracies with the
+            method supervised; 0 = never.
+        k: number of neighbours of the weighted kNN.
+        temperature: temperature of the kNN's weights exp(cosine / temperature).
+        train_limit: number of training images that are the kNN's neighbours, the first ones; null = all.
+        test_limit: number of test images, the first ones; null = all. Held-out images (data.validation_percent) are all
+            watched.
+        key_networks: whether the momentum networks are watched too (moco).
+        log_every_steps: number of steps between two rows of losses in metrics.jsonl.
     """
 
     every_epochs: int = changeable(1)
@@ -274,27 +278,29 @@ class PretrainConfig:
     """One pretraining run.
 
     Attributes:
-        run: the run directory; null = runs/ and the config's name.
-        seed: of everything random.
-        epochs: passes over the training images.
-        method: moco (queue, momentum networks), simclr (the batch is its own negatives) or supervised (labels).
-        batch_size: images per optimiser step, over all processes.
-        accumulation_steps: split each batch into this many parts to save memory (moco only).
-        base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / that.
-        base_lr_batch_size: the batch size `base_lr` was published for.
+        run: directory of the run; null = runs/ and the config's name.
+        seed: seed of everything random in the run.
+        epochs: number of passes over the training images.
+        method: pretraining method: moco (queue, momentum networks), simclr (the batch is its own negatives) or
+            supervised (labels).
+        batch_size: number of images per optimiser step, over all processes.
+        accumulation_steps: number of parts of a batch that are computed one after another, to save memory (moco only).
+        base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / base_lr_batch_size.
+        base_lr_batch_size: batch size that `base_lr` was published for.
         alpha: weight of the self-contrastive terms (Eq. 6).
         beta: weight of the interactive terms (Eq. 6).
-        temperature: tau of the contrastive softmax.
-        soft_temperature: T of the soft terms.
-        same_sample_positive: count the peer's embedding of the same view as a second positive (Eq. 4).
-        terms: the loss terms that train; the others are logged only.
-        symmetric: also swap the two views and add both losses (moco only).
-        device: auto = a GPU where there is one, or cpu, cuda, cuda:1, ...
-        precision: of the networks' passes: fp32, bf16 or fp16 (with loss scaling); losses are always fp32.
-        tf32: let CUDA multiply float32 with 10-bit mantissas.
-        max_skipped_steps: a step with NaN or Inf is skipped; after this many in a row the run goes back to the
-            save before them, once, and then stops.
-        rank_timeout_seconds: how long a process waits for the others before it gives them up.
+        temperature: temperature of the contrastive softmax, tau.
+        soft_temperature: temperature of the soft terms, T.
+        same_sample_positive: whether the peer's embedding of the same view counts as a second positive (Eq. 4).
+        terms: loss terms that train; the others are only logged.
+        symmetric: whether the views are swapped too and both losses added (moco only).
+        device: device to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
+        precision: number format of the networks' passes: fp32, bf16 or fp16 (with loss scaling); losses are always
+            fp32.
+        tf32: whether CUDA may multiply float32 with 10-bit mantissas.
+        max_skipped_steps: number of steps with NaN or Inf in a row, each of them skipped, after which the run goes back
+            to the save before them. The second time it stops.
+        rank_timeout_seconds: longest time for which a process waits for the others.
     """
 
     run: str | None = changeable(None)
