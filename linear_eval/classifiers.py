@@ -171,7 +171,7 @@ def classify_by_sgd(
                     text = f"epoch {epoch}  lowest loss {float(torch.cat(losses).nan_to_num(math.inf).min()):.3f}"
                 step += 1
                 report.advance(1, text)
-    found = {}
+    classified = {}
     for name in fit:
         candidates = [
             _Candidate(
@@ -188,8 +188,8 @@ def classify_by_sgd(
                 f"the classifier of network {name} has diverged: lower base_lr ({config.base_lr}), or try "
                 "inputs standardised"
             )
-        found[name] = Classified(logits=logits, choice=choice)
-    return found
+        classified[name] = Classified(logits=logits, choice=choice)
+    return classified
 
 
 def _by_head(
@@ -205,7 +205,7 @@ def classify_by_logistic_regression(
     """Fit every C for every network and kind of input, choose, and fit the chosen again on all training images."""
     chooses = problem.held_out is not None
     per_network = config.candidates + chooses
-    found = {}
+    classified = {}
     with progress(len(problem.fit.features) * per_network, "fit", quiet=quiet) as report:
         for name in problem.fit.features:
             report_fit = partial(report.advance, text=f"network {name}")
@@ -221,8 +221,8 @@ def classify_by_logistic_regression(
                     penalties_c=[c],
                 )
             logits = best.classify(problem.test.features[name])
-            found[name] = Classified(logits=logits, choice=choice)
-    return found
+            classified[name] = Classified(logits=logits, choice=choice)
+    return classified
 
 
 def _fit_candidates(
@@ -286,6 +286,6 @@ def _choose(
     return candidates[best], choice
 
 
-def mean_of_logits(found: Mapping[str, Classified]) -> Tensor:
+def mean_of_logits(cohort: Mapping[str, Classified]) -> Tensor:
     """The ensemble's logits (N, C): the mean over its networks."""
-    return torch.stack([each.logits.double() for each in found.values()]).mean(dim=0)
+    return torch.stack([each.logits.double() for each in cohort.values()]).mean(dim=0)

@@ -47,14 +47,14 @@ def score(config: LinearConfig, selection: Selection, ranks: Ranks) -> Iterator[
     """
     train, test = load_splits(config.data, selection, ranks)
     protocol = _protocol(config, train, test)
-    found = _classify(config, selection, train, test, protocol, ranks)
+    classified = _classify(config, selection, train, test, protocol, ranks)
     if not ranks.main:
         return
     if selection.ensemble:
-        cohort = {name: each for name, each in found.items() if name != ENSEMBLE}
-        found[ENSEMBLE_LOGITS] = Classified(logits=mean_of_logits(cohort), choice={})
-    for name in filter(selection.wants, found):
-        yield _score(name, found[name], test, protocol)
+        cohort = {name: each for name, each in classified.items() if name != ENSEMBLE}
+        classified[ENSEMBLE_LOGITS] = Classified(logits=mean_of_logits(cohort), choice={})
+    for name in filter(selection.wants, classified):
+        yield _score(name, classified[name], test, protocol)
 
 
 def _score(

@@ -112,7 +112,7 @@ def _minimise(
         if steepest <= tolerance:
             raise StopIteration
 
-    found = minimize(
+    solution = minimize(
         objective,
         (root.T @ start).cpu().numpy().ravel(),
         jac=True,
@@ -120,9 +120,9 @@ def _minimise(
         callback=stop_at_rest,
         options={"maxiter": max_iterations, "maxfun": 2 * max_iterations, "gtol": 0.0, "ftol": 0.0},
     )
-    objective(found.x)
+    objective(solution.x)
     # Success is also an objective that no longer falls, which rounding can bring about just above the tolerance.
-    return _to_weights(root, found.x), steepest <= tolerance or bool(found.success)
+    return _to_weights(root, solution.x), steepest <= tolerance or bool(solution.success)
 
 
 def _to_weights(root: Tensor, flat: np.ndarray) -> Tensor:

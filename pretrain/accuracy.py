@@ -82,7 +82,7 @@ def cohort_logits(
     """Logits (M, N, C) float32 and labels (N,) of the images that can be read, in eval mode, without augmentation."""
     assert dataset.labels is not None
     unreadable: list[Unreadable] = []
-    (found,) = extract_features(
+    (encoded,) = extract_features(
         [_Logits(cohort)],
         dataset,
         image_size=image_size,
@@ -93,7 +93,7 @@ def cohort_logits(
     )
     readable = torch.ones(len(dataset), dtype=torch.bool)
     readable[[image.index for image in unreadable]] = False
-    logits = found[readable].unflatten(1, (len(cohort.backbones), -1)).transpose(0, 1)
+    logits = encoded[readable].unflatten(1, (len(cohort.backbones), -1)).transpose(0, 1)
     return logits, dataset.labels[readable]
 
 

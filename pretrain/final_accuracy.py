@@ -52,11 +52,11 @@ def write_final_accuracy(training: Training, weights: Tensor) -> dict[str, Class
     exports = training.run.exports / step_folder(training.step)
     names = map(str, range(len(cohort.backbones)))
     hashes = {name: export_hash(exports / network_folder(name)) for name in names}
-    for network, found in scores.items():
+    for network, each in scores.items():
         score = Score(
             network=network,
             dataset=data.test.name,
-            metrics=found.metrics(),
+            metrics=each.metrics(),
             protocol=_protocol(training, network),
         )
         write_score(

@@ -79,9 +79,9 @@ def summed(loss: Callable[Arguments, Result]) -> Summed[Arguments, Result]:
 
     loss.__doc__ = f"`{loss.__name__}` before the sum over networks: one entry per network, (M,)."
     loss.__name__ = loss.__qualname__ = f"{loss.__name__}_by_network"
-    found = cast("Summed[Arguments, Result]", total)
-    found.by_network = loss
-    return found
+    decorated = cast("Summed[Arguments, Result]", total)
+    decorated.by_network = loss
+    return decorated
 
 
 @summed

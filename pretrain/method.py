@@ -135,8 +135,8 @@ class Method(Protocol):
 def method_class(name: str) -> type[Method]:
     """The class of a method by its name in the config."""
     module, _, attribute = METHODS[name].partition(":")
-    found: type[Method] = getattr(importlib.import_module(module), attribute)
-    return found
+    chosen: type[Method] = getattr(importlib.import_module(module), attribute)
+    return chosen
 
 
 def build_method(

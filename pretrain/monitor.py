@@ -134,7 +134,7 @@ class Monitor:
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Every network's features of the images that can be read, and their labels."""
         unreadable: list[Unreadable] = []
-        found = extract_features(
+        encoded = extract_features(
             list(networks.values()),
             dataset,
             image_size=self.image_size,
@@ -155,7 +155,7 @@ class Monitor:
                 unreadable[0].path,
             )
         labels = None if dataset.labels is None else dataset.labels[readable]
-        features = [rows[readable.to(rows.device)] for rows in found]
+        features = [rows[readable.to(rows.device)] for rows in encoded]
         return dict(zip(networks, features, strict=True)), labels
 
     def _knn(self, train: _Encoded, test: _Encoded, *, cohort_names: list[str]) -> dict[str, float]:
@@ -167,8 +167,8 @@ class Monitor:
             for name in train_features
         }
         row = {
-            score_name(name, KNN_TOP1): knn_top1(found, test_labels)
-            for name, found in scores.items()
+            score_name(name, KNN_TOP1): knn_top1(votes, test_labels)
+            for name, votes in scores.items()
         }
         joint = [
             ensemble_features([features[name] for name in cohort_names])

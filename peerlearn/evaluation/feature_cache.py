@@ -81,15 +81,15 @@ def load_features(
     root = cache_folder() / "features"
     with ExitStack() as held:
         ranks.from_main(lambda: _lock_missing(held, root, keys))
-        found = {name: _read(root, key) for name, key in keys.items()}
+        kept = {name: _read(root, key) for name, key in keys.items()}
         missing = {
-            name: folder for name, folder in folders.items() if ranks.any(found[name] is None)
+            name: folder for name, folder in folders.items() if ranks.any(kept[name] is None)
         }
         computed = _extract(missing, dataset, how) if missing else {}
         if ranks.main:
             for name, features in computed.items():
                 _write(root, keys[name], features, folders[name], dataset)
-    return {name: computed[name] if name in computed else _present(found[name]) for name in folders}
+    return {name: computed[name] if name in computed else _present(kept[name]) for name in folders}
 
 
 def cache_key(folder: Path, dataset: ImageDataset, device_type: str) -> str:
@@ -119,7 +119,7 @@ def _extract(
     every = [backbone.to(how.ranks.device) for backbone in backbones.values()]
     with frozen(every), progress(total, unit, quiet=not how.ranks.main) as report:
         for view, size, names in groups:
-            found = extract_features(
+            encoded = extract_features(
                 [backbones[name] for name in names],
                 view,
                 image_size=size,
@@ -129,7 +129,7 @@ def _extract(
                 progress=report.advance,
                 ranks=how.ranks,
             )
-            features |= dict(zip(names, found, strict=True))
+            features |= dict(zip(names, encoded, strict=True))
     _check_finite(features, folders, dataset)
     return features
 
@@ -137,8 +137,8 @@ def _extract(
 def _check_finite(
     features: Mapping[str, Tensor], folders: Mapping[str, Path], dataset: ImageDataset
 ) -> None:
-    for name, found in features.items():
-        bad = (~found.isfinite()).any(dim=1).sum()
+    for name, rows in features.items():
+        bad = (~rows.isfinite()).any(dim=1).sum()
         if bad:
             raise UserError(
                 f"{folders[name]} gives NaN or Inf features for {int(bad)} of {len(dataset)} images of "

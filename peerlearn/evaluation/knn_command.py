@@ -92,11 +92,11 @@ def score(config: KNNConfig, selection: Selection, ranks: "Ranks") -> Iterator[S
             protocols=[KNNProtocol(k=k, temperature=temperature) for k, temperature in pairs],
             num_classes=train.num_classes,
         )
-        for (k, temperature), found in zip(pairs, swept, strict=True):
+        for (k, temperature), votes in zip(pairs, swept, strict=True):
             yield Score(
                 network=name,
                 dataset=train.name,
-                metrics=accuracy_metrics(knn_top1(found, asked.labels), len(test)),
+                metrics=accuracy_metrics(knn_top1(votes, asked.labels), len(test)),
                 protocol={
                     "k": min(k, len(train)),
                     "temperature": temperature,
