@@ -47,7 +47,7 @@ class LinearConfig(EvaluatorConfig):
         seed: seed of initial weights, order, crops and what is held out.
         encoding_batch_size: number of images encoded at once for kept features.
         cache: whether features are kept on disk, and those that are there are taken.
-        data: the images.
+        data: images to learn from and images to score on.
     """
 
     method: Literal["sgd", "logistic_regression", "finetune"] = "sgd"

@@ -31,7 +31,7 @@ class KNNConfig(EvaluatorConfig):
         temperature: temperature of the votes, exp(cosine / temperature); several are all scored, each with every k.
         batch_size: number of images encoded at once.
         cache: whether features are kept on disk, and those that are there are taken.
-        data: the images.
+        data: images to vote and images to score on.
     """
 
     k: int | list[int] = 200
