@@ -110,7 +110,7 @@ class MoCo(Method):
             self.config.seed,
             self._step,
             sum(map(len, self._fresh_keys)),
-        ).to(view.device)
+        ).to(view.device, non_blocking=True)
         own = order[ranks.rank * size : (ranks.rank + 1) * size]
         images = ranks.gather(view)[own].contiguous(memory_format=torch.channels_last)
         shuffled = ranks.gather(self.peers(images), dim=1)

@@ -272,7 +272,8 @@ class _MemoryCropper:
         for draws in batches:
             parameters = self._recipe.parameters(draws, height=height, width=width)
             source = self._source[draws.index]
-            images = self._images[source.to(self._images.device)].to(self._device)
+            images = self._images[source.to(self._images.device, non_blocking=True)]
+            images = images.to(self._device, non_blocking=True)
             crops = (resized_crop(images, one.box, self._recipe.image_size) for one in parameters)
             yield _CroppedBatch(
                 index=draws.index,
