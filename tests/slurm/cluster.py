@@ -258,10 +258,13 @@ class Cluster:
         self.call(
             *("mariadb-install-db", "--no-defaults", f"--user={user()}", f"--datadir={folder}/db"),
             *("--auth-root-authentication-method=normal", "--skip-test-db"),
+            # One that starts beside it removes what is in a folder that they share.
+            f"--tmpdir={folder}/tmp",
         )
         self.start(
             *("mariadbd", "--no-defaults", f"--user={user()}", f"--datadir={folder}/db"),
             *(f"--socket={folder}/db.sock", f"--pid-file={folder}/db.pid"),
+            f"--tmpdir={folder}/tmp",
             *("--bind-address=127.0.0.1", f"--port={self.port('db')}", "--skip-name-resolve"),
             *("--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"),
         )
@@ -308,7 +311,7 @@ class Cluster:
         self.wait((self.folder / "munge.sock").exists, "munge", START_SECONDS)
 
     def start_all(self) -> None:
-        for name in ("db", "state", "spool-n1", "spool-n2"):
+        for name in ("db", "tmp", "state", "spool-n1", "spool-n2"):
             (self.folder / name).mkdir()
         self.write_configuration()
         self.start_munge()

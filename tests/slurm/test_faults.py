@@ -152,7 +152,7 @@ def test_two_jobs_on_one_run(cluster: Cluster, alone: Path, tmp_path: Path) -> N
     """Neither a second job nor a process beside it comes in; the job itself does, requeued."""
     run, go = tmp_path / "a", tmp_path / "go"
     job = submit(cluster, run, faults=("HOLD_STEP=5", f"HOLD_UNTIL={go}"))
-    wait_for_step(run, 5)
+    wait_until(go.with_suffix(".held").exists, "step 5")
     second = peerlearn(cluster, "submit", "--cluster", "slurm", "--", "resume", str(run))
     assert second.returncode == 1
     assert f"{run}: job {job} (running) works on it already" in second.stderr

@@ -236,7 +236,7 @@ def test_two_local_processes_told_to_stop(tmp_path: Path) -> None:
     found = local(*options, "--", *keys, "--run", str(run))
     assert found.returncode == 0, found.stderr
     (record,) = jobs_of(run)
-    wait_until(lambda: step(run) >= 9, "step 9")
+    wait_until(told.with_suffix(".held").exists, "step 9")
     os.kill(int(record["job"]), signal.SIGTERM)
     told.touch()
     wait_until(lambda: bool(events(run, "stopped")), "a save")
@@ -544,7 +544,7 @@ def test_a_sweep_takes_its_folder_either_way(tmp_path: Path, capsys: pytest.Capt
 def test_code_that_cannot_be_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(slurm.submission, "_HOME", tmp_path / "gone")
+    monkeypatch.setattr(slurm.submission, "HOME", tmp_path / "gone")
     run = tmp_path / "runs" / "a"
     assert main(["submit", "--cluster", "local", "--", "pretrain", *SMALL, "--run", str(run)]) == 1
     error = capsys.readouterr().err

@@ -63,20 +63,19 @@ def _use_double_precision(command: ModuleType) -> None:
 
 @wrapt.when_imported("peerlearn.compute.attempt")
 def _wrap(spine: ModuleType) -> None:
-    begin_step = spine.Attempt.begin_step
+    # The last thing but one that begins a step: the step is in its file by then.
+    seed_modules = spine.seed_modules
 
-    def crashing(attempt: Any) -> None:
-        training = attempt.training
-        step = training.step
-        if step in _CRASH_STEPS and training.ranks.main and not _recurs(step):
+    def crashing(seed: int, step: int, rank: int) -> None:
+        if step in _CRASH_STEPS and rank == 0 and not _recurs(step):
             os.kill(os.getpid(), signal.SIGSEGV)
-        if step in _HANG_STEPS and training.ranks.main and not _recurs(step):
+        if step in _HANG_STEPS and rank == 0 and not _recurs(step):
             os.fsync = _hang
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         _hold(step)
-        begin_step(attempt)
+        seed_modules(seed, step, rank)
 
-    spine.Attempt.begin_step = crashing
+    spine.seed_modules = crashing
 
 
 class _Compiler(ModuleType):
