@@ -78,8 +78,8 @@ def once(
     def made(name: str, make: Callable[[Path], object]) -> Path:
         folder = root / "once" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        whole = folder.with_name(f"{name}.whole")
-        with FileLock(folder.with_name(f"{name}.lock")):
+        whole = folder.with_name(f"{folder.name}.whole")
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not whole.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 make(folder)

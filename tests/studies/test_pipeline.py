@@ -16,8 +16,9 @@ import pytest
 import yaml
 from scipy import stats
 
-from peerlearn.cli import VERBS, Verb, main
+from peerlearn.cli import main
 from peerlearn.commands.configs_command import read_header
+from peerlearn.commands.verbs import VERBS, Verb
 from peerlearn.runs.directory import RunDirectory
 from studies.ledger import EVALUATIONS, PIPELINE, Entry, Ledger
 from studies.pipeline import load_pipeline, name_of
