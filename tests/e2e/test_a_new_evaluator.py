@@ -136,7 +136,7 @@ def expected_top1(run: Path, norms: list[float]) -> dict[tuple[str, float], floa
 
 def test_it_is_short_and_its_help_answers_without_torch(tree: Path, tmp_path: Path):
     assert len(TOY.splitlines()) <= 40
-    assert LINE.count("\n") == 1
+    assert len(LINE.splitlines()) == 1
     code = (
         "import sys; from peerlearn.cli import main; main(['--help']); main(['toy', '--help']);"
         "sys.exit('torch' in sys.modules)"
