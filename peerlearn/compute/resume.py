@@ -216,7 +216,7 @@ def _check_world_size(training: Resumable, saved: int, *, allow_elastic: bool) -
         return
     if not allow_elastic:
         raise RefusedResumeError(
-            f"{training.run.root} was trained by {saved} processes and this are {ranks.world_size}: start as many, or "
+            f"{training.run.root} was trained by {saved} processes, and now there are {ranks.world_size}: start as many, or "
             "accept a valid run that is not bit for bit the same with `peerlearn resume --allow_elastic`"
         )
     logger.warning("%d processes go on with what %d began", ranks.world_size, saved)

@@ -5,6 +5,7 @@ Nothing here waits for torch before the words are read.
 
 import os
 import signal
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,11 @@ def resume(trainer: Trainer, argv: Sequence[str]) -> int:
     """`peerlearn resume RUN [--allow_elastic] [--key value ...]`. Returns the exit code."""
     words = list(argv)
     if not words or {"-h", "--help"} & set(words):
-        print(_RESUME_HELP.format(keys=", ".join(changeable_keys(trainer.config_class))))
+        keys = ", ".join(changeable_keys(trainer.config_class))
+        print(
+            _RESUME_HELP
+            + textwrap.fill(keys, 100, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        )
         return DONE if words else USAGE
     if words[0].startswith("-"):
         raise UsageError(f"RUN comes before {words[0]}: peerlearn resume RUN {' '.join(words)}")
@@ -115,7 +120,8 @@ Example: peerlearn resume runs/demo
 
   --allow_elastic  go on with another number of processes: valid, but not bit for bit the same run
   --key value      a key that may change; any other change is refused. They are:
-                   {keys}"""
+"""
+_INDENT = " " * 19
 
 
 def _train(

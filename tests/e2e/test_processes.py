@@ -216,7 +216,7 @@ def test_another_number_of_processes_needs_allow_elastic(undisturbed, tmp_path, 
     ranks[0].terminate()
     assert [code for code, _ in ends(ranks)] == [75, 75]
     assert main(["resume", str(run)]) == 1
-    assert "was trained by 2 processes and this are 1" in capsys.readouterr().err
+    assert "was trained by 2 processes, and now there are 1" in capsys.readouterr().err
     assert main(["resume", str(run), "--allow_elastic"]) == 0
     assert rows(run)[-1]["step"] == STEPS
     (event,) = events(run, "world_size_changed")
