@@ -216,8 +216,8 @@ def _check_world_size(training: Resumable, saved: int, *, allow_elastic: bool) -
         return
     if not allow_elastic:
         raise RefusedResumeError(
-            f"{training.run.root} was trained by {saved} processes, and now there are {ranks.world_size}: start as many, or "
-            "accept a valid run that is not bit for bit the same with `peerlearn resume --allow_elastic`"
+            f"{training.run.root} was trained by {saved} processes, and now there are {ranks.world_size}: start as "
+            "many, or accept a valid run that is not bit for bit the same with `peerlearn resume --allow_elastic`"
         )
     logger.warning("%d processes go on with what %d began", ranks.world_size, saved)
     training.run.event("world_size_changed", before=saved, now=ranks.world_size)
