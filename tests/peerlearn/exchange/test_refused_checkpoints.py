@@ -179,6 +179,12 @@ def truncated(container: Callable[[object], bytes], keep: float) -> bytes:
         (zip_format({"state_dict": {"epoch": 3}}), "holds no state dict"),
         (zip_format(torch.zeros(3)), "holds no state dict"),
     ],
+    # The bytes themselves, which pytest would take for names, differ in every process.
+    ids=[
+        *("empty", "text", "one byte", "no zip file", "half of a zip file", "most of a zip file"),
+        *("half of the second format", "most of the second format", "first format"),
+        *("a list", "an empty dict", "no tensors", "a tensor"),
+    ],
 )
 def test_what_is_no_checkpoint_is_one_line(
     content: bytes, message: str, import_file: Callable[..., tuple[int, str, str]], tmp_path: Path
