@@ -117,7 +117,7 @@ def launch(processes: int, *words: str, driver: Path | None = None, **more: str)
     ]
 
 
-def ends(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
+def ends(processes: list[subprocess.Popen], timeout: float = 600) -> list[tuple[int, str]]:
     """Exit code and output of each; none outlives the test."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -131,7 +131,7 @@ def ends(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[
 
 def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
     """Until it holds; at once if a process ends before."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not condition():
         assert all(process.poll() is None for process in processes), "a process ended early"
         assert time.monotonic() < deadline, "waited in vain"
