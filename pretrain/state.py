@@ -151,7 +151,6 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     augmentation = augmentation_of(config.data)
     image_size = config.data.image_size or native_size(dataset)
     num_classes = dataset.num_classes if kind.needs_labels else 0
-    kind.check(config, dataset)
     loader = ViewLoader(
         dataset,
         augmentation,
@@ -167,6 +166,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         workers=config.data.workers,
         max_unreadable_percent=config.data.max_unreadable_percent,
     )
+    kind.check(config, dataset)
     cohort = build_networks(
         config,
         in_chans=dataset.channels,

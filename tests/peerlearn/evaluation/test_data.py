@@ -1,6 +1,5 @@
 """Finding the dataset to evaluate on, and loading its splits, whose classes are the same or their own."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from peerlearn.evaluation.data import (
     load_splits,
 )
 from peerlearn.evaluation.selection import Selection
+from peerlearn.runs.training_facts import TrainingFacts, write_env
 from tests.e2e.runs import write_noise
 
 RANKS = Ranks(torch.device("cpu"))
@@ -33,8 +33,10 @@ def selection(run: Path | None) -> Selection:
 def run(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     run.mkdir()
-    facts = {"training": {"dataset": "cifar10", "data_root": "/images/cifar10"}}
-    (run / "env.json").write_text(json.dumps(facts))
+    facts = TrainingFacts(
+        dataset="cifar10", data_root="/images/cifar10", images=50000, seed=0, lr=0.1, processes=1
+    )
+    write_env(run / "env.json", "pretrain", facts)
     return run
 
 

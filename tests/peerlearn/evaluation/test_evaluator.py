@@ -16,6 +16,7 @@ from peerlearn.evaluation.results import Score, mean_over_runs
 from peerlearn.evaluation.score_table import ci95_column, metric_column
 from peerlearn.evaluation.selection import Selection, select_networks
 from peerlearn.export import export_hash
+from peerlearn.runs.training_facts import TrainingFacts, write_env
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,10 @@ def runs(tmp_path: Path) -> list[Path]:
             (export / "model.safetensors").write_text(f"weights {seed} {network}")
             (export / "config.json").write_text("{}")
         (folder / "config.yaml").write_text("")
-        (folder / "env.json").write_text(json.dumps({"training": {"seed": 70 + seed}}))
+        facts = TrainingFacts(
+            dataset="digits", data_root=None, images=1437, seed=70 + seed, lr=0.1, processes=1
+        )
+        write_env(folder / "env.json", "pretrain", facts)
     return [tmp_path / "0", tmp_path / "1"]
 
 
