@@ -49,6 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
     long = [item for item in items if expected_seconds(item)]
     long.sort(key=expected_seconds, reverse=True)
+    for item in long:
+        # Short tests cover the code; counting lines would make these, which add few, a third slower.
+        item.add_marker(pytest.mark.no_cover)
     waiting = [item for item in long if item.get_closest_marker("slurm")]
     computing = [item for item in long if not item.get_closest_marker("slurm")]
     short = [item for item in items if not expected_seconds(item)]
