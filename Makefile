@@ -1,6 +1,6 @@
 # make demo   train two networks that teach each other on Fashion-MNIST, and print what they learned
 # make test   lint, types and every test that this machine can run
-# make test-fast   in a few minutes what one runs while writing: no slow test, no cluster, no group of processes
+# make test-fast   what one runs while writing: no whole run, no slow test, no cluster, no group of processes
 # All set everything up first, in .venv.
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ test: $(READY) lint types
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
 test-fast: $(READY) lint
-	$(PYTEST) -m "not slow and not slurm and not ddp"
+	$(PYTEST) -m "not slow and not slurm and not ddp" $(addprefix --ignore=tests/,e2e slurm studies)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -425,6 +425,7 @@ def test_importing_peerlearn_loads_neither_torch_nor_timm() -> None:
     assert run_python(code).strip() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

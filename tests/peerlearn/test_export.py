@@ -181,6 +181,7 @@ def test_timm_adds_a_classifier_and_keeps_the_rest(
     assert tuned.eval()(images(network[1], network[3])).shape == (2, 7)
 
 
+@pytest.mark.slow
 def test_plain_networks_load_through_timm_alone(tmp_path: Path) -> None:
     """Neither peerlearn nor the network: a fresh process, sockets refused."""
     x = images(1, 64)

@@ -208,6 +208,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_main_process(tmp_path: Path):
     """Nor do the process that forks them and the tracker of their resources."""
     script = tmp_path / "crash.py"
@@ -227,6 +228,7 @@ def test_workers_do_not_outlive_a_killed_main_process(tmp_path: Path):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_crash_in_the_middle_of_an_epoch_ends_the_process(tmp_path: Path):
     script = tmp_path / "crash.py"
     script.write_text(CRASH)

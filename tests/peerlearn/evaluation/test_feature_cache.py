@@ -167,6 +167,7 @@ print(json.dumps(float(found.double().sum())))
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_computes_and_both_get_the_features(cache, network):
     processes = [
         subprocess.Popen(

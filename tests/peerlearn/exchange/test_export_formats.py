@@ -78,6 +78,7 @@ def features_of(export: Path, x: torch.Tensor) -> torch.Tensor:
     return features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", TORCHVISION, ids=str)
 def test_the_lines_of_the_card_load_torchvisions_network_with_the_same_features(
     network: tuple[str, int, bool, int], tmp_path: Path

@@ -78,6 +78,7 @@ CONTAINERS: dict[str, Callable[[object], bytes]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_user_sees_one_line_of_it(tmp_path: Path) -> None:
     """In a process of its own, where PyTorch's warnings would show."""
     (tmp_path / "a.pth").write_bytes(pickle.dumps(Harm(tmp_path / "it_ran"), 4))
