@@ -52,4 +52,6 @@ def resume(argv: Sequence[str]) -> int:
     if place.done and not step_folders(place.checkpoints):
         print(f"{place.root} is done already; its results are in {place.root.parent}")
         return DONE
-    return main([str(place.config), *argv[1:]])
+    # A folder of results that was named relatively may have been so from elsewhere.
+    results = ["--results", str(place.root.resolve().parent)]
+    return main([str(place.config), *results, *argv[1:]])

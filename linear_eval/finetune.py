@@ -81,8 +81,15 @@ def finetune(
         name: _classify(config, name, models[name], backbones[name], test, ranks) for name in models
     }
     # What is left tells how it went; the saves would only take room.
-    ranks.from_main(lambda: shutil.rmtree(run.checkpoints, ignore_errors=True))
+    ranks.from_main(lambda: _drop_saves(run))
     return classified
+
+
+def _drop_saves(run: RunDirectory) -> None:
+    """All of them at once: what a kill leaves of them is not taken for a damaged run."""
+    dropped = run.checkpoints.with_name(f".{run.checkpoints.name}")
+    run.checkpoints.rename(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 class FineTuning(Resumable):

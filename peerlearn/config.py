@@ -167,6 +167,22 @@ def may_change(config_class: Any, key: str, before: Any, after: Any) -> bool:
     return False
 
 
+def flat_config(config: Any) -> dict[str, Any]:
+    """The values of a config by dotted keys."""
+    groups = config_keys(type(config))
+    content = dict(_flatten(dataclasses.asdict(config), ""))
+    return {key: value for key, value in content.items() if not groups[key]}
+
+
+def fixed_values(config: Any) -> dict[str, Any]:
+    """The values that make a run the run it is, by dotted keys: all but those that `changeable` marks as free."""
+    return {
+        key: value
+        for key, value in flat_config(config).items()
+        if not may_change(type(config), key, value, value)
+    }
+
+
 def _changeable(config_class: Any, prefix: str) -> Iterator[tuple[str, str]]:
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

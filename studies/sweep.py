@@ -9,12 +9,19 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peerlearn.config import config_to_yaml, load_config, may_change, nearest, parse_config
+from peerlearn.config import (
+    config_to_yaml,
+    fixed_values,
+    flat_config,
+    load_config,
+    nearest,
+    parse_config,
+)
 from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import write_text
@@ -218,19 +225,6 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def flat_config(config: PretrainConfig) -> dict[str, Any]:
-    """The values of a config by dotted keys."""
-    return dict(_flatten(asdict(config), ""))
-
-
-def _flatten(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def check_folder(sweep: Sweep) -> None:
     """Make sure that existing folders with the names of runs are runs of these configs.
 
@@ -246,11 +240,10 @@ def check_folder(sweep: Sweep) -> None:
                     f"{run.folder} is there and no run: choose another --folder"
                 ) from error
             continue
-        ours = flat_config(replace(run.variant.config, seed=run.seed))
-        theirs = flat_config(load_config(PretrainConfig, RunDirectory(run.folder).config))
+        ours = fixed_values(replace(run.variant.config, seed=run.seed))
+        theirs = fixed_values(load_config(PretrainConfig, RunDirectory(run.folder).config))
         for key, value in ours.items():
-            # What may grow when a run is resumed makes another run here.
-            if value != theirs[key] and not may_change(PretrainConfig, key, value, value):
+            if value != theirs[key]:
                 raise UserError(
                     f"{run.folder} is a run of another config: {key} is {theirs[key]!r} there and {value!r} in the "
                     "sweep: choose another --folder"

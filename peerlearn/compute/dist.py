@@ -80,6 +80,9 @@ class Ranks:
 
         Once a step takes longer than the ranks' timeout, the stacks of all threads are written to ``stacks``.
         """
+        if self._heartbeat:
+            # Of the run before: an evaluation may fine-tune one after another.
+            self._heartbeat.end()
         self._heartbeat = Heartbeat(folder, self.rank)
         self._stacks = stacks
 

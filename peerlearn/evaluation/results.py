@@ -72,8 +72,7 @@ def write_result(
         UserError: the folder cannot be written.
     """
     identity = {"protocol": protocol, "export_hash": export_hash, "seed": seed}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    path = folder / f"{task}-{dataset}-{step:08d}-{network}-{digest}.json"
+    path = folder / f"{task}-{dataset}-{step:08d}-{network}-{short_hash(identity)}.json"
     env = environment()
     result = {
         "schema": SCHEMA_VERSION,
@@ -97,6 +96,11 @@ def write_result(
             f"{folder}: cannot be written ({error.strerror}): choose another folder by --results"
         ) from error
     return path
+
+
+def short_hash(identity: Mapping[str, Any]) -> str:
+    """Twelve hex digits that tell apart what differs in anything JSON can hold."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_score(

@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from subprocess import PIPE, STDOUT
+from subprocess import DEVNULL, PIPE, STDOUT
 
 import pytest
 
@@ -96,14 +96,17 @@ def test_after_kill_9_the_same_command_goes_on(stopped, undisturbed):
     assert_same(run, undisturbed)
 
 
-def test_told_to_stop_it_saves_and_resume_goes_on(stopped, undisturbed, capsys):
+def test_told_to_stop_it_saves_and_resume_goes_on(stopped, undisturbed, tmp_path, capsys):
     run, process = stopped
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert f"saved in {finetuning(run)}: the same command continues" in output
+    # From elsewhere than the folder that the command was given in.
     resume = command("resume", str(finetuning(run)))
-    done = run_process(resume, env=environment(), stdout=PIPE, stderr=STDOUT, text=True)
+    done = run_process(
+        resume, env=environment(), cwd=tmp_path, stdout=PIPE, stderr=STDOUT, text=True
+    )
     assert done.returncode == 0, done.stdout
     assert_same(run, undisturbed)
     assert main(["resume", str(finetuning(run))]) == 0
@@ -125,3 +128,34 @@ def test_a_learning_rate_that_makes_it_diverge_ends_in_one_line(trained, tmp_pat
     assert "lower base_lr" in error
     assert "Traceback" not in error
     assert not scores(run)
+
+
+def test_results_named_relatively_are_found_from_elsewhere(trained, tmp_path):
+    """`resume` goes on beside the run's own folder, wherever it is called."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    start = command(*words(trained, "--results", "out"))
+    process = Process(start, env=environment(), cwd=first, stdout=DEVNULL, stderr=DEVNULL)
+    while not list(first.glob("out/finetune-*/checkpoints/latest")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    (place,) = (first / "out").glob("finetune-*")
+    resume = command("resume", str(place))
+    done = run_process(resume, env=environment(), cwd=second, stdout=PIPE, stderr=STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len(events(place, "started")) == 2
+    assert not list(second.iterdir())
+    assert len(list((first / "out").glob("linear-*.json"))) == 3
+
+
+def test_a_key_that_it_does_not_use_is_no_reason_to_refuse_it(stopped):
+    run, process = stopped
+    process.kill()
+    process.wait()
+    more = command(*words(run, "--tolerance", "0.5", "--epochs", "12"))
+    done = run_process(more, env=environment(), stdout=PIPE, stderr=STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len(list((run / "results").glob("finetune-*"))) == 2

@@ -3,7 +3,8 @@
 import pytest
 
 from peerlearn.commands.configs_command import HEADER_FIELDS, read_header
-from studies.sweep import flat_config, plan_sweep
+from peerlearn.config import flat_config
+from studies.sweep import plan_sweep
 from studies.sweep_command import SHIPPED_SWEEPS
 from studies.sweep_config import read_sweep
 
