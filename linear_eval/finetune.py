@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linear_eval.classifiers import Classified
 from linear_eval.config import LinearConfig
 from linear_eval.streams import step_size, view_loader
-from peerlearn.compute.attempt import Attempt, Program, run_training
+from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
 from peerlearn.compute.guards import StepGuard, all_finite, gradients
 from peerlearn.compute.optimizers import (
@@ -19,6 +19,7 @@ from peerlearn.compute.optimizers import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from peerlearn.compute.program import Program, run_training
 from peerlearn.compute.resumable import Resumable
 from peerlearn.compute.schedules import learning_rate
 from peerlearn.compute.trainer import STOP_SIGNALS

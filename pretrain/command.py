@@ -10,7 +10,7 @@ from peerlearn.runs.training_facts import TrainingFacts
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
-    from peerlearn.compute.attempt import Program
+    from peerlearn.compute.program import Program
     from pretrain.state import Training
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -34,7 +34,7 @@ def lacks_results(config: PretrainConfig, run: RunDirectory) -> bool:
 
 
 def _program() -> "Program[Training]":
-    from peerlearn.compute.attempt import Program
+    from peerlearn.compute.program import Program
     from pretrain.state import build
     from pretrain.summary import print_summary
     from pretrain.train import train

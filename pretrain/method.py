@@ -5,6 +5,7 @@ as for a contrastive method on two views without labels.
 """
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -72,6 +73,7 @@ class Method(Protocol):
     def begin_step(self, step: int) -> None:
         """Before anything is encoded."""
 
+    @abstractmethod
     def terms(self, views: tuple[Tensor, ...], labels: Tensor | None) -> Terms:
         """The terms of one micro-batch: (M,) vectors.
 
@@ -82,7 +84,6 @@ class Method(Protocol):
         Raises:
             NonFiniteError: of what all ranks compute alike; `pretrain.finite` has what only one may see.
         """
-        raise NotImplementedError
 
     def end_step(self) -> None:
         """After the optimiser's step."""

@@ -19,6 +19,7 @@ from peerlearn.compute.optimizers import (
     optimizer_tensors,
 )
 from peerlearn.compute.precision import Precision
+from peerlearn.compute.resumable import Resumable
 from peerlearn.data.bad_images import UnreadableImages
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader
@@ -27,7 +28,6 @@ from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.export import check_classifier, is_whole
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
-from peerlearn.runs.save_config import SaveConfig
 from peerlearn.runs.step_folders import step_folder, write_latest
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
 from pretrain.config import PretrainConfig
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Training:
-    """Everything a run holds in memory: a `peerlearn.compute.resumable.Resumable`.
+class Training(Resumable):
+    """Everything a run holds in memory.
 
     Attributes:
         step: number of optimiser steps done.
@@ -86,10 +86,6 @@ class Training:
     @property
     def device(self) -> torch.device:
         return self.ranks.device
-
-    @property
-    def saves(self) -> SaveConfig:
-        return self.config.checkpoint
 
     @property
     def steps_per_epoch(self) -> int:

@@ -114,7 +114,9 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
             refused = str(error)
     own = gradients(cohort.parameters())
     ranks.average_(own)
-    bad_terms = ~terms_are_finite(checks, parts) if refused is None else _flag(True, ranks)
+    bad_terms = torch.ones((), dtype=torch.bool, device=ranks.device)
+    if refused is None:
+        bad_terms = ~terms_are_finite(checks, parts)
     bad_gradients = ~all_finite(own).to(ranks.device) & precision.overflow_is_a_fault()
     term_is_bad, gradient_is_bad, unreadable = attempt.agree(
         torch.stack([bad_terms, bad_gradients]), bool(batch.unreadable)
@@ -134,10 +136,6 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
     method.end_step()  # 5
     training.guard.passed()
     return StepDone(lr, parts, skipped=False)
-
-
-def _flag(value: bool, ranks: Ranks) -> Tensor:
-    return torch.full((), value, device=ranks.device)
 
 
 def _log(attempt: Attempt[Training], done: StepDone) -> None:

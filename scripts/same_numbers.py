@@ -5,7 +5,7 @@
     python scripts/same_numbers.py compare /tmp/before.json --tree DIR    # a version in another folder
 
 It runs three short trainings with fixed seeds on scikit-learn's digits (MoCo x2, SimCLR x2 in two processes, supervised
-EnsTeach + MCL) and three evaluations of the first, and compares every logged number except clocks, every file of every
+EnsTeach + MCL) and four evaluations of the first, and compares every logged number except clocks, every file of every
 export, and every result. Each process has one thread, so that sums have one order. Bits agree on one machine only.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,6 @@ from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
 CLOCK_WORDS = ("seconds", "per_second", "memory")
-PORT = 29541
 
 SMALL = [
     *("--data.name", "digits", "--data.image_size", "16", "--data.limit", "300", "--epochs", "2"),
@@ -83,12 +83,13 @@ def measure(tree: Path, folder: Path) -> dict[str, dict[str, Any]]:
 
 def call(tree: Path, words: list[str], processes: int) -> None:
     """Run the command of that version, whatever is installed. Its output is shown only if it fails."""
+    port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "peerlearn", *words],
             cwd=tree,
-            env=environment | (rank_variables(rank, processes) if processes > 1 else {}),
+            env=environment | (rank_variables(rank, processes, port) if processes > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -101,7 +102,13 @@ def call(tree: Path, words: list[str], processes: int) -> None:
             sys.exit(f"{' '.join(words)} ended with {rank.returncode}:\n{output}")
 
 
-def rank_variables(rank: int, processes: int) -> dict[str, str]:
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def rank_variables(rank: int, processes: int, port: str) -> dict[str, str]:
     """The environment variables of a rank, as torchrun sets them."""
     return {
         "RANK": str(rank),
@@ -109,7 +116,7 @@ def rank_variables(rank: int, processes: int) -> dict[str, str]:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(PORT),
+        "MASTER_PORT": port,
     }
 
 

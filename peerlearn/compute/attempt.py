@@ -1,30 +1,20 @@
-"""One start of a training on its run directory: its beginning, its end, and what its steps need to survive."""
+"""What the steps of a training need to survive, within one start on its run directory."""
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from peerlearn.compute.dist import LostRankError, Ranks
-from peerlearn.compute.guards import DivergedError
 from peerlearn.compute.resumable import Resumable
-from peerlearn.compute.resume import RefusedResumeError, resume_latest, roll_back
-from peerlearn.compute.saves import check_room, save
-from peerlearn.config import config_to_yaml, load_config
+from peerlearn.compute.saves import save
 from peerlearn.counter_random import MODULE_NOISE, random_bits
-from peerlearn.errors import SaidByMainError, UserError
-from peerlearn.runs.directory import RunDirectory
-from peerlearn.runs.generators import seed_generators
-from peerlearn.runs.lock import run_lock
-from peerlearn.runs.logs import log_to, log_to_terminal
+from peerlearn.errors import UserError
 from peerlearn.runs.metrics import MetricsLog
 from peerlearn.runs.progress import Reporter, progress
 from peerlearn.runs.stop import Stop
-from peerlearn.runs.training_facts import TrainingFacts
 
 T = TypeVar("T", bound=Resumable)
 
@@ -181,179 +171,3 @@ class Attempt(Generic[T]):
 def seed_modules(seed: int, step: int, rank: int) -> None:
     """Seed torch's own generators, which dropout and stochastic depth draw from, by the step."""
     torch.manual_seed(int(random_bits(MODULE_NOISE, seed, step, rank)))
-
-
-def _nothing(training: Any) -> None:
-    """For functions that a program leaves out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program(Generic[T]):
-    """The functions of a training.
-
-    Attributes:
-        build: function that loads the data and creates the networks of a config, at step 0.
-        train: function that trains from ``training.step`` on; it returns True at the end of training, and False if it
-            was asked to stop and has saved.
-        facts: facts about the training that evaluators need, for env.json.
-        finish: function that the main rank calls at the end of training, before DONE is written.
-        summarise: function that prints what was learned, on the main rank.
-    """
-
-    build: Callable[[Any, RunDirectory, Ranks], T]
-    train: Callable[[Attempt[T]], bool]
-    facts: Callable[[T], TrainingFacts | None] = _nothing
-    finish: Callable[[T], None] = _nothing
-    summarise: Callable[[T], None] = _nothing
-
-
-def run_training(
-    program: Program[T],
-    *,
-    verb: str,
-    config: Any,
-    run: RunDirectory,
-    ranks: Ranks,
-    stop: Stop,
-    resumes: bool,
-    allow_elastic: bool = False,
-) -> T | None:
-    """Take the run directory, build the training, resume it, train it. All ranks call it together.
-
-    If training diverges, it goes back to the save before, once.
-
-    Args:
-        program: functions that train.
-        verb: verb of the command, by which `peerlearn resume` knows what to continue.
-        config: config of the run.
-        run: directory of the run.
-        ranks: processes that train together.
-        stop: whether a signal asks to stop.
-        resumes: whether the run is there already and is continued.
-        allow_elastic: whether another number of processes may continue the run.
-
-    Returns:
-        The training at its end; None if it was asked to stop, and saved.
-
-    Raises:
-        UserError: the training failed. The message names the reason in one line, as do FAILED and the log of the rank.
-    """
-    log_to_terminal(main=ranks.main)
-    with contextlib.ExitStack() as held:
-        taken_from: str | None = None
-        if resumes:
-            taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
-        # Before a new run is written: if the data cannot be loaded, nothing is left behind.
-        training = program.build(config, run, ranks)
-        seed_generators(config.seed, ranks.rank)
-        ranks.from_main(lambda: check_room(training))
-        number = None
-        try:
-            if resumes:
-                resume_latest(training, allow_elastic=allow_elastic)
-            number = ranks.from_main(
-                lambda: _start(
-                    training, verb, program.facts(training), held, taken_from, resumes=resumes
-                )
-            )
-            logs = run.logs(number)
-            stacks = log_to(run.log(number, ranks.rank))
-            ranks.start_heartbeat(logs, stacks)
-            finished = _train(Attempt(training, number, stop), program.train)
-            if ranks.main:
-                if finished:
-                    program.finish(training)
-                run.event("done" if finished else "stopped", attempt=number, step=training.step)
-                if finished:
-                    run.mark_done()
-            return training if finished else None
-        except (SaidByMainError, RefusedResumeError):
-            raise
-        except Exception as error:
-            _note_failure(error, run, ranks, number)
-            if isinstance(error, UserError):
-                raise
-            where = f" (traceback in {run.log(number, ranks.rank)})" if number else ""
-            raise UserError(f"{type(error).__name__}: {error}{where}") from error
-
-
-def _start(
-    training: Resumable,
-    verb: str,
-    facts: TrainingFacts | None,
-    held: contextlib.ExitStack,
-    taken_from: str | None,
-    *,
-    resumes: bool,
-) -> int:
-    """Write the files of this start of the run, and return the number of its attempt."""
-    run, config = training.run, training.config
-    if not resumes:
-        run.check_new()
-        run.create_folder()
-        taken_from = held.enter_context(run_lock(run.root))
-        # Another start may have been faster than this one's lock.
-        run.check_new()
-    if not resumes or config != load_config(type(config), run.config):
-        run.write_config(config_to_yaml(config))
-    attempt = run.start_attempt(verb, facts)
-    if taken_from:
-        run.event("lock_taken_over", attempt=attempt, owner=taken_from)
-    run.event(
-        "started",
-        attempt=attempt,
-        step=training.step,
-        total_steps=training.total_steps,
-        processes=training.ranks.world_size,
-    )
-    processes = f"{training.ranks.world_size} x " if training.ranks.world_size > 1 else ""
-    print(
-        f"{run.root}: {training.headline()}, {processes}{training.ranks.device}, "
-        f"steps {training.step} to {training.total_steps}",
-        flush=True,
-    )
-    if attempt > 1 and training.step == 0:
-        print("nothing had been saved yet: training starts over at step 0", flush=True)
-    return attempt
-
-
-def _train(attempt: Attempt[T], train: Callable[[Attempt[T]], bool]) -> bool:
-    """Train. After a divergence train once more, from the save before it."""
-    try:
-        with attempt.logging():
-            return train(attempt)
-    except DivergedError as error:
-        # Once, for a fault that was the machine's: what the data or the learning rate did comes back.
-        logger.warning("%s: going back to the save before them", error)
-        roll_back(attempt.training, before_step=error.first_step, reason=str(error))
-    try:
-        with attempt.logging():
-            return train(attempt)
-    except DivergedError as again:
-        raise UserError(
-            f"{again}, again after going back to a save: lower base_lr, and look at the images of the "
-            f"step_skipped events in {attempt.training.run.event_log}"
-        ) from again
-
-
-def _note_failure(error: Exception, run: RunDirectory, ranks: Ranks, attempt: int | None) -> None:
-    logger.exception("the run failed")
-    if not run.config.exists():
-        return
-    # A full disk may be what failed; then these fail too, and must not hide it.
-    with contextlib.suppress(OSError):
-        run.event(
-            "failed",
-            attempt=attempt,
-            rank=ranks.rank,
-            reason=str(error),
-            kind=_failure_kind(error),
-        )
-        run.mark_failed(str(error))
-
-
-def _failure_kind(error: Exception) -> str:
-    """The kind of a failure, for a supervisor: only a fault that the user must mend returns after another start."""
-    if isinstance(error, LostRankError):
-        return "lost_rank"
-    return "user" if isinstance(error, UserError) else "crash"

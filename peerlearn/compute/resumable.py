@@ -1,5 +1,6 @@
 """The protocol of a training for the training spine: everything that a save must hold, and how to restore it."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -43,9 +44,9 @@ class Resumable(Protocol):
         return self.total_steps
 
     @property
+    @abstractmethod
     def total_steps(self) -> int:
         """The number of steps of the whole training."""
-        raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
@@ -61,22 +62,23 @@ class Resumable(Protocol):
         """The networks and the data in one line, for people."""
         return type(self).__name__
 
+    @abstractmethod
     def trained(self) -> nn.Module:
         """The module that learns. Nothing of it is saved if it holds NaN or Inf."""
-        raise NotImplementedError
 
     def bytes_to_come(self) -> int:
         """The bytes of later saves beyond today's `tensors`: the optimiser's state, before its first step."""
         return 0
 
+    @abstractmethod
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor that steps change, by group and name. Each group becomes a file."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Every other value that steps change, in a form that JSON can hold."""
         return {}
 
+    @abstractmethod
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Restore what `tensors` and `state` returned.
 
@@ -84,4 +86,3 @@ class Resumable(Protocol):
             KeyError, TypeError, AttributeError: the save is not one of this training.
             ValueError: a tensor does not fit.
         """
-        raise NotImplementedError

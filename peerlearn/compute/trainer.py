@@ -23,7 +23,7 @@ from peerlearn.runs.directory import RunDirectory, default_run
 from peerlearn.runs.stop import stop_signals
 
 if TYPE_CHECKING:
-    from peerlearn.compute.attempt import Program
+    from peerlearn.compute.program import Program
 
 # SIGUSR2 is SLURM's, near the time limit, where a job asks for it.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -133,8 +133,8 @@ def _train(
     allow_elastic: bool = False,
 ) -> int:
     """Train, on from a save where ``may_resume`` and the run is there already."""
-    from peerlearn.compute.attempt import run_training
     from peerlearn.compute.dist import joined_ranks
+    from peerlearn.compute.program import run_training
 
     program = trainer.program()
     with (

@@ -35,7 +35,7 @@ class ToyConfig:
 
 def program():
     import torch
-    from peerlearn.compute.attempt import Program
+    from peerlearn.compute.program import Program
     from peerlearn.compute.guards import StepGuard, all_finite
     from peerlearn.compute.resumable import Resumable
 
