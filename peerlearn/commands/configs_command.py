@@ -1,20 +1,13 @@
 """`peerlearn configs`: the shipped configs and their headers."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from peerlearn import HOME
+from peerlearn.commands.verbs import VERBS
 from peerlearn.config import ArgumentParser, nearest
 from peerlearn.errors import DONE, UsageError
 
-# Verb -> the package and the folder that hold its shipped configs.
-CONFIG_FOLDERS = {
-    "pretrain": ("pretrain", "configs"),
-    "linear": ("linear_eval", "configs"),
-    "sweep": ("studies", "sweeps"),
-    "pipeline": ("studies", "pipelines"),
-    "submit": ("slurm", "clusters"),
-}
 HEADER_FIELDS = ("source", "command", "hardware", "hours", "expected metric")
 # The only header field of a cluster's profile, which is no recipe.
 PURPOSE = "purpose"
@@ -36,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
     if name is not None:
         print(_find(Path(name).stem).read_text(), end="")
         return DONE
-    for verb, place in CONFIG_FOLDERS.items():
-        for path in sorted(config_folder(*place).glob("*.yaml")):
+    for verb, folder in config_folders().items():
+        for path in sorted(folder.glob("*.yaml")):
             print(f"{verb:<8}  {path.stem:<32} {_summary(read_header(path))}")
     return DONE
 
@@ -54,7 +47,7 @@ def _find(name: str) -> Path:
     Raises:
         UsageError: there is none; the message gives the nearest name.
     """
-    folders = [config_folder(*place) for place in CONFIG_FOLDERS.values()]
+    folders = config_folders().values()
     shipped = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
     if name not in shipped:
         raise UsageError(
@@ -63,12 +56,13 @@ def _find(name: str) -> Path:
     return shipped[name]
 
 
-def config_folder(package: str, folder: str) -> Path:
-    """A folder of an installed package."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / folder
+def config_folders() -> dict[str, Path]:
+    """The folder of shipped configs of every verb that has some."""
+    return {
+        name: HOME / verb.module.partition(".")[0] / verb.configs
+        for name, verb in VERBS.items()
+        if verb.configs
+    }
 
 
 def read_header(path: Path) -> dict[str, str]:

@@ -11,16 +11,18 @@ class Verb(NamedTuple):
         function: name of the function that runs it: from the words after the verb to an exit code.
         help: what the verb does, for `peerlearn --help`.
         dry_run: whether the verb knows --dry_run, which prints its resolved config.
+        configs: folder of the shipped configs in the package of the module; empty without.
     """
 
     module: str
     function: str
     help: str
     dry_run: bool = False
+    configs: str = ""
 
 
 VERBS = {
-    "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks", True),
+    "pretrain": Verb("pretrain.command", "main", "pretrain a cohort of networks", True, "configs"),
     "resume": Verb(
         "peerlearn.commands.resume_command",
         "main",
@@ -31,24 +33,31 @@ VERBS = {
         "peerlearn.evaluation.knn_command", "main", "score exported networks by weighted kNN", True
     ),
     "linear": Verb(
-        "linear_eval.command", "main", "train linear classifiers on exported networks", True
+        "linear_eval.command",
+        "main",
+        "train linear classifiers on exported networks",
+        True,
+        "configs",
     ),
     "submit": Verb(
         "slurm.submit_command",
         "main",
         "run any other verb as a job, on a cluster or on this machine",
+        configs="clusters",
     ),
     "pipeline": Verb(
         "studies.pipeline_command",
         "main",
         "pretrain with several seeds, evaluate each export, sum up",
         True,
+        "pipelines",
     ),
     "sweep": Verb(
         "studies.sweep_command",
         "main",
         "pretrain a grid of configs with several seeds, compare them",
         True,
+        "sweeps",
     ),
     "watch": Verb(
         "studies.watch_command", "main", "evaluate each export of a run once it is there"

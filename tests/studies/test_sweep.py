@@ -16,7 +16,7 @@ import yaml
 from scipy import stats
 
 from peerlearn.cli import main
-from peerlearn.commands import configs_command
+from peerlearn.commands.verbs import VERBS
 from peerlearn.config import config_to_yaml
 from peerlearn.evaluation.results import write_result
 from peerlearn.runs.directory import RunDirectory
@@ -763,7 +763,7 @@ def test_configs_lists_sweeps_and_prints_one(
 ) -> None:
     text = "# source: mine\n# expected metric: unmeasured\nfolder: a\n"
     (tmp_path / "figure.yaml").write_text(text)
-    monkeypatch.setitem(configs_command.CONFIG_FOLDERS, "sweep", ("pretrain", str(tmp_path)))
+    monkeypatch.setitem(VERBS, "sweep", VERBS["sweep"]._replace(configs=str(tmp_path)))
     assert main(["configs"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sweep")]
     assert line.split()[1:] == ["figure", "mine;", "expected:", "unmeasured"]
