@@ -62,9 +62,7 @@ def finetune(
         SavedError: a signal asked to stop; the training is saved.
         UserError: a network has diverged.
     """
-    program = Program(
-        build=partial(_build, backbones=backbones, train=train), train=_train, facts=lambda _: None
-    )
+    program = Program(build=partial(FineTuning, backbones=backbones, train=train), train=_train)
     with stop_signals(STOP_SIGNALS, "saving after this step") as stop:
         training = run_training(
             program,
@@ -179,17 +177,6 @@ class FineTuning(Resumable):
             except RuntimeError as error:
                 raise ValueError(f"network {name} does not fit: {error}") from error
             load_optimizer_tensors(self.optimizers[name], tensors[f"optimizer-{name}"])
-
-
-def _build(
-    config: LinearConfig,
-    run: RunDirectory,
-    ranks: Ranks,
-    *,
-    backbones: Mapping[str, nn.Module],
-    train: ImageDataset,
-) -> FineTuning:
-    return FineTuning(config, run, ranks, backbones=backbones, train=train)
 
 
 def _train(attempt: Attempt[FineTuning]) -> bool:

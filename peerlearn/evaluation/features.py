@@ -64,12 +64,10 @@ def extract_features(
             unreadable=unreadable,
         ):
             images = images.contiguous(memory_format=torch.channels_last)
-            for parts_of_one, backbone in zip(features, backbones, strict=True):
-                parts_of_one.append(backbone(images).float().cpu())
+            for batches, backbone in zip(features, backbones, strict=True):
+                batches.append(backbone(images).float().cpu())
             progress(len(images) * world_size)
-    parts = [
-        torch.cat(parts_of_one) if parts_of_one else torch.empty(0) for parts_of_one in features
-    ]
+    parts = [torch.cat(batches) if batches else torch.empty(0) for batches in features]
     whole = [_gather_rows(part, len(dataset), ranks) for part in parts] if ranks else parts
     for rows in whole:
         for image in (unreadable or [])[known:]:
