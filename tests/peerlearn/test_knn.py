@@ -316,7 +316,7 @@ class TestFeaturesThatDifferLittle:
         scores = knn_scores(train, labels, queries, k=k, temperature=0.1, num_classes=10)
         expected = votes_in_extended_precision([(train, queries)], labels, k=k, temperature=0.1)
         assert scores.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
-        assert knn_top1(scores, asked) > 50
+        assert knn_top1(scores, asked) > 25
 
     def test_two_groups_far_apart_whose_images_are_nearly_alike(self) -> None:
         # No one mean brings both near zero.
@@ -326,7 +326,7 @@ class TestFeaturesThatDifferLittle:
         scores = knn_scores(train, labels, queries, k=5, temperature=0.1, num_classes=10)
         expected = votes_in_extended_precision([(train, queries)], labels, k=5, temperature=0.1)
         assert scores.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
-        assert knn_top1(scores, asked) > 50
+        assert knn_top1(scores, asked) > 25
 
     def test_a_row_of_zeros_among_them(self) -> None:
         train, labels, queries, _ = nearly_alike(300, 60, 32, offset=1e3)
