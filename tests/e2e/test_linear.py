@@ -139,7 +139,7 @@ def test_runs_that_cannot_be_averaged_are_refused_before_any_work(runs, tmp_path
     assert "checkpoint must name at least one" in one_error(capsys)
 
 
-def test_a_mean_over_unlike_runs_is_warned_of(runs, tmp_path, capsys):
+def test_a_mean_over_unlike_runs_is_warned_of(runs, tmp_path, caplog):
     other = shutil.copytree(runs[1], tmp_path / "other")
     config = (other / "config.yaml").read_text()
     assert "temperature: 0.2\n" not in config
@@ -171,12 +171,11 @@ def test_the_learning_rates_told_are_those_of_the_images_that_are_left_to_train_
     assert protocol["train_images"] == 20
 
 
-def test_several_runs_give_their_mean_and_spread(runs, tmp_path, monkeypatch, capsys):
+def test_several_runs_give_their_mean_and_spread(runs, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     assert linear(*LOGISTIC, "--checkpoint", *runs) == 0
-    told = capsys.readouterr()
-    assert "2 runs: mean +- std" in told.out
-    assert "differ in more than" not in told.err
+    assert "2 runs: mean +- std" in capsys.readouterr().out
+    assert "differ in more than" not in caplog.text
     mean = results(tmp_path / "results")["0"]
     values = [results(run / "results")["0"]["metrics"]["top1"] for run in runs]
     found = mean["metrics"]["top1"]
