@@ -146,10 +146,11 @@ def test_a_mean_over_unlike_runs_is_warned_of(runs, tmp_path, caplog):
     (other / "config.yaml").write_text(re.sub(r"(?m)^temperature: .*$", "temperature: 0.2", config))
     words = ["--network", "0", "--results", tmp_path / "results"]
     assert linear(*LOGISTIC, "--checkpoint", runs[0], other, *words) == 0
-    told = " ".join(capsys.readouterr().err.split())
+    before = config.split("\ntemperature: ")[1].split("\n")[0]
     assert (
-        "the 2 checkpoints are averaged though they differ in more than their seeds: temp" in told
-    )
+        "the 2 checkpoints are averaged though they differ in more than their seeds: "
+        f"temperature ({before}, 0.2)"
+    ) in caplog.messages
 
 
 @pytest.mark.parametrize("protocol", ["logistic_regression", "lr_sweep"])
