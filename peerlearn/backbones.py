@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import timm
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -27,7 +28,7 @@ from torch import nn
 from peerlearn.errors import UserError
 from peerlearn.networks.cifar import CIFAR_NETWORKS, initialise_conv, plain_conv
 
-__all__ = ["create_backbone", "size_arguments"]
+__all__ = ["create_backbone", "patch_pixels", "size_arguments"]
 
 
 def create_backbone(
@@ -99,6 +100,17 @@ def size_arguments(network_name: str, image_size: int | None) -> dict[str, Any]:
     if get_pretrained_cfg_value(network_name, "fixed_input_size"):
         return {"img_size": image_size}
     return {}
+
+
+def patch_pixels(backbone: nn.Module) -> int:
+    """The side of the patches that a ViT or its like cuts images into; what is less than a patch it does not see.
+
+    1 = the network sees every pixel.
+    """
+    patches = [module for module in backbone.modules() if isinstance(module, PatchEmbed)]
+    if not patches or patches[0].dynamic_img_pad:
+        return 1
+    return int(patches[0].patch_size[0])
 
 
 def _timm_name(name: str, small_images: bool) -> str:
