@@ -74,7 +74,7 @@ def create_backbone(
             in_chans=in_chans,
             **size_arguments(network_name, image_size),
         )
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         size = "its default size" if image_size is None else f"{image_size} pixels"
         raise UserError(
             f"network {name!r} cannot be built for images of {in_chans} channels and {size}: "

@@ -176,7 +176,7 @@ def _check_image_size(name: str, backbone: nn.Module, *, in_chans: int, image_si
     try:
         with eval_mode([backbone]):
             backbone(torch.zeros(1, in_chans, image_size, image_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"network {name!r} cannot take images of {image_size} pixels "
             f"({' '.join(str(error).split()) or 'they do not fit'}): change data.image_size"

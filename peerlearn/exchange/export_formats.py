@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from peerlearn.errors import UserError
-from peerlearn.export import export_hash, load_export, write_folder
+from peerlearn.export import export_hash, load_export, view_words, write_folder
 from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 DETECTRON2_FILE = "model.pkl"
@@ -63,7 +63,7 @@ RESNETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class _ResNetExport:
-    """An export of one of `RESNETS`. Mean and std are those of images in [0, 1]."""
+    """An export of one of `RESNETS`. Mean and std are those of images in [0, 1]; view: how they are resized."""
 
     folder: Path
     name: str
@@ -72,6 +72,7 @@ class _ResNetExport:
     image_size: int
     mean: Sequence[float]
     std: Sequence[float]
+    view: str
     backbone: nn.Module
 
 
@@ -143,6 +144,7 @@ def _load_resnet(export: Path, target: str) -> _ResNetExport:
         image_size=image_size,
         mean=config["mean"],
         std=config["std"],
+        view=view_words(config),
         backbone=backbone,
     )
 
@@ -206,7 +208,7 @@ def _torchvision_stem(resnet: _ResNetExport) -> str:
 def _expected_images(resnet: _ResNetExport) -> str:
     return (
         f"It expects images of {resnet.image_size} x {resnet.image_size} pixels and "
-        f"{resnet.in_chans} channel{'s' if resnet.in_chans > 1 else ''},\nscaled to [0, 1] and "
+        f"{resnet.in_chans} channel{'s' if resnet.in_chans > 1 else ''},\n{resnet.view},\nscaled to [0, 1] and "
         f"normalised by mean {_numbers(resnet.mean)} and standard deviation {_numbers(resnet.std)}."
     )
 
