@@ -281,7 +281,7 @@ library_name: detectron2
 ---
 # {resnet.name}, for Detectron2
 
-A backbone for `build_resnet_backbone` and what is built on it, with Detectron2's names. It needs
+{_detectron2_uses(shape)} It needs
 
 ```yaml
 MODEL:
@@ -294,13 +294,43 @@ INPUT:
   FORMAT: "{_IMAGE_FORMATS[resnet.in_chans]}"
 ```
 
-Detectron2 leaves the stem and `res2` untrained and every batch norm frozen unless told otherwise. MoCo's
-detection recipe trains all of it: `MODEL.BACKBONE.FREEZE_AT: 0` and `MODEL.RESNETS.NORM: "SyncBN"`.
+Detectron2 leaves the stem and `res2` untrained and every batch norm frozen unless told otherwise. Frozen batch norm
+with self-supervised weights can give NaN at the usual learning rate. MoCo's detection recipe (R50-C4) trains all of it:
+
+```yaml
+MODEL:
+  BACKBONE:
+    FREEZE_AT: 0
+  RESNETS:
+    NORM: "naiveSyncBN"
+  ROI_HEADS:
+    NAME: "Res5ROIHeadsExtraNorm"
+TEST:
+  PRECISE_BN:
+    ENABLED: True
+```
+
+Its head is not Detectron2's: it is `Res5ROIHeads` with one more norm of the same kind after `res5`, as MoCo's
+`detection/train_net.py` registers it. PreciseBN measures the statistics of the batch norms anew before each test.
+With an FPN, set `MODEL.FPN.NORM: "naiveSyncBN"` instead of the head.
 
 Like the files of Detectron2's model zoo, `{DETECTRON2_FILE}` is a pickle. It holds numpy arrays and plain values alone.
 
 {_origin_table(resnet.folder)}
 """
+
+
+def _detectron2_uses(shape: ResNetShape) -> str:
+    """The models that the backbone fits, in words."""
+    if shape.bottleneck:
+        return (
+            "A backbone for `build_resnet_backbone`, `build_resnet_fpn_backbone` and C4 models, "
+            "with Detectron2's names."
+        )
+    return (
+        "A backbone for `build_resnet_fpn_backbone`, with Detectron2's names. C4 models cannot use it: their head\n"
+        "(`Res5ROIHeads`) builds `res5` of bottleneck blocks at every depth, and this network has basic blocks."
+    )
 
 
 def _numbers(values: Sequence[float]) -> str:
