@@ -138,19 +138,38 @@ def _timm_name(name: str, small_images: bool) -> str:
     return f"{name}_small"
 
 
-def _small_stem(timm_name: str, **model_arguments: Any) -> nn.Module:
-    """A network of timm's ResNet family that keeps the image's resolution up to its first stage."""
+def _small_stem(
+    timm_name: str,
+    *,
+    padding: int = 1,
+    activated: bool = True,
+    pooled: bool = False,
+    **model_arguments: Any,
+) -> nn.Module:
+    """A network of timm's ResNet family that keeps the image's resolution up to its first stage.
+
+    Args:
+        timm_name: name of the network in timm.
+        padding: zeros around the image; solo-learn has 2, and so two pixels more.
+        activated: whether a ReLU follows; lightly's examples number the layers of its ResNet, and so lose it.
+        pooled: whether the max-pool stays, as where the convolution alone was replaced.
+        model_arguments: arguments of the network.
+    """
     network: nn.Module = model_entrypoint(timm_name)(**model_arguments)
     stem: Any = network.conv1
     if isinstance(stem, nn.Conv2d):
         network.conv1 = plain_conv(stem.in_channels, stem.out_channels, 3).to(stem.weight)
+        network.conv1.padding = (padding, padding)
         initialise_conv(network.conv1)
     else:
         stem[0].stride = (1, 1)
-    network.maxpool = nn.Identity()
+    if not activated:
+        network.act1 = nn.Identity()
+    if not pooled:
+        network.maxpool = nn.Identity()
     feature_info: Any = network.feature_info
     for info in feature_info:
-        info["reduction"] //= 2 if info["module"] == "act1" else 4
+        info["reduction"] //= 2 if pooled or info["module"] == "act1" else 4
     return network
 
 
@@ -159,6 +178,17 @@ TIMM_NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     f"{name}_cifar": (network, 4 if name == "conv4" else 3)
     for name, network in CIFAR_NETWORKS.items()
 } | {f"{name}_small": (partial(_small_stem, name), 5) for name in list_models(module="resnet")}
+# Small stems of other programs, which tensors do not tell from the plain one.
+_SMALL_STEMS: dict[str, dict[str, Any]] = {
+    "small_padding2": {"padding": 2},
+    "small_pooled": {"pooled": True},
+    "small_no_relu": {"activated": False},
+}
+TIMM_NETWORKS |= {
+    f"{name}_{kind}": (partial(_small_stem, name, **stem), 5)
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
+    for kind, stem in _SMALL_STEMS.items()
+}
 
 # timm's register_model looks for a network's default configuration under this name.
 default_cfgs = generate_default_cfgs(
