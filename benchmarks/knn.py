@@ -87,7 +87,8 @@ def main() -> None:
             ratios = [b / a for a, b in pairs]
             print(
                 f"{kind:14} N {n:6,} Q {q:6,} D {d:5,}: plain {first:.2f} s, ours {second:.2f} s, ratio "
-                f"{second / first:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), searched again {100 * again:.1f} %, top-1 {top1}"
+                f"{second / first:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), searched again {100 * again:.1f} %, "
+                f"top-1 {top1}"
             )
 
 
