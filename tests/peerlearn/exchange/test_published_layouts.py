@@ -421,13 +421,23 @@ def test_a_network_of_the_same_tensors_is_known_by_its_name(
         assert not torch.allclose(load_export(tmp_path / "out/net-0")(x), plain(x)[:, :512])
 
 
-def test_what_tensors_do_not_tell_is_said(import_file: Import, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "hint"),
+    [
+        ("a.pth", ", for example resnetblur18"),
+        ("resnet18.pth", ", for example resnetblur18"),
+        ("resnetblur18.pth", ": the file is called resnetblur18"),
+    ],
+)
+def test_what_tensors_do_not_tell_is_said(
+    file: str, hint: str, import_file: Import, tmp_path: Path
+) -> None:
     network = timm.create_model("resnetblur18")
-    code, out, _ = import_file(network.state_dict(), name="resnetblur18.pth")
+    code, out, _ = import_file(network.state_dict(), name=file)
     assert code == 0
     expected = (
         "blur (anti-aliasing), padding, strides, activation and batch norm's epsilon, taken as in torchvision's "
-        "resnet18; another network of the same tensors is to be named by --architecture, for example resnetblur18"
+        f"resnet18; another network of the same tensors is to be named by --architecture{hint}"
     )
     assert line(out, "not told by the tensors: ") == expected
     assert (
