@@ -159,6 +159,7 @@ def _torchvision_files(resnet: _ResNetExport) -> dict[str, bytes]:
         "input_size": [resnet.in_chans, resnet.image_size, resnet.image_size],
         "mean": list(resnet.mean),
         "std": list(resnet.std),
+        "view": resnet.view,
     }
     return {
         WEIGHTS_FILE: (resnet.folder / WEIGHTS_FILE).read_bytes(),

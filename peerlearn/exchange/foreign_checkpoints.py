@@ -147,7 +147,8 @@ class _Given:
 
 def _named_architecture(content: Any) -> str | None:
     """The name of a network beside the weights: arch, args.arch, hyper_parameters.backbone or the like."""
-    for holder in (content, *(_entry(content, key) for key in ("args", "hyper_parameters"))):
+    holders = (_entry(content, key) for key in ("args", "opt", "config", "hyper_parameters"))
+    for holder in (content, *holders):
         for key in ("arch", "architecture", "backbone", "encoder", "model_name", "model"):
             value = _entry(holder, key)
             name = value if isinstance(value, str) else _entry(value, "name")

@@ -6,6 +6,7 @@ import re
 import tarfile
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,15 +41,19 @@ class _IgnoredObject:
 
 def _stand_ins(names: Iterable[str]) -> list[Any]:
     """What takes the place of the classes of these names, as `torch.serialization.safe_globals` wants it."""
-    # torch.save writes Python 2's names of built-in classes, and torch's reader looks for Python 3's.
     return [
-        (
-            _IgnoredNumber if name.startswith("numpy.") else _IgnoredObject,
-            name.replace("__builtin__.", "builtins."),
-        )
+        (_IgnoredNumber if name.startswith("numpy.") else _IgnoredObject, _todays_name(name))
         for name in names
         if re.fullmatch(_DATA_CLASSES, name)
     ]
+
+
+def _todays_name(name: str) -> str:
+    """torch.save writes Python 2's names of built-in classes, and torch's reader looks for Python 3's."""
+    module, _, attribute = name.rpartition(".")
+    if (module, attribute) in NAME_MAPPING:
+        return ".".join(NAME_MAPPING[module, attribute])
+    return f"{IMPORT_MAPPING.get(module, module)}.{attribute}"
 
 
 def load_file(file: Path) -> Any:
@@ -135,8 +140,8 @@ _TENSOR_CLASSES = (
 _DATA_CLASSES = (
     r"numpy\.(dtype|ndarray)|numpy\.(_core|core)\.\w+\.(scalar|_reconstruct|_frombuffer)|numpy\.dtypes\.\w+"
     r"|argparse\.Namespace|pathlib\.\w+|datetime\.\w+|collections\.defaultdict|typing\.\w+"
-    r"|(omegaconf|easydict|addict|yacs|pytorch_lightning|lightning|lightning_fabric)(\.\w+)+"
-    r"|(builtins|__builtin__)\.(dict|list|tuple|frozenset|int|float|str|bool|bytes|slice)|"
+    r"|(omegaconf|easydict|addict|yacs|mmengine|mmcv|pytorch_lightning|lightning|lightning_fabric)(\.\w+)+"
+    r"|(builtins|__builtin__)\.(dict|list|tuple|frozenset|int|long|float|str|unicode|bool|bytes|slice)|"
     + _TENSOR_CLASSES
 )
 

@@ -109,6 +109,8 @@ def test_the_lines_of_the_card_load_torchvisions_network_with_the_same_features(
     assert tuple(config["mean"]) == MEAN[: network[1]]
     assert tuple(config["std"]) == STD[: network[1]]
     assert config["num_features"] == scope["backbone"](x).shape[1]
+    assert config["view"] in card
+    assert config["view"].startswith("resized whole" if network[3] < 64 else "resized until")
 
 
 @pytest.mark.parametrize("name", RESNETS)
