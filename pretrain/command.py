@@ -66,6 +66,11 @@ _TRAINER = trainer.Trainer(
     description="Pretrain a cohort of networks that teach each other.",
     example="peerlearn pretrain mcl_fashion_mnist_demo --epochs 2 --run runs/try",
     program=_program,
+    essential=(
+        *("run", "seed", "epochs", "method", "batch_size", "base_lr", "temperature", "device"),
+        *("precision", "cohort.networks", "cohort.backbones", "data.name", "data.root"),
+        *("data.backend", "data.limit", "data.augmentation", "data.image_size", "data.workers"),
+    ),
     shipped=SHIPPED,
     lacks_results=lacks_results,
 )

@@ -12,7 +12,7 @@ import yaml
 
 from peerlearn.cli import dispatch
 from peerlearn.commands.verbs import VERBS
-from peerlearn.config import nearest
+from peerlearn.config import nearest, without
 from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory, default_run
 from slurm.submission import Task
@@ -56,15 +56,13 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
     root = _sweep_root(words)
     for chosen in itertools.product(*map(_values, sweep)):
         name = "_".join(f"{key.rsplit('.', 1)[-1]}-{_short(value)}" for key, value in chosen)
-        varied = list(words)
+        varied, own = list(words), [] if root is None else ["--run", str(root / name)]
         for key, value in chosen:
             if key == "config":
                 varied[1:2] = [value]
             else:
-                varied += [f"--{key}", value]
-        if root is not None:
-            varied += ["--run", str(root / name)]
-        tasks.append(_task(varied))
+                own += [f"--{key}", value]
+        tasks.append(_task([*without(varied, own), *own]))
     runs = [str(task.run) for task in tasks if task.trains]
     if len(set(runs)) < len(runs):
         raise UsageError(f"sweep: two of its runs have the same name: {sorted(runs)}")

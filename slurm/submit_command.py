@@ -77,6 +77,10 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
         description="Run any other verb as a job of a SLURM cluster or of this machine. --cluster C names a shipped "
         "profile (local, debug, slurm, gpu_node) or a YAML file; the keys below override its values.",
         example="peerlearn submit --cluster local -- pretrain mcl_fashion_mnist_demo --run runs/a",
+        essential=(
+            *("partition", "account", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task"),
+            *("memory_gb", "time_minutes", "setup", "name", "dependency", "wait"),
+        ),
         shipped=CLUSTERS,
         usage="--cluster C [--key value ...] [--dry_run] -- VERB ...",
     )

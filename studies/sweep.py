@@ -21,6 +21,7 @@ from peerlearn.config import (
     load_config,
     nearest,
     parse_config,
+    without,
 )
 from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
@@ -162,7 +163,7 @@ def plan_sweep(config: SweepConfig, only: Sequence[str] = ()) -> Sweep:
     for grid, labels, words in _points(config):
         if only and grid not in only:
             continue
-        all_words = [*common, *words]
+        all_words = [*without(common, words), *words]
         if tuple(all_words) not in resolved:
             try:
                 resolved[tuple(all_words)] = _resolve(all_words)
@@ -183,7 +184,9 @@ def _points(config: SweepConfig) -> Iterator[tuple[str, tuple[str, ...], list[st
     """The grid, the labels and the words of every cell."""
     for grid, axes in config.grids.items():
         for chosen in itertools.product(*(labels.items() for labels in axes.values())):
-            words = [word for _, line in chosen for word in shlex.split(line)]
+            words: list[str] = []
+            for _, line in chosen:
+                words = [*without(words, shlex.split(line)), *shlex.split(line)]
             yield grid, tuple(label for label, _ in chosen), words
 
 

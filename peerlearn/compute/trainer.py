@@ -40,6 +40,7 @@ class Trainer:
         description: description for --help.
         example: command line for --help.
         program: gives what trains, imported as late as this is called.
+        essential: keys that --help explains; the others are for --help all.
         shipped: folder of its shipped configs; None without.
         lacks_results: whether a run that is done lacks what its end writes, so that it is resumed all the same.
     """
@@ -49,6 +50,7 @@ class Trainer:
     description: str
     example: str
     program: Callable[[], "Program[Any]"]
+    essential: Sequence[str] = ()
     shipped: Path | None = None
     lacks_results: Callable[[Any, RunDirectory], bool] = lambda config, run: False
 
@@ -63,6 +65,7 @@ def start(trainer: Trainer, argv: Sequence[str]) -> int:
         verb=trainer.verb,
         description=f"{trainer.description} --auto_resume: go on with the run that is there already, if there is one.",
         example=trainer.example,
+        essential=trainer.essential,
         shipped=trainer.shipped,
     )
     if dry_run:

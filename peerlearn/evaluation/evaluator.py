@@ -70,6 +70,7 @@ class Evaluator(Generic[Config]):
         title: title of the table.
         description: sentence for `--help`.
         example: command line for `--help`.
+        essential: keys that `--help` explains; the others are for `--help all`.
         shipped: folder of its shipped configs.
         ensembles: whether it can score several networks together.
         average: function from the metrics of several runs to those of their mean.
@@ -82,6 +83,7 @@ class Evaluator(Generic[Config]):
     title: Callable[[Config], str]
     description: str
     example: str
+    essential: Sequence[str] = ()
     shipped: Path | None = None
     ensembles: bool = True
     average: Averaging = mean_over_runs
@@ -99,6 +101,7 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
         verb=evaluator.verb,
         description=evaluator.description,
         example=evaluator.example,
+        essential=evaluator.essential,
         shipped=evaluator.shipped,
     )
     check_network(config.network, ensembles=evaluator.ensembles)

@@ -146,9 +146,15 @@ def test_a_dry_run_prints_the_config_and_looks_at_nothing(capsys):
     assert capsys.readouterr().out == expected
 
 
-@pytest.mark.parametrize("words", [["--checkpoint", ""], ["--checkpoint", "[]"]])
-def test_no_checkpoint_is_refused(words):
-    with pytest.raises(UsageError, match="checkpoint must name at least one"):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--checkpoint", ""], "checkpoint: expected text or a list of text, got ''"),
+        (["--checkpoint", "[]"], "checkpoint must name at least one"),
+    ],
+)
+def test_no_checkpoint_is_refused(words, message):
+    with pytest.raises(UsageError, match=message):
         run(FEWSHOT, words)
 
 
