@@ -112,10 +112,19 @@ def _read(value: Written, member: Any) -> Any:
         return value.text
     # Empty text where text is asked for is a variable of a shell that was not set.
     if member is str and value.text:
+        _check_text(value.text)
         return value.text
     if not value.quoted:
         return _read_plain(value.text, member)
     raise _NotThisError
+
+
+def _check_text(text: str) -> None:
+    """Refuse bytes that are no UTF-8, which config.yaml could not hold: such a run could not be resumed."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise WrongTypeError(
+            f"{text!r} has bytes that are no UTF-8 text: rename it, or give a link to it (ln -s)"
+        )
 
 
 def _only(item: Any) -> Any:

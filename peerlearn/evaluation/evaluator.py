@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from peerlearn.config import changeable, config_to_yaml, parse_config, require
+from peerlearn.evaluation.preview import preview
 from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, write_score
 from peerlearn.evaluation.score_table import Column, report_scores
 from peerlearn.evaluation.selection import (
@@ -107,6 +108,8 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
     check_network(config.network, ensembles=evaluator.ensembles)
     if dry_run:
         print(config_to_yaml(config), end="")
+        for line in preview(config, ensembles=evaluator.ensembles):
+            print(f"# {line}")
         return 0
     selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)
     # Imported here: a wrong key should not wait for torch.

@@ -1,0 +1,59 @@
+"""What an evaluation would score, told before it starts: its networks and images. Nothing is computed."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peerlearn.errors import NotThereYetError
+from peerlearn.evaluation.data import DatasetPlace, EvaluationDataConfig, find_dataset, load_split
+from peerlearn.evaluation.selection import Selection, select_runs
+from peerlearn.runs.export_folders import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from peerlearn.evaluation.evaluator import EvaluatorConfig
+
+
+def preview(config: "EvaluatorConfig", *, ensembles: bool) -> list[str]:
+    """The lines that `--dry_run` ends with.
+
+    Raises:
+        UserError: networks or images that the evaluation would refuse.
+        NotThereYetError: a checkpoint is not there; everything else is right.
+    """
+    data: Any = getattr(config, "data", None)
+    missing = [each for each in config.checkpoints() if not Path(each).exists()]
+    if missing:
+        if isinstance(data, EvaluationDataConfig) and data.name is not None:
+            _images(data, DatasetPlace(data.name, data.root))
+        raise NotThereYetError(f"--checkpoint {missing[0]} is not there")
+    selections = select_runs(config.checkpoints(), config.network, ensembles=ensembles)
+    lines = [_networks(selection) for selection in selections]
+    if isinstance(data, EvaluationDataConfig):
+        lines.append(_images(data, find_dataset(data, selections[0])))
+    return lines
+
+
+def _networks(selection: Selection) -> str:
+    counted = [f"{name} of {_parameters(path):,}" for name, path in selection.folders.items()]
+    together = " and their ensemble" if selection.ensemble else ""
+    return f"networks of {selection.exports}: {', '.join(counted)} parameters{together}"
+
+
+def _parameters(export: Path) -> int:
+    """The number of weights in an export, by the shapes that its file begins with."""
+    from safetensors import safe_open
+
+    with safe_open(export / WEIGHTS_FILE, framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _images(data: EvaluationDataConfig, place: DatasetPlace) -> str:
+    from peerlearn.data.downloads import NotHereError, without_downloads
+
+    limits = {"train": data.train_limit or data.limit, "test": data.test_limit or data.limit}
+    try:
+        with without_downloads():
+            found = [len(load_split(place, split, limit)) for split, limit in limits.items()]
+    except NotHereError:
+        return f"images: {place.name} (not on this machine: the evaluation downloads it)"
+    return f"images of {place.name}: {found[0]:,} in the train split and {found[1]:,} to score on"
