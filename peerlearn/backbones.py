@@ -7,6 +7,7 @@ networks with a small-image stem as NAME_small, so that exports of both load thr
 Dimensions: B batch.
 """
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +24,6 @@ from timm.models import (
 )
 from torch import nn
 
-from peerlearn.config import nearest
 from peerlearn.errors import UserError
 from peerlearn.networks.cifar import CIFAR_NETWORKS, initialise_conv, plain_conv
 
@@ -107,8 +107,9 @@ def _timm_name(name: str, small_images: bool) -> str:
     if name in TIMM_NETWORKS:
         return name
     if not is_model(name):
-        hint = nearest(name, [*CIFAR_NETWORKS, *list_models()]) or "; see timm.list_models()"
-        raise UserError(f"no network is called {name!r}{hint}")
+        near = difflib.get_close_matches(name, [*CIFAR_NETWORKS, *list_models()])
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise UserError(f"no network is called {name!r}; {hint}")
     if "." in name:
         raise UserError(
             f"{name!r} names published weights, and networks start from random ones here; "

@@ -50,8 +50,10 @@ class Recipe(NamedTuple):
     @property
     def place(self) -> str:
         """Hours and hardware, as far as they were measured."""
-        hours = self.header["hours"]
-        return hours if hours == UNMEASURED else f"{hours} h on {self.header['hardware']}"
+        hours, comma, how = self.header["hours"].partition(",")
+        return (
+            hours if hours == UNMEASURED else f"{hours} h on {self.header['hardware']}{comma}{how}"
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -148,7 +150,7 @@ def _count(data: dict[str, Any]) -> int:
 def _print_rows(rows: Sequence[Recipe]) -> None:
     for row in rows:
         if PURPOSE in row.header:
-            print(f"  {row.name:<34} {row.header[PURPOSE]}")
+            print(f"  {row.name:<34} {row.header[PURPOSE].partition('. ')[0].rstrip('.')}")
         else:
             images = f"{row.images:>9,} images of {row.data}" if row.images else "the run's images"
             print(f"  {row.name:<34} {images:<34} {row.place}")

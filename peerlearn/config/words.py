@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -43,9 +42,12 @@ def read_words(words: Sequence[str], config_class: Any, verb: str) -> dict[str, 
 
 
 def _say_which_counts(key: str, values: Sequence[str]) -> None:
-    """Of a key that stands twice. Words are often put after others, to override them, so it is no error here."""
+    """Of a key that stands twice. Words are often put after others, to override them, so it is no error here.
+
+    The line is a comment to what --dry_run prints.
+    """
     if os.environ.get("RANK", "0") == "0":
-        print(f"--{key} stands twice: {' '.join(values)} counts", file=sys.stderr)
+        print(f"# --{key} stands twice: {' '.join(values)} counts")
 
 
 def without(words: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -34,8 +34,7 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
 
 def test_a_dataset_that_cannot_be_had_falls_back_where_the_config_says_so(tmp_path, capsys):
     run = tmp_path / "run"
-    more = ["--data.name", "cifar10", "--data.root", str(tmp_path / "none")]
-    more += ["--data.fallback", "digits", "--data.limit", "48"]
+    more = ["--data.name", "imagenet", "--data.fallback", "digits", "--data.limit", "48"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
     assert "training on digits instead" in capsys.readouterr().out
     assert json.loads((run / "env.json").read_text())["training"]["dataset"] == "digits"
@@ -43,6 +42,36 @@ def test_a_dataset_that_cannot_be_had_falls_back_where_the_config_says_so(tmp_pa
     # The evaluator asks for what the run was trained on, not for what its config wanted.
     assert main(["knn", "--checkpoint", str(run), "--device", "cpu", "--network", "0"]) == 0
     assert list((run / "results").glob("knn-digits-*-0-*.json"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--data.name", "folder", "--data.root", "/nowhere"],
+            "data.root /nowhere is not a folder",
+        ),
+        (["--data.root", "/nowhere"], "data.root /nowhere is not a folder"),
+        (["--data.name", "imagenet"], "imagenet needs data.root"),
+        (["--data.root", "/nowhere", "--data.fallback", "digits"], "data.root /nowhere is not"),
+    ],
+)
+def test_a_name_or_a_root_that_is_given_voids_the_configs_fallback(more, message, tmp_path, capsys):
+    for last in ([], ["--dry_run"]):
+        words = ["mcl_fashion_mnist_demo", *more, "--run", str(tmp_path / "run"), *last]
+        assert main(["pretrain", *words]) == 1
+        printed, error = capsys.readouterr()
+        assert message in error
+        assert error.count("\n") == 1
+        assert "instead" not in printed
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_root_voids_a_fallback_that_stands_in_the_same_file(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("data:\n  name: folder\n  root: /nowhere\n  fallback: digits\n")
+    assert main(["pretrain", str(file), *TINY, "--run", str(tmp_path / "run")]) == 1
+    assert "data.root /nowhere is not a folder" in capsys.readouterr().err
 
 
 def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, capsys):

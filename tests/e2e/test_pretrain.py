@@ -163,7 +163,7 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
     [
         (["pretrian"], 2, "did you mean 'pretrain'?"),
         (["pretrain", "--epocs", "3"], 2, "did you mean 'epochs'?"),
-        (["pretrain", "--data.name", "cifra10"], 1, "cifar10"),
+        (["pretrain", "--data.name", "cifra10"], 2, "did you mean 'cifar10'?"),
         (["pretrain", "--data.name", "cifar10", "--data.root", "/nowhere"], 1, "/nowhere"),
         (["pretrain", *SMALL, "--cohort.backbones", "resnet33"], 1, "resnet32"),
         (["pretrain", *SMALL, "--batch_size", "256"], 1, "batch_size"),
@@ -175,7 +175,7 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
         (
             ["pretrain", *SMALL, "--cohort.embedding_dim", "[8, 16]"],
             2,
-            "cohort.embedding_dim: expected int",
+            "cohort.embedding_dim: expected a whole number",
         ),
         (
             ["pretrain", *SMALL, "--cohort.backbones", "[conv4]", "--cohort.networks", "0"],
@@ -200,9 +200,9 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
         (
             ["knn", "--checkpoint", "x", "--data.subset_seed", str(2**63)],
             2,
-            "data.subset_seed must fit",
+            "data.subset_seed: expected a whole number that fits 64 bits",
         ),
-        (["pretrain", "--seed", str(2**63)], 2, "seed must fit 64 bits"),
+        (["pretrain", "--seed", str(2**63)], 2, "seed: expected a whole number that fits 64 bits"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(

@@ -141,9 +141,9 @@ def test_one_line_for_a_wrong_file_that_names_it(tmp_path, text, message):
 
 def test_a_key_that_stands_twice_on_the_command_line_says_which_counts(capsys):
     assert parse("--rate", "1", "--kind", "y", "--rate=2").rate == 2.0
-    assert capsys.readouterr().err == "--rate stands twice: 2 counts\n"
+    assert capsys.readouterr().out == "# --rate stands twice: 2 counts\n"
     assert parse("--rate", "1", "--rate", "1").rate == 1.0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 def test_words_without_those_that_others_give():
