@@ -253,6 +253,29 @@ def check_folder(sweep: Sweep) -> None:
                 )
 
 
+def check_variants(sweep: Sweep) -> dict[str, list[str]]:
+    """Make sure that the runs which are still to start will find their images and networks.
+
+    Returns:
+        What a run of each such variant needs, by the variant's name.
+
+    Raises:
+        UserError: they will not; the message names the cell.
+    """
+    # Imported here: --table does not wait for torch.
+    from pretrain.preview import preview
+
+    missing = {run.variant.name for run in sweep.runs if run.state == "missing"}
+    needs: dict[str, list[str]] = {}
+    for cell in sweep.cells:
+        if cell.variant.name in missing - needs.keys():
+            try:
+                needs[cell.variant.name] = preview(cell.variant.config)
+            except UserError as error:
+                raise UserError(f"grids: {cell.title}: {error}") from error
+    return needs
+
+
 def write_sweep(sweep: Sweep) -> None:
     """Write the resolved configs, and sweep.yaml, which keeps the seeds that it already has.
 

@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
     @property
     def place(self) -> str:
         """Hours and hardware, as far as they were measured."""
-        hours, comma, how = self.header["hours"].partition(",")
+        hours, comma, how = self.header.get("hours", UNMEASURED).partition(",")
         return (
             hours if hours == UNMEASURED else f"{hours} h on {self.header['hardware']}{comma}{how}"
         )

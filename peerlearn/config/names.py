@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Iterable
 
 # Below this likeness a name is not what was meant.
-_NEAR = 0.72
+_NEAR = 0.66
 
 # Our keys, and what other programs call them.
 _ELSEWHERE = {
