@@ -1,6 +1,7 @@
 """Runs on data that is missing, unlabelled or of odd shape, and kNN of exports that stand alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -112,6 +113,40 @@ def digits_run(tmp_path_factory) -> Path:
     more = ["--data.name", "digits", "--data.limit", "48", "--monitor.every_epochs", "0"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
     return run
+
+
+def test_the_dry_run_of_an_evaluator_tells_networks_and_images_and_refuses_what_is_not_there(
+    digits_run, tmp_path, capsys
+):
+    words = ["knn", "--checkpoint", str(digits_run), "--dry_run"]
+    assert main(words) == 0
+    *_, networks, images = capsys.readouterr().out.splitlines()
+    # The weights of conv4 and the buffers of its batch norms.
+    assert re.fullmatch(
+        r"# networks of .*/export/step-00000003: 0 of [\d,]+, 1 of [\d,]+ parameters and their ensemble",
+        networks,
+    )
+    assert images == "# images of digits: 1,437 in the train split and 360 to score on"
+    for more, code, message in (
+        (["--data.name", "digtis"], 2, "data.name: expected one of digits, fashion_mnist"),
+        (["--data.root", "/nowhere"], 1, "data.root /nowhere is not a folder"),
+        (["--network", "7"], 2, "choose from 0, 1, all, ensemble"),
+    ):
+        for start in ([], ["submit", "--cluster", "local", "--"]):
+            assert main([*start, *words, *more]) == code
+            assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_a_job_will_make_is_not_asked_for_and_the_rest_is(tmp_path, capsys):
+    submit = ["submit", "--cluster", "slurm", "--dependency", "afterok:1", "--dry_run", "--"]
+    knn = ["knn", "--checkpoint", str(tmp_path / "to_come")]
+    assert main([*submit, *knn]) == 0
+    assert "checkpoint: " in capsys.readouterr().out
+    more = ["--data.name", "folder", "--data.root", "/nowhere"]
+    assert main([*submit, *knn, *more]) == 1
+    assert "data.root /nowhere is not a folder" in capsys.readouterr().err
+    assert main(["submit", "--cluster", "slurm", "--dry_run", "--", *knn]) == 1
+    assert "is not there (with --dependency it need not be yet)" in capsys.readouterr().err
 
 
 def test_without_monitoring_there_are_losses_alone(digits_run):

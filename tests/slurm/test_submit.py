@@ -615,8 +615,9 @@ def test_every_shipped_profile_can_be_read_and_is_listed(capsys: pytest.CaptureF
     profiles = {path.stem: load_config(SubmitConfig, path) for path in CLUSTERS.glob("*.yaml")}
     assert set(profiles) == {"slurm", "gpu_node", "local", "debug"}
     assert main(["configs"]) == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in listed if line.startswith("submit")] == sorted(profiles)
+    _, listed = capsys.readouterr().out.split("cluster profiles (for --cluster):\n")
+    rows = [line for line in listed.splitlines() if line.startswith("  ")]
+    assert [line.split()[0] for line in rows] == sorted(profiles)
     assert profiles["gpu_node"].tasks_per_node == profiles["gpu_node"].gpus_per_node == 8
 
 

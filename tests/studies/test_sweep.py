@@ -790,8 +790,8 @@ def test_networks_images_and_sizes_are_checked_before_anything_runs(
 ) -> None:
     file = write_file(tmp_path, seeds=[0], grids={"g": {"a": {"good": "", "bad": words}}})
     local = ["submit", "--cluster", "local"]
-    for command in (["sweep"], ["sweep", "--dry_run"], [*local, "--", "sweep"]):
-        assert main([*command, str(file)]) == 1, command
+    for start in (["sweep"], ["sweep", "--dry_run"], [*local, "--", "sweep"]):
+        assert main([*start, str(file)]) == 1, start
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
