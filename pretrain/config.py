@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from peerlearn.compute.device_names import require_device
 from peerlearn.compute.optimizers import OptimizerConfig
 from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import changeable, require
@@ -360,6 +361,7 @@ class PretrainConfig:
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
+        require_device(self.device)
         self._check_terms()
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
         require(

@@ -22,7 +22,21 @@ class ArgumentParser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError(f"{message} (`{self.prog} --help` explains)")
+        # argparse names the function that reads a value.
+        message = re.sub(
+            r"^argument (\S+): invalid (positive )?(int|float) value: (.*)",
+            lambda match: (
+                f"{match[1]}: expected a {match[2] or ''}{_NUMBERS[match[3]]}, got {match[4]}"
+            ),
+            message,
+        )
+        unknown = re.match(r"unrecognized arguments: (--?[^\s=]+)", message)
+        known = [option.strip("-") for option in self._option_string_actions]
+        hint = nearest_key(unknown[1], known) if unknown else ""
+        raise UsageError(f"{message}{hint} (`{self.prog} --help` explains)")
+
+
+_NUMBERS = {"int": "whole number", "float": "number"}
 
 
 def read_words(words: Sequence[str], config_class: Any, verb: str) -> dict[str, Entry]:

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from peerlearn.compute.device_names import require_device
 from peerlearn.config import changeable, config_to_yaml, parse_config, require
+from peerlearn.evaluation.data import EvaluationDataConfig
 from peerlearn.evaluation.preview import preview
 from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, write_score
 from peerlearn.evaluation.score_table import Column, report_scores
@@ -49,6 +51,7 @@ class EvaluatorConfig:
             all(self.checkpoints()) and bool(self.checkpoints()),
             "checkpoint must name at least one run or export",
         )
+        require_device(self.device)
 
     def checkpoints(self) -> list[str]:
         """The checkpoints, of which there may be one."""
@@ -108,7 +111,13 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
     check_network(config.network, ensembles=evaluator.ensembles)
     if dry_run:
         print(config_to_yaml(config), end="")
-        for line in preview(config, ensembles=evaluator.ensembles):
+        data: Any = getattr(config, "data", None)
+        for line in preview(
+            config.checkpoints(),
+            config.network,
+            data if isinstance(data, EvaluationDataConfig) else None,
+            ensembles=evaluator.ensembles,
+        ):
             print(f"# {line}")
         return 0
     selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)

@@ -1,34 +1,42 @@
 """What an evaluation would score, told before it starts: its networks and images. Nothing is computed."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from peerlearn.errors import NotThereYetError
 from peerlearn.evaluation.data import DatasetPlace, EvaluationDataConfig, find_dataset, load_split
 from peerlearn.evaluation.selection import Selection, select_runs
 from peerlearn.runs.export_folders import WEIGHTS_FILE
 
-if TYPE_CHECKING:
-    from peerlearn.evaluation.evaluator import EvaluatorConfig
 
-
-def preview(config: "EvaluatorConfig", *, ensembles: bool) -> list[str]:
+def preview(
+    checkpoints: Sequence[str],
+    network: str,
+    data: EvaluationDataConfig | None,
+    *,
+    ensembles: bool,
+) -> list[str]:
     """The lines that `--dry_run` ends with.
+
+    Args:
+        checkpoints: checkpoints that are scored.
+        network: which of their networks.
+        data: dataset that they are scored on; None for evaluators that have keys of their own for it.
+        ensembles: whether networks can be scored together.
 
     Raises:
         UserError: networks or images that the evaluation would refuse.
         NotThereYetError: a checkpoint is not there; everything else is right.
     """
-    data: Any = getattr(config, "data", None)
-    missing = [each for each in config.checkpoints() if not Path(each).exists()]
+    missing = [each for each in checkpoints if not Path(each).exists()]
     if missing:
-        if isinstance(data, EvaluationDataConfig) and data.name is not None:
+        if data is not None and data.name is not None:
             _images(data, DatasetPlace(data.name, data.root))
         raise NotThereYetError(f"--checkpoint {missing[0]} is not there")
-    selections = select_runs(config.checkpoints(), config.network, ensembles=ensembles)
+    selections = select_runs(checkpoints, network, ensembles=ensembles)
     lines = [_networks(selection) for selection in selections]
-    if isinstance(data, EvaluationDataConfig):
+    if data is not None:
         lines.append(_images(data, find_dataset(data, selections[0])))
     return lines
 

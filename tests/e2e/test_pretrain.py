@@ -168,6 +168,7 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
         (["pretrain", *SMALL, "--cohort.backbones", "resnet33"], 1, "resnet32"),
         (["pretrain", *SMALL, "--batch_size", "256"], 1, "batch_size"),
         (["pretrain", *SMALL, "--device", "cuda:9"], 1, "device 'cuda:9' is not available"),
+        (["pretrain", *SMALL, "--device", "gpu"], 2, "device must be auto, cpu, mps, cuda or"),
         (["pretrain", *SMALL, "--epochs", "two"], 2, "epochs: expected a whole number, got 'two'"),
         (["pretrain", *SMALL, "--batch_size", "1"], 2, "batch_size must be at least 2"),
         (["pretrain", *SMALL, "--data.limit", "8"], 1, "lower batch_size (32) or raise data.limit"),

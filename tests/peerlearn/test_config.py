@@ -8,7 +8,14 @@ from typing import Literal
 import pytest
 
 from linear_eval.config import LinearConfig
-from peerlearn.config import config_keys, config_to_yaml, load_config, parse_config, without
+from peerlearn.config import (
+    ArgumentParser,
+    config_keys,
+    config_to_yaml,
+    load_config,
+    parse_config,
+    without,
+)
 from peerlearn.config.names import _ELSEWHERE
 from peerlearn.errors import UsageError
 from peerlearn.evaluation.knn_command import KNNConfig
@@ -256,3 +263,21 @@ def test_help_explains_the_essential_keys_and_all_of_them_on_request(capsys):
     assert "which. [one of x, y; default: x]" in every
     assert "[a whole number or null; default: null]" in every
     assert "example: peerlearn try --rate 2" in every
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "a"], "--seeds: expected a whole number, got 'a'"),
+        (["--rate", "a"], "--rate: expected a number, got 'a'"),
+        (["--seed", "1"], "unrecognized arguments: --seed 1; here it is called 'seeds'"),
+        (["--raet", "1"], "unrecognized arguments: --raet 1; did you mean 'rate'?"),
+        (["--bananas"], "unrecognized arguments: --bananas (`try --help` explains)"),
+    ],
+)
+def test_verbs_without_a_config_speak_alike(words, message):
+    parser = ArgumentParser(prog="try", allow_abbrev=False)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--rate", type=float)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parser.parse_args(words)
