@@ -5,6 +5,7 @@ Dimensions: M networks, B batch.
 
 import contextlib
 import io
+import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from peerlearn.export import check_classifier
 from pretrain.cohort import Cohort, build_networks
 from pretrain.config import DataConfig, PretrainConfig
 from pretrain.method import Method, build_method, method_class
+from pretrain.state import check_share
 from pretrain.training_data import IMAGE_FILE_SIZE, load_training_data, native_size
 
 _MIB, _GIB = 2**20, 2**30
@@ -44,6 +46,7 @@ def preview(config: PretrainConfig) -> list[str]:
     Raises:
         UserError: data, networks or sizes that the start of the run would refuse.
     """
+    check_share(config, _processes())
     kind = method_class(config.method)
     images = _images(config, kind)
     size = config.data.image_size or images.size
@@ -72,6 +75,11 @@ def preview(config: PretrainConfig) -> list[str]:
         + ", ".join(f"{times} x {name} of {count:,}" for (name, count), times in each.items()),
         _memory(config, method, activations, images),
     ]
+
+
+def _processes() -> int:
+    """How many processes a launcher has started, or `peerlearn submit` is about to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _images(config: PretrainConfig, kind: type[Method]) -> _Images:

@@ -4,7 +4,8 @@ import contextlib
 import io
 import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from peerlearn.errors import DONE, NotThereYetError, UsageError, UserError
 from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory, default_run
 from slurm.submission import Task
 
+# The variable by which launchers tell a command the number of its processes.
+_PROCESSES = "WORLD_SIZE"
 _NOT_AS_JOBS = ("submit", "status", "cancel", "logs", "pipeline")
 
 
 def plan_tasks(
-    words: Sequence[str], sweep: Sequence[str], *, to_come: bool = False
+    words: Sequence[str], sweep: Sequence[str], *, to_come: bool = False, processes: int = 1
 ) -> tuple[Path, list[Task]]:
     """Resolve a command, or each command of a sweep.
 
@@ -29,6 +32,7 @@ def plan_tasks(
         words: a verb and its words.
         sweep: KEY=V1,V2,... for each key that varies; the key `config` stands for the word after the verb.
         to_come: whether the checkpoints to evaluate need not be there yet.
+        processes: number of processes of each job.
 
     Returns:
         The folder for the submission, and its tasks.
@@ -37,6 +41,24 @@ def plan_tasks(
         UsageError: the verb is unknown, or a key is wrong.
         UserError: a run cannot be started in its folder; or images, networks or a checkpoint cannot be had.
     """
+    with _launched(processes):
+        return _plan(words, sweep, to_come)
+
+
+@contextlib.contextmanager
+def _launched(processes: int) -> Iterator[None]:
+    """Where commands look for the number of processes that they run as, there are as many as the job will start."""
+    before = os.environ.get(_PROCESSES)
+    os.environ[_PROCESSES] = str(processes)
+    try:
+        yield
+    finally:
+        os.environ.pop(_PROCESSES)
+        if before is not None:
+            os.environ[_PROCESSES] = before
+
+
+def _plan(words: Sequence[str], sweep: Sequence[str], to_come: bool) -> tuple[Path, list[Task]]:
     if words and words[0] in _NOT_AS_JOBS:
         raise UsageError(f"{words[0]} is done here and now, not as a job: leave out submit")
     if not words or words[0] not in VERBS:

@@ -30,7 +30,12 @@ def main(argv: Sequence[str]) -> int:
     dry_run = dry_run or "--dry_run" in command
     command = [word for word in command if word != "--dry_run"]
     # A job that comes first may make the checkpoints.
-    home, tasks = plan_tasks(command, config.sweep, to_come=config.dependency is not None)
+    home, tasks = plan_tasks(
+        command,
+        config.sweep,
+        to_come=config.dependency is not None,
+        processes=config.nodes * config.tasks_per_node,
+    )
     name = config.name or job_name(tasks, home)
     if dry_run:
         _print_plan(home, tasks, config, name)

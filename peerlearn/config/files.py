@@ -68,8 +68,10 @@ def read_yaml(path: Path) -> yaml.MappingNode:
         # A byte-order mark is what some editors begin a file with.
         root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: not a readable YAML file: {reason}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UsageError(f"{path}{line}: not a readable YAML file: {reason}") from error
     if root is None or root.tag == _NULL:
         raise UsageError(f"{path}: holds no keys")
     for prefix, node in _mappings(root, "", path, set()):

@@ -3,8 +3,15 @@
 import difflib
 from collections.abc import Collection, Iterable
 
-# Below this likeness a name is not what was meant.
-_NEAR = 0.66
+# Below the first likeness a name is not what was meant; below the second only if it begins alike.
+_NEAR, _NEAR_ANYHOW = 0.66, 0.8
+
+# Words that are no keys here, and what there is instead.
+_INSTEAD = {
+    "config": "; CONFIG comes first, without a key",
+    "dry_run": "; did you mean '--dry_run'?",
+    "resume": "; `peerlearn resume RUN` continues a run",
+}
 
 # Our keys, and what other programs call them.
 _ELSEWHERE = {
@@ -74,8 +81,8 @@ _ELSEWHERE = {
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'a'?"`` for the known name closest to ``name``; "" if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=_NEAR)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = _closest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def nearest_key(name: str, keys: Collection[str]) -> str:
@@ -95,6 +102,16 @@ def nearest_key(name: str, keys: Collection[str]) -> str:
     same = [key for key in keys if key.rsplit(".", 1)[-1] == last]
     if same:
         return f"; did you mean {' or '.join(map(repr, same))}?"
+    if name in _INSTEAD:
+        return _INSTEAD[name]
     parts = {key.rsplit(".", 1)[-1]: key for key in keys}
-    close = difflib.get_close_matches(last, list(parts), n=1, cutoff=_NEAR)
-    return nearest(name, keys) or (f"; did you mean {parts[close[0]]!r}?" if close else "")
+    close = _closest(last, parts)
+    return nearest(name, keys) or (f"; did you mean {parts[close]!r}?" if close else "")
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    for close in difflib.get_close_matches(name, list(known), n=3, cutoff=_NEAR):
+        likeness = difflib.SequenceMatcher(None, name, close).ratio()
+        if close[0] == name[:1] or likeness >= _NEAR_ANYHOW:
+            return close
+    return None

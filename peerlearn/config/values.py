@@ -91,7 +91,7 @@ def read_value(value: Written, hint: Any) -> Any:
             continue
     wrong = next(_wrong_items(value, hint), None)
     there = shown(value) if wrong is None else f"{shown(wrong)} in it"
-    raise WrongTypeError(f"expected {expected(hint)}, got {there}{_near_choice(value, hint)}")
+    raise WrongTypeError(f"expected {expected(hint)}, got {there}{_fix(value, hint)}")
 
 
 class _NotThisError(Exception):
@@ -155,6 +155,14 @@ def _wrong_items(value: Written, hint: Any) -> Any:
             _read(each, _only(item))
         except _NotThisError:
             yield each
+
+
+def _fix(value: Written, hint: Any) -> str:
+    """What could have been meant: a list of the one value, or the nearest choice."""
+    takes_list = list_item(hint) is not None and not [*_wrong_items([value], hint)]
+    if takes_list and isinstance(value, Scalar) and value.text:
+        return f": write [{value.text}]"
+    return _near_choice(value, hint)
 
 
 def _near_choice(value: Written, hint: Any) -> str:

@@ -137,6 +137,23 @@ def test_the_dry_run_of_an_evaluator_tells_networks_and_images_and_refuses_what_
             assert message in capsys.readouterr().err
 
 
+def test_the_config_of_a_saved_run_passes_the_same_check(digits_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    text = (run / "config.yaml").read_text()
+    last = len(text.splitlines()) + 1
+    for more, message in (
+        ("seed: 1\n", f"config.yaml: seed stands twice (lines 2 and {last})"),
+        ("lr: 1\n", f"config.yaml, line {last}: unknown key 'lr'; here it is called 'base_lr'"),
+    ):
+        (run / "config.yaml").write_text(text + more)
+        assert main(["resume", str(run)]) == 2
+        assert message in capsys.readouterr().err
+    (run / "config.yaml").write_text(text.replace("method: moco\n", "method:\n"))
+    assert main(["resume", str(run), "--epochs", "2"]) == 2
+    assert "method: expected one of moco, simclr, supervised, got null" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_a_job_will_make_is_not_asked_for_and_the_rest_is(tmp_path, capsys):
     submit = ["submit", "--cluster", "slurm", "--dependency", "afterok:1", "--dry_run", "--"]
     knn = ["knn", "--checkpoint", str(tmp_path / "to_come")]

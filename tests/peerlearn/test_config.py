@@ -176,6 +176,10 @@ def test_words_without_those_that_others_give():
         ("bath_size", "did you mean 'batch_size'?"),
         ("data.rot", "did you mean 'data.root'?"),
         ("bananas", ""),
+        ("arxh", ""),
+        ("config", "CONFIG comes first, without a key"),
+        ("dry-run", "did you mean '--dry_run'?"),
+        ("resume", "`peerlearn resume RUN` continues a run"),
         ("x", ""),
     ],
 )
@@ -215,6 +219,7 @@ def test_a_range_error_names_the_line_of_its_key(tmp_path):
         (["-b", "3"], "-b: keys have two dashes"),
         (["--rate", "1", "2"], "--rate: expected a number, got '1' '2'"),
         (["--kind", "xx"], "kind: expected one of x, y, got 'xx'"),
+        (["--inner.counts", "1"], "did you mean 'inner.count'?"),
     ],
 )
 def test_the_message_for_a_value_speaks_of_what_is_expected(words, message):
@@ -281,3 +286,18 @@ def test_verbs_without_a_config_speak_alike(words, message):
     parser.add_argument("--rate", type=float)
     with pytest.raises(UsageError, match=re.escape(message)):
         parser.parse_args(words)
+
+
+def test_a_single_value_in_place_of_a_list_and_a_damaged_file_are_told_with_the_fix(tmp_path):
+    file = tmp_path / "c.yaml"
+    for text, message in (
+        ("epochs: 3\nterms: scl_hard\n", "line 2: terms: expected a list of scl_hard, "),
+        ("terms: scl_hard\n", "got 'scl_hard': write [scl_hard]"),
+        ("data: {name: cifra10}\n", "got 'cifra10'; did you mean 'cifar10'?"),
+        ("terms: [scl_hrad]\n", "got 'scl_hrad' in it; did you mean 'scl_hard'?"),
+        ("cohort:\n\tnetworks: 2\n", ", line 2: not a readable YAML file: found character"),
+        ("epochs: 3\n---\nepochs: 4\n", ", line 2: not a readable YAML file: but found another"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=re.escape(message)):
+            load_config(PretrainConfig, file)

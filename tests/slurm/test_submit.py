@@ -534,6 +534,35 @@ def test_what_is_to_be_evaluated_must_be_there(
     assert "`peerlearn resume p`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cohort.backbones", "nonsense"], "no network is called 'nonsense'"),
+        (
+            ["--data.name", "folder", "--data.root", "/nowhere"],
+            "data.root /nowhere is not a folder",
+        ),
+        (["--data.limit", "8"], "fewer than one batch"),
+        (["--batch_size", "12"], "batch_size 12 must divide into 8 processes"),
+    ],
+)
+def test_networks_images_and_sizes_are_checked_before_anything_is_submitted(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "a"
+    submit = ["submit", "--cluster", "gpu_node"]
+    for start in ([*submit, "--dry_run"], submit):
+        assert main([*start, "--", "pretrain", *SMALL, *words, "--run", str(run)]) == 1
+        printed, error = capsys.readouterr()
+        assert message in error
+        assert error.count("\n") == 1
+    assert not run.exists()
+    assert main([*submit, "--dry_run", "--", "pretrain", *SMALL, "--run", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for line in ("# images: ", "# steps: ", "# parameters: ", "# memory: about "):
+        assert f"\n{line}" in printed
+
+
 def test_a_sweep_takes_its_folder_either_way(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["submit", "--cluster", "local", "--sweep", "seed=0,1", "--dry_run", "--", "pretrain"]
     assert main([*words, f"--run={tmp_path}/s"]) == 0

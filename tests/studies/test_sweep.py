@@ -272,7 +272,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(
             "grids.g stands twice (lines 3 and 4)",
         ),
         ("folder: f\nseeds: [0]\ngrids: {g: {[a, b]: [1]}}\n", "a key must be a word"),
-        ("folder: [\n", "file.yaml: "),
+        ("folder: [\n", "file.yaml, line 2: not a readable YAML file"),
         ("folder\n", "a config file holds `key: value` lines"),
         ("", "holds no keys"),
     ],
