@@ -1,11 +1,18 @@
 """What an evaluation would score, told before it starts: its networks and images. Nothing is computed."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.errors import NotThereYetError
-from peerlearn.evaluation.data import DatasetPlace, EvaluationDataConfig, find_dataset, load_split
+from peerlearn.evaluation.data import (
+    DatasetPlace,
+    EvaluationDataConfig,
+    find_dataset,
+    load_split,
+    load_splits,
+)
 from peerlearn.evaluation.selection import Selection, select_runs
 from peerlearn.runs.export_folders import WEIGHTS_FILE
 
@@ -32,12 +39,12 @@ def preview(
     missing = [each for each in checkpoints if not Path(each).exists()]
     if missing:
         if data is not None and data.name is not None:
-            _images(data, DatasetPlace(data.name, data.root))
+            _check_splits(data, DatasetPlace(data.name, data.root))
         raise NotThereYetError(f"--checkpoint {missing[0]} is not there")
     selections = select_runs(checkpoints, network, ensembles=ensembles)
     lines = [_networks(selection) for selection in selections]
     if data is not None:
-        lines.append(_images(data, find_dataset(data, selections[0])))
+        lines += list(dict.fromkeys(_images(data, selection) for selection in selections))
     return lines
 
 
@@ -55,13 +62,25 @@ def _parameters(export: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
-def _images(data: EvaluationDataConfig, place: DatasetPlace) -> str:
+def _images(data: EvaluationDataConfig, selection: Selection) -> str:
+    import torch
+
+    from peerlearn.compute.dist import Ranks
     from peerlearn.data.downloads import NotHereError, without_downloads
 
-    limits = {"train": data.train_limit or data.limit, "test": data.test_limit or data.limit}
     try:
         with without_downloads():
-            found = [len(load_split(place, split, limit)) for split, limit in limits.items()]
+            train, test = load_splits(data, selection, Ranks(torch.device("cpu")))
     except NotHereError:
-        return f"images: {place.name} (not on this machine: the evaluation downloads it)"
-    return f"images of {place.name}: {found[0]:,} in the train split and {found[1]:,} to score on"
+        name = find_dataset(data, selection).name
+        return f"images: {name} (not on this machine: the evaluation downloads it)"
+    return f"images of {train.name}: {len(train):,} to learn from and {len(test):,} to score on"
+
+
+def _check_splits(data: EvaluationDataConfig, place: DatasetPlace) -> None:
+    """Make sure that the images can be had, where it is not known yet by which networks."""
+    from peerlearn.data.downloads import NotHereError, without_downloads
+
+    with without_downloads(), contextlib.suppress(NotHereError):
+        load_split(place, "train", data.train_limit or data.limit)
+        load_split(place, "test", data.test_limit or data.limit)

@@ -126,11 +126,12 @@ def test_the_dry_run_of_an_evaluator_tells_networks_and_images_and_refuses_what_
         r"# networks of .*/export/step-00000003: 0 of [\d,]+, 1 of [\d,]+ parameters and their ensemble",
         networks,
     )
-    assert images == "# images of digits: 1,437 in the train split and 360 to score on"
+    assert images == "# images of digits: 1,437 to learn from and 360 to score on"
     for more, code, message in (
         (["--data.name", "digtis"], 2, "data.name: expected one of digits, fashion_mnist"),
         (["--data.root", "/nowhere"], 1, "data.root /nowhere is not a folder"),
         (["--network", "7"], 2, "choose from 0, 1, all, ensemble"),
+        (["--data.shots", "100000"], 1, "data.shots"),
     ):
         for start in ([], ["submit", "--cluster", "local", "--"]):
             assert main([*start, *words, *more]) == code

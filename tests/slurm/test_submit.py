@@ -147,10 +147,10 @@ def test_other_verbs_are_jobs_too(tmp_path: Path) -> None:
     assert len(list((run / "results").glob("knn-digits-*-ensemble-*.json"))) == 1
     failing = local(
         *("submit", "--cluster", "local", "--wait", "true", "--"),
-        *("linear", "logistic_regression", "--checkpoint", str(run), "--data.shots", "100000"),
+        *("linear", "logistic_regression", "--checkpoint", str(run), "--device", "cuda:9"),
     )
     assert failing.returncode == 1
-    assert re.search(r"job \d+: failed \(data\.shots .*100000", failing.stdout), failing.stdout
+    assert re.search(r"job \d+: failed \(device 'cuda:9' is not", failing.stdout), failing.stdout
 
 
 @pytest.mark.slow(20)
@@ -171,7 +171,7 @@ def test_debug_runs_here_and_now(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert "kNN top-1" in found.stdout
     assert (tmp_path / "a" / "DONE").exists()
-    words = ["pretrain", *SMALL, "--batch_size", "5000", "--run", str(tmp_path / "b")]
+    words = ["pretrain", *SMALL, "--device", "cuda:9", "--run", str(tmp_path / "b")]
     failing = local("submit", "--cluster", "debug", "--", *words)
     assert failing.returncode == 1
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["slurm"]

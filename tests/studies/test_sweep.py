@@ -657,7 +657,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     words = [*SMALL, "--method", "simclr", "--data.limit", "64", "--epochs", "40"]
     words += ["--checkpoint.every_steps", "1000", "--checkpoint.export_every_epochs", "1000"]
     words += ["--monitor.every_epochs", "40", "--monitor.train_limit", "200"]
-    labels = {"long": "", "failing": "--batch_size 5000"}
+    labels = {"long": "", "failing": "--device cuda:9"}
     file = write_file(
         tmp_path, pretrain=shlex.join(words), seeds=[0], grids={"g": {"which": labels}}
     )
@@ -691,7 +691,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "s" / "sweep.json").read_text())
     (problem,) = content["problems"]
     assert problem["run"] == failing.folder.name
-    assert "batch_size" in problem["why"]
+    assert "device 'cuda:9' is not available" in problem["why"]
     assert f"{failing.folder.name}: failed: {problem['why']}" in found.stdout
     scored = {(score["labels"][0], score["network"]) for score in content["scores"]}
     assert {("long", "individual"), ("long", "ensemble")} <= scored
