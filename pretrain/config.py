@@ -382,6 +382,12 @@ class PretrainConfig:
         if self.method == "supervised":
             self._check_supervised()
         else:
+            plain = SupervisedConfig()
+            for key, value in vars(self.supervised).items():
+                require(
+                    value == getattr(plain, key),
+                    f"supervised.{key} is for method supervised, and method is {self.method}: change one of them",
+                )
             require(
                 self.data.validation_percent == 0,
                 f"data.validation_percent must be 0 with method {self.method}, which would not look at "

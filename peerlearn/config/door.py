@@ -1,8 +1,8 @@
 """The one way in: whatever a config comes from, each of its values passes the same checks."""
 
-import argparse
 import dataclasses
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,21 +112,22 @@ def find_config(name: str, shipped: Path | None) -> Path:
 
 def _build(config_class: type[Config], layers: Sequence[Mapping[str, Entry]]) -> Config:
     """The config of several layers, of which a later one wins."""
-    hints = {key.name: key.hint for key in keys_of(config_class)}
+    keys = {key.name: key for key in keys_of(config_class) if not key.is_group}
     entries = {key: entry for layer in layers for key, entry in layer.items()}
     voided = _voided(config_class, layers)
-    values: dict[str, Any] = {}
+    values = {name: key.default for name, key in keys.items()}
     for key, entry in entries.items():
         try:
-            values[key] = None if key in voided else read_value(entry.value, hints[key])
+            values[key] = None if key in voided else read_value(entry.value, keys[key].hint)
         except WrongTypeError as error:
             raise UsageError(f"{entry.place}{key}: {error}") from error
-    for each in keys_of(config_class):
-        if each.required and not each.is_group and each.name not in values:
+    for each in keys.values():
+        if values[each.name] is dataclasses.MISSING:
             raise UsageError(f"{each.name} is missing: give --{each.name}, {expected(each.hint)}")
     try:
-        return _instantiate(config_class, values)
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        made: Config = _made(config_class, values)
+        return made
+    except ValueError as error:
         message = " ".join(str(error).split())
         raise UsageError(f"{_place_of(message, entries)}{message}") from error
 
@@ -142,22 +143,15 @@ def _voided(config_class: Any, layers: Sequence[Mapping[str, Entry]]) -> set[str
     }
 
 
-def _instantiate(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    # Imported here: a verb that takes no config should not wait for jsonargparse.
-    import jsonargparse
-
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        *groups, name = key.split(".")
-        group = nested
-        for each in groups:
-            group = group.setdefault(each, {})
-        group[name] = value
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(config_class)
-    made = parser.instantiate(parser.parse_object(nested))
-    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
-    return config_class(**{field.name: made[field.name] for field in fields})
+def _made(config_class: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The config, and within it those of its groups, of the values of every dotted key."""
+    hints = typing.get_type_hints(config_class)
+    chosen = {}
+    for field in dataclasses.fields(config_class):
+        key, hint = prefix + field.name, hints[field.name]
+        is_group = dataclasses.is_dataclass(hint)
+        chosen[field.name] = _made(hint, values, f"{key}.") if is_group else values[key]
+    return config_class(**chosen)
 
 
 def _place_of(message: str, entries: Mapping[str, Entry]) -> str:

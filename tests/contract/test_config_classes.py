@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 
 from linear_eval.config import LinearConfig
-from peerlearn.config import config_keys, load_config, parse_config
+from peerlearn.config import config_keys, config_to_yaml, load_config, parse_config
 from peerlearn.config.fields import Key, keys_of
 from peerlearn.config.files import Entry, read_file
 from peerlearn.config.values import Scalar, admits_null, expected, list_item, members, read_value
@@ -160,3 +160,22 @@ def test_what_is_written_as_yaml_reads_back_equal(data: st.DataObject, tmp_path_
 @pytest.mark.parametrize(("config_class", "key"), SETTABLE)
 def test_every_key_is_explained(config_class, key: Key):
     assert key.explained
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "~", "[a, b]", "{a: 1}", "1e3", "true", "a: b", "-x", "a\nb"]
+)
+def test_text_that_looks_like_something_else_reads_back_equal(text, tmp_path):
+    path = tmp_path / "c.yaml"
+    for checkpoint in (text, [text, "b"]):
+        config = LinearConfig(checkpoint=checkpoint, results=text)
+        path.write_text(config_to_yaml(config))
+        assert load_config(LinearConfig, path) == config
+
+
+def test_a_group_that_is_given_in_part_keeps_the_defaults_of_its_class(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("checkpoint: a\nschedule:\n  gamma: 0.5\n")
+    schedule = load_config(LinearConfig, path).schedule
+    # Of LinearConfig, not of ScheduleConfig.
+    assert (schedule.name, schedule.milestones_epochs, schedule.gamma) == ("step", [60, 80], 0.5)
