@@ -15,9 +15,9 @@ class SavedError(UserError):
     """The work was asked to stop and has saved: the same command goes on with it. Exit code 75."""
 
 
-class NotThereYetError(UserError):
-    """A checkpoint is missing that a job before this one may be about to write. All else was checked. Exit code 1."""
-
-
 class SaidByMainError(UserError):
     """A failure that the main rank reports. The other ranks raise it and print nothing. Exit code 1."""
+
+
+class NotThereYetError(UserError):
+    """A checkpoint is missing that a job before this one may be about to write. All else was checked. Exit code 1."""

@@ -11,13 +11,16 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
+from linear_eval.command import LINEAR
 from linear_eval.config import LinearConfig
+from peerlearn.cli import main
 from peerlearn.config import config_keys, config_to_yaml, load_config, parse_config
 from peerlearn.config.fields import Key, keys_of
 from peerlearn.config.files import Entry, read_file
 from peerlearn.config.values import Scalar, admits_null, expected, list_item, members, read_value
 from peerlearn.errors import UsageError
-from peerlearn.evaluation.knn_command import KNNConfig
+from peerlearn.evaluation.knn_command import KNN, KNNConfig
+from pretrain.command import _TRAINER
 from pretrain.config import PretrainConfig
 from slurm.config import SubmitConfig
 from studies.pipeline_config import PipelineConfig
@@ -179,3 +182,25 @@ def test_a_group_that_is_given_in_part_keeps_the_defaults_of_its_class(tmp_path)
     schedule = load_config(LinearConfig, path).schedule
     # Of LinearConfig, not of ScheduleConfig.
     assert (schedule.name, schedule.milestones_epochs, schedule.gamma) == ("step", [60, 80], 0.5)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "linear", "knn", "submit"])
+def test_help_explains_the_essential_keys_with_their_values_and_a_command(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    few = capsys.readouterr().out
+    assert main([verb, "--help", "all"]) == 0
+    every = capsys.readouterr().out
+    rows = re.compile(r"^  --([\w.]+)", re.MULTILINE)
+    assert set(rows.findall(few)) < set(rows.findall(every))
+    assert f"example: peerlearn {verb} " in few
+    assert not PYTHON_TYPES.search(every)
+    if verb != "submit":
+        assert {"data.name", "data.root", "data.limit"} <= set(rows.findall(few))
+        assert "digits, fashion_mnist" in " ".join(few.split())
+        assert f"`peerlearn {verb} --help all` explains all {len(rows.findall(every))}" in few
+
+
+def test_every_essential_key_is_a_key():
+    for verb in (_TRAINER, KNN, LINEAR):
+        keys = config_keys(verb.config_class if verb is _TRAINER else verb.config)
+        assert not [key for key in verb.essential if keys.get(key, True)]
