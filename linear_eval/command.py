@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linear_eval.config import LinearConfig
+from peerlearn.config import without
 from peerlearn.errors import DONE
 from peerlearn.evaluation.evaluator import Evaluator, run
 from peerlearn.evaluation.results import Score
@@ -40,6 +41,11 @@ LINEAR = Evaluator(
     title=lambda config: f"{_TITLES[config.method]}, accuracy (%)",
     description="Train a linear classifier on exported networks, or fine-tune them, and score it on test images.",
     example="peerlearn linear logistic_regression --checkpoint runs/demo",
+    essential=(
+        *("checkpoint", "network", "method", "epochs", "batch_size", "base_lr", "penalties_c"),
+        *("device", "results", "data.name", "data.root", "data.limit", "data.shots"),
+        *("data.train_percent", "data.workers"),
+    ),
     shipped=SHIPPED,
 )
 main = partial(run, LINEAR)
@@ -54,4 +60,4 @@ def resume(argv: Sequence[str]) -> int:
         return DONE
     # A folder of results that was named relatively may have been so from elsewhere.
     results = ["--results", str(place.root.resolve().parent)]
-    return main([str(place.config), *results, *argv[1:]])
+    return main([str(place.config), *without(results, argv[1:]), *argv[1:]])

@@ -85,7 +85,8 @@ def random_bits(*words: int | Tensor) -> Tensor:
         else:
             known = torch.tensor(_signed(state)) if isinstance(state, int) else state
             state = _mix_tensor((known + _signed(_INCREMENT)) ^ word)
-    return torch.tensor(_signed(state)) if isinstance(state, int) else state
+    # On the CPU, also where another device is the default: networks may be made where nothing has content.
+    return torch.tensor(_signed(state), device="cpu") if isinstance(state, int) else state
 
 
 def uniform(*words: int | Tensor) -> Tensor:

@@ -17,3 +17,7 @@ class SavedError(UserError):
 
 class SaidByMainError(UserError):
     """A failure that the main rank reports. The other ranks raise it and print nothing. Exit code 1."""
+
+
+class NotThereYetError(UserError):
+    """A checkpoint is missing that a job before this one may be about to write. All else was checked. Exit code 1."""

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peerlearn.commands.configs_command import print_recipes
 from peerlearn.compute import trainer
+from peerlearn.errors import USAGE
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.training_facts import TrainingFacts
 from pretrain.config import PretrainConfig
@@ -17,7 +19,15 @@ SHIPPED = Path(__file__).parent / "configs"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn pretrain [CONFIG] [--key value ...] [--auto_resume] [--dry_run]`. Returns the exit code."""
+    """`peerlearn pretrain [CONFIG] [--key value ...] [--auto_resume] [--dry_run]`. Returns the exit code.
+
+    Without a word of what to train it prints the recipes: nobody should start 46,800 steps by asking what there is.
+    """
+    if all(word.split("=")[0] == "--run" for word in argv if word.startswith("-")) and (
+        not argv or argv[0].startswith("-")
+    ):
+        print_recipes("pretrain")
+        return USAGE
     return trainer.start(_TRAINER, argv)
 
 
@@ -48,6 +58,13 @@ def _program() -> "Program[Training]":
     return Program(build=build, train=train, facts=_facts, finish=finish, summarise=summarise)
 
 
+def _preview(config: PretrainConfig) -> list[str]:
+    # Imported here: reading a config does not wait for torch.
+    from pretrain.preview import preview
+
+    return preview(config)
+
+
 def _facts(training: "Training") -> TrainingFacts:
     """What evaluators need to know of the training."""
     return TrainingFacts(
@@ -66,6 +83,12 @@ _TRAINER = trainer.Trainer(
     description="Pretrain a cohort of networks that teach each other.",
     example="peerlearn pretrain mcl_fashion_mnist_demo --epochs 2 --run runs/try",
     program=_program,
+    essential=(
+        *("run", "seed", "epochs", "method", "batch_size", "base_lr", "temperature", "device"),
+        *("precision", "cohort.networks", "cohort.backbones", "data.name", "data.root"),
+        *("data.backend", "data.limit", "data.augmentation", "data.image_size", "data.workers"),
+    ),
     shipped=SHIPPED,
     lacks_results=lacks_results,
+    preview=_preview,
 )

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from peerlearn.compute.device_names import require_device
 from peerlearn.compute.optimizers import OptimizerConfig
 from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import changeable, require
+from peerlearn.data.published import DATASET_NAMES
 from peerlearn.runs.save_config import SaveConfig
 
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
@@ -19,8 +21,10 @@ METHODS = {
 }
 if TYPE_CHECKING:
     MethodName = str
+    DatasetName = str
 else:
     MethodName = Literal[tuple(METHODS)]
+    DatasetName = Literal[DATASET_NAMES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +151,11 @@ class DataConfig:
     """The images and how they are read and augmented.
 
     Attributes:
-        name: name of the dataset: digits, fashion_mnist, cifar10, cifar100, stl10, tinyimagenet, imagenet, or folder.
+        name: name of the dataset; folder = images of one's own, in data.root.
         root: folder of the dataset; null = the usual places, then a download where one exists.
         split: split to train on: train; for stl10 also unlabeled and train+unlabeled.
-        fallback: dataset to take where `name` is not to be had, with a line that says so; null = stop.
+        fallback: dataset to take where `name` is not to be had, with a line that says so; null = stop. A root that is
+            given, and a name that is given on the command line, make it null.
         backend: place where crops are cut: memory (images decoded once) or folder (images decoded by workers).
         limit: number of training images, the first ones; null = all.
         validation_percent: percentage of every class that is held out, drawn by the seed. The method supervised is
@@ -165,10 +170,10 @@ class DataConfig:
             image takes the place of an unreadable one, and events.jsonl lists it.
     """
 
-    name: str = "fashion_mnist"
+    name: DatasetName = "fashion_mnist"
     root: str | None = changeable(None)
     split: str = "train"
-    fallback: str | None = changeable(None)
+    fallback: DatasetName | None = changeable(None, voided_by=("name", "root"))
     backend: Literal["memory", "folder"] = "memory"
     limit: int | None = None
     validation_percent: float = 0.0
@@ -219,8 +224,8 @@ class CheckpointConfig(SaveConfig):
         keep_last: number of the newest saves that stay.
         keep_every_steps: step numbers whose multiples stay too, however old; null = none.
         max_missed: number of saves in a row that the disk may refuse before the run stops.
-        max_seconds: longest time for a save; one that takes longer hangs, and the process ends itself, so that a
-            supervisor can start it anew.
+        max_seconds: longest time in seconds for a save; one that takes longer hangs, and the process ends itself, so
+            that a supervisor can start it anew.
         export_every_epochs: number of epochs between two exports of the networks. The last step is always exported.
         export_key_networks: whether the momentum networks are exported too.
     """
@@ -294,13 +299,14 @@ class PretrainConfig:
         same_sample_positive: whether the peer's embedding of the same view counts as a second positive (Eq. 4).
         terms: loss terms that train; the others are only logged.
         symmetric: whether the views are swapped too and both losses added (moco only).
-        device: device to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
+        device: device to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1, ...; several GPUs take one
+            process each, by torchrun or `peerlearn submit`.
         precision: number format of the networks' passes: fp32, bf16 or fp16 (with loss scaling); losses are always
             fp32.
         tf32: whether CUDA may multiply float32 with 10-bit mantissas.
         max_skipped_steps: number of steps with NaN or Inf in a row, each of them skipped, after which the run goes back
             to the save before them. The second time it stops.
-        rank_timeout_seconds: longest time for which a process waits for the others.
+        rank_timeout_seconds: longest time in seconds for which a process waits for the others.
     """
 
     run: str | None = changeable(None)
@@ -355,6 +361,7 @@ class PretrainConfig:
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
+        require_device(self.device)
         self._check_terms()
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
         require(
@@ -375,6 +382,12 @@ class PretrainConfig:
         if self.method == "supervised":
             self._check_supervised()
         else:
+            plain = SupervisedConfig()
+            for key, value in vars(self.supervised).items():
+                require(
+                    value == getattr(plain, key),
+                    f"supervised.{key} is for method supervised, and method is {self.method}: change one of them",
+                )
             require(
                 self.data.validation_percent == 0,
                 f"data.validation_percent must be 0 with method {self.method}, which would not look at "

@@ -138,7 +138,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         UserError: data, device or networks that cannot be had as the config asks.
     """
     device = ranks.device
-    _check_share(config, ranks)
+    check_share(config, ranks.world_size)
     kind = method_class(config.method)
     data = ranks.main_first(
         lambda: load_training_data(config, ranks, needs_labels=kind.needs_labels)
@@ -194,12 +194,16 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     )
 
 
-def _check_share(config: PretrainConfig, ranks: Ranks) -> None:
-    """Each rank's part of a micro-batch must give batch norm something to normalise."""
-    parts = ranks.world_size * config.accumulation_steps
+def check_share(config: PretrainConfig, processes: int) -> None:
+    """Each rank's part of a micro-batch must give batch norm something to normalise.
+
+    Raises:
+        UserError: it does not.
+    """
+    parts = processes * config.accumulation_steps
     if config.batch_size % parts or config.batch_size // parts < 2:
         raise UserError(
-            f"batch_size {config.batch_size} must divide into {ranks.world_size} processes x accumulation_steps "
+            f"batch_size {config.batch_size} must divide into {processes} processes x accumulation_steps "
             f"{config.accumulation_steps} = {parts} parts of at least 2 images"
         )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.datasets import ImageDataset, load_dataset, select_images
+from peerlearn.data.downloads import NotHereError
 from peerlearn.data.subsets import few_shots, hold_out
 from peerlearn.errors import UserError
 from pretrain.config import DataConfig, PretrainConfig
@@ -76,7 +77,8 @@ def _load(data: DataConfig, ranks: Ranks) -> tuple[ImageDataset, str | None]:
     try:
         return load_dataset(data.name, data.split, root=data.root, limit=data.limit), data.root
     except UserError as error:
-        if data.fallback is None:
+        # A root is where the user says that the images are: others would not be what was asked for.
+        if data.fallback is None or data.root is not None or isinstance(error, NotHereError):
             raise
         if ranks.main:
             print(f"{data.name} cannot be had ({error}): training on {data.fallback} instead")

@@ -4,7 +4,8 @@ import contextlib
 import io
 import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,52 @@ import yaml
 
 from peerlearn.cli import dispatch
 from peerlearn.commands.verbs import VERBS
-from peerlearn.config import nearest
-from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.config import nearest, without
+from peerlearn.errors import DONE, NotThereYetError, UsageError, UserError
 from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory, default_run
 from slurm.submission import Task
 
+# The variable by which launchers tell a command the number of its processes.
+_PROCESSES = "WORLD_SIZE"
 _NOT_AS_JOBS = ("submit", "status", "cancel", "logs", "pipeline")
 
 
-def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[Task]]:
+def plan_tasks(
+    words: Sequence[str], sweep: Sequence[str], *, to_come: bool = False, processes: int = 1
+) -> tuple[Path, list[Task]]:
     """Resolve a command, or each command of a sweep.
 
     Args:
         words: a verb and its words.
         sweep: KEY=V1,V2,... for each key that varies; the key `config` stands for the word after the verb.
+        to_come: whether the checkpoints to evaluate need not be there yet.
+        processes: number of processes of each job.
 
     Returns:
         The folder for the submission, and its tasks.
 
     Raises:
         UsageError: the verb is unknown, or a key is wrong.
-        UserError: a run cannot be started in its folder.
+        UserError: a run cannot be started in its folder; or images, networks or a checkpoint cannot be had.
     """
+    with _launched(processes):
+        return _plan(words, sweep, to_come)
+
+
+@contextlib.contextmanager
+def _launched(processes: int) -> Iterator[None]:
+    """Where commands look for the number of processes that they run as, there are as many as the job will start."""
+    before = os.environ.get(_PROCESSES)
+    os.environ[_PROCESSES] = str(processes)
+    try:
+        yield
+    finally:
+        os.environ.pop(_PROCESSES)
+        if before is not None:
+            os.environ[_PROCESSES] = before
+
+
+def _plan(words: Sequence[str], sweep: Sequence[str], to_come: bool) -> tuple[Path, list[Task]]:
     if words and words[0] in _NOT_AS_JOBS:
         raise UsageError(f"{words[0]} is done here and now, not as a job: leave out submit")
     if not words or words[0] not in VERBS:
@@ -45,7 +70,7 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
     if words[0] == "sweep":
         return _runs_of_sweep(words, sweep)
     if not sweep:
-        task = _task(list(words))
+        task = _task(list(words), to_come)
         return _home(task), [task]
     if words[0] == "resume" or not VERBS[words[0]].dry_run:
         raise UsageError(f"sweep: {words[0]} has no keys that could vary")
@@ -56,15 +81,13 @@ def plan_tasks(words: Sequence[str], sweep: Sequence[str]) -> tuple[Path, list[T
     root = _sweep_root(words)
     for chosen in itertools.product(*map(_values, sweep)):
         name = "_".join(f"{key.rsplit('.', 1)[-1]}-{_short(value)}" for key, value in chosen)
-        varied = list(words)
+        varied, own = list(words), [] if root is None else ["--run", str(root / name)]
         for key, value in chosen:
             if key == "config":
                 varied[1:2] = [value]
             else:
-                varied += [f"--{key}", value]
-        if root is not None:
-            varied += ["--run", str(root / name)]
-        tasks.append(_task(varied))
+                own += [f"--{key}", value]
+        tasks.append(_task([*without(varied, own), *own], to_come))
     runs = [str(task.run) for task in tasks if task.trains]
     if len(set(runs)) < len(runs):
         raise UsageError(f"sweep: two of its runs have the same name: {sorted(runs)}")
@@ -109,7 +132,7 @@ def _sweep_root(words: Sequence[str]) -> Path | None:
     return default_run(words[1:])
 
 
-def _task(words: list[str]) -> Task:
+def _task(words: list[str], to_come: bool = False) -> Task:
     verb = words[0]
     if verb == "resume":
         if len(words) > 1 and (Path(words[1]) / PIPELINE_FILE).is_file():
@@ -120,7 +143,7 @@ def _task(words: list[str]) -> Task:
         return Task(words=words, run=words[1])
     if not VERBS[verb].dry_run:
         return Task(words=words)
-    text = _dry_run(words)
+    text = _dry_run(words, to_come)
     config: dict[str, Any] = yaml.safe_load(text)
     if verb != "pretrain":
         return Task(words=words, run=_run_of(config.get("checkpoint")), config_yaml=text)
@@ -129,14 +152,18 @@ def _task(words: list[str]) -> Task:
     return Task(words=words, run=str(run), config_yaml=text)
 
 
-def _dry_run(words: list[str]) -> str:
-    return _printed([*words, "--dry_run"])
+def _dry_run(words: list[str], to_come: bool = False) -> str:
+    return _printed([*words, "--dry_run"], to_come)
 
 
-def _printed(words: list[str]) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = dispatch(words)
+def _printed(words: list[str], to_come: bool = False) -> str:
+    printed, code = io.StringIO(), DONE
+    try:
+        with contextlib.redirect_stdout(printed):
+            code = dispatch(words)
+    except NotThereYetError as error:
+        if not to_come:
+            raise UserError(f"{error} (with --dependency it need not be yet)") from error
     if code != DONE:
         raise UserError(f"`peerlearn {' '.join(words)}` ends with {code}")
     return printed.getvalue()

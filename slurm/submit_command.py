@@ -4,11 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from peerlearn.cli import dispatch
 from peerlearn.config import parse_config
-from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.errors import DONE, UsageError
 from peerlearn.runs.directory import JOBS_FOLDER
 from slurm.config import SubmitConfig
 from slurm.plan import plan_tasks
@@ -30,14 +28,20 @@ def main(argv: Sequence[str]) -> int:
     config, dry_run = read_cluster(own)
     # --dry_run counts on either side of the dashes.
     dry_run = dry_run or "--dry_run" in command
-    home, tasks = plan_tasks([word for word in command if word != "--dry_run"], config.sweep)
+    command = [word for word in command if word != "--dry_run"]
+    # A job that comes first may make the checkpoints.
+    home, tasks = plan_tasks(
+        command,
+        config.sweep,
+        to_come=config.dependency is not None,
+        processes=config.nodes * config.tasks_per_node,
+    )
     name = config.name or job_name(tasks, home)
     if dry_run:
         _print_plan(home, tasks, config, name)
         return DONE
     from slurm.executors import submit
 
-    _check_checkpoints(tasks, config)
     with locked_home(home):
         _check_free(tasks)
         submission = create_submission(home, tasks, config)
@@ -77,6 +81,10 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
         description="Run any other verb as a job of a SLURM cluster or of this machine. --cluster C names a shipped "
         "profile (local, debug, slurm, gpu_node) or a YAML file; the keys below override its values.",
         example="peerlearn submit --cluster local -- pretrain mcl_fashion_mnist_demo --run runs/a",
+        essential=(
+            *("partition", "account", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task"),
+            *("memory_gb", "time_minutes", "setup", "name", "dependency", "wait"),
+        ),
         shipped=CLUSTERS,
         usage="--cluster C [--key value ...] [--dry_run] -- VERB ...",
     )
@@ -105,21 +113,6 @@ def _check_free(tasks: Sequence[Task]) -> None:
     for task in tasks:
         if task.run is not None and task.trains:
             check_free(Path(task.run))
-
-
-def _check_checkpoints(tasks: Sequence[Task], config: SubmitConfig) -> None:
-    """Make sure that the checkpoints to evaluate are there, unless a job that comes first will make them.
-
-    Raises:
-        UserError: a checkpoint is missing.
-    """
-    for task in (task for task in tasks if not task.trains):
-        asked = yaml.safe_load(task.config_yaml or "{}").get("checkpoint", [])
-        for checkpoint in [asked] if isinstance(asked, str) else asked:
-            if config.dependency is None and not Path(checkpoint).exists():
-                raise UserError(
-                    f"--checkpoint {checkpoint} is not there (with --dependency it need not be yet)"
-                )
 
 
 def _print_plan(home: Path, tasks: list[Task], config: SubmitConfig, name: str) -> None:

@@ -192,9 +192,11 @@ def _resolve_pretraining(run: PlannedRun) -> str:
         _, tasks = plan_tasks(words, [])
     except UsageError as error:
         raise UsageError(f"pretrain: {run.line!r}: {error}") from error
-    config = yaml.safe_load(tasks[0].config_yaml or "")
+    text = tasks[0].config_yaml or ""
+    config = yaml.safe_load(text)
     del config["seed"], config["run"]
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    needs = [f"{line}\n" for line in text.splitlines() if line.startswith("#")]
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True) + "".join(needs)
 
 
 def own_words(run: PlannedRun) -> list[str]:

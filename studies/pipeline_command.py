@@ -106,6 +106,9 @@ def _print_plan(pipeline: Pipeline) -> None:
     print(config_to_yaml(pipeline.config), end="")
     for run in pipeline.runs:
         print(f"# peerlearn pretrain {shlex.join(run.words)} --seed {run.seed} --run {run.folder}")
+    for name, text in pipeline.pretraining.items():
+        needs = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+        print(f"# {name}: {'; '.join(needs)}")
     exports = pipeline.root / "runs" / "RUN" / "export" / "step-N"
     for evaluation in pipeline.evaluations:
         print(f"# peerlearn {evaluation.line} --checkpoint {exports}")

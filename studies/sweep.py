@@ -21,6 +21,7 @@ from peerlearn.config import (
     load_config,
     nearest,
     parse_config,
+    without,
 )
 from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
@@ -162,7 +163,7 @@ def plan_sweep(config: SweepConfig, only: Sequence[str] = ()) -> Sweep:
     for grid, labels, words in _points(config):
         if only and grid not in only:
             continue
-        all_words = [*common, *words]
+        all_words = [*without(common, words), *words]
         if tuple(all_words) not in resolved:
             try:
                 resolved[tuple(all_words)] = _resolve(all_words)
@@ -183,7 +184,9 @@ def _points(config: SweepConfig) -> Iterator[tuple[str, tuple[str, ...], list[st
     """The grid, the labels and the words of every cell."""
     for grid, axes in config.grids.items():
         for chosen in itertools.product(*(labels.items() for labels in axes.values())):
-            words = [word for _, line in chosen for word in shlex.split(line)]
+            words: list[str] = []
+            for _, line in chosen:
+                words = [*without(words, shlex.split(line)), *shlex.split(line)]
             yield grid, tuple(label for label, _ in chosen), words
 
 
@@ -248,6 +251,29 @@ def check_folder(sweep: Sweep) -> None:
                     f"{run.folder} is a run of another config: {key} is {theirs[key]!r} there and {value!r} in the "
                     "sweep: choose another --folder"
                 )
+
+
+def check_variants(sweep: Sweep) -> dict[str, list[str]]:
+    """Make sure that the runs which are still to start will find their images and networks.
+
+    Returns:
+        What a run of each such variant needs, by the variant's name.
+
+    Raises:
+        UserError: they will not; the message names the cell.
+    """
+    # Imported here: --table does not wait for torch.
+    from pretrain.preview import preview
+
+    missing = {run.variant.name for run in sweep.runs if run.state == "missing"}
+    needs: dict[str, list[str]] = {}
+    for cell in sweep.cells:
+        if cell.variant.name in missing - needs.keys():
+            try:
+                needs[cell.variant.name] = preview(cell.variant.config)
+            except UserError as error:
+                raise UserError(f"grids: {cell.title}: {error}") from error
+    return needs
 
 
 def write_sweep(sweep: Sweep) -> None:

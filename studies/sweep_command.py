@@ -3,7 +3,7 @@
 import json
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peerlearn.config import ArgumentParser, config_to_yaml, find_config
@@ -13,6 +13,7 @@ from studies.sweep import (
     CONFIG_FILE,
     Sweep,
     check_folder,
+    check_variants,
     is_whole,
     plan_sweep,
     write_sweep,
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     sweep = plan_sweep(config, words.only)
     check_folder(sweep)
     if words.dry_run:
-        _print_plan(sweep)
+        _print_plan(sweep, check_variants(sweep))
         return DONE
     if words.commands:
         print(json.dumps({"folder": str(sweep.root), "commands": _commands(sweep)}))
@@ -93,6 +94,7 @@ def _run(sweep: Sweep, only: Sequence[str]) -> int:
     from studies.sweep_run import run_missing
     from studies.sweep_table import report
 
+    check_variants(sweep)
     with stop_signals(_STOP_SIGNALS, "the run saves, then the sweep stops") as stop:
         write_sweep(sweep)
         whole = run_missing(sweep, stop)
@@ -114,9 +116,11 @@ def _commands(sweep: Sweep) -> list[list[str]]:
     ]
 
 
-def _print_plan(sweep: Sweep) -> None:
+def _print_plan(sweep: Sweep, needs: Mapping[str, Sequence[str]]) -> None:
     print(config_to_yaml(sweep.config), end="")
     for run in sweep.runs:
         titles = [cell.title for cell in sweep.cells if cell.variant.name == run.variant.name]
         print(f"# {'; '.join(titles)}; seed {run.seed}: {run.state}")
         print(f"# peerlearn {shlex.join(['pretrain', *run.variant.words, *run.own_words])}")
+    for name, lines in needs.items():
+        print(f"# {name}: {'; '.join(lines)}")

@@ -13,14 +13,14 @@ A grid has axes, an axis has labels, and a label stands for words of `peerlearn 
 
 import json
 import shlex
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from peerlearn.config import config_keys, nearest, require
+from peerlearn.config import config_keys, nearest, read_yaml, require
 from peerlearn.errors import UsageError
 from pretrain.config import PretrainConfig
 
@@ -87,37 +87,38 @@ def read_sweep(
     Raises:
         UsageError: the file cannot be read, a key is unknown, a value has the wrong type, or a label comes twice.
     """
+    root = read_yaml(path)
     try:
-        content = yaml.load(path.read_text(), _Loader)
-        config = _build(content, folder=folder, seeds=seeds, pretrain=pretrain)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
-    return config
+        return _build(_as_written(root), folder=folder, seeds=seeds, pretrain=pretrain)
+    except (yaml.YAMLError, ValueError) as error:
+        message = " ".join(str(error).split())
+        # A message begins with its key.
+        lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+        line = next((f", line {lines[key]}" for key in lines if message.startswith(key)), "")
+        raise UsageError(f"{path}{line}: {message}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads YAML with keys as they are written (a label may be 1e-3, or no). No key may come twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(written):
-            if key in written[:number]:
-                raise ValueError(f"{key!r} stands twice{node.start_mark}")
-        self.flatten_mapping(node)
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"a key must be a word{key.start_mark}")
-        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+def _as_written(node: Any) -> Any:
+    """The content of a YAML file with its keys as they are written: a label may be 1e-3, or no."""
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _as_written(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_as_written(item) for item in node.value]
+    return yaml.SafeLoader("").construct_object(node)
 
 
 def _build(
-    content: Any, *, folder: str | None, seeds: Sequence[int] | None, pretrain: str | None
+    content: Mapping[str, Any],
+    *,
+    folder: str | None,
+    seeds: Sequence[int] | None,
+    pretrain: str | None,
 ) -> SweepConfig:
-    require(isinstance(content, Mapping), "a sweep's file holds `key: value` lines")
     known = [each.name for each in fields(SweepConfig)]
     for key in content:
         require(key in known, f"unknown key {key!r}{nearest(key, known)}")
-    written = {key: value for key, value in content.items() if value is not None}
+        require(content[key] is not None, f"{key}: expected a value, got null")
+    written = dict(content)
     overrides = {"folder": folder, "seeds": seeds, "pretrain": pretrain}
     written |= {key: value for key, value in overrides.items() if value is not None}
     for key, kind in (("folder", "a path"), ("pretrain", "a line of words")):
@@ -185,7 +186,10 @@ def _baselines(content: Any, grids: Mapping[str, Axes]) -> dict[str, str]:
     if isinstance(content, Mapping):
         for grid, label in content.items():
             require(grid in grids, f"baseline: unknown grid {grid!r}{nearest(grid, grids)}")
-            require(not isinstance(label, list | Mapping), f"baseline: {grid}: name one label")
+            require(
+                label is not None and not isinstance(label, list | Mapping),
+                f"baseline: {grid}: name one label",
+            )
             baselines[grid] = label if isinstance(label, str) else json.dumps(label)
         return baselines
     label = content if isinstance(content, str) else json.dumps(content)

@@ -114,7 +114,7 @@ def resolve_evaluation(line: str) -> Evaluation:
     if not VERBS[verb].dry_run or verb in _NO_EVALUATION:
         raise no_evaluation
     try:
-        _, tasks = plan_tasks([*words, "--checkpoint", _PLACEHOLDER], [])
+        _, tasks = plan_tasks([*words, "--checkpoint", _PLACEHOLDER], [], to_come=True)
     except UserError as error:
         raise UsageError(f"evaluate: {line!r}: {error}") from error
     config = yaml.safe_load(tasks[0].config_yaml or "")

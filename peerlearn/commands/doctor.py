@@ -36,7 +36,6 @@ _SINFO_TIMEOUT_SECONDS = 5
 
 # Required distributions without a row of their own. A test compares all minima with pyproject.toml.
 OTHER_LIBRARIES = {
-    "jsonargparse": "4.53.*",
     "rich": "13",
     "tensorboard": "2.18",
     "scikit-learn": "1.5",
@@ -123,8 +122,7 @@ def check_other_libraries() -> Check:
         ok=not wrong,
         required=True,
         found=f"missing or too old: {', '.join(wrong)}" if wrong else f"all {count}",
-        fix="pip install "
-        + " ".join(f"'{name}{_relation(wanted)}{wanted}'" for name, wanted in wrong.items()),
+        fix="pip install " + " ".join(f"'{name}>={wanted}'" for name, wanted in wrong.items()),
     )
 
 
@@ -398,11 +396,6 @@ def _version_of(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _relation(wanted: str) -> str:
-    """How pip is asked for a minimum, or for one minor version."""
-    return "==" if wanted.endswith(".*") else ">="
 
 
 def _at_least(version: str, minimum: str) -> bool:

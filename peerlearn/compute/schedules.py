@@ -32,6 +32,11 @@ class ScheduleConfig:
             self.milestones_epochs == sorted(self.milestones_epochs),
             f"schedule.milestones_epochs must rise, got {self.milestones_epochs}",
         )
+        require(
+            all(epoch >= 1 for epoch in self.milestones_epochs),
+            f"schedule.milestones_epochs must be at least 1, got {self.milestones_epochs}",
+        )
+        require(self.gamma > 0, f"schedule.gamma must be positive, got {self.gamma}")
 
 
 def learning_rate(

@@ -40,6 +40,8 @@ class Trainer:
         description: description for --help.
         example: command line for --help.
         program: gives what trains, imported as late as this is called.
+        essential: keys that --help explains; the others are for --help all.
+        preview: gives the lines that --dry_run ends with, and refuses what the start of the run would refuse.
         shipped: folder of its shipped configs; None without.
         lacks_results: whether a run that is done lacks what its end writes, so that it is resumed all the same.
     """
@@ -49,6 +51,8 @@ class Trainer:
     description: str
     example: str
     program: Callable[[], "Program[Any]"]
+    essential: Sequence[str] = ()
+    preview: Callable[[Any], Sequence[str]] = lambda config: ()
     shipped: Path | None = None
     lacks_results: Callable[[Any, RunDirectory], bool] = lambda config, run: False
 
@@ -63,11 +67,11 @@ def start(trainer: Trainer, argv: Sequence[str]) -> int:
         verb=trainer.verb,
         description=f"{trainer.description} --auto_resume: go on with the run that is there already, if there is one.",
         example=trainer.example,
+        essential=trainer.essential,
         shipped=trainer.shipped,
     )
     if dry_run:
-        print(config_to_yaml(config), end="")
-        return DONE
+        return _show(trainer, config)
     run = RunDirectory(Path(config.run) if config.run else default_run(words, trainer.verb))
     if not auto_resume:
         run.check_new()
@@ -102,14 +106,21 @@ def resume(trainer: Trainer, argv: Sequence[str]) -> int:
         example="peerlearn resume runs/demo",
     )
     if dry_run:
-        print(config_to_yaml(config), end="")
-        return DONE
+        return _show(trainer, config)
     unchanged = config == load_config(trainer.config_class, run.config)
     if run.done and unchanged and not trainer.lacks_results(config, run):
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{run.root} is done already; more epochs: --epochs N")
         return DONE
     return _train(trainer, config, run, may_resume=True, allow_elastic=allow_elastic)
+
+
+def _show(trainer: Trainer, config: Any) -> int:
+    """Print the config as YAML, and the preview as comments below it. Returns the exit code."""
+    print(config_to_yaml(config), end="")
+    for line in trainer.preview(config):
+        print(f"# {line}")
+    return DONE
 
 
 _RESUME_HELP = """\

@@ -3,7 +3,6 @@
 Images are uint8 (channels, height, width) throughout.
 """
 
-import difflib
 import hashlib
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from peerlearn.config import nearest
 from peerlearn.data import image_folders, packed_datasets
 from peerlearn.data.downloads import cache_folder
 from peerlearn.data.files import Content
@@ -157,9 +157,8 @@ def load_dataset(
             download failed, a folder holds no images, or ``limit`` is below 1.
     """
     if name not in _SOURCES:
-        near = difflib.get_close_matches(name, DATASET_NAMES, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"unknown data.name {name!r}, did you mean {near!r}? Known: {', '.join(DATASET_NAMES)}"
+            f"unknown data.name {name!r}{nearest(name, DATASET_NAMES)}; known: {', '.join(DATASET_NAMES)}"
         )
     source = _SOURCES[name]
     if split not in source.splits:

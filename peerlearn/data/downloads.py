@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from http.client import HTTPException
 from pathlib import Path
 
@@ -19,6 +20,22 @@ from peerlearn.errors import UserError
 _SOCKET_TIMEOUT_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
+
+_may_download = ContextVar("may_download", default=True)
+
+
+class NotHereError(UserError):
+    """A data set that would have to be downloaded, where that is not wanted."""
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Where a data set is not on this machine, `NotHereError` is raised in place of a download."""
+    before = _may_download.set(False)
+    try:
+        yield
+    finally:
+        _may_download.reset(before)
 
 
 def cache_folder() -> Path:
@@ -83,7 +100,10 @@ def download(
 
     Raises:
         UserError: root is not writable, or the files cannot be had. The message ends with ``advice``.
+        NotHereError: nothing is to be downloaded (`without_downloads`).
     """
+    if not _may_download.get():
+        raise NotHereError(f"{root} lacks the files of {name}: {advice}")
     from filelock import FileLock
 
     try:

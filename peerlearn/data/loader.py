@@ -57,6 +57,25 @@ class ViewBatch(NamedTuple):
     unreadable: tuple[Unreadable, ...]
 
 
+def check_batches(
+    dataset: ImageDataset, *, batch_size_global: int, images_per_class: int | None
+) -> None:
+    """Make sure that the dataset has at least a batch, and the labels that groups of a class need.
+
+    Raises:
+        UserError: it has not.
+    """
+    if len(dataset) < batch_size_global:
+        raise UserError(
+            f"{dataset.name} {dataset.split} has {len(dataset)} images, fewer than one batch: "
+            f"lower batch_size ({batch_size_global}) or raise data.limit"
+        )
+    if images_per_class is not None:
+        check_class_aware(
+            _labels(dataset), batch_size=batch_size_global, images_per_class=images_per_class
+        )
+
+
 class ViewLoader:
     """Random views of a dataset, epoch by epoch, for one rank.
 
@@ -122,15 +141,9 @@ class ViewLoader:
                 f"batch_size {batch_size_global} cannot be shared by {world_size} ranks: "
                 f"make it a multiple of {world_size}"
             )
-        if len(dataset) < batch_size_global:
-            raise UserError(
-                f"{dataset.name} {dataset.split} has {len(dataset)} images, fewer than one batch: "
-                f"lower batch_size ({batch_size_global}) or raise data.limit"
-            )
-        if images_per_class is not None:
-            check_class_aware(
-                _labels(dataset), batch_size=batch_size_global, images_per_class=images_per_class
-            )
+        check_batches(
+            dataset, batch_size_global=batch_size_global, images_per_class=images_per_class
+        )
         self.steps_per_epoch = len(dataset) // batch_size_global
         self._images_per_class = images_per_class
         self._dataset = dataset

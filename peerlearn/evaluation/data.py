@@ -2,15 +2,20 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from peerlearn.config import changeable, require
+from peerlearn.data.published import DATASET_NAMES
 from peerlearn.errors import UserError
 from peerlearn.evaluation.selection import Selection, run_setting
 
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
     from peerlearn.data.datasets import ImageDataset
+
+    DatasetName = str
+else:
+    DatasetName = Literal[DATASET_NAMES]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +36,7 @@ class EvaluationDataConfig:
         workers: number of processes that read image files.
     """
 
-    name: str | None = None
+    name: DatasetName | None = None
     root: str | None = changeable(None)
     limit: int | None = None
     train_limit: int | None = None

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from peerlearn.compute.device_names import require_device
 from peerlearn.config import changeable, config_to_yaml, parse_config, require
+from peerlearn.evaluation.data import EvaluationDataConfig
+from peerlearn.evaluation.preview import preview
 from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, write_score
 from peerlearn.evaluation.score_table import Column, report_scores
 from peerlearn.evaluation.selection import (
@@ -52,6 +55,7 @@ class EvaluatorConfig:
             all(self.checkpoints()) and bool(self.checkpoints()),
             "checkpoint must name at least one run or export",
         )
+        require_device(self.device)
 
     def checkpoints(self) -> list[str]:
         """The checkpoints, of which there may be one."""
@@ -74,6 +78,7 @@ class Evaluator(Generic[Config]):
         title: title of the table.
         description: sentence for `--help`.
         example: command line for `--help`.
+        essential: keys that `--help` explains; the others are for `--help all`.
         shipped: folder of its shipped configs.
         ensembles: whether it can score several networks together.
         average: function from the metrics of several runs to those of their mean.
@@ -86,6 +91,7 @@ class Evaluator(Generic[Config]):
     title: Callable[[Config], str]
     description: str
     example: str
+    essential: Sequence[str] = ()
     shipped: Path | None = None
     ensembles: bool = True
     average: Averaging = mean_over_runs
@@ -103,11 +109,20 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
         verb=evaluator.verb,
         description=evaluator.description,
         example=evaluator.example,
+        essential=evaluator.essential,
         shipped=evaluator.shipped,
     )
     check_network(config.network, ensembles=evaluator.ensembles)
     if dry_run:
         print(config_to_yaml(config), end="")
+        data: Any = getattr(config, "data", None)
+        for line in preview(
+            config.checkpoints(),
+            config.network,
+            data if isinstance(data, EvaluationDataConfig) else None,
+            ensembles=evaluator.ensembles,
+        ):
+            print(f"# {line}")
         return 0
     selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)
     if unlike := differences(selections):

@@ -125,5 +125,9 @@ KNN = Evaluator(
     title=_title,
     description="Score exported networks by weighted kNN of their features.",
     example="peerlearn knn --checkpoint runs/demo --k 10 20 200 --temperature 0.07 0.1",
+    essential=(
+        *("checkpoint", "network", "k", "temperature", "device", "results"),
+        *("data.name", "data.root", "data.limit", "data.shots", "data.workers"),
+    ),
 )
 main = partial(run, KNN)

@@ -154,11 +154,17 @@ def test_it_is_short_and_its_help_answers_without_torch(tree: Path, tmp_path: Pa
     assert "folder of the result files" in found.stdout
 
 
-def test_a_dry_run_prints_its_config_and_a_wrong_key_its_neighbour(tree: Path, tmp_path: Path):
-    words = ["toy", "--checkpoint", "a", "b", "--norms", "1", "2", "--dry_run"]
-    config = yaml.safe_load(peerlearn(tree, *words, cwd=tmp_path))
-    assert (config["checkpoint"], config["norms"], config["network"]) == (["a", "b"], [1, 2], "all")
-    assert list(tmp_path.iterdir()) == []
+def test_a_dry_run_prints_its_config_and_a_wrong_key_its_neighbour(
+    tree: Path, runs: list[Path], tmp_path: Path
+):
+    checkpoints, before = list(map(str, runs)), sorted(tmp_path.rglob("*"))
+    words = ["toy", "--checkpoint", *checkpoints, "--norms", "1", "2", "--dry_run"]
+    printed = peerlearn(tree, *words, cwd=tmp_path)
+    config = yaml.safe_load(printed)
+    assert (config["checkpoint"], config["norms"]) == (checkpoints, [1, 2])
+    assert config["network"] == "all"
+    assert "# images of digits: " in printed
+    assert sorted(tmp_path.rglob("*")) == before
     wrong = subprocess.run(
         command("toy", "--nroms", "1"),
         cwd=tmp_path,

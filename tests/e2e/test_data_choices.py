@@ -1,6 +1,7 @@
 """Runs on data that is missing, unlabelled or of odd shape, and kNN of exports that stand alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -34,8 +35,7 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
 
 def test_a_dataset_that_cannot_be_had_falls_back_where_the_config_says_so(tmp_path, capsys):
     run = tmp_path / "run"
-    more = ["--data.name", "cifar10", "--data.root", str(tmp_path / "none")]
-    more += ["--data.fallback", "digits", "--data.limit", "48"]
+    more = ["--data.name", "imagenet", "--data.fallback", "digits", "--data.limit", "48"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
     assert "training on digits instead" in capsys.readouterr().out
     assert json.loads((run / "env.json").read_text())["training"]["dataset"] == "digits"
@@ -43,6 +43,36 @@ def test_a_dataset_that_cannot_be_had_falls_back_where_the_config_says_so(tmp_pa
     # The evaluator asks for what the run was trained on, not for what its config wanted.
     assert main(["knn", "--checkpoint", str(run), "--device", "cpu", "--network", "0"]) == 0
     assert list((run / "results").glob("knn-digits-*-0-*.json"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--data.name", "folder", "--data.root", "/nowhere"],
+            "data.root /nowhere is not a folder",
+        ),
+        (["--data.root", "/nowhere"], "data.root /nowhere is not a folder"),
+        (["--data.name", "imagenet"], "imagenet needs data.root"),
+        (["--data.root", "/nowhere", "--data.fallback", "digits"], "data.root /nowhere is not"),
+    ],
+)
+def test_a_name_or_a_root_that_is_given_voids_the_configs_fallback(more, message, tmp_path, capsys):
+    for last in ([], ["--dry_run"]):
+        words = ["mcl_fashion_mnist_demo", *more, "--run", str(tmp_path / "run"), *last]
+        assert main(["pretrain", *words]) == 1
+        printed, error = capsys.readouterr()
+        assert message in error
+        assert error.count("\n") == 1
+        assert "instead" not in printed
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_root_voids_a_fallback_that_stands_in_the_same_file(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("data:\n  name: folder\n  root: /nowhere\n  fallback: digits\n")
+    assert main(["pretrain", str(file), *TINY, "--run", str(tmp_path / "run")]) == 1
+    assert "data.root /nowhere is not a folder" in capsys.readouterr().err
 
 
 def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, capsys):
@@ -83,6 +113,58 @@ def digits_run(tmp_path_factory) -> Path:
     more = ["--data.name", "digits", "--data.limit", "48", "--monitor.every_epochs", "0"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
     return run
+
+
+def test_the_dry_run_of_an_evaluator_tells_networks_and_images_and_refuses_what_is_not_there(
+    digits_run, tmp_path, capsys
+):
+    words = ["knn", "--checkpoint", str(digits_run), "--dry_run"]
+    assert main(words) == 0
+    *_, networks, images = capsys.readouterr().out.splitlines()
+    # The weights of conv4 and the buffers of its batch norms.
+    assert re.fullmatch(
+        r"# networks of .*/export/step-00000003: 0 of [\d,]+, 1 of [\d,]+ parameters and their ensemble",
+        networks,
+    )
+    assert images == "# images of digits: 1,437 to learn from and 360 to score on"
+    for more, code, message in (
+        (["--data.name", "digtis"], 2, "data.name: expected one of digits, fashion_mnist"),
+        (["--data.root", "/nowhere"], 1, "data.root /nowhere is not a folder"),
+        (["--network", "7"], 2, "choose from 0, 1, all, ensemble"),
+        (["--data.shots", "100000"], 1, "data.shots"),
+    ):
+        for start in ([], ["submit", "--cluster", "local", "--"]):
+            assert main([*start, *words, *more]) == code
+            assert message in capsys.readouterr().err
+
+
+def test_the_config_of_a_saved_run_passes_the_same_check(digits_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    text = (run / "config.yaml").read_text()
+    last = len(text.splitlines()) + 1
+    for more, message in (
+        ("seed: 1\n", f"config.yaml: seed stands twice (lines 2 and {last})"),
+        ("lr: 1\n", f"config.yaml, line {last}: unknown key 'lr'; here it is called 'base_lr'"),
+    ):
+        (run / "config.yaml").write_text(text + more)
+        assert main(["resume", str(run)]) == 2
+        assert message in capsys.readouterr().err
+    (run / "config.yaml").write_text(text.replace("method: moco\n", "method:\n"))
+    assert main(["resume", str(run), "--epochs", "2"]) == 2
+    assert "method: expected one of moco, simclr, supervised, got null" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_a_job_will_make_is_not_asked_for_and_the_rest_is(tmp_path, capsys):
+    submit = ["submit", "--cluster", "slurm", "--dependency", "afterok:1", "--dry_run", "--"]
+    knn = ["knn", "--checkpoint", str(tmp_path / "to_come")]
+    assert main([*submit, *knn]) == 0
+    assert "checkpoint: " in capsys.readouterr().out
+    more = ["--data.name", "folder", "--data.root", "/nowhere"]
+    assert main([*submit, *knn, *more]) == 1
+    assert "data.root /nowhere is not a folder" in capsys.readouterr().err
+    assert main(["submit", "--cluster", "slurm", "--dry_run", "--", *knn]) == 1
+    assert "is not there (with --dependency it need not be yet)" in capsys.readouterr().err
 
 
 def test_without_monitoring_there_are_losses_alone(digits_run):

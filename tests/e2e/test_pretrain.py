@@ -163,19 +163,20 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
     [
         (["pretrian"], 2, "did you mean 'pretrain'?"),
         (["pretrain", "--epocs", "3"], 2, "did you mean 'epochs'?"),
-        (["pretrain", "--data.name", "cifra10"], 1, "cifar10"),
+        (["pretrain", "--data.name", "cifra10"], 2, "did you mean 'cifar10'?"),
         (["pretrain", "--data.name", "cifar10", "--data.root", "/nowhere"], 1, "/nowhere"),
         (["pretrain", *SMALL, "--cohort.backbones", "resnet33"], 1, "resnet32"),
         (["pretrain", *SMALL, "--batch_size", "256"], 1, "batch_size"),
         (["pretrain", *SMALL, "--device", "cuda:9"], 1, "device 'cuda:9' is not available"),
-        (["pretrain", *SMALL, "--epochs", "two"], 2, "epochs: expected int, got 'two'"),
+        (["pretrain", *SMALL, "--device", "gpu"], 2, "device must be auto, cpu, mps, cuda or"),
+        (["pretrain", *SMALL, "--epochs", "two"], 2, "epochs: expected a whole number, got 'two'"),
         (["pretrain", *SMALL, "--batch_size", "1"], 2, "batch_size must be at least 2"),
         (["pretrain", *SMALL, "--data.limit", "8"], 1, "lower batch_size (32) or raise data.limit"),
         (["pretrain", *SMALL, "--data.image_size", "4"], 1, "image_size 4 is below 16"),
         (
             ["pretrain", *SMALL, "--cohort.embedding_dim", "[8, 16]"],
             2,
-            "cohort.embedding_dim: expected int",
+            "cohort.embedding_dim: expected a whole number",
         ),
         (
             ["pretrain", *SMALL, "--cohort.backbones", "[conv4]", "--cohort.networks", "0"],
@@ -200,9 +201,9 @@ def test_every_way_to_train_reaches_the_end_with_finite_losses(tmp_path, more):
         (
             ["knn", "--checkpoint", "x", "--data.subset_seed", str(2**63)],
             2,
-            "data.subset_seed must fit",
+            "data.subset_seed: expected a whole number that fits 64 bits",
         ),
-        (["pretrain", "--seed", str(2**63)], 2, "seed must fit 64 bits"),
+        (["pretrain", "--seed", str(2**63)], 2, "seed: expected a whole number that fits 64 bits"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(

@@ -120,7 +120,7 @@ def test_only_the_main_rank_prints_and_every_rank_has_its_log(undisturbed, tmp_p
     ]
     words = ["pretrain", *SMALL, "--data.name", "fashion_mnits", "--run", str(tmp_path / "x")]
     (code, output), other = ends(launch(2, *words))
-    assert (code, other) == (1, (1, ""))
+    assert (code, other) == (2, (2, ""))
     assert output.count("\n") == 1
     assert "did you mean 'fashion_mnist'?" in output
 

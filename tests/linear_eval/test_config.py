@@ -83,8 +83,9 @@ def test_bad_values_name_their_key(words, message, capsys):
 
 def test_several_words_after_a_key_are_a_list(capsys):
     words = ["--checkpoint", "runs/a", "runs/b, c", "7", "--base_lr", "1", "0.5", "--epochs", "2"]
-    assert main(["linear", "simclr_linear", *words, "--dry_run"]) == 0
-    printed = capsys.readouterr().out
+    assert main(["linear", "simclr_linear", *words, "--dry_run"]) == 1
+    printed, error = capsys.readouterr()
+    assert error == "peerlearn: --checkpoint runs/a is not there\n"
     assert "checkpoint:\n- runs/a\n- runs/b, c\n- '7'\n" in printed
     assert "base_lr:\n- 1.0\n- 0.5\n" in printed
 

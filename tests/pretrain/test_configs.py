@@ -15,6 +15,7 @@ from pretrain.config import (
     MonitorConfig,
     PretrainConfig,
     QueueConfig,
+    SupervisedConfig,
 )
 
 CONFIGS = sorted(SHIPPED.glob("*.yaml"))
@@ -113,6 +114,10 @@ def test_lr_is_scaled_and_base_lr_left_as_written():
         ({"alpha": 0.0, "terms": ["scl_hard"]}, "leave nothing to train"),
         ({"terms": ["icl_hard"], "cohort": CohortConfig(networks=1)}, "terms must hold scl_hard"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        (
+            {"supervised": SupervisedConfig(teaching="dml")},
+            "supervised.teaching is for method supervised, and method is moco",
+        ),
         ({"epochs": 0}, "epochs must be at least 1"),
     ],
 )
@@ -134,6 +139,8 @@ def test_values_that_make_no_sense_name_their_key(settings, message):
         (DataConfig, {"crop_scale": [0.0, 1.0]}, "data.crop_scale must be two rising"),
         (OptimizerConfig, {"momentum": 1.0}, "optimizer.momentum"),
         (ScheduleConfig, {"milestones_epochs": [3, 2]}, "schedule.milestones_epochs must rise"),
+        (ScheduleConfig, {"milestones_epochs": [0]}, "schedule.milestones_epochs must be at least"),
+        (ScheduleConfig, {"gamma": 0.0}, "schedule.gamma must be positive"),
         (CheckpointConfig, {"keep_last": 1}, "checkpoint.keep_last must be at least 2"),
         (MonitorConfig, {"k": 0}, "monitor.k must be at least 1"),
     ],

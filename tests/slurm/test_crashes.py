@@ -190,10 +190,10 @@ def test_what_fails_before_there_is_a_run_leaves_its_place_free(
 ) -> None:
     """A mistake that only the job can find: told, not requeued, and the same folder takes the next attempt."""
     run = tmp_path / "a"
-    job = submit(cluster, run, "--batch_size", "5000")
+    job = submit(cluster, run, "--device", "cuda:9")
     wait_for_end(cluster, job, run, "FAILED")
     assert cluster.restarts(job) == 0
-    assert "lower batch_size (5000)" in outcomes(run)[0]["reason"]
+    assert "device 'cuda:9' is not available" in outcomes(run)[0]["reason"]
     assert [path.name for path in run.iterdir()] == ["slurm"]
     again = submit(cluster, run)
     wait_for_end(cluster, again, run)

@@ -147,10 +147,10 @@ def test_other_verbs_are_jobs_too(tmp_path: Path) -> None:
     assert len(list((run / "results").glob("knn-digits-*-ensemble-*.json"))) == 1
     failing = local(
         *("submit", "--cluster", "local", "--wait", "true", "--"),
-        *("linear", "logistic_regression", "--checkpoint", str(run), "--data.shots", "100000"),
+        *("linear", "logistic_regression", "--checkpoint", str(run), "--device", "cuda:9"),
     )
     assert failing.returncode == 1
-    assert re.search(r"job \d+: failed \(data\.shots .*100000", failing.stdout), failing.stdout
+    assert re.search(r"job \d+: failed \(device 'cuda:9' is not", failing.stdout), failing.stdout
 
 
 @pytest.mark.slow(20)
@@ -171,7 +171,7 @@ def test_debug_runs_here_and_now(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert "kNN top-1" in found.stdout
     assert (tmp_path / "a" / "DONE").exists()
-    words = ["pretrain", *SMALL, "--batch_size", "5000", "--run", str(tmp_path / "b")]
+    words = ["pretrain", *SMALL, "--device", "cuda:9", "--run", str(tmp_path / "b")]
     failing = local("submit", "--cluster", "debug", "--", *words)
     assert failing.returncode == 1
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["slurm"]
@@ -534,6 +534,35 @@ def test_what_is_to_be_evaluated_must_be_there(
     assert "`peerlearn resume p`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cohort.backbones", "nonsense"], "no network is called 'nonsense'"),
+        (
+            ["--data.name", "folder", "--data.root", "/nowhere"],
+            "data.root /nowhere is not a folder",
+        ),
+        (["--data.limit", "8"], "fewer than one batch"),
+        (["--batch_size", "12"], "batch_size 12 must divide into 8 processes"),
+    ],
+)
+def test_networks_images_and_sizes_are_checked_before_anything_is_submitted(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "a"
+    submit = ["submit", "--cluster", "gpu_node"]
+    for start in ([*submit, "--dry_run"], submit):
+        assert main([*start, "--", "pretrain", *SMALL, *words, "--run", str(run)]) == 1
+        printed, error = capsys.readouterr()
+        assert message in error
+        assert error.count("\n") == 1
+    assert not run.exists()
+    assert main([*submit, "--dry_run", "--", "pretrain", *SMALL, "--run", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for line in ("# images: ", "# steps: ", "# parameters: ", "# memory: about "):
+        assert f"\n{line}" in printed
+
+
 def test_a_sweep_takes_its_folder_either_way(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["submit", "--cluster", "local", "--sweep", "seed=0,1", "--dry_run", "--", "pretrain"]
     assert main([*words, f"--run={tmp_path}/s"]) == 0
@@ -615,8 +644,9 @@ def test_every_shipped_profile_can_be_read_and_is_listed(capsys: pytest.CaptureF
     profiles = {path.stem: load_config(SubmitConfig, path) for path in CLUSTERS.glob("*.yaml")}
     assert set(profiles) == {"slurm", "gpu_node", "local", "debug"}
     assert main(["configs"]) == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in listed if line.startswith("submit")] == sorted(profiles)
+    _, listed = capsys.readouterr().out.split("cluster profiles (for --cluster):\n")
+    rows = [line for line in listed.splitlines() if line.startswith("  ")]
+    assert [line.split()[0] for line in rows] == sorted(profiles)
     assert profiles["gpu_node"].tasks_per_node == profiles["gpu_node"].gpus_per_node == 8
 
 

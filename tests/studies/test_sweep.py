@@ -222,7 +222,7 @@ def test_the_baseline_is_a_label_of_the_last_axis(
     [
         ({"sedes": [0]}, "unknown key 'sedes'; did you mean 'seeds'?"),
         ({"seeds": []}, "seeds must hold at least one"),
-        ({"seeds": None}, "seeds must hold at least one"),
+        ({"seeds": None}, "line 6: seeds: expected a value, got null"),
         ({"seeds": 3}, "seeds must be a list of whole numbers"),
         ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
         ({"seeds": [1, 1]}, "seeds holds one twice"),
@@ -263,12 +263,18 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("folder: f\nseeds: [0]\ngrids: {g: {a: {x: '', x: --alpha 1}}}\n", "'x' stands twice"),
-        ("folder: f\nseeds: [0]\ngrids: {g: {alpha: [1]}, g: {beta: [1]}}\n", "'g' stands twice"),
+        (
+            "folder: f\nseeds: [0]\ngrids: {g: {a: {x: '',\n x: 1}}}\n",
+            "grids.g.a.x stands twice (lines 3 and 4)",
+        ),
+        (
+            "folder: f\nseeds: [0]\ngrids: {g: {alpha: [1]},\n g: {beta: [1]}}\n",
+            "grids.g stands twice (lines 3 and 4)",
+        ),
         ("folder: f\nseeds: [0]\ngrids: {g: {[a, b]: [1]}}\n", "a key must be a word"),
-        ("folder: [\n", "file.yaml: "),
-        ("folder\n", "a sweep's file holds `key: value` lines"),
-        ("", "a sweep's file holds `key: value` lines"),
+        ("folder: [\n", "file.yaml, line 2: not a readable YAML file"),
+        ("folder\n", "a config file holds `key: value` lines"),
+        ("", "holds no keys"),
     ],
 )
 def test_files_that_are_no_sweeps(
@@ -651,7 +657,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     words = [*SMALL, "--method", "simclr", "--data.limit", "64", "--epochs", "40"]
     words += ["--checkpoint.every_steps", "1000", "--checkpoint.export_every_epochs", "1000"]
     words += ["--monitor.every_epochs", "40", "--monitor.train_limit", "200"]
-    labels = {"long": "", "failing": "--batch_size 5000"}
+    labels = {"long": "", "failing": "--device cuda:9"}
     file = write_file(
         tmp_path, pretrain=shlex.join(words), seeds=[0], grids={"g": {"which": labels}}
     )
@@ -685,7 +691,7 @@ def test_a_sweep_told_to_stop_goes_on(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "s" / "sweep.json").read_text())
     (problem,) = content["problems"]
     assert problem["run"] == failing.folder.name
-    assert "batch_size" in problem["why"]
+    assert "device 'cuda:9' is not available" in problem["why"]
     assert f"{failing.folder.name}: failed: {problem['why']}" in found.stdout
     scored = {(score["labels"][0], score["network"]) for score in content["scores"]}
     assert {("long", "individual"), ("long", "ensemble")} <= scored
@@ -765,7 +771,28 @@ def test_configs_lists_sweeps_and_prints_one(
     (tmp_path / "figure.yaml").write_text(text)
     monkeypatch.setitem(VERBS, "sweep", VERBS["sweep"]._replace(configs=str(tmp_path)))
     assert main(["configs"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sweep")]
-    assert line.split()[1:] == ["figure", "mine;", "expected:", "unmeasured"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "figure" in line]
+    assert line.split() == ["figure", "the", "run's", "images", "unmeasured"]
     assert main(["configs", "figure"]) == 0
     assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--cohort.backbones nonsense", "no network is called 'nonsense'"),
+        ("--data.root /nowhere", "data.root /nowhere is not a folder"),
+        ("--batch_size 4096", "fewer than one batch"),
+    ],
+)
+def test_networks_images_and_sizes_are_checked_before_anything_runs(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write_file(tmp_path, seeds=[0], grids={"g": {"a": {"good": "", "bad": words}}})
+    local = ["submit", "--cluster", "local"]
+    for start in (["sweep"], ["sweep", "--dry_run"], [*local, "--", "sweep"]):
+        assert main([*start, str(file)]) == 1, start
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file.yaml"]

@@ -324,7 +324,7 @@ def test_a_wrong_evaluation_is_refused_at_once(line: str, message: str):
         (["--evaluate", KNN], "--cluster is missing"),
         (["--evaluate", KNN, "--cluster", "nonsense"], "neither a file nor a shipped config"),
         (["--evaluate", "knn --kk 5", "--cluster", "local"], "did you mean 'k'"),
-        (["--interval_seconds", "0"], "positive float"),
+        (["--interval_seconds", "0"], "expected a positive number"),
         (["--evrey_epochs", "1"], "unrecognized arguments"),
     ],
 )

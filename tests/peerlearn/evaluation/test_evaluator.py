@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peerlearn.errors import UsageError, UserError
+from peerlearn.errors import NotThereYetError, UsageError, UserError
 from peerlearn.evaluation.evaluator import Evaluator, EvaluatorConfig, run
 from peerlearn.evaluation.plots import plot_confusion
 from peerlearn.evaluation.results import Score, mean_over_runs
@@ -140,15 +140,22 @@ def test_without_names_every_decimal_number_that_all_runs_have_is_averaged():
     assert (found["ap"]["mean"], found["n"], found["runs"]) == (51.0, 7, 2)
 
 
-def test_a_dry_run_prints_the_config_and_looks_at_nothing(capsys):
-    assert run(FEWSHOT, ["--checkpoint", "nowhere", "--shots", "3", "--dry_run"]) == 0
+def test_a_dry_run_prints_the_config_and_refuses_a_checkpoint_that_is_not_there(capsys):
+    with pytest.raises(NotThereYetError, match="--checkpoint nowhere is not there"):
+        run(FEWSHOT, ["--checkpoint", "nowhere", "--shots", "3", "--dry_run"])
     expected = "checkpoint: nowhere\nnetwork: all\ndevice: auto\nresults: null\nshots: 3\n"
     assert capsys.readouterr().out == expected
 
 
-@pytest.mark.parametrize("words", [["--checkpoint", ""], ["--checkpoint", "[]"]])
-def test_no_checkpoint_is_refused(words):
-    with pytest.raises(UsageError, match="checkpoint must name at least one"):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--checkpoint", ""], "checkpoint: expected text or a list of text, got ''"),
+        (["--checkpoint", "[]"], "checkpoint must name at least one"),
+    ],
+)
+def test_no_checkpoint_is_refused(words, message):
+    with pytest.raises(UsageError, match=message):
         run(FEWSHOT, words)
 
 

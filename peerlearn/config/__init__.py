@@ -1,0 +1,40 @@
+"""Configs: frozen dataclasses, filled from a YAML file and then from the command line.
+
+An unknown key, a key that stands twice and a value of another type are errors that name the key and its line. The
+dataclass itself refuses a value out of range, by `require`. Verbs without a config read their words with
+`ArgumentParser`.
+"""
+
+from peerlearn.config.door import check_complete, find_config, load_config, parse_config
+from peerlearn.config.fields import (
+    changeable,
+    changeable_keys,
+    config_keys,
+    config_to_yaml,
+    fixed_values,
+    flat_config,
+    may_change,
+    require,
+)
+from peerlearn.config.files import read_yaml
+from peerlearn.config.names import nearest
+from peerlearn.config.words import ArgumentParser, without
+
+__all__ = [
+    "ArgumentParser",
+    "changeable",
+    "changeable_keys",
+    "check_complete",
+    "config_keys",
+    "config_to_yaml",
+    "find_config",
+    "fixed_values",
+    "flat_config",
+    "load_config",
+    "may_change",
+    "nearest",
+    "parse_config",
+    "read_yaml",
+    "require",
+    "without",
+]

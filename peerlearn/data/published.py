@@ -1,0 +1,35 @@
+"""The data sets that are known by name, and what their publishers say of them. Nothing here waits for torch."""
+
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """A data set as it is published.
+
+    Attributes:
+        images: number of images of each split that can be trained on.
+        classes: number of classes.
+        channels: number of channels of an image.
+        size: height and width of an image in pixels; None for photographs of many sizes.
+    """
+
+    images: dict[str, int]
+    classes: int
+    channels: int
+    size: int | None
+
+
+# None where the user's own files decide.
+PUBLISHED: dict[str, Published | None] = {
+    "digits": Published({"train": 1437}, 10, 1, 8),
+    "fashion_mnist": Published({"train": 60_000}, 10, 1, 28),
+    "cifar10": Published({"train": 50_000}, 10, 3, 32),
+    "cifar100": Published({"train": 50_000}, 100, 3, 32),
+    "stl10": Published(
+        {"train": 5_000, "unlabeled": 100_000, "train+unlabeled": 105_000}, 10, 3, 96
+    ),
+    "tinyimagenet": Published({"train": 100_000}, 200, 3, 64),
+    "imagenet": Published({"train": 1_281_167}, 1000, 3, None),
+    "folder": None,
+}
+DATASET_NAMES = tuple(PUBLISHED)

@@ -1,0 +1,190 @@
+"""What a run would do, told before it starts: its images, steps, networks and memory. Nothing is trained or written.
+
+Dimensions: M networks, B batch.
+"""
+
+import contextlib
+import io
+import os
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.optimizers import build_optimizer, bytes_to_come
+from peerlearn.data.downloads import NotHereError, without_downloads
+from peerlearn.data.loader import check_batches
+from peerlearn.data.published import PUBLISHED
+from peerlearn.errors import UserError
+from peerlearn.export import check_classifier
+from pretrain.cohort import Cohort, build_networks
+from pretrain.config import DataConfig, PretrainConfig
+from pretrain.method import Method, build_method, method_class
+from pretrain.state import check_share
+from pretrain.training_data import IMAGE_FILE_SIZE, load_training_data, native_size
+
+_MIB, _GIB = 2**20, 2**30
+
+
+class _Images(NamedTuple):
+    """The images of a run, as far as the networks and the batches depend on them."""
+
+    number: int
+    channels: int
+    size: int
+    classes: int
+    held_bytes: int
+    said: str
+
+
+def preview(config: PretrainConfig) -> list[str]:
+    """The lines that `--dry_run` ends with.
+
+    Raises:
+        UserError: data, networks or sizes that the start of the run would refuse.
+    """
+    check_share(config, _processes())
+    kind = method_class(config.method)
+    images = _images(config, kind)
+    size = config.data.image_size or images.size
+    num_classes = images.classes if kind.needs_labels else 0
+    # Each part that batch norm normalises apart needs two images.
+    tried = 2 * config.cohort.batch_norm_splits
+    with torch.device("meta"):
+        cohort = build_networks(
+            config, in_chans=images.channels, image_size=size, num_classes=num_classes
+        )
+        for backbone in cohort.backbones if num_classes else ():
+            check_classifier(backbone, num_classes, in_chans=images.channels, image_size=size)
+        method = build_method(cohort, config, Ranks(torch.device("meta")))
+        activations = _activation_bytes(
+            cohort, torch.zeros(tried, images.channels, size, size), config
+        )
+    steps = images.number // config.batch_size
+    own = [sum(p.numel() for p in backbone.parameters()) for backbone in cohort.backbones]
+    trained = sum(p.numel() for p in cohort.parameters())
+    each = Counter(zip(config.cohort.architectures(), own, strict=True))
+    return [
+        f"images: {images.number:,} of {images.said}, views of {size} pixels",
+        f"steps: {steps:,} in each of {config.epochs:,} epochs, {steps * config.epochs:,} in all, of "
+        f"{config.batch_size:,} images",
+        f"parameters: {trained:,} in all; "
+        + ", ".join(f"{times} x {name} of {count:,}" for (name, count), times in each.items()),
+        _memory(config, method, activations, images),
+    ]
+
+
+def _processes() -> int:
+    """How many processes a launcher has started, or `peerlearn submit` is about to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _images(config: PretrainConfig, kind: type[Method]) -> _Images:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), without_downloads():
+            data = load_training_data(
+                config, Ranks(torch.device("cpu")), needs_labels=kind.needs_labels
+            )
+    except NotHereError as error:
+        return _published(config.data, config.batch_size, error)
+    dataset = data.train
+    check_batches(
+        dataset,
+        batch_size_global=config.batch_size,
+        images_per_class=kind.images_per_class(config),
+    )
+    kind.check(config, dataset)
+    held = dataset.images.nbytes if isinstance(dataset.images, Tensor) else 0
+    note = f" ({' '.join(said.getvalue().split())})" if said.getvalue() else ""
+    return _Images(
+        number=len(dataset),
+        channels=dataset.channels,
+        size=native_size(dataset),
+        classes=dataset.num_classes,
+        held_bytes=held,
+        said=f"{dataset.name} {dataset.split}{note}",
+    )
+
+
+def _published(data: DataConfig, batch_size: int, error: NotHereError) -> _Images:
+    """A data set that is not on this machine, as its publishers describe it."""
+    known = PUBLISHED[data.name]
+    if known is None or data.split not in known.images:
+        raise error
+    count = min(known.images[data.split], data.limit or known.images[data.split])
+    if count < batch_size:
+        raise UserError(
+            f"{count} images are fewer than one batch: lower batch_size ({batch_size}) or raise data.limit"
+        )
+    instead = f", or trains on {data.fallback} where that fails" if data.fallback else ""
+    return _Images(
+        number=count,
+        channels=known.channels,
+        size=known.size or IMAGE_FILE_SIZE,
+        classes=known.classes,
+        held_bytes=count * known.channels * (known.size or 0) ** 2,
+        said=f"{data.name} {data.split} (not on this machine: the run downloads it{instead})",
+    )
+
+
+def _activation_bytes(cohort: Cohort, images: Tensor, config: PretrainConfig) -> int:
+    """Size of what the passes of one image keep for the backward pass, in the run's number format.
+
+    Raises:
+        UserError: the networks cannot take images of this size.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+    weights = {p.untyped_storage()._cdata for p in cohort.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = cohort.branches(cohort.trunk(images))
+            if cohort.heads:
+                cohort.embed(features)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cohort.backbones {config.cohort.backbones} cannot take images of {images.shape[-1]} pixels: set another "
+            f"data.image_size ({reason})"
+        ) from error
+    # Half as many bytes in a number of 16 bits.
+    share = 1 if config.precision == "fp32" else 0.5
+    return int(share * sum(storage.nbytes() for storage in kept.values()) / len(images))
+
+
+def _memory(config: PretrainConfig, method: Method, activations: int, images: _Images) -> str:
+    weights = sum(p.nbytes for p in method.cohort.parameters())
+    optimizer = bytes_to_come(build_optimizer(method.cohort, config.optimizer, lr=config.lr))
+    own = sum(t.nbytes for group in method.state_tensors().values() for t in group.values())
+    # Momentum networks encode a view without gradients, unless both views are queries in turn.
+    with_gradient = method.views - (method.peers is not None and not config.symmetric)
+    at_once = config.batch_size // config.accumulation_steps
+    parts = {
+        "weights, gradients and optimiser": 2 * weights + optimizer,
+        "activations": activations * with_gradient * at_once,
+    }
+    if own:
+        parts[f"what {config.method} keeps"] = own
+    if images.held_bytes and config.data.backend != "folder":
+        parts["images"] = images.held_bytes
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    return (
+        f"memory: about {_size(sum(parts.values()))} where one process has the whole batch, beside torch itself "
+        f"({listed})"
+    )
+
+
+def _size(size_bytes: int) -> str:
+    if size_bytes < _GIB:
+        return f"{size_bytes / _MIB:,.0f} MiB"
+    return f"{size_bytes / _GIB:,.1f} GiB"
