@@ -20,6 +20,7 @@ from peerlearn.errors import (
     UsageError,
     UserError,
 )
+from peerlearn.runs.stop import StoppedError, interrupted_by_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
     except UserError as error:
         return _complain(error, FAILURE)
+    except StoppedError as stopped:
+        return _complain(f"{stopped}: nothing is saved, the same command starts again", FAILURE)
     except KeyboardInterrupt:
         return _complain("interrupted", FAILURE)
     except BrokenPipeError:
@@ -83,7 +86,9 @@ def dispatch(words: list[str]) -> int:
     verb = VERBS[name]
     function = getattr(importlib.import_module(verb.module), verb.function)
     try:
-        return int(function(words[1:]))
+        # What trains takes the signals itself, and saves.
+        with interrupted_by_signals():
+            return int(function(words[1:]))
     except SystemExit as stop:
         # argparse's own way to end after --help (0) or a wrong word (2).
         return int(stop.code or 0)

@@ -51,6 +51,7 @@ class Training(Resumable):
         step: number of optimiser steps done.
         watch: what is measured after epochs, on the main rank where the config asks for it.
         results: final accuracies by network, of methods that measure some.
+        unwritten_row: row of the newest step, which still lacks what the monitor measures; None once it is written.
     """
 
     config: PretrainConfig
@@ -68,6 +69,7 @@ class Training(Resumable):
     watch: Watch | None
     step: int = 0
     results: dict[str, ClassificationScores] = field(default_factory=dict)
+    unwritten_row: dict[str, float] | None = None
 
     @property
     def dataset(self) -> ImageDataset:
@@ -121,6 +123,7 @@ class Training(Resumable):
             "images": self.images.as_json(),
             "loss_scaling": self.precision.state(),
             "unreadable": self.unreadable.state(),
+            "unwritten_row": self.unwritten_row,
         }
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -129,6 +132,7 @@ class Training(Resumable):
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.precision.load_state(state["loss_scaling"])
         self.unreadable.load_state(state["unreadable"])
+        self.unwritten_row = state.get("unwritten_row")
 
 
 def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
