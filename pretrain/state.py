@@ -1,6 +1,7 @@
 """What a run holds in memory: how it is built, what of it is saved, and how it is exported."""
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,6 +97,14 @@ class Training(Resumable):
     @property
     def total_steps(self) -> int:
         return self.config.epochs * self.steps_per_epoch
+
+    def measurings_left(self, step: int) -> int:
+        every, epochs = self.config.monitor.every_epochs, self.config.epochs
+        if not every:
+            return 0
+        done = step // self.steps_per_epoch
+        # After every so many epochs, and after the last.
+        return math.ceil(epochs / every) - done // every if done < epochs else 0
 
     def headline(self) -> str:
         """What is trained on what, for people."""

@@ -170,7 +170,7 @@ def _write_row(attempt: Attempt[Training]) -> None:
     training.unwritten_row = None
     epoch, rest = divmod(training.step, training.steps_per_epoch)
     if rest == 0:
-        attempt.report.say(f"{scores_text(row, epoch=epoch)}  {log.text}")
+        attempt.report.say(f"{scores_text(row, epoch=epoch)}  {log.loss_text}")
 
 
 def _export_if_due(training: Training) -> None:
@@ -201,7 +201,8 @@ def _measure(attempt: Attempt[Training], *, untrained: bool) -> dict[str, float]
         assert training.watch is not None
         return training.watch(untrained)
 
-    row = attempt.watch(measure)
+    with attempt.report.pause():
+        row = attempt.watch(measure)
     if training.ranks.main:
         warn_of_collapse(training.run, training.step, row)
     return row

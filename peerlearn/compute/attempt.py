@@ -206,7 +206,12 @@ class Attempt(Generic[T]):
         )
         try:
             with progress(
-                training.total_steps, "step", done=training.step, quiet=quiet
+                training.total_steps,
+                "step",
+                name="training",
+                done=training.step,
+                quiet=quiet,
+                pauses_left=training.measurings_left,
             ) as self.report:
                 yield
         finally:

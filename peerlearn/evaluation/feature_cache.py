@@ -117,7 +117,7 @@ def _extract(
     groups = by_input(backbones, dataset)
     total, unit = len(groups) * len(dataset), f"{dataset.name} {dataset.split} images"
     every = [backbone.to(how.ranks.device) for backbone in backbones.values()]
-    with frozen(every), progress(total, unit, quiet=not how.ranks.main) as report:
+    with frozen(every), progress(total, unit, name="encoding", quiet=not how.ranks.main) as report:
         for view, size, names in groups:
             encoded = extract_features(
                 [backbones[name] for name in names],

@@ -4,11 +4,12 @@ Work that has nothing to save is interrupted where it stands (`interrupted_by_si
 is asked, and looks for the request where it can save (`stop_signals`, `Stop.requested`).
 """
 
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from peerlearn.runs.terminal import say_at_once
 
 # SIGUSR2 is SLURM's, near the time limit, where a job asks for it.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -77,7 +78,7 @@ def stop_signals(numbers: Sequence[signal.Signals], answer: str) -> Iterator[Sto
             stop.requested, stop.name = True, signal.Signals(number).name
             said = "stopping" if stop._interrupts else answer
             # No logging here: the signal may have interrupted the logger itself.
-            os.write(2, f"{stop.name}: {said}\n".encode())
+            say_at_once(f"{stop.name}: {said}")
             stop.check()
 
     earlier = {number: signal.signal(number, request) for number in numbers}
