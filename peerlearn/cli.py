@@ -21,6 +21,7 @@ from peerlearn.errors import (
     UserError,
 )
 from peerlearn.runs.stop import StoppedError, interrupted_by_signals
+from peerlearn.runs.terminal import wrapped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
     except SavedError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(error)
+            print(wrapped(str(error), sys.stdout))
         return SAVED_RUN_AGAIN
     except SaidByMainError:
         return FAILURE
@@ -131,5 +132,5 @@ def _help() -> str:
 
 
 def _complain(message: object, code: int) -> int:
-    print(f"peerlearn: {message}", file=sys.stderr)
+    print(wrapped(f"peerlearn: {message}", sys.stderr), file=sys.stderr)
     return code

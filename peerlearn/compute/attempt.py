@@ -207,7 +207,7 @@ class Attempt(Generic[T]):
         try:
             with progress(
                 training.total_steps,
-                "step",
+                "steps",
                 name="training",
                 done=training.step,
                 quiet=quiet,

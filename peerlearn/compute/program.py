@@ -19,6 +19,7 @@ from peerlearn.runs.generators import seed_generators
 from peerlearn.runs.lock import run_lock
 from peerlearn.runs.logs import log_to, log_to_terminal
 from peerlearn.runs.stop import Stop, StoppedError
+from peerlearn.runs.terminal import say
 from peerlearn.runs.training_facts import TrainingFacts
 
 T = TypeVar("T", bound=Resumable)
@@ -154,13 +155,12 @@ def _start(
         processes=training.ranks.world_size,
     )
     processes = f"{training.ranks.world_size} x " if training.ranks.world_size > 1 else ""
-    print(
+    say(
         f"{run.root}: {training.headline()}, {processes}{training.ranks.device}, "
-        f"steps {training.step} to {training.total_steps}",
-        flush=True,
+        f"steps {training.step} to {training.total_steps}"
     )
     if attempt > 1 and training.step == 0:
-        print("nothing had been saved yet: training starts over at step 0", flush=True)
+        say("nothing had been saved yet: training starts over at step 0")
     return attempt
 
 

@@ -20,6 +20,7 @@ from peerlearn.config import (
 from peerlearn.errors import DONE, SAVED_RUN_AGAIN, USAGE, UsageError
 from peerlearn.runs.directory import RunDirectory, default_run
 from peerlearn.runs.stop import STOP_SIGNALS, StoppedError, stop_signals
+from peerlearn.runs.terminal import say
 
 if TYPE_CHECKING:
     from peerlearn.compute.program import Program
@@ -152,10 +153,10 @@ def _train(
                 if ranks.main and training is not None:
                     program.summarise(training)
                 elif ranks.main:
-                    print(f"saved; `peerlearn resume {run.root}` continues")
+                    say(f"saved; `peerlearn resume {run.root}` continues")
     except StoppedError as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
             again = f"`peerlearn resume {run.root}`" if run.config.exists() else "the same command"
-            print(f"{stopped} before there was anything to save; {again} starts again")
+            say(f"{stopped} before there was anything to save; {again} starts again")
         return SAVED_RUN_AGAIN
     return SAVED_RUN_AGAIN if training is None else DONE

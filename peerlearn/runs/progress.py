@@ -1,6 +1,5 @@
 """Progress of long work: a bar on a terminal, elsewhere a plain line every ten seconds. Both name the work."""
 
-import contextlib
 import logging
 import os
 import sys
@@ -154,10 +153,9 @@ class Reporter:
             self.say("  ".join(filter(None, (self._head(), self._text, self._times()))))
 
     def _head(self) -> str:
-        if self._phase:
-            name, done, total = self._phase
-            return f"{name} {done:,} of {total:,} images"
-        return f"{self._name} {self._unit} {self._done}/{self._total}".strip()
+        name, done, total = self._phase or (self._name, self._done, self._total)
+        unit = "images" if self._phase else self._unit
+        return f"{name} {done:,} of {total:,} {unit}"
 
     def _times(self) -> str:
         now = time.monotonic()
@@ -188,7 +186,7 @@ def progress(
     total: int,
     unit: str,
     *,
-    name: str = "",
+    name: str,
     done: int = 0,
     quiet: bool = False,
     pauses_left: Callable[[int], int] = lambda done: 0,
@@ -197,8 +195,8 @@ def progress(
 
     Args:
         total: number of units of work.
-        unit: name of the unit.
-        name: name of the work.
+        unit: name of the units.
+        name: name of the work, such as training.
         done: number of units that are done already.
         quiet: whether to print nothing.
         pauses_left: function from the number of units done to the number of `Reporter.pause` to come.
@@ -233,23 +231,12 @@ def phase(name: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[i
     Yields:
         A function that is told the number of further images done.
     """
-    with contextlib.ExitStack() as held:
-        if _reporters:
-            yield held.enter_context(_reporters[-1].phase(name, total))
-        else:
-            reporter = held.enter_context(progress(total, "images", name=name, quiet=quiet))
-            yield held.enter_context(_counting(reporter, name, total))
-
-
-@contextmanager
-def _counting(reporter: Reporter, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    with reporter.phase(name, total) as advance:
-
-        def both(images: int) -> None:
-            advance(images)
-            reporter.advance(images)
-
-        yield both
+    if _reporters:
+        with _reporters[-1].phase(name, total) as advance:
+            yield advance
+    else:
+        with progress(total, "images", name=name, quiet=quiet) as reporter:
+            yield reporter.advance
 
 
 def time_text(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import textwrap
 from typing import TextIO
 
@@ -22,6 +23,11 @@ def wrapped(text: str, stream: TextIO) -> str:
         for line in text.split("\n")
     )
     return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Print a line for people."""
+    print(wrapped(text, sys.stdout), flush=True)
 
 
 def say_at_once(line: str) -> None:
