@@ -27,6 +27,7 @@ from peerlearn.data.loader import ViewLoader
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.export import check_classifier, is_whole
+from peerlearn.runs.deadline import deadline
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
 from peerlearn.runs.step_folders import step_folder, write_latest
@@ -242,16 +243,17 @@ def export(training: Training, *, must: bool) -> None:
     if config.checkpoint.export_key_networks and training.method.peers is not None:
         groups[KEY_PREFIX] = training.method.peers
     try:
-        for prefix, cohort in groups.items():
-            export_cohort(
-                cohort,
-                folder,
-                config=config,
-                images=training.images,
-                step=training.step,
-                prefix=prefix,
-            )
-        write_latest(folder)
+        with deadline(config.checkpoint.max_seconds, f"{folder}: the export"):
+            for prefix, cohort in groups.items():
+                export_cohort(
+                    cohort,
+                    folder,
+                    config=config,
+                    images=training.images,
+                    step=training.step,
+                    prefix=prefix,
+                )
+            write_latest(folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         message = f"{folder} could not be written ({error.strerror})"

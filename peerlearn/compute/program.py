@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -112,6 +113,10 @@ def run_training(
                 run.event("done" if finished else "stopped", attempt=number, step=training.step)
                 if finished:
                     run.mark_done()
+            if not finished:
+                # They may be in the middle of a batch that nobody will see.
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             if not finished and not training.step:
                 raise StoppedError(f"stopped by {stop.name or 'another process'}")
             return training if finished else None

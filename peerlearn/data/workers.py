@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from peerlearn.errors import CrashError, UserError
-from peerlearn.runs.stop import check_stop
+from peerlearn.runs.stop import check_stop, is_stopping
 
 # How long workers that live may need for one job. Storage that hangs would hold them for ever.
 _PATIENCE_SECONDS = 600.0
@@ -146,15 +146,21 @@ def results(pool: DataLoader[Any]) -> Iterator[Any]:
             f"the processes that read images cannot be started ({error}): see that {_SHARED_MEMORY} "
             f"({_size_text(_SHARED_MEMORY)}) and {tempfile.gettempdir()} can be written, or set --data.workers 0"
         ) from error
-    while True:
-        check_stop()
-        try:
-            result = _next_result(iterator) if pool.num_workers else next(iterator)
-        except StopIteration:
-            return
-        if isinstance(result, _Failure):
-            raise UserError(result.message)
-        yield result
+    try:
+        while True:
+            check_stop()
+            try:
+                result = _next_result(iterator) if pool.num_workers else next(iterator)
+            except StopIteration:
+                return
+            if isinstance(result, _Failure):
+                raise UserError(result.message)
+            yield result
+    finally:
+        if pool.num_workers and is_stopping():
+            # DataLoader would wait for each of them to finish its job.
+            for worker in iterator._workers:
+                worker.terminate()
 
 
 def _next_result(iterator: Any) -> Any:

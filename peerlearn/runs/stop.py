@@ -112,6 +112,11 @@ def check_stop() -> None:
         _stops[-1].check()
 
 
+def is_stopping() -> bool:
+    """Whether a signal interrupts, or has interrupted, the work."""
+    return bool(_stops) and _stops[-1].requested and _stops[-1]._interrupts
+
+
 @contextmanager
 def not_interrupted() -> Iterator[None]:
     """Finish the block before a signal interrupts: what others count on happens as a whole.

@@ -108,6 +108,56 @@ def test_without_workers_an_error_of_the_work_stays_what_it_is():
         list(results(pool(fail, count=0)))
 
 
+STOPPED = """
+import os
+import signal
+import sys
+import time
+import torch
+from peerlearn.cli import main
+from peerlearn.data import workers
+from peerlearn.runs.stop import StoppedError, interrupted_by_signals
+
+def busy(number):
+    time.sleep(300)
+
+if __name__ == "__main__":
+    from stopped import busy
+    pool = workers.worker_pool(busy, range(40), workers=16, device=torch.device("cpu"))
+    look = workers._next_result
+    def told(iterator):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return look(iterator)
+    workers._next_result = told
+    try:
+        with interrupted_by_signals():
+            list(workers.results(pool))
+    except StoppedError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow(15)
+def test_a_stop_does_not_wait_for_busy_workers_one_after_another(tmp_path):
+    """DataLoader gives each 5 s to finish what it does."""
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(tmp_path / "stopped.py")],
+        env={**os.environ, "PYTHONPATH": f"{HOME}:{tmp_path}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr.readline() == "SIGTERM: stopping\n"
+        begun = time.monotonic()
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out, err) == (0, "stopped by SIGTERM\n", "")
+        assert time.monotonic() - begun < 20
+    finally:
+        process.kill()
+
+
 READS = """
 import sys
 import torch
