@@ -53,7 +53,7 @@ def feature_std(features: Tensor) -> float:
     Raises:
         ValueError: for no images, another shape, or entries that are not finite.
     """
-    return _unit_rows64(features, "features").std(dim=0, correction=0).mean().item()
+    return _unit_rows(features, "features").std(dim=0, correction=0).mean().item()
 
 
 def alignment(a: Tensor, b: Tensor) -> float:
@@ -70,7 +70,7 @@ def alignment(a: Tensor, b: Tensor) -> float:
     """
     if a.shape != b.shape:
         raise ValueError(f"the views differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
-    difference = _unit_rows64(a, "a") - _unit_rows64(b, "b")
+    difference = _unit_rows(a, "a") - _unit_rows(b, "b")
     return difference.square().sum(dim=1).mean().item()
 
 
@@ -86,9 +86,11 @@ def uniformity(a: Tensor) -> float:
     Raises:
         ValueError: for fewer than two images, another shape, or entries that are not finite.
     """
-    rows = _unit_rows64(a, "a")
+    rows = _unit_rows(a, "a")
     if len(rows) < 2:
         raise ValueError("uniformity needs at least two images")
+    # Distances stay as they are, and keep their digits where all images are nearly alike.
+    rows -= rows.mean(dim=0)
     squared_norm = rows.square().sum(dim=1)
     chunk = max(1, _TILE_ELEMENTS // len(rows))
     total = 0.0
@@ -97,8 +99,9 @@ def uniformity(a: Tensor) -> float:
         later = slice(start, None)
         block = slice(start, start + chunk)
         squared = squared_norm[block, None] + squared_norm[later] - 2 * rows[block] @ rows[later].T
-        total += (-2 * squared).exp_().triu_(diagonal=1).sum().item()
-    return math.log(total / math.comb(len(rows), 2))
+        total += (-2 * squared).expm1_().triu_(diagonal=1).sum().item()
+    # A sum of e^x - 1, as the mean of e^x may lie closer to 1 than a float holds.
+    return math.log1p(total / math.comb(len(rows), 2))
 
 
 def peer_agreement(predictions: Tensor) -> float:
@@ -124,8 +127,8 @@ def peer_agreement(predictions: Tensor) -> float:
     return 100 * math.fsum(shares) / len(pairs)
 
 
-def _unit_rows64(features: Tensor, name: str) -> Tensor:
-    rows = unit_rows(features.double(), name)
+def _unit_rows(features: Tensor, name: str) -> Tensor:
+    rows = unit_rows(features, name)
     if len(rows) == 0:
         raise ValueError(f"{name} is empty: there is no image")
     return rows
