@@ -67,7 +67,7 @@ def stop_signals(numbers: Sequence[signal.Signals], answer: str) -> Iterator[Sto
 
     Args:
         numbers: signals to take.
-        answer: words that are printed at the first signal: what the work will do.
+        answer: words that are printed at the first signal: what the work will do; "" = nothing is printed.
     """
     stop = Stop()
 
@@ -76,9 +76,10 @@ def stop_signals(numbers: Sequence[signal.Signals], answer: str) -> Iterator[Sto
             raise KeyboardInterrupt
         if not stop.requested:
             stop.requested, stop.name = True, signal.Signals(number).name
-            said = "stopping" if stop._interrupts else answer
-            # No logging here: the signal may have interrupted the logger itself.
-            say_at_once(f"{stop.name}: {said}")
+            if answer:
+                said = "stopping" if stop._interrupts else answer
+                # No logging here: the signal may have interrupted the logger itself.
+                say_at_once(f"{stop.name}: {said}")
             stop.check()
 
     earlier = {number: signal.signal(number, request) for number in numbers}
@@ -98,7 +99,8 @@ def interrupted_by_signals() -> Iterator[None]:
     Raises:
         StoppedError: one of them came.
     """
-    with stop_signals(STOP_SIGNALS, "stopping") as stop, stop.at_once():
+    # The interruption itself says enough.
+    with stop_signals(STOP_SIGNALS, "") as stop, stop.at_once():
         yield
 
 

@@ -194,7 +194,6 @@ def test_a_signal_ends_an_evaluation_with_one_line_and_1(
     assert main([*words, "--checkpoint", str(undisturbed), *more]) == 1
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err == (
-        f"{number.name}: stopping\n"
         f"peerlearn: stopped by {number.name}: nothing is saved, the same command starts again\n"
     )
     assert not list(tmp_path.glob("results/*.json"))

@@ -116,7 +116,7 @@ import time
 import torch
 from peerlearn.cli import main
 from peerlearn.data import workers
-from peerlearn.runs.stop import StoppedError, interrupted_by_signals
+from peerlearn.runs.stop import STOP_SIGNALS, StoppedError, stop_signals
 
 def busy(number):
     time.sleep(300)
@@ -130,7 +130,7 @@ if __name__ == "__main__":
         return look(iterator)
     workers._next_result = told
     try:
-        with interrupted_by_signals():
+        with stop_signals(STOP_SIGNALS, "saving") as stop, stop.at_once():
             list(workers.results(pool))
     except StoppedError as error:
         print(error)
