@@ -155,7 +155,7 @@ def classify_by_sgd(
     }
     total_steps = config.epochs * batches.steps_per_epoch
     step, text = 0, ""
-    with progress(total_steps, "step", quiet=quiet) as report:
+    with progress(total_steps, "steps", name="training", quiet=quiet) as report:
         for epoch in range(config.epochs):
             for features, labels in batches.epoch(epoch):
                 factor = learning_rate(
@@ -210,7 +210,9 @@ def classify_by_logistic_regression(
     chooses = problem.held_out is not None
     per_network = config.candidates + chooses
     classified = {}
-    with progress(len(problem.fit.features) * per_network, "fit", quiet=quiet) as report:
+    with progress(
+        len(problem.fit.features) * per_network, "fits", name="fitting", quiet=quiet
+    ) as report:
         for name in problem.fit.features:
             report_fit = partial(report.advance, text=f"network {name}")
             fit = partial(_fit_candidates, config, problem.classes, device, report_fit)

@@ -22,7 +22,6 @@ from peerlearn.compute.optimizers import (
 from peerlearn.compute.program import Program, run_training
 from peerlearn.compute.resumable import Resumable
 from peerlearn.compute.schedules import learning_rate
-from peerlearn.compute.trainer import STOP_SIGNALS
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewBatch
@@ -32,7 +31,7 @@ from peerlearn.evaluation.networks import by_input, seen_by
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.save_config import SaveConfig
 from peerlearn.runs.score_names import score_name
-from peerlearn.runs.stop import stop_signals
+from peerlearn.runs.stop import STOP_SIGNALS, StoppedError, stop_signals
 
 _MAX_SKIPPED_STEPS = 3
 _LOG_EVERY_STEPS = 10
@@ -63,22 +62,28 @@ def finetune(
         UserError: a network has diverged.
     """
     program = Program(build=partial(FineTuning, backbones=backbones, train=train), train=_train)
-    with stop_signals(STOP_SIGNALS, "saving after this step") as stop:
-        training = run_training(
-            program,
-            verb="linear",
-            config=config,
-            run=run,
-            ranks=ranks,
-            stop=stop,
-            resumes=ranks.from_main(run.config.exists),
-        )
-    if training is None:
-        raise SavedError(f"saved in {run.root}: the same command continues")
-    models = training.models
-    classified = {
-        name: _classify(config, name, models[name], backbones[name], test, ranks) for name in models
-    }
+    saved = SavedError(f"saved in {run.root}: the same command continues")
+    try:
+        with stop_signals(STOP_SIGNALS, "saving after this step") as stop:
+            training = run_training(
+                program,
+                verb="linear",
+                config=config,
+                run=run,
+                ranks=ranks,
+                stop=stop,
+                resumes=ranks.from_main(run.config.exists),
+            )
+            if training is None:
+                raise saved
+            models = training.models
+            with stop.at_once():
+                classified = {
+                    name: _classify(config, name, models[name], backbones[name], test, ranks)
+                    for name in models
+                }
+    except StoppedError as stopped:
+        raise saved from stopped
     # What is left tells how it went; the saves would only take room.
     ranks.from_main(lambda: _drop_saves(run))
     return classified
@@ -185,7 +190,7 @@ def _train(attempt: Attempt[FineTuning]) -> bool:
     while training.step < training.total_steps:
         epoch, start_step = divmod(training.step, training.steps_per_epoch)
         epochs = (loader.epoch(epoch, start_step) for loader, _ in training.loaders)
-        for batches in zip(*epochs, strict=True):
+        for batches in attempt.batches(zip(*epochs, strict=True)):
             attempt.begin_step()
             lr, losses = _step(attempt, batches)
             training.step += 1

@@ -20,6 +20,8 @@ from peerlearn.errors import (
     UsageError,
     UserError,
 )
+from peerlearn.runs.stop import StoppedError, interrupted_by_signals
+from peerlearn.runs.terminal import wrapped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,12 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
     except SavedError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(error)
+            print(wrapped(str(error), sys.stdout))
         return SAVED_RUN_AGAIN
     except SaidByMainError:
         return FAILURE
     except UserError as error:
         return _complain(error, FAILURE)
+    except StoppedError as stopped:
+        return _complain(f"{stopped}: nothing is saved, the same command starts again", FAILURE)
     except KeyboardInterrupt:
         return _complain("interrupted", FAILURE)
     except BrokenPipeError:
@@ -83,7 +87,9 @@ def dispatch(words: list[str]) -> int:
     verb = VERBS[name]
     function = getattr(importlib.import_module(verb.module), verb.function)
     try:
-        return int(function(words[1:]))
+        # What trains takes the signals itself, and saves.
+        with interrupted_by_signals():
+            return int(function(words[1:]))
     except SystemExit as stop:
         # argparse's own way to end after --help (0) or a wrong word (2).
         return int(stop.code or 0)
@@ -126,5 +132,5 @@ def _help() -> str:
 
 
 def _complain(message: object, code: int) -> int:
-    print(f"peerlearn: {message}", file=sys.stderr)
+    print(wrapped(f"peerlearn: {message}", sys.stderr), file=sys.stderr)
     return code

@@ -15,6 +15,10 @@ class SavedError(UserError):
     """The work was asked to stop and has saved: the same command goes on with it. Exit code 75."""
 
 
+class CrashError(UserError):
+    """A failure of the machine or of a library, which another start of the same command may not meet. Exit code 1."""
+
+
 class SaidByMainError(UserError):
     """A failure that the main rank reports. The other ranks raise it and print nothing. Exit code 1."""
 

@@ -21,10 +21,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from peerlearn.compute.device import full_float32
+from peerlearn.runs.stop import check_stop
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +39,10 @@ _QUERIES_SEARCHED_AGAIN = 4096
 _RUNNERS_UP = 8
 # Rows whose mean is subtracted from all, up to twice as many.
 _MEAN_OF_ROWS = 512
+
+# A search of faiss cannot be interrupted: it takes a core some seconds for so many products.
+_UNINTERRUPTED_PRODUCTS = 5e10
+_FEWEST_QUERIES = 64
 
 _Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -388,9 +394,15 @@ def _faiss_search() -> _Search | None:
 
     # faiss.knn is IndexFlatIP's search without the index's copy of the training features.
     def search_with_faiss(train: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        similarities, neighbours = knn(
-            queries.numpy(), train.numpy(), k, metric=METRIC_INNER_PRODUCT
-        )
+        # Evenly, as faiss searches a few queries in another way.
+        parts = max(1, math.ceil(len(queries) * train.numel() / _UNINTERRUPTED_PRODUCTS))
+        found = []
+        for part in queries.tensor_split(
+            min(parts, math.ceil(len(queries) / _FEWEST_QUERIES) or 1)
+        ):
+            check_stop()
+            found.append(knn(part.numpy(), train.numpy(), k, metric=METRIC_INNER_PRODUCT))
+        similarities, neighbours = (np.concatenate(each) for each in zip(*found, strict=True))
         return torch.from_numpy(similarities), torch.from_numpy(neighbours)
 
     return search_with_faiss

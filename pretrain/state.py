@@ -1,6 +1,7 @@
 """What a run holds in memory: how it is built, what of it is saved, and how it is exported."""
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from peerlearn.data.loader import ViewLoader
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.export import check_classifier, is_whole
+from peerlearn.runs.deadline import deadline
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
 from peerlearn.runs.step_folders import step_folder, write_latest
@@ -51,6 +53,7 @@ class Training(Resumable):
         step: number of optimiser steps done.
         watch: what is measured after epochs, on the main rank where the config asks for it.
         results: final accuracies by network, of methods that measure some.
+        unwritten_row: row of the newest step, which still lacks what the monitor measures; None once it is written.
     """
 
     config: PretrainConfig
@@ -68,6 +71,7 @@ class Training(Resumable):
     watch: Watch | None
     step: int = 0
     results: dict[str, ClassificationScores] = field(default_factory=dict)
+    unwritten_row: dict[str, float] | None = None
 
     @property
     def dataset(self) -> ImageDataset:
@@ -95,6 +99,14 @@ class Training(Resumable):
     def total_steps(self) -> int:
         return self.config.epochs * self.steps_per_epoch
 
+    def measurings_left(self, step: int) -> int:
+        every, epochs = self.config.monitor.every_epochs, self.config.epochs
+        if not every:
+            return 0
+        done = step // self.steps_per_epoch
+        # After every so many epochs, and after the last.
+        return math.ceil(epochs / every) - done // every if done < epochs else 0
+
     def headline(self) -> str:
         """What is trained on what, for people."""
         config = self.config
@@ -121,6 +133,7 @@ class Training(Resumable):
             "images": self.images.as_json(),
             "loss_scaling": self.precision.state(),
             "unreadable": self.unreadable.state(),
+            "unwritten_row": self.unwritten_row,
         }
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -129,6 +142,7 @@ class Training(Resumable):
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.precision.load_state(state["loss_scaling"])
         self.unreadable.load_state(state["unreadable"])
+        self.unwritten_row = state.get("unwritten_row")
 
 
 def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
@@ -233,16 +247,17 @@ def export(training: Training, *, must: bool) -> None:
     if config.checkpoint.export_key_networks and training.method.peers is not None:
         groups[KEY_PREFIX] = training.method.peers
     try:
-        for prefix, cohort in groups.items():
-            export_cohort(
-                cohort,
-                folder,
-                config=config,
-                images=training.images,
-                step=training.step,
-                prefix=prefix,
-            )
-        write_latest(folder)
+        with deadline(config.checkpoint.max_seconds, f"{folder}: the export"):
+            for prefix, cohort in groups.items():
+                export_cohort(
+                    cohort,
+                    folder,
+                    config=config,
+                    images=training.images,
+                    step=training.step,
+                    prefix=prefix,
+                )
+            write_latest(folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         message = f"{folder} could not be written ({error.strerror})"

@@ -29,11 +29,22 @@ Terms = MCLTerms | SupervisedTerms
 
 def objective(terms: Terms, config: PretrainConfig) -> Tensor:
     """Eq. 6 over the terms that ``config.terms`` switches on and, supervised, Eq. 10: from (M,) vectors one scalar."""
+    total = _contrastive(terms, config).sum()
+    return total + sum((term.sum() for term in terms[4:]), start=torch.zeros_like(total))
+
+
+def network_losses(terms: Terms, config: PretrainConfig) -> Tensor:
+    """What each network adds to `objective`: (M,)."""
+    parts = (_contrastive(terms, config), *terms[4:])
+    return torch.stack([part for part in parts if len(part)]).sum(0)
+
+
+def _contrastive(terms: Terms, config: PretrainConfig) -> Tensor:
+    """(M,), or (0,) where no contrastive term trains."""
     contrastive = MCLTerms(*terms[:4])
     off = {
         name: torch.zeros_like(term)
         for name, term in contrastive._asdict().items()
         if name not in config.terms
     }
-    total = contrastive._replace(**off).total(config.alpha, config.beta).sum()
-    return total + sum((term.sum() for term in terms[4:]), start=torch.zeros_like(total))
+    return contrastive._replace(**off).total(config.alpha, config.beta)

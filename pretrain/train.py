@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(attempt: Attempt[Training]) -> bool:
-    """Train from ``training.step`` to the end, or to the first step after a signal has asked any rank to stop.
+    """Train from ``training.step`` to the end, or until a signal asks any rank to stop.
 
     The order within a step matters:
         1. views      one global batch, random views of every image; dropout and the like are seeded by the step, so
@@ -39,11 +38,13 @@ def train(attempt: Attempt[Training]) -> bool:
         7. export     before the save, or a run killed between the two would never export this step
         8. save       everything that steps 1 to 5 have changed
     A step with NaN or Inf in its terms or gradients leaves 4 and 5 out, on all ranks.
+    A signal that comes while the monitor measures interrupts 6. The next start then does 6 and 7 of that step first.
 
     Returns:
         True at the end of training, False if a signal asked to stop: the state is saved either way.
 
     Raises:
+        StoppedError: a signal asked to stop between two steps; the state is to be saved.
         DivergedError: too many steps in a row had NaN or Inf.
         UserError: a rank is lost, images or the disk fail too often.
     """
@@ -51,18 +52,19 @@ def train(attempt: Attempt[Training]) -> bool:
     training.cohort.train()
     if training.step == 0:
         _measure_untrained(attempt)
+    if training.unwritten_row is not None:
+        _write_row(attempt)
+        _export_if_due(training)
     if training.step == training.total_steps:
         training.ranks.from_main(lambda: export_last_again(training))
     while training.step < training.total_steps:
         epoch, start_step = divmod(training.step, training.steps_per_epoch)
         training.unreadable.begin_epoch(epoch)
-        for batch in training.loader.epoch(epoch, start_step):  # 1
+        for batch in attempt.batches(training.loader.epoch(epoch, start_step)):  # 1
             done = train_step(attempt, batch)  # 2 to 5
             training.step += 1
             _log(attempt, done)  # 6
-            if _epoch_due(training, training.config.checkpoint.export_every_epochs):  # 7
-                ended = training.step == training.total_steps
-                training.ranks.from_main(partial(export, training, must=ended))
+            _export_if_due(training)  # 7
             if attempt.save_if_due():  # 8
                 return False
     return True
@@ -152,13 +154,29 @@ def _log(attempt: Attempt[Training], done: StepDone) -> None:
             row |= gradient_norms(training.cohort) | training.precision.metrics()
         if training.dataset.has_files:
             row["unreadable_images"] = training.unreadable.in_epoch
-        if _epoch_due(training, monitor.every_epochs):
-            row |= _measure(training, untrained=False)
-        log.write(training.step, row)
-        if epoch_ends:
-            epoch = training.step // training.steps_per_epoch
-            report.say(f"{scores_text(row, epoch=epoch)}  {log.text}")
+        training.unwritten_row = row
+        _write_row(attempt)
     report.advance(1, log.text)
+
+
+def _write_row(attempt: Attempt[Training]) -> None:
+    """Write the row of the newest step, with what the monitor measures where that is due."""
+    training, log = attempt.training, attempt.log
+    row = training.unwritten_row
+    assert row is not None
+    if _epoch_due(training, training.config.monitor.every_epochs):
+        row = row | _measure(attempt, untrained=False)
+    log.write(training.step, row)
+    training.unwritten_row = None
+    epoch, rest = divmod(training.step, training.steps_per_epoch)
+    if rest == 0:
+        attempt.report.say(f"{scores_text(row, epoch=epoch)}  {log.loss_text}")
+
+
+def _export_if_due(training: Training) -> None:
+    if _epoch_due(training, training.config.checkpoint.export_every_epochs):
+        ended = training.step == training.total_steps
+        training.ranks.from_main(lambda: export(training, must=ended))
 
 
 def _measure_untrained(attempt: Attempt[Training]) -> None:
@@ -166,19 +184,25 @@ def _measure_untrained(attempt: Attempt[Training]) -> None:
     training = attempt.training
     if not training.config.monitor.every_epochs:
         return
-    row = _measure(training, untrained=True)
+    row = _measure(attempt, untrained=True)
     attempt.log.write(training.step, row)
     attempt.report.say(scores_text(row, epoch=0))
 
 
-def _measure(training: Training, *, untrained: bool) -> dict[str, float]:
-    """What the monitor sees, measured by the main rank and told to all."""
+def _measure(attempt: Attempt[Training], *, untrained: bool) -> dict[str, float]:
+    """What the monitor sees, measured by the main rank and told to all.
+
+    Raises:
+        StoppedError: a signal has interrupted it.
+    """
+    training = attempt.training
 
     def measure() -> dict[str, float]:
         assert training.watch is not None
         return training.watch(untrained)
 
-    row = training.ranks.from_main(measure)
+    with attempt.report.pause():
+        row = attempt.watch(measure)
     if training.ranks.main:
         warn_of_collapse(training.run, training.step, row)
     return row

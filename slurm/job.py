@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
+from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
@@ -230,6 +230,10 @@ class _Process:
         if code in (SAVED_RUN_AGAIN, -signal.SIGUSR2):
             # Killed by the signal before it could handle it: there was nothing to save yet.
             return Outcome(kind="saved", code=code, reason="told to stop in time", step=step)
+        told = signal.SIGUSR2 in self.signals.received
+        if told and code == FAILURE and self.run_directory is None:
+            # What does not train saves nothing, and says so by 1: it starts again.
+            return Outcome(kind="saved", code=code, reason="told to stop in time", step=None)
         if code < 0:
             name = signal.Signals(-code).name
             return Outcome(kind="crashed", code=code, reason=f"died of {name}", step=step)

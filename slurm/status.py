@@ -4,6 +4,7 @@ This module writes nothing.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,8 +14,15 @@ from typing import NamedTuple
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory
 from peerlearn.runs.files import read_json_lines
-from peerlearn.runs.heartbeat import INTERVAL_SECONDS, Beat, read_beats, read_step
-from peerlearn.runs.lock import living_owner
+from peerlearn.runs.heartbeat import (
+    SILENT_SECONDS,
+    Beat,
+    Sightings,
+    read_beat,
+    read_beats,
+    read_step,
+)
+from peerlearn.runs.lock import living_owner, look_at_owners
 from slurm.client import JobState
 from slurm.jobs import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.metrics_tail import MetricsTail, integer, number, read_tail
@@ -33,7 +41,9 @@ CANCELLED_FILE = Path(JOBS_FOLDER) / "cancelled.jsonl"
 
 # The largest depth of a run below a folder on the command line.
 _LEVELS = 2
-_FRESH_BEAT_SECONDS = 4 * INTERVAL_SECONDS
+# Of the heartbeats of other machines, by run and rank.
+_sightings = Sightings()
+_POLL_SECONDS = 0.2
 # The events that tell how a start began or ended.
 _EVENTS = ("started", "stopped", "done", "failed", "requeued", "job_failed")
 
@@ -106,6 +116,10 @@ class RunStatus:
 def read_statuses(runs: Sequence[Path], watch: JobWatch) -> list[RunStatus]:
     """The status of each run."""
     records = {run: records_of(run) for run in runs}
+    look_at_owners(runs)
+    for run in runs:
+        for beat in _read_history(run, records[run]).beats:
+            _sightings.look((run, beat.rank), beat)
     states = watch.states(record for each in records.values() for record in each)
     return [read_status(run, records[run], states) for run in runs]
 
@@ -140,7 +154,9 @@ def read_status(
     seconds_left = None
     if runs_now and metrics.steps_per_second and step is not None and total is not None:
         seconds_left = round(max(0, total - step) / metrics.steps_per_second, 1)
-    age = max((beat.age_seconds for beat in history.beats), default=None)
+    age = None
+    if runs_now:
+        age = max((_silent_seconds(history, beat) for beat in history.beats), default=None)
     return RunStatus(
         run=str(run),
         state=state,
@@ -152,7 +168,7 @@ def read_status(
         total_steps=total,
         images_per_second=metrics.images_per_second,
         seconds_left=seconds_left,
-        heartbeat_age_seconds=round(max(0.0, age), 1) if runs_now and age is not None else None,
+        heartbeat_age_seconds=None if age is None else round(age, 1),
         evaluations_pending=evaluations.count("PENDING"),
         evaluations_running=len(evaluations) - evaluations.count("PENDING"),
         **metrics.scores,
@@ -246,7 +262,7 @@ def _state(
         return "cancelled", None, False
     if history.last == "stopped":
         return "stopped", "resume continues", False
-    if any(_is_alive(beat) for beat in history.beats) and not history.attempt_ended:
+    if not history.attempt_ended and any(_is_alive(history, beat) for beat in history.beats):
         return "running", None, True
     if job_state == NOT_ASKED:
         if history.last == "requeued":
@@ -313,8 +329,23 @@ def _read_mark(run: Path) -> _Mark | None:
     return None
 
 
-def _is_alive(beat: Beat) -> bool:
-    return beat.age_seconds < _FRESH_BEAT_SECONDS and not beat.failed and not beat.gone()
+def _is_alive(history: _History, beat: Beat) -> bool:
+    if beat.failed or beat.gone():
+        return False
+    return _silent_seconds(history, beat) < SILENT_SECONDS
+
+
+def _silent_seconds(history: _History, beat: Beat) -> float:
+    """How long a rank has been silent. One of another machine is looked at until it beats, or has missed beats."""
+    if beat.age_seconds is not None:
+        return beat.age_seconds
+    while True:
+        seconds, moved = _sightings.look((history.run, beat.rank), beat)
+        if moved or seconds >= SILENT_SECONDS:
+            return seconds
+        time.sleep(_POLL_SECONDS)
+        newest = read_beat(RunDirectory(history.run).logs(history.attempt), beat.rank)
+        beat = newest or beat
 
 
 def _is_newer(job: Record, started: Record) -> bool:

@@ -325,7 +325,8 @@ def _complete(folder: Path, job: str) -> None:
 def _may_be_in_flight(entry: Entry) -> bool:
     if not entry.folder.is_dir():
         return False
-    age = time.time() - entry.begun_seconds
+    # It may have been begun by another machine, whose clock may be wrong.
+    age = abs(time.time() - entry.begun_seconds)
     return age < _IN_FLIGHT_SECONDS.get(entry.executor, 1.0)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,6 +17,8 @@ from peerlearn.runs.progress import Reporter, progress
 from peerlearn.runs.stop import Stop
 
 T = TypeVar("T", bound=Resumable)
+Batch = TypeVar("Batch")
+Figures = TypeVar("Figures")
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,36 @@ class Attempt(Generic[T]):
         self.stopping = False
         self._stop = stop
         self._missed_saves = 0
+        self._saved_step = training.step
+
+    def batches(self, epoch: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches of an epoch. Where this process trains alone, a signal interrupts the reading of the next.
+
+        Several processes have to agree first, which they do in every step.
+
+        Raises:
+            StoppedError: a signal has asked to stop.
+        """
+        alone = self.training.ranks.world_size == 1
+        while True:
+            with self._stop.at_once() if alone else contextlib.nullcontext():
+                batch = next(epoch, None)
+            if batch is None:
+                return
+            yield batch
+
+    def watch(self, measure: Callable[[], Figures]) -> Figures:
+        """`Ranks.from_main` of what changes nothing that is saved, so that a signal may interrupt it where it stands.
+
+        Raises:
+            StoppedError: a signal has interrupted it, on all ranks alike.
+        """
+
+        def interruptible() -> Figures:
+            with self._stop.at_once():
+                return measure()
+
+        return self.training.ranks.from_main(interruptible)
 
     def begin_step(self) -> None:
         """Begin a step: give a sign of life, seed torch's own generators, copy the buffers.
@@ -122,6 +154,15 @@ class Attempt(Generic[T]):
             self.save(must=self.stopping or ended)
         return self.stopping and not ended
 
+    def save_unless_saved(self) -> None:
+        """Save what steps have changed since the newest save, between two steps. All ranks call it together.
+
+        Raises:
+            NonFiniteError, UserError: as `save` does.
+        """
+        if self.training.step != self._saved_step:
+            self.save(must=True)
+
     def save(self, *, must: bool) -> None:
         """Save. If the disk does not take the save, only this save is lost, and a line and an event say so.
 
@@ -136,7 +177,7 @@ class Attempt(Generic[T]):
         run, ranks = training.run, training.ranks
         reason = save(training, attempt=self.number)
         if reason is None:
-            self._missed_saves = 0
+            self._missed_saves, self._saved_step = 0, training.step
             return
         self._missed_saves += 1
         message = f"{run.checkpoints}: step {training.step} could not be saved ({reason})"
@@ -163,9 +204,18 @@ class Attempt(Generic[T]):
             steps_per_epoch=training.steps_per_epoch,
             writes=training.ranks.main,
         )
-        with progress(training.total_steps, "step", done=training.step, quiet=quiet) as self.report:
-            yield
-        self.log.close()
+        try:
+            with progress(
+                training.total_steps,
+                "steps",
+                name="training",
+                done=training.step,
+                quiet=quiet,
+                pauses_left=training.measurings_left,
+            ) as self.report:
+                yield
+        finally:
+            self.log.close()
 
 
 def seed_modules(seed: int, step: int, rank: int) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from peerlearn.compute.device import choose_device
 from peerlearn.errors import SaidByMainError, UserError
 from peerlearn.runs.heartbeat import Heartbeat, SilenceWatch, name_culprits
+from peerlearn.runs.stop import StoppedError, not_interrupted
 
 # How long the other ranks wait while the main rank evaluates or writes to slow storage.
 _PATIENCE_SECONDS = 2 * 3600.0
@@ -164,20 +165,31 @@ class Ranks:
         Raises:
             UserError: on the main rank: the function raised it.
             SaidByMainError: on the other ranks: the function failed on the main rank.
+            StoppedError: a signal interrupted the function on the main rank.
         """
         if self.world_size == 1:
             return function()
         answer: dict[str, Any] = {}
-        failure: Exception | None = None
+        failure: BaseException | None = None
         if self.main:
             try:
                 answer["value"] = function()
+            except StoppedError as error:
+                failure = error
+                answer["stopped"] = str(error)
             except Exception as error:
                 failure = error
                 answer["error"] = str(error) or type(error).__name__
-        answer = self._broadcast(answer)
+        try:
+            answer = self._broadcast(answer)
+        except LostRankError:
+            # The same signal may have ended the others before.
+            if not isinstance(failure, StoppedError):
+                raise
         if failure is not None:
             raise failure
+        if "stopped" in answer:
+            raise StoppedError(answer["stopped"])
         if "error" in answer:
             raise SaidByMainError(answer["error"])
         value: T = answer["value"]
@@ -207,7 +219,8 @@ class Ranks:
 
     def _broadcast(self, value: dict[str, Any]) -> dict[str, Any]:
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        with self._collective("wait for rank 0"):
+        # A rank that left halfway would take the others with it.
+        with not_interrupted(), self._collective("wait for rank 0"):
             size = torch.tensor([len(text)])
             self._send_from_main(size)
             content = text if self.main else torch.empty(int(size), dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,12 +14,13 @@ from peerlearn.compute.resumable import Resumable
 from peerlearn.compute.resume import RefusedResumeError, resume_latest, roll_back
 from peerlearn.compute.saves import check_room
 from peerlearn.config import config_to_yaml, load_config
-from peerlearn.errors import SaidByMainError, UserError
+from peerlearn.errors import CrashError, SaidByMainError, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.generators import seed_generators
 from peerlearn.runs.lock import run_lock
 from peerlearn.runs.logs import log_to, log_to_terminal
-from peerlearn.runs.stop import Stop
+from peerlearn.runs.stop import Stop, StoppedError
+from peerlearn.runs.terminal import say
 from peerlearn.runs.training_facts import TrainingFacts
 
 T = TypeVar("T", bound=Resumable)
@@ -79,15 +81,19 @@ def run_training(
         The training at its end; None if it was asked to stop, and saved.
 
     Raises:
+        StoppedError: it was asked to stop before there was anything to save.
         UserError: the training failed. The message names the reason in one line, as do FAILED and the log of the rank.
     """
     log_to_terminal(main=ranks.main)
     with contextlib.ExitStack() as held:
         taken_from: str | None = None
-        if resumes:
-            taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
-        # Before a new run is written: if the data cannot be loaded, nothing is left behind.
-        training = program.build(config, run, ranks)
+        with stop.at_once():
+            if resumes:
+                taken_from = ranks.from_main(lambda: held.enter_context(run_lock(run.root)))
+            # Before a new run is written: if the data cannot be loaded, nothing is left behind.
+            training = program.build(config, run, ranks)
+            # Taken now, as it may take long: what a signal asks for must not wait for it in a save.
+            training.fingerprint  # noqa: B018
         seed_generators(config.seed, ranks.rank)
         ranks.from_main(lambda: check_room(training))
         number = None
@@ -102,13 +108,17 @@ def run_training(
             logs = run.logs(number)
             stacks = log_to(run.log(number, ranks.rank))
             ranks.start_heartbeat(logs, stacks)
-            finished = _train(Attempt(training, number, stop), program.train)
+            finished = _train(Attempt(training, number, stop), program)
             if ranks.main:
-                if finished:
-                    program.finish(training)
                 run.event("done" if finished else "stopped", attempt=number, step=training.step)
                 if finished:
                     run.mark_done()
+            if not finished:
+                # They may be in the middle of a batch that nobody will see.
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+            if not finished and not training.step:
+                raise StoppedError(f"stopped by {stop.name or 'another process'}")
             return training if finished else None
         except (SaidByMainError, RefusedResumeError):
             raise
@@ -150,17 +160,29 @@ def _start(
         processes=training.ranks.world_size,
     )
     processes = f"{training.ranks.world_size} x " if training.ranks.world_size > 1 else ""
-    print(
+    say(
         f"{run.root}: {training.headline()}, {processes}{training.ranks.device}, "
-        f"steps {training.step} to {training.total_steps}",
-        flush=True,
+        f"steps {training.step} to {training.total_steps}"
     )
     if attempt > 1 and training.step == 0:
-        print("nothing had been saved yet: training starts over at step 0", flush=True)
+        say("nothing had been saved yet: training starts over at step 0")
     return attempt
 
 
-def _train(attempt: Attempt[T], train: Callable[[Attempt[T]], bool]) -> bool:
+def _train(attempt: Attempt[T], program: Program[T]) -> bool:
+    """Train and finish: whether both came to their end; if not, all that there is to save is saved."""
+    try:
+        if not _train_steps(attempt, program.train):
+            return False
+        attempt.watch(lambda: program.finish(attempt.training))
+    except StoppedError:
+        # Between two steps: what was interrupted changes nothing.
+        attempt.save_unless_saved()
+        return False
+    return True
+
+
+def _train_steps(attempt: Attempt[T], train: Callable[[Attempt[T]], bool]) -> bool:
     """Train. After a divergence train once more, from the save before it."""
     try:
         with attempt.logging():
@@ -199,4 +221,5 @@ def _failure_kind(error: Exception) -> str:
     """The kind of a failure, for a supervisor: only a fault that the user must mend returns after another start."""
     if isinstance(error, LostRankError):
         return "lost_rank"
-    return "user" if isinstance(error, UserError) else "crash"
+    mendable = isinstance(error, UserError) and not isinstance(error, CrashError)
+    return "user" if mendable else "crash"

@@ -58,6 +58,10 @@ class Resumable(Protocol):
         """The name of the data, for people."""
         return "the data"
 
+    def measurings_left(self, step: int) -> int:
+        """The number of times that the networks are still measured, once that many steps are done."""
+        return 0
+
     def headline(self) -> str:
         """The networks and the data in one line, for people."""
         return type(self).__name__

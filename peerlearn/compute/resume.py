@@ -60,8 +60,8 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _cut_metrics(training: Resumable, rows: int) -> None:
-    """Cut the rows of steps that are trained anew, and say so if rows from before the save are missing."""
-    found = training.run.cut_metrics(training.step)
+    """Cut the rows that are written anew, and say so if rows from before the save are missing."""
+    found = training.run.cut_metrics(training.step, rows)
     if found < rows:
         logger.warning(
             "%s has lost %d of the %d rows up to step %d",
@@ -90,8 +90,8 @@ def roll_back(training: Resumable, *, before_step: int, reason: str) -> None:
             raise UserError(f"{reason}; there is no save from before to go back to: lower base_lr")
         return name
 
-    _restore(training, run.checkpoints / ranks.from_main(choose), allow_elastic=False)
-    ranks.from_main(lambda: run.cut_metrics(training.step))
+    rows = _restore(training, run.checkpoints / ranks.from_main(choose), allow_elastic=False)
+    ranks.from_main(lambda: run.cut_metrics(training.step, rows))
     if ranks.main:
         run.event("rolled_back", step=training.step, before_step=before_step, reason=reason)
 

@@ -4,7 +4,6 @@ Nothing here waits for torch before the words are read.
 """
 
 import os
-import signal
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ from peerlearn.config import (
 )
 from peerlearn.errors import DONE, SAVED_RUN_AGAIN, USAGE, UsageError
 from peerlearn.runs.directory import RunDirectory, default_run
-from peerlearn.runs.stop import stop_signals
+from peerlearn.runs.stop import STOP_SIGNALS, StoppedError, stop_signals
+from peerlearn.runs.terminal import say
 
 if TYPE_CHECKING:
     from peerlearn.compute.program import Program
 
-# SIGUSR2 is SLURM's, near the time limit, where a job asks for it.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _AUTO_RESUME, _ALLOW_ELASTIC = "--auto_resume", "--allow_elastic"
 
 
@@ -144,27 +142,32 @@ def _train(
     allow_elastic: bool = False,
 ) -> int:
     """Train, on from a save where ``may_resume`` and the run is there already."""
-    from peerlearn.compute.dist import joined_ranks
-    from peerlearn.compute.program import run_training
+    try:
+        with stop_signals(STOP_SIGNALS, "saving after this step") as stop:
+            with stop.at_once():
+                from peerlearn.compute.dist import joined_ranks
+                from peerlearn.compute.program import run_training
 
-    program = trainer.program()
-    with (
-        stop_signals(STOP_SIGNALS, "saving after this step") as stop,
-        joined_ranks(config.device, timeout_seconds=config.rank_timeout_seconds) as ranks,
-    ):
-        training = run_training(
-            program,
-            verb=trainer.verb,
-            config=config,
-            run=run,
-            ranks=ranks,
-            stop=stop,
-            # Asked by the main rank alone: it may have begun to write the run before another asks.
-            resumes=may_resume and ranks.from_main(run.config.exists),
-            allow_elastic=allow_elastic,
-        )
-        if ranks.main and training is not None:
-            program.summarise(training)
-        elif ranks.main:
-            print(f"saved; `peerlearn resume {run.root}` continues")
+                program = trainer.program()
+            with joined_ranks(config.device, timeout_seconds=config.rank_timeout_seconds) as ranks:
+                training = run_training(
+                    program,
+                    verb=trainer.verb,
+                    config=config,
+                    run=run,
+                    ranks=ranks,
+                    stop=stop,
+                    # Asked by the main rank alone: it may have begun to write the run before another asks.
+                    resumes=may_resume and ranks.from_main(run.config.exists),
+                    allow_elastic=allow_elastic,
+                )
+                if ranks.main and training is not None:
+                    program.summarise(training)
+                elif ranks.main:
+                    say(f"saved; `peerlearn resume {run.root}` continues")
+    except StoppedError as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            again = f"`peerlearn resume {run.root}`" if run.config.exists() else "the same command"
+            say(f"{stopped} before there was anything to save; {again} starts again")
+        return SAVED_RUN_AGAIN
     return SAVED_RUN_AGAIN if training is None else DONE

@@ -18,6 +18,8 @@ from peerlearn.errors import UserError
 # The limit of each single wait. torchvision sets none. A firewall that drops packets, as on many
 # compute nodes, would then hold up a run for minutes.
 _SOCKET_TIMEOUT_SECONDS = 10.0
+# How long another process may take that downloads the same files.
+_LOCK_SECONDS = 2 * 3600.0
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +108,13 @@ def download(
         raise NotHereError(f"{root} lacks the files of {name}: {advice}")
     from filelock import FileLock
 
+    lock = FileLock(root / ".download.lock", timeout=_LOCK_SECONDS)
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
             raise UserError(f"{root} lacks the files of {name} and is not writable: {advice}")
         # All ranks of a run come here at the same time. One of them downloads, and the folder appears complete.
-        with FileLock(root / ".download.lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
+        with lock, tempfile.TemporaryDirectory(dir=root) as scratch:
             if not (root / published).exists():
                 logger.info("downloading %s to %s", name, root)
                 with _socket_timeout(_SOCKET_TIMEOUT_SECONDS):

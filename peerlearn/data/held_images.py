@@ -3,8 +3,7 @@
 Dimensions: N images.
 """
 
-import logging
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +19,9 @@ from peerlearn.data.unreadable import (
 )
 from peerlearn.data.workers import results, worker_pool
 from peerlearn.errors import UserError
+from peerlearn.runs.progress import phase
 
 _DECODE_CHUNK = 64
-_PROGRESS_INTERVAL_SECONDS = 10.0
-
-logger = logging.getLogger(__name__)
 
 
 class HeldImages(NamedTuple):
@@ -43,7 +40,12 @@ class HeldImages(NamedTuple):
 
 
 def held_in_memory(
-    dataset: ImageDataset, *, seed: int, max_unreadable_percent: float, workers: int = 0
+    dataset: ImageDataset,
+    *,
+    seed: int,
+    max_unreadable_percent: float,
+    workers: int = 0,
+    quiet: bool = False,
 ) -> HeldImages:
     """Decode the image files of a dataset.
 
@@ -52,6 +54,7 @@ def held_in_memory(
         seed: seed by which substitutes are drawn.
         max_unreadable_percent: largest share of images that may be unreadable.
         workers: number of processes that decode; 0 = this one.
+        quiet: whether not to tell how far it is.
 
     Raises:
         UserError: more images cannot be decoded, or the images have several sizes.
@@ -59,7 +62,8 @@ def held_in_memory(
     source = torch.arange(len(dataset))
     if isinstance(dataset.images, Tensor):
         return HeldImages(dataset.images, source, {})
-    images, unreadable = _decoded_files(dataset.images, dataset.name, workers)
+    with phase("reading", len(dataset), quiet=quiet) as advance:
+        images, unreadable = _decoded_files(dataset.images, workers, advance)
     check_unreadable_rate(
         len(unreadable), len(dataset), max_unreadable_percent, list(unreadable.values())
     )
@@ -70,13 +74,13 @@ def held_in_memory(
 
 
 def _decoded_files(
-    files: tuple[Path, ...], name: str, workers: int
+    files: tuple[Path, ...], workers: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, dict[int, Unreadable]]:
     """Images, uint8 (N, 3, height, width), all of the size of the first readable one; and the unreadable ones."""
     chunks = [files[first : first + _DECODE_CHUNK] for first in range(0, len(files), _DECODE_CHUNK)]
     images, model = torch.empty(0, dtype=torch.uint8), None
     unreadable: dict[int, Unreadable] = {}
-    done, reported = 0, time.monotonic()
+    done = 0
     pool = worker_pool(decode_images, chunks, workers=workers, device=torch.device("cpu"))
     for decoded in results(pool):
         for position, reason in decoded.failures.items():
@@ -94,9 +98,7 @@ def _decoded_files(
                 )
             images[index] = image
         done += len(decoded.images)
-        if time.monotonic() - reported > _PROGRESS_INTERVAL_SECONDS:
-            reported = time.monotonic()
-            logger.info("decoded %d of %d images of %s", done, len(files), name)
+        advance(len(decoded.images))
     return images, unreadable
 
 

@@ -157,7 +157,11 @@ class ViewLoader:
         self._cropper: _Cropper
         if backend == "memory":
             held = held_in_memory(
-                dataset, seed=seed, max_unreadable_percent=max_unreadable_percent, workers=workers
+                dataset,
+                seed=seed,
+                max_unreadable_percent=max_unreadable_percent,
+                workers=workers,
+                quiet=rank > 0,
             )
             self.unreadable = tuple(held.unreadable.values())
             self._cropper = _MemoryCropper(held, self._recipe, device)

@@ -2,17 +2,33 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.queues import Queue
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from peerlearn.errors import UserError
+from peerlearn.errors import CrashError, UserError
+from peerlearn.runs.stop import check_stop, is_stopping
+
+# How long workers that live may need for one job. Storage that hangs would hold them for ever.
+_PATIENCE_SECONDS = 600.0
+_LOOK_SECONDS = 1.0
+_SHARED_MEMORY = "/dev/shm"
+# The address of a socket may have so many bytes; multiprocessing adds "/pymp-........" and "/listener-........".
+_SOCKET_BYTES = 107 - len("/pymp-12345678/listener-12345678")
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/run/shm", _SHARED_MEMORY)
+_CANNOT_SEND = 3
 
 
 class _Calls(Dataset[Any]):
@@ -23,14 +39,52 @@ class _Calls(Dataset[Any]):
 
     def __getitem__(self, job: Any) -> Any:
         try:
-            return self._function(job)
+            result = self._function(job)
         except UserError as error:
             # Returned and not raised: DataLoader would put a traceback into the message.
             return _Failure(str(error))
+        if get_worker_info() is not None:
+            try:
+                _share(result)
+            except (RuntimeError, OSError) as error:
+                # Here it can be told. In the thread that sends results it would be lost, and all would wait for ever.
+                return _Failure(_cannot_hand_over(error))
+        return result
 
 
 class _Failure(NamedTuple):
     message: str
+
+
+def _share(result: Any) -> None:
+    """Move every tensor of a result into shared memory, as sending it does."""
+    if isinstance(result, Tensor):
+        result.share_memory_()
+    elif isinstance(result, Mapping):
+        _share(list(result.values()))
+    elif isinstance(result, list | tuple):
+        for part in result:
+            _share(part)
+
+
+def _cannot_hand_over(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if "Too many open files" in reason:
+        return (
+            f"a process that reads images has {reason}: lower --data.workers, or raise `ulimit -n`"
+        )
+    return (
+        f"{_SHARED_MEMORY} ({_size_text(_SHARED_MEMORY)}) does not take the images that processes hand over "
+        f"({reason}): make it larger (docker run --shm-size), or read images without processes, by --data.workers 0"
+    )
+
+
+def _size_text(folder: str) -> str:
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    return f"{usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB are free"
 
 
 class Jobs:
@@ -73,7 +127,7 @@ def worker_pool(
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=persistent and workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_outlive_job_signals,
+        worker_init_fn=_prepare_worker,
     )
 
 
@@ -81,18 +135,78 @@ def results(pool: DataLoader[Any]) -> Iterator[Any]:
     """One iteration of the pool.
 
     Raises:
-        UserError: a job raised it.
-        RuntimeError: a worker process has exited unexpectedly.
+        UserError: a job raised it, or the workers cannot be started or cannot hand over what they made.
+        CrashError: a worker has died, or the workers make nothing.
+        StoppedError: a signal has asked to stop, and the work has nothing to save.
     """
     try:
-        for result in pool:
+        iterator: Any = iter(pool)
+    except (OSError, EOFError, RuntimeError) as error:
+        raise UserError(
+            f"the processes that read images cannot be started ({error}): see that {_SHARED_MEMORY} "
+            f"({_size_text(_SHARED_MEMORY)}) and {tempfile.gettempdir()} can be written, or set --data.workers 0"
+        ) from error
+    try:
+        while True:
+            check_stop()
+            try:
+                result = _next_result(iterator) if pool.num_workers else next(iterator)
+            except StopIteration:
+                return
             if isinstance(result, _Failure):
                 raise UserError(result.message)
             yield result
-    except (OSError, EOFError) as error:
-        # This happens if a result lies in the memory of a worker that is gone. In other cases
-        # DataLoader itself raises such a RuntimeError.
-        raise RuntimeError("a worker of the loader exited unexpectedly") from error
+    finally:
+        if pool.num_workers and is_stopping():
+            # DataLoader would wait for each of them to finish its job.
+            for worker in iterator._workers:
+                worker.terminate()
+
+
+def _next_result(iterator: Any) -> Any:
+    """The next of a DataLoader's iterator that has workers, within `_PATIENCE_SECONDS`."""
+    begun = time.monotonic()
+    # Set for this call alone: the iterator is also waited for elsewhere, where nobody asks it again.
+    iterator._timeout = _LOOK_SECONDS
+    try:
+        while True:
+            try:
+                return next(iterator)
+            # OSError and EOFError: a result lies in the memory of a worker that is gone.
+            except (RuntimeError, OSError, EOFError) as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise _worker_failure(iterator, error) from error
+                check_stop()
+                if time.monotonic() - begun > _PATIENCE_SECONDS:
+                    raise CrashError(
+                        f"the processes that read images have handed over nothing for {_PATIENCE_SECONDS:.0f} s: "
+                        "does the disk of data.root answer?"
+                    ) from error
+    finally:
+        iterator._timeout = 0
+
+
+def _worker_failure(iterator: Any, error: Exception) -> Exception:
+    """What is to be raised for an error of a DataLoader: that of a worker that is dead, or else the error itself."""
+    died = _exit_codes(iterator._workers)
+    if not died:
+        text = str(error)
+        if "Too many open files" in text:
+            return UserError(_cannot_hand_over(OSError("Too many open files")))
+        if isinstance(error, RuntimeError) and "exited unexpectedly" not in text:
+            return error
+        return CrashError("a process that reads images is gone: --data.workers 0 does without")
+    if died[0] == _CANNOT_SEND:
+        return CrashError(
+            "a process that reads images could not hand them over: --data.workers 0 does without"
+        )
+    how = signal.Signals(-died[0]).name if died[0] < 0 else f"exit code {died[0]}"
+    advice = {
+        -signal.SIGKILL: "memory may have run out; lower --data.workers or --batch_size",
+        -signal.SIGBUS: f"{_SHARED_MEMORY} ({_size_text(_SHARED_MEMORY)}) may be full; make it larger, or set "
+        "--data.workers 0",
+    }.get(died[0], "an image may crash its decoder; --data.workers 0 leaves the place in the log")
+    return CrashError(f"a process that reads images died ({how}): {advice}")
 
 
 # SLURM and terminals send these signals to every process of a job. The main process answers them by
@@ -106,6 +220,7 @@ def _module_of(function: Callable[[Any], Any]) -> str:
 
 def _start_forkserver(preload: str) -> None:
     """Start the process that forks the workers, with the signals of a job blocked."""
+    _settle_sockets_folder()
     # The tracker comes first, because its start unblocks signals.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
@@ -116,7 +231,53 @@ def _start_forkserver(preload: str) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _outlive_job_signals(worker: int) -> None:
+def _exit_codes(processes: Iterable[Any]) -> list[int]:
+    """The exit codes of the processes that have failed. It may take a moment until they are known."""
+    until = time.monotonic() + _LOOK_SECONDS
+    while True:
+        codes = [process.exitcode for process in processes]
+        failed = [code for code in codes if code not in (None, 0)]
+        if failed or time.monotonic() > until:
+            return failed
+        time.sleep(_LOOK_SECONDS / 20)
+
+
+def _settle_sockets_folder() -> None:
+    """Have multiprocessing keep its sockets in a folder whose path is short enough, whatever TMPDIR says.
+
+    Raises:
+        UserError: there is none.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= _SOCKET_BYTES:
+        return
+    long = tempfile.gettempdir()
+    for folder in _SHORT_FOLDERS:
+        tempfile.tempdir = folder
+        try:
+            # It makes a folder there once, and keeps to it.
+            get_temp_dir()
+            return
+        except OSError:
+            continue
+        finally:
+            tempfile.tempdir = long
+    raise UserError(
+        f"TMPDIR {long} is too long for a socket's address, and none of {', '.join(_SHORT_FOLDERS)} can be written: "
+        f"set TMPDIR to a path of at most {_SOCKET_BYTES} bytes, or --data.workers 0"
+    )
+
+
+def _prepare_worker(worker: int) -> None:
+    # By default the thread that sends results prints a traceback and goes on, and the main process waits for ever.
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
+    _outlive_job_signals()
+
+
+def _end_unsent(error: Exception, result: object) -> None:
+    os._exit(_CANNOT_SEND)
+
+
+def _outlive_job_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     main = multiprocessing.parent_process()
     assert main is not None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
@@ -30,6 +30,9 @@ from peerlearn.evaluation.networks import by_input, frozen, load_backbones
 from peerlearn.export import export_hash
 from peerlearn.runs.files import file_sha256, write_text
 from peerlearn.runs.progress import progress
+
+# How long another process may take that computes the same features.
+_LOCK_SECONDS = 3600.0
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +120,7 @@ def _extract(
     groups = by_input(backbones, dataset)
     total, unit = len(groups) * len(dataset), f"{dataset.name} {dataset.split} images"
     every = [backbone.to(how.ranks.device) for backbone in backbones.values()]
-    with frozen(every), progress(total, unit, quiet=not how.ranks.main) as report:
+    with frozen(every), progress(total, unit, name="encoding", quiet=not how.ranks.main) as report:
         for view, size, names in groups:
             encoded = extract_features(
                 [backbones[name] for name in names],
@@ -153,12 +156,24 @@ def _lock_missing(held: ExitStack, root: Path, keys: Mapping[str, str]) -> None:
         # In one order everywhere, so that no two processes wait for each other.
         for key in sorted(set(keys.values())):
             if not _facts(root, key).exists():
-                held.enter_context(FileLock(root / f"{key}.lock"))
+                _wait_for(held, root / f"{key}.lock")
     except OSError as error:
         raise UserError(
             f"{root}: cannot be written ({error.strerror}): set cache to false, or XDG_CACHE_HOME to a folder "
             "that can"
         ) from error
+
+
+def _wait_for(held: ExitStack, file: Path) -> None:
+    """Hold the lock; but do without it where another process takes too long, which costs only its computation."""
+    try:
+        held.enter_context(FileLock(file, timeout=0))
+    except Timeout:
+        logger.warning("another process computes these features: waiting for it (%s)", file)
+        try:
+            held.enter_context(FileLock(file, timeout=_LOCK_SECONDS))
+        except Timeout:
+            logger.warning("it has not done so in %.0f s: computing them here too", _LOCK_SECONDS)
 
 
 def _facts(root: Path, key: str) -> Path:

@@ -4,7 +4,7 @@ Dimension letters: N images, D feature dimensions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from peerlearn.compute.dist import Ranks
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.unreadable import Unreadable
+from peerlearn.runs.progress import phase
 
 # Of one rank, sent at once.
 _GATHERED_ROWS = 2**16
@@ -27,7 +28,7 @@ def extract_features(
     batch_size: int,
     device: torch.device,
     workers: int,
-    progress: Callable[[int], object] = lambda images: None,
+    progress: Callable[[int], object] | None = None,
     unreadable: list[Unreadable] | None = None,
     ranks: Ranks | None = None,
 ) -> list[Tensor]:
@@ -36,7 +37,8 @@ def extract_features(
     Args:
         backbones: map (B, channels, S, S) to (B, D).
         image_size: S, side of the evaluation view.
-        progress: is told the number of images of each batch done, of all ranks together.
+        progress: is told the number of images of each batch done, of all ranks together; None = they are shown as a
+            part of whatever is reported, "measuring".
         unreadable: where a list is given, images that cannot be decoded are appended to it, and their rows are
             zeros, to be left out of any score. For one process only.
         ranks: the processes that share the work, all of which get all features; None = this one alone.
@@ -52,7 +54,9 @@ def extract_features(
     # Contiguous parts, as equal as can be: no image is left out and none is seen twice.
     first, last = (len(dataset) * part // world_size for part in (rank, rank + 1))
     features: list[list[Tensor]] = [[] for _ in backbones]
-    with eval_mode(backbones):
+    with eval_mode(backbones), ExitStack() as held:
+        if progress is None:
+            progress = held.enter_context(phase("measuring", len(dataset), quiet=rank > 0))
         for images in evaluation_batches(
             dataset,
             image_size=image_size,

@@ -236,13 +236,18 @@ class RunDirectory:
                     f"{self.metrics}: line {number} is damaged: mend or remove it"
                 ) from error
 
-    def cut_metrics(self, step: int) -> int:
+    def cut_metrics(self, step: int, most: int | None = None) -> int:
         """Drop the rows that training from ``step`` on writes anew: the rows after it, and at step 0 all rows.
+
+        Args:
+            step: number of steps done.
+            most: largest number of rows to keep; None = all up to the step.
 
         Returns:
             How many rows are left.
         """
-        kept = [json.dumps(row) + "\n" for row in self.metric_rows() if 0 < step >= row["step"]]
+        rows = [json.dumps(row) + "\n" for row in self.metric_rows() if 0 < step >= row["step"]]
+        kept = rows[:most]
         write_text(self.metrics, "".join(kept))
         self.metrics_count = len(kept)
         return len(kept)

@@ -2,6 +2,9 @@
 
 A collective that fails says only that some peer is gone. These files say which peer.
 
+Times in files are by the clocks of the machines that wrote them. Whether a process of another machine lives is seen by
+whether what it writes changes (`Sightings`).
+
     RUN/logs/attempt-K/rank-R.heartbeat.json
     {"rank", "host", "pid", "time_seconds", "step", "collectives", "waiting", "failed"}
     RUN/logs/attempt-K/rank-R.step      the exact step of the rank; a heartbeat may be 2 s old when the rank dies
@@ -22,8 +25,8 @@ INTERVAL_SECONDS = 2.0
 # What stands before and after the rank.
 _BEAT_FILE = ("rank-", ".heartbeat.json")
 _STEP_FILE = ("rank-", ".step")
-# A rank whose beat is older than this is silent: it has missed several beats.
-_SILENT_SECONDS = 4 * INTERVAL_SECONDS
+# A rank that has not beaten for so long is silent: it has missed several beats.
+SILENT_SECONDS = 4 * INTERVAL_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +54,17 @@ class Beat:
     failed: str | None
 
     @property
-    def age_seconds(self) -> float:
-        return time.time() - self.time_seconds
+    def age_seconds(self) -> float | None:
+        """The age of the beat; None for a beat of another machine, whose clock may be wrong."""
+        return max(0.0, time.time() - self.time_seconds) if self._is_ours else None
 
     def gone(self) -> bool:
         """Whether the process is known to be dead. Only its own machine can know."""
-        return self.host == socket.gethostname() and not process_exists(self.pid)
+        return self._is_ours and not process_exists(self.pid)
+
+    @property
+    def _is_ours(self) -> bool:
+        return self.host == socket.gethostname()
 
 
 class Heartbeat:
@@ -144,6 +152,28 @@ def read_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
+class Sightings:
+    """When what others write was last seen to change, by this process's own clock."""
+
+    def __init__(self) -> None:
+        # The content, since when it has been there, and whether it was seen to come.
+        self._seen: dict[object, tuple[object, float, bool]] = {}
+
+    def look(self, key: object, content: object) -> tuple[float, bool]:
+        """Note what is there now.
+
+        Returns:
+            The seconds since it was first seen, and whether it has taken the place of something else since this
+            process first looked. If it has, its writer was alive then.
+        """
+        now = time.monotonic()
+        before = self._seen.get(key)
+        if before is None or before[0] != content:
+            self._seen[key] = (content, now, before is not None)
+        _, since, moved = self._seen[key]
+        return now - since, moved
+
+
 class SilenceWatch:
     """Measures how long a rank has been silent, by this process's clock: the clocks of two machines may differ."""
 
@@ -170,13 +200,15 @@ def name_culprits(folder: Path, *, rank: int, world_size: int) -> str:
     The first of these groups that has any rank is named: ranks that ended by an error, ranks whose process is gone,
     silent ranks, ranks that are behind the furthest one.
     """
+    others = [other for other in range(world_size) if other != rank]
+    before = {other: read_beat(folder, other) for other in others}
     # Beats from before the failure would hide it.
     time.sleep(2 * INTERVAL_SECONDS)
     own = read_beat(folder, rank)
-    beats = {other: read_beat(folder, other) for other in range(world_size) if other != rank}
+    beats = {other: read_beat(folder, other) for other in others}
     failed = {r: b for r, b in beats.items() if b and b.failed}
     gone = {r: b for r, b in beats.items() if b and not b.failed and b.gone()}
-    silent = {r: b for r, b in beats.items() if b is None or b.age_seconds > _SILENT_SECONDS}
+    silent = {r: b for r, b in beats.items() if b is None or _is_silent(b, before[r])}
     furthest = max([b.collectives for b in (own, *beats.values()) if b], default=0)
     behind = {r: b for r, b in beats.items() if b and b.collectives < furthest}
     if failed:
@@ -220,9 +252,18 @@ def _process_status(pid: int) -> list[str]:
         return []
 
 
+def _is_silent(beat: Beat, before: Beat | None) -> bool:
+    """Whether a rank beats no more. ``before``: its beat two intervals earlier."""
+    if beat.age_seconds is None:
+        return beat == before
+    return beat.age_seconds > SILENT_SECONDS
+
+
 def _silence(beat: Beat | None) -> str:
     if beat is None:
         return "never gave a sign"
+    if beat.age_seconds is None:
+        return f"gives no sign of life (process {beat.pid} on {beat.host})"
     return f"has been silent for {beat.age_seconds:.0f} s (process {beat.pid} on {beat.host})"
 
 

@@ -3,16 +3,18 @@
     RUN/.lock   owner.json {"host", "pid", "job", "since", "time_seconds"}
 
 The lock (flock) ends with its process, however the process dies. Some network file systems do not show the lock to
-other machines. There the time in the record decides, which the owner renews every 10 seconds.
+other machines. There the record decides, which the owner renews every 5 seconds: an owner lives whose record changes
+while this process looks. The time in it is by the owner's clock, and is no measure.
 """
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,18 @@ from filelock import FileLock, Timeout
 from peerlearn.errors import UserError
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import write_text
-from peerlearn.runs.heartbeat import process_exists, process_started_at
+from peerlearn.runs.heartbeat import Sightings, process_exists, process_started_at
 
 LOCK_FILES = (".lock", "owner.json")
-_BEAT_SECONDS = 10.0
-# An owner on another machine whose record is older than this is dead.
-_DEAD_SECONDS = 60.0
+_BEAT_SECONDS = 5.0
+# An owner on another machine whose record stays the same for so long is dead. Network file systems may show a change
+# late, and two processes in one run directory would spoil it.
+_DEAD_SECONDS = 30.0
+# How long is looked where nothing can be spoiled.
+_LOOK_SECONDS = 12.0
+_POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -49,7 +57,7 @@ def run_lock(root: Path) -> Iterator[str | None]:
         raise UserError(f"{root}: cannot be locked ({error.strerror}): is it writable?") from error
     try:
         owner = _read_owner(root)
-        if owner and _alive_elsewhere(owner):
+        if owner and _alive_elsewhere(root, owner):
             raise _in_use(root, owner)
         with _recorded(root):
             yield _name(owner) if owner else None
@@ -58,14 +66,45 @@ def run_lock(root: Path) -> Iterator[str | None]:
 
 
 def living_owner(root: Path) -> dict[str, Any] | None:
-    """The record of the live process that holds the run directory; None if owner.json and this machine show none."""
-    owner = _read_owner(root)
+    """The record of the live process that holds the run directory; None if owner.json and this machine show none.
+
+    An owner on another machine is looked at for a while, unless this process has seen its record change just before.
+    """
+    owner = _look(root)
     pid, beat = owner.get("pid"), owner.get("time_seconds")
     if not isinstance(pid, int) or not isinstance(beat, int | float):
         return None
     if owner.get("host") == socket.gethostname():
         return owner if process_exists(pid) and not _started_after(pid, beat) else None
-    return owner if time.time() - beat < _DEAD_SECONDS else None
+    return _sees_change(root)
+
+
+def look_at_owners(roots: Iterable[Path]) -> None:
+    """Look at many owners before `living_owner` is asked about each: it then waits once, and not for each."""
+    for root in roots:
+        _look(root)
+
+
+# Of the owners' records, by run directory.
+_sightings = Sightings()
+
+
+def _look(root: Path) -> dict[str, Any]:
+    owner = _read_owner(root)
+    _sightings.look(root, owner)
+    return owner
+
+
+def _sees_change(root: Path) -> dict[str, Any] | None:
+    """The owner once its record is seen to change; None if it stays the same, or goes."""
+    while owner := _read_owner(root):
+        seconds, moved = _sightings.look(root, owner)
+        if seconds >= _LOOK_SECONDS:
+            return None
+        if moved:
+            return owner
+        time.sleep(_POLL_SECONDS)
+    return None
 
 
 def _started_after(pid: int, time_seconds: float) -> bool:
@@ -123,16 +162,28 @@ def _read_owner(root: Path) -> dict[str, Any]:
         return {}
 
 
-def _alive_elsewhere(owner: dict[str, Any]) -> bool:
-    """Whether an owner lives on another machine, whose lock this machine may not see."""
+def _alive_elsewhere(root: Path, owner: dict[str, Any]) -> bool:
+    """Whether an owner lives on another machine, whose lock this machine may not see: whether its record changes."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None and owner.get("job") == job:
         # SLURM has requeued this very job, so its former process is dead.
         return False
     if owner.get("host") == socket.gethostname():
         return False
-    beat = owner.get("time_seconds")
-    return isinstance(beat, int | float) and time.time() - beat < _DEAD_SECONDS
+    logger.warning(
+        "%s was held by %s: looking for up to %.0f s whether it lives",
+        root,
+        _name(owner),
+        _DEAD_SECONDS,
+    )
+    begun = time.monotonic()
+    while time.monotonic() - begun < _DEAD_SECONDS:
+        time.sleep(_POLL_SECONDS)
+        now = _read_owner(root)
+        if now != owner:
+            # What an owner leaves behind that comes to its end is no record.
+            return bool(now)
+    return False
 
 
 def _name(owner: dict[str, Any]) -> str:

@@ -1,17 +1,23 @@
 """The places of log records: warnings go to the main rank's terminal, all records to a file of each rank."""
 
+import contextlib
 import faulthandler
 import logging
+import sys
 import threading
 from pathlib import Path
 from typing import TextIO
+
+from peerlearn.runs.terminal import wrapped
 
 
 def log_to_terminal(*, main: bool) -> None:
     """Show warnings on the main rank's terminal, without tracebacks."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    terminal = logging.StreamHandler() if main else logging.NullHandler()
+    # The loaders of libraries tell of what they try, and of what they do without.
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    terminal = _Terminal() if main else logging.NullHandler()
     terminal.setLevel(logging.WARNING)
     terminal.addFilter(lambda record: not record.exc_info)
     terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -32,6 +38,15 @@ def log_to(file: Path) -> TextIO:
     faulthandler.enable(to_file.stream)
     threading.excepthook = _log_thread_failure
     return to_file.stream
+
+
+class _Terminal(logging.Handler):
+    """Whatever stderr is now: a progress bar takes its place, to print lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What only tells must not end the run.
+        with contextlib.suppress(OSError, ValueError):
+            print(wrapped(self.format(record), sys.stderr), file=sys.stderr, flush=True)
 
 
 class _LogFile(logging.FileHandler):

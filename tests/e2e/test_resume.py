@@ -125,7 +125,7 @@ def test_sigkill_at_every_step_of_a_save(undisturbed, tmp_path, capsys):
 
 
 @pytest.mark.slow(10)
-def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_first_step(tmp_path):
+def test_a_signal_before_the_first_step_stops_a_real_start_at_once(tmp_path):
     run = tmp_path / "s"
     words = command("pretrain", *SMALL, "--run", str(run))
     with subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -133,7 +133,8 @@ def test_a_signal_while_the_untrained_networks_are_measured_saves_after_the_firs
         assert "steps 0 to 12" in process.stdout.readline()
         process.terminate()
         assert process.wait(240) == 75
-    assert saved_steps(run / "checkpoints")
+        assert f"`peerlearn resume {run}` starts again" in process.stdout.read()
+    assert not saved_steps(run / "checkpoints")
     assert main(["resume", str(run)]) == 0
 
 

@@ -21,6 +21,7 @@ from peerlearn.knn import (
     knn_top1,
     unit_rows,
 )
+from peerlearn.runs.stop import StoppedError
 
 
 @pytest.fixture(autouse=True)
@@ -573,3 +574,30 @@ def test_a_sweep_is_every_protocol_on_its_own():
         torch.testing.assert_close(scores, alone)
         expected = brute_force(train, labels, queries, k=k, temperature=temperature, num_classes=4)
         np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+def test_a_long_search_of_faiss_is_done_in_parts_between_which_it_can_be_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train, labels, queries = random_problem(200, 16, 300, 5)
+    settings = {"k": 7, "temperature": 0.1, "num_classes": 5}
+    whole = knn_scores(train, labels, queries, **settings)
+    checks = []
+    monkeypatch.setattr(knn, "check_stop", lambda: checks.append(None))
+    knn_scores(train, labels, queries, **settings)
+    assert len(checks) == 1
+    # 300 queries x 200 x 16 products are 10 parts of 100,000, and 5 of the fewest queries.
+    monkeypatch.setattr(knn, "_UNINTERRUPTED_PRODUCTS", 1e5)
+    knn_scores(train, labels, queries, **settings)
+    assert len(checks) == 1 + 5
+    monkeypatch.setattr(knn, "_FEWEST_QUERIES", 20)
+    found = knn_scores(train, labels, queries, **settings)
+    assert len(checks) >= 1 + 5 + 10
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=0)
+
+    def stop() -> None:
+        raise StoppedError("stopped by SIGTERM")
+
+    monkeypatch.setattr(knn, "check_stop", stop)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+        knn_scores(train, labels, queries, **settings)

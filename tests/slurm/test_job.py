@@ -124,6 +124,23 @@ def test_what_an_exit_code_means(
     assert read_outcomes(submission.folder, task=0, restart=here.restart) == {2: outcome}
 
 
+@pytest.mark.parametrize(
+    ("received", "code", "kind"),
+    [
+        ({signal.SIGUSR2}, 1, "saved"),
+        ({signal.SIGUSR2}, 2, "failed"),
+        (set(), 1, "failed"),
+    ],
+)
+def test_an_evaluation_that_was_told_to_stop_in_time_starts_again(
+    submission: Submission, received: set[int], code: int, kind: str
+) -> None:
+    here = process(submission, 0)
+    here.signals.received |= received
+    assert here.run_directory is None
+    assert here._outcome(code, attempt_before=0).kind == kind
+
+
 def test_a_start_that_never_began_knows_no_step(
     submission: Submission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

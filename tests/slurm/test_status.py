@@ -1,5 +1,6 @@
 """`peerlearn status`: runs that are killed, stopped, finished and damaged; jobs of this machine and of a real SLURM."""
 
+import itertools
 import json
 import os
 import pty
@@ -7,14 +8,19 @@ import shutil
 import signal
 import statistics
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from peerlearn.cli import main
+from peerlearn.runs import lock
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import write_text
+from slurm import status as status_module
 from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
@@ -194,12 +200,79 @@ def test_only_the_end_of_long_metrics_is_read(copy: Path) -> None:
     assert taken < (time.process_time() - begun) / 5
 
 
-def test_time_left_is_at_the_pace_of_the_newest_start(copy: Path) -> None:
+@pytest.fixture
+def beats_elsewhere() -> Iterator[Callable[..., None]]:
+    """``beats_elsewhere(run, ...)``: the run has an owner on another machine, whose clock is an hour behind."""
+    ended = threading.Event()
+    threads = []
+
+    def start(run: Path, **record: object) -> None:
+        def beat() -> None:
+            for number in itertools.count():
+                now = {"time_seconds": time.time() - 3600 + number}
+                owner = {"host": "elsewhere", **record, **now}
+                write_text(run / "owner.json", json.dumps(owner), durable=False)
+                if ended.wait(0.1):
+                    return
+
+        threads.append(threading.Thread(target=beat))
+        threads[-1].start()
+        while not (run / "owner.json").exists():
+            time.sleep(0.01)
+
+    yield start
+    ended.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_run_of_another_machine_runs_while_its_owner_and_its_ranks_beat(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their clock is an hour ahead of ours, and says nothing."""
+    monkeypatch.setattr(lock, "_LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(status_module, "SILENT_SECONDS", 1.0)
+    (copy / "DONE").unlink()
+    (copy / "events.jsonl").write_text(json.dumps({"event": "started", "attempt": 1}) + "\n")
+    place = copy / "logs" / "attempt-1" / "rank-0.heartbeat.json"
+    beat = json.loads(place.read_text()) | {"host": "elsewhere", "failed": None}
+
+    def write(number: int) -> None:
+        content = json.dumps(beat | {"time_seconds": time.time() + 3600 + number})
+        write_text(place, content, durable=False)
+
+    write(0)
+    assert status(copy).state == "dead"
+    ended = threading.Event()
+
+    def beat_on() -> None:
+        for number in itertools.count():
+            write(number)
+            if ended.wait(0.1):
+                return
+
+    thread = threading.Thread(target=beat_on)
+    thread.start()
+    try:
+        time.sleep(0.3)
+        found = status(copy)
+    finally:
+        ended.set()
+        thread.join()
+    assert found.state == "running"
+    assert found.heartbeat_age_seconds is not None
+    assert 0 <= found.heartbeat_age_seconds < 60
+    time.sleep(1.2)
+    assert status(copy).state == "dead"
+
+
+def test_time_left_is_at_the_pace_of_the_newest_start(
+    copy: Path, beats_elsewhere: Callable[..., None]
+) -> None:
     """At step 9 of 12. Rows of an earlier start, or of before it went back to a save, are by other clocks."""
     (copy / "DONE").unlink()
-    (copy / "owner.json").write_text(
-        json.dumps({"host": "elsewhere", "pid": 1, "time_seconds": time.time()})
-    )
+    beats_elsewhere(copy, pid=1)
     (copy / "logs" / "attempt-2").mkdir()
     (copy / "logs" / "attempt-2" / "rank-0.step").write_text("000000000009\n")
     with (copy / "events.jsonl").open("a") as file:
@@ -237,11 +310,12 @@ def test_folders_of_runs(
         assert error in capsys.readouterr().err
 
 
-def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(copy: Path, tmp_path: Path) -> None:
-    owner = {"host": "elsewhere", "pid": 1, "since": "2999-01-01", "time_seconds": time.time() + 60}
+def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(
+    copy: Path, tmp_path: Path, beats_elsewhere: Callable[..., None]
+) -> None:
     (tmp_path / "live").mkdir()
     (tmp_path / "live" / "config.yaml").write_text("")
-    (tmp_path / "live" / "owner.json").write_text(json.dumps(owner))
+    beats_elsewhere(tmp_path / "live", pid=1, since="2999-01-01")
     for run, state, interrupted in ((copy, "done", False), (tmp_path / "live", "running", True)):
         main_end, terminal = pty.openpty()
         process = Process(

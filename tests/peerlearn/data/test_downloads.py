@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from peerlearn.data import downloads
 from peerlearn.errors import UserError
@@ -60,6 +61,17 @@ def test_a_server_that_never_answers_is_given_up(
     finally:
         socket.setdefaulttimeout(initial)
     assert {path.name for path in tmp_path.iterdir()} <= {".download.lock"}
+
+
+def test_another_download_of_the_same_files_is_waited_for_so_long_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(downloads, "_LOCK_SECONDS", 0.2)
+    with (
+        FileLock(tmp_path / ".download.lock"),
+        pytest.raises(UserError, match=r"made.*lock.*could not be acquired.*: say please"),
+    ):
+        downloads.download("made", tmp_path, "folder", lambda target: None, "say please")
 
 
 @pytest.mark.parametrize("nested", ["", "folder"])

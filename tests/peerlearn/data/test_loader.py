@@ -28,7 +28,7 @@ from peerlearn.data.image_folders import decode_image
 from peerlearn.data.loader import ViewLoader, _fits, _resized_cut
 from peerlearn.data.sampler import class_aware
 from peerlearn.data.workers import results, worker_pool
-from peerlearn.errors import UserError
+from peerlearn.errors import CrashError, UserError
 from peerlearn.runs.heartbeat import process_exists
 
 CPU = torch.device("cpu")
@@ -177,7 +177,9 @@ def test_killed_workers_are_an_error_and_no_hang(own_workers: Callable[[], list[
     next(epoch)
     for worker in own_workers():
         worker.kill()
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+    with pytest.raises(
+        CrashError, match=r"a process that reads images (is gone|died \(SIGKILL\)): "
+    ):
         list(epoch)
 
 

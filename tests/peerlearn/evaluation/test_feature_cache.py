@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from peerlearn.backbones import create_backbone
@@ -181,6 +182,20 @@ def test_of_two_processes_one_computes_and_both_get_the_features(cache, network)
     outputs = [process.communicate(timeout=240)[0].split("\n") for process in processes]
     assert sorted(len(lines) for lines in outputs) == [2, 3]
     assert outputs[0][-2] == outputs[1][-2]
+
+
+def test_a_process_that_computes_for_too_long_is_not_waited_for(
+    cache, network, extractions, monkeypatch, caplog
+):
+    monkeypatch.setattr(feature_cache, "_LOCK_SECONDS", 0.2)
+    cache.mkdir(parents=True)
+    key = cache_key(network, digits(), "cpu")
+    with FileLock(cache / f"{key}.lock"):
+        found = load_features({"0": network}, digits(), HOW)
+    assert extractions == ["0"]
+    assert found["0"].shape[0] == 40
+    assert "another process computes these features: waiting for it" in caplog.text
+    assert "it has not done so in 0 s: computing them here too" in caplog.text
 
 
 def test_a_process_killed_while_it_writes_leaves_nothing_that_counts(cache, network, extractions):

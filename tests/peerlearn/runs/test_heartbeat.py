@@ -19,6 +19,7 @@ from peerlearn.runs import heartbeat
 from peerlearn.runs.heartbeat import (
     Beat,
     Heartbeat,
+    Sightings,
     SilenceWatch,
     name_culprits,
     process_exists,
@@ -76,9 +77,10 @@ FATES = {
         *(2, {"age": 99, "collectives": 1}),
         f"rank {{}} has been silent for 99 s (process {os.getpid()} on {HOST})",
     ),
+    # By its time it has just beaten, but it stays the same while it is looked at.
     "silent elsewhere": (
-        *(2, {"age": 99, "host": "elsewhere", "pid": NO_PROCESS}),
-        f"rank {{}} has been silent for 99 s (process {NO_PROCESS} on elsewhere)",
+        *(2, {"age": -1, "host": "elsewhere", "pid": NO_PROCESS, "step": 8}),
+        f"rank {{}} gives no sign of life (process {NO_PROCESS} on elsewhere)",
     ),
     "never there": (2, None, "rank {} never gave a sign"),
     "behind": (3, {"collectives": 4}, f"rank {{}} lives but did not come ({HOST})"),
@@ -87,7 +89,8 @@ FATES = {
         "rank {} lives but did not come (elsewhere)",
     ),
     "here": (4, {}, ""),
-    "here elsewhere": (4, {"host": "elsewhere", "pid": NO_PROCESS, "age": 1}, ""),
+    # By its time it has been silent for ever, but it changes.
+    "here elsewhere": (4, {"host": "elsewhere", "pid": NO_PROCESS, "age": 1e6}, ""),
 }
 NOBODY = "no rank is missing: the network between them may have failed"
 
@@ -98,6 +101,13 @@ NOBODY = "no rank is missing: the network between them may have failed"
 def test_the_gravest_fate_is_told_of_all_ranks_that_met_it(fates, place, tmp_path_factory):
     """Failed before dead before silent before behind, whatever else holds of a rank, and in rank order."""
     folder = tmp_path_factory.mktemp("beats")
+
+    def sleep(seconds: float) -> None:
+        for rank, fate in zip(ranks, fates, strict=True):
+            if "elsewhere" in fate and "silent" not in fate:
+                _, changes, _ = FATES[fate]
+                write_beat(folder, rank, **changes)
+
     own = place % (len(fates) + 1)
     write_beat(folder, own)
     ranks = [rank for rank in range(len(fates) + 1) if rank != own]
@@ -108,7 +118,9 @@ def test_the_gravest_fate_is_told_of_all_ranks_that_met_it(fates, place, tmp_pat
             write_beat(folder, rank, **changes)
         if words:
             told.setdefault(grave, []).append(words.format(rank))
-    found = name_culprits(folder, rank=own, world_size=len(fates) + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heartbeat.time, "sleep", sleep)
+        found = name_culprits(folder, rank=own, world_size=len(fates) + 1)
     assert found == "; ".join(told[min(told)])
 
 
@@ -177,6 +189,30 @@ def test_silence_is_counted_from_the_last_new_beat_by_this_process_own_clock(tmp
     (tmp_path / "rank-0.heartbeat.json").unlink()
     now += 2
     assert watch.seconds() == 52.0
+
+
+def test_what_changes_was_written_by_somebody_who_lived(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    sightings = Sightings()
+    assert sightings.look("a", 1) == (0.0, False)
+    now += 7
+    assert sightings.look("a", 1) == (7.0, False)
+    assert sightings.look("b", 1) == (0.0, False)
+    now += 1
+    assert sightings.look("a", 2) == (0.0, True)
+    now += 2
+    assert sightings.look("a", 2) == (2.0, True)
+    assert sightings.look("b", 1) == (3.0, False)
+
+
+def test_only_a_beat_of_this_machine_has_an_age(tmp_path):
+    write_beat(tmp_path, 0, age=5)
+    write_beat(tmp_path, 1, age=-3600)
+    write_beat(tmp_path, 2, age=5, host="elsewhere")
+    ages = [read_beat(tmp_path, rank).age_seconds for rank in range(3)]
+    assert ages[0] == pytest.approx(5, abs=1)
+    assert ages[1:] == [0.0, None]
 
 
 # Real processes

@@ -1,22 +1,25 @@
 """One run directory, one live process: with real processes, and records written by hand."""
 
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from peerlearn.errors import UserError
 from peerlearn.runs import lock as module
-from peerlearn.runs.lock import run_lock
+from peerlearn.runs.files import write_text
+from peerlearn.runs.heartbeat import Sightings
+from peerlearn.runs.lock import living_owner, run_lock
 
 # Says who held the lock before, holds it until its input ends, and may start a process that outlives it.
 HOLDER = """
@@ -143,43 +146,119 @@ def test_of_several_that_start_at_once_one_gets_the_lock(start):
 # The record
 
 
-@given(
-    host=st.sampled_from([socket.gethostname(), "elsewhere"]),
-    age=st.one_of(st.floats(-1e4, 50), st.floats(70, 1e9)),
-    job=st.sampled_from([None, "7", "8"]),
-    own_job=st.sampled_from([None, "7"]),
-)
-def test_a_record_keeps_others_out_only_if_it_beats_elsewhere_for_another_job(
-    host, age, job, own_job, tmp_path_factory
+@contextmanager
+def beating(root: Path, record: dict[str, object]) -> Iterator[None]:
+    """An owner elsewhere that renews its record every 20 ms, by its own clock."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        for number in itertools.count():
+            renewed = record | {"time_seconds": record["time_seconds"] + number}
+            write_text(root / "owner.json", json.dumps(renewed), durable=False)
+            if ended.wait(0.02):
+                return
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def short_looks(monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_DEAD_SECONDS", 0.3)
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(module, "_sightings", Sightings())
+
+
+# The other machine's clock: right, an hour ahead, an hour behind, and off by decades.
+CLOCKS = [0.0, 3600.0, -3600.0, 1e9, -1e9]
+
+
+@pytest.mark.parametrize("ahead", CLOCKS)
+@pytest.mark.parametrize("job", [None, "8"])
+def test_a_record_that_stands_still_is_taken_over_whatever_its_clock_says(
+    ahead, job, short_looks, tmp_path, monkeypatch
 ):
     """The lock itself was free: its owner is dead, or where flock does not reach."""
-    root = tmp_path_factory.mktemp("run")
-    record = {
-        "host": host,
-        "pid": 4,
-        "job": job,
-        "since": "then",
-        "time_seconds": time.time() - age,
-    }
-    (root / "owner.json").write_text(json.dumps(record))
-    requeued = own_job is not None and job == own_job
-    name = f"process 4 on {host}{f', SLURM job {job}' if job else ''}, since then"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("SLURM_JOB_ID", raising=False)
-        if own_job:
-            patch.setenv("SLURM_JOB_ID", own_job)
-        if host == "elsewhere" and age < 60 and not requeued:
-            with pytest.raises(UserError, match=f"in use by {name}: wait for it"), run_lock(root):
-                pass
-            assert read_owner(root) == record
-        else:
-            with run_lock(root) as last:
-                assert last == name
-                ours = read_owner(root)
-                assert (ours["host"], ours["pid"]) == (socket.gethostname(), os.getpid())
-                assert ours["job"] == own_job
-                assert abs(ours["time_seconds"] - time.time()) < 60
-            assert not (root / "owner.json").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    record = {"host": "elsewhere", "pid": 4, "job": job, "since": "then"}
+    record |= {"time_seconds": time.time() + ahead}
+    (tmp_path / "owner.json").write_text(json.dumps(record))
+    assert living_owner(tmp_path) is None
+    with run_lock(tmp_path) as last:
+        assert last == f"process 4 on elsewhere{f', SLURM job {job}' if job else ''}, since then"
+        ours = read_owner(tmp_path)
+        assert (ours["host"], ours["pid"]) == (socket.gethostname(), os.getpid())
+        assert ours["job"] == "7"
+        assert abs(ours["time_seconds"] - time.time()) < 60
+    assert not (tmp_path / "owner.json").exists()
+
+
+@pytest.mark.parametrize("ahead", CLOCKS)
+def test_a_record_that_changes_keeps_others_out_whatever_its_clock_says(
+    ahead, short_looks, tmp_path, caplog
+):
+    record = {"host": "elsewhere", "pid": 4, "job": None, "since": "then"}
+    with beating(tmp_path, record | {"time_seconds": time.time() + ahead}):
+        while not (tmp_path / "owner.json").exists():
+            time.sleep(0.01)
+        assert living_owner(tmp_path)["pid"] == 4
+        with (
+            pytest.raises(UserError, match=r"in use by process 4 on elsewhere, since then: wait"),
+            run_lock(tmp_path),
+        ):
+            pass
+        assert "process 4 on elsewhere, since then: looking for up to 0 s whether" in caplog.text
+    # It has gone without a word. Its last beat may still be news; then it should have beaten again.
+    living_owner(tmp_path)
+    time.sleep(2 * module._LOOK_SECONDS)
+    assert living_owner(tmp_path) is None
+
+
+def test_an_owner_elsewhere_that_ends_while_it_is_looked_at_leaves_the_run_free(
+    short_looks, tmp_path, monkeypatch
+):
+    record = {"host": "elsewhere", "pid": 4, "since": "then", "time_seconds": 0.0}
+    (tmp_path / "owner.json").write_text(json.dumps(record))
+    monkeypatch.setattr(module, "_DEAD_SECONDS", 60.0)
+    threading.Timer(0.2, (tmp_path / "owner.json").unlink).start()
+    begun = time.monotonic()
+    with run_lock(tmp_path) as last:
+        assert last == "process 4 on elsewhere, since then"
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize(
+    ("host", "job"), [("elsewhere", "7"), (socket.gethostname(), "8"), (socket.gethostname(), None)]
+)
+def test_a_requeued_job_and_a_dead_owner_of_this_machine_are_not_looked_at(
+    host, job, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(module, "_DEAD_SECONDS", 600.0)
+    record = {"host": host, "pid": 4, "job": job, "since": "then", "time_seconds": time.time()}
+    (tmp_path / "owner.json").write_text(json.dumps(record))
+    with run_lock(tmp_path) as last:
+        assert last.startswith(f"process 4 on {host}")
+
+
+def test_many_owners_elsewhere_are_looked_at_at_the_same_time(short_looks, tmp_path):
+    roots = [tmp_path / str(number) for number in range(5)]
+    for root in roots:
+        root.mkdir()
+        record = {"host": "elsewhere", "pid": 4, "since": "then", "time_seconds": time.time()}
+        (root / "owner.json").write_text(json.dumps(record))
+    module.look_at_owners(roots)
+    assert [living_owner(root) for root in roots] == [None] * 5
+    (first, *others) = [module._sightings.look(root, read_owner(root)) for root in roots]
+    # One wait was enough for all of them.
+    assert all(abs(seconds - first[0]) < 0.25 for seconds, _ in others)
+    assert not any(moved for _, moved in (first, *others))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", "null", "{}"])
