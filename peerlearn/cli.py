@@ -1,5 +1,6 @@
 """The command `peerlearn`. A verb's module is imported when the verb is used, so that `--help` answers at once."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -20,6 +21,8 @@ from peerlearn.errors import (
     UsageError,
     UserError,
 )
+from peerlearn.runs.output import with_lossy_output
+from peerlearn.runs.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +85,7 @@ def dispatch(words: list[str]) -> int:
     check_siblings()
     verb = VERBS[name]
     function = getattr(importlib.import_module(verb.module), verb.function)
+    function = with_lossy_output(function, read=verb.read)
     try:
         return int(function(words[1:]))
     except SystemExit as stop:
@@ -126,5 +130,7 @@ def _help() -> str:
 
 
 def _complain(message: object, code: int) -> int:
-    print(f"peerlearn: {message}", file=sys.stderr)
+    # A name in it may hold line breaks; and where nothing can be written, the exit code tells.
+    with contextlib.suppress(OSError, ValueError):
+        print(f"peerlearn: {printable(str(message))}", file=sys.stderr, flush=True)
     return code

@@ -318,9 +318,26 @@ def _parse(parser: Any, config_class: type[Config], words: Sequence[str]) -> Con
     try:
         values = parser.instantiate(parser.parse_args(words))
         fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
-        return config_class(**{field.name: values[field.name] for field in fields})
+        config = config_class(**{field.name: values[field.name] for field in fields})
+        _check_text(config)
+        return config
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(_readable(error)) from error
+
+
+def _check_text(config: Any) -> None:
+    """Refuse names in bytes that are no UTF-8, which config.yaml could not hold: such a run could not be resumed."""
+    for key, value in flat_config(config).items():
+        for text in value if isinstance(value, list) else [value]:
+            require(
+                not isinstance(text, str) or text.isascii() or not _has_stray_bytes(text),
+                f"{key}: {text} has bytes that are no UTF-8 text: rename it, or give a link to it "
+                "(ln -s)",
+            )
+
+
+def _has_stray_bytes(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _readable(error: Exception) -> str:

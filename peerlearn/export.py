@@ -24,6 +24,7 @@ from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.errors import UserError
 from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, SEAL, WEIGHTS_FILE
 from peerlearn.runs.files import file_sha256, replace_folder
+from peerlearn.runs.text import markdown_cell
 
 
 def save_export(
@@ -337,7 +338,9 @@ def _model_card(
     classifies: bool,
 ) -> str:
     registration = "import peerlearn  # timm learns of this network by it\n"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
+    rows = "\n".join(
+        f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in provenance.items()
+    )
     pipeline = "image-classification" if classifies else "image-feature-extraction"
     holds = (
         "One network with its classifier, without projection head."
@@ -349,7 +352,7 @@ def _model_card(
 library_name: timm
 pipeline_tag: {pipeline}
 ---
-# {timm_name}, {origin}
+# {timm_name}, {markdown_cell(origin)}
 
 {holds} `config.json` holds the image
 size, mean and standard deviation that it expects.

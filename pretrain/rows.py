@@ -2,10 +2,19 @@
 
 import torch
 
-from peerlearn.runs.score_names import TOP1, measured_part, parse_score_name, score_name
+from peerlearn.runs.score_names import (
+    NEIGHBOUR_AGREEMENT,
+    TOP1,
+    measured_part,
+    parse_score_name,
+    score_name,
+)
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.terms import Terms, objective
+
+# What tells of a network without labels.
+_LABEL_FREE = ("rankme", "uniformity", "alignment")
 
 
 def loss_row(terms: Terms, config: PretrainConfig) -> dict[str, float]:
@@ -35,11 +44,22 @@ def gradient_norms(cohort: Cohort) -> dict[str, float]:
 
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:
-    """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1."""
+    """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1.
+
+    Images without labels have none: the line then holds the figures that need no labels.
+    """
     named = {name: value for key, value in row.items() if (name := parse_score_name(key))}
-    top1 = {name: value for name, value in named.items() if name.figure.endswith(TOP1)}
-    if not top1:
-        return f"epoch {epoch}"
-    kind = next(iter(top1)).figure.removesuffix(TOP1).replace("knn", "kNN")
-    scores = "  ".join(f"{measured_part(name.network)} {value:.2f}" for name, value in top1.items())
-    return f"epoch {epoch}  {kind} top-1 %: {scores}"
+    figures = {name.figure: name.figure for name in named if name.figure in _LABEL_FREE}
+    for name in named:
+        if name.figure.endswith(TOP1):
+            kind = name.figure.removesuffix(TOP1).replace("knn", "kNN")
+            figures = {name.figure: f"{kind} top-1 %"}
+            break
+    parts = [f"epoch {epoch}"]
+    for figure, title in figures.items():
+        values = {name.network: value for name, value in named.items() if name.figure == figure}
+        each = "  ".join(f"{measured_part(m)} {value:.2f}" for m, value in values.items())
+        parts.append(f"{title}: {each}")
+    if NEIGHBOUR_AGREEMENT in row:
+        parts.append(f"agreement %: {row[NEIGHBOUR_AGREEMENT]:.1f}")
+    return "  ".join(parts)

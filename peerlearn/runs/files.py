@@ -23,7 +23,8 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w") as file:
+        # Not as the locale has it: others read the file too. What is no text (a byte in a file's name) is escaped.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             if durable:
@@ -111,7 +112,9 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
     # Unbuffered: a buffer would try again when it is closed, and write the end of a line without its start.
     with path.open("ab", buffering=0) as file:
         size = file.tell()
-        content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode()
+        content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode(
+            errors="backslashreplace"
+        )
         try:
             written = file.write(content)
             if written < len(content):

@@ -25,13 +25,23 @@ def log_to(file: Path) -> TextIO:
     Returns:
         The open file, for the stacks of a process that hangs.
     """
-    to_file = _LogFile(file)
+    to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(to_file)
     assert to_file.stream is not None
     faulthandler.enable(to_file.stream)
     threading.excepthook = _log_thread_failure
     return to_file.stream
+
+
+_told: set[tuple[str, object]] = set()
+
+
+def warn_once(logger: logging.Logger, about: object, message: str, *arguments: object) -> None:
+    """Warn of what several parts of the work meet: once in this process for each thing that it is about."""
+    if (message, about) not in _told:
+        _told.add((message, about))
+        logger.warning(message, *arguments)
 
 
 class _LogFile(logging.FileHandler):
