@@ -78,6 +78,7 @@ def lossy_output(*, read: bool = False) -> Iterator[None]:
     Args:
         read: whether being read is all that the work is for, so that it ends where nobody does any more.
     """
+    _occupy_standard_descriptors()
     before = sys.stdout, sys.stderr
     # A process without standard output has None.
     lossy: Any = [stream and _LossyStream(stream, read=read) for stream in before]
@@ -89,6 +90,16 @@ def lossy_output(*, read: bool = False) -> Iterator[None]:
                 stream.flush(last=True)
     finally:
         sys.stdout, sys.stderr = before
+
+
+def _occupy_standard_descriptors() -> None:
+    """Where a process began without standard streams, keep their numbers from files: libraries write to them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.open(os.devnull, os.O_RDWR)
 
 
 def with_lossy_output(

@@ -53,6 +53,20 @@ def test_work_that_is_only_read_ends_well_where_nobody_does(tmp_path):
     assert run_and_leave(tmp_path, "read", stdout=closed_pipe()) == (0, "0")
 
 
+def test_no_file_takes_the_number_of_a_standard_stream_that_is_closed(tmp_path):
+    """Libraries written in C write to it."""
+    script = (
+        "import os\n"
+        "from peerlearn.runs.output import lossy_output\n"
+        "with lossy_output(), open(FILE, 'w') as file:\n"
+        "    os.write(1, b'noise'), os.write(2, b'noise')\n"
+        "    file.write('whole')\n"
+    ).replace("FILE", repr(str(tmp_path / "file")))
+    command = f'{sys.executable} -c "$0" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command, script], timeout=100).returncode == 0
+    assert (tmp_path / "file").read_text() == "whole"
+
+
 @pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-", "> /dev/full 2>&1"])
 def test_a_wrong_word_exits_with_its_code_all_the_same(closing: str):
     command = f"{sys.executable} -m peerlearn nonsense {closing}"
