@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -329,15 +330,17 @@ def _check_text(config: Any) -> None:
     """Refuse names in bytes that are no UTF-8, which config.yaml could not hold: such a run could not be resumed."""
     for key, value in flat_config(config).items():
         for text in value if isinstance(value, list) else [value]:
-            require(
-                not isinstance(text, str) or text.isascii() or not _has_stray_bytes(text),
-                f"{key}: {text} has bytes that are no UTF-8 text: rename it, or give a link to it "
-                "(ln -s)",
+            if not isinstance(text, str) or not any("\ud800" <= sign <= "\udfff" for sign in text):
+                continue
+            try:
+                os.fsencode(text).decode("utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"{key}: {text} has bytes that are no UTF-8 text: rename it, or give a link to it (ln -s)"
+                ) from None
+            raise ValueError(
+                f"{key}: {text} is text that Python does not read in this locale: set PYTHONUTF8=1"
             )
-
-
-def _has_stray_bytes(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _readable(error: Exception) -> str:

@@ -84,7 +84,11 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
         for remark in dict.fromkeys((*train.remarks, *(test.remarks if test else ()))):
             logger.warning("%s", remark)
         if train.has_files and None in (settings.backend, settings.image_size):
-            place = "memory, decoded once" if backend == "memory" else "files, decoded by workers"
+            place = (
+                "images decoded once into memory"
+                if backend == "memory"
+                else "files that workers decode"
+            )
             print(
                 f"{train.title}: views of {image_size} pixels, cut from {place} (data.image_size and data.backend "
                 "set others)"

@@ -85,9 +85,12 @@ def lossy_output(*, read: bool = False) -> Iterator[None]:
     sys.stdout, sys.stderr = lossy
     try:
         with suppress(_NobodyReadsError):
-            yield
-            for stream in filter(None, lossy):
-                stream.flush(last=True)
+            try:
+                yield
+            finally:
+                # What is left would fail when the process ends, and change its exit code.
+                for stream in filter(None, lossy):
+                    stream.flush(last=True)
     finally:
         sys.stdout, sys.stderr = before
 

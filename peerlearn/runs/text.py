@@ -37,7 +37,7 @@ def listed(names: Sequence[str]) -> str:
 
 def markdown_cell(value: object) -> str:
     """A value as the text of one cell of a Markdown table, without any markup or HTML of its own."""
-    return re.sub(r"([\\`*\[\]|]|<(?=\S)|&(?=[#\w])|\b_|_\b)", r"\\\1", printable(str(value)))
+    return re.sub(r"([\\`*$\[\]|]|<(?=\S)|&(?=[#\w])|\b_|_\b)", r"\\\1", printable(str(value)))
 
 
 def file_name_part(text: str) -> str:

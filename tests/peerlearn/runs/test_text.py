@@ -48,7 +48,7 @@ def test_names_of_a_list():
         ("my_own_photos < 0.001", "my_own_photos < 0.001"),
         ("a|b\nc", "a\\|b\\\\nc"),
         ("<script>&lt;", "\\<script>\\&lt;"),
-        ("[x](y) *b* _i_ `c`", "\\[x\\](y) \\*b\\* \\_i\\_ \\`c\\`"),
+        ("[x](y) *b* _i_ `c` $x$", "\\[x\\](y) \\*b\\* \\_i\\_ \\`c\\` \\$x\\$"),
         (12, "12"),
     ],
 )
