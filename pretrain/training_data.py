@@ -18,7 +18,7 @@ from peerlearn.errors import UserError
 from pretrain.config import Backend, DataConfig, PretrainConfig
 
 # The largest side of the views of image files, unless the config says otherwise.
-_LARGEST_FILE_SIZE = 224
+IMAGE_FILE_SIZE = 224
 # So many files, spread over the dataset, tell how large its images are.
 _PROBED_FILES = 256
 # Decoded images beyond this stay in their files, unless the config says otherwise.
@@ -79,7 +79,7 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
         train, validation = select_images(train, kept), select_images(train, held_out)
     if settings.shots is not None and train.labels is not None:
         train = select_images(train, few_shots(train.labels, settings.shots, seed=config.seed))
-    backend, image_size = chosen_backend(settings, train), chosen_size(settings, train)
+    backend, image_size = chosen_backend(settings, train), settings.image_size or native_size(train)
     if ranks.main:
         for remark in dict.fromkeys((*train.remarks, *(test.remarks if test else ()))):
             logger.warning("%s", remark)
@@ -125,18 +125,15 @@ def augmentation_of(data: DataConfig) -> Augmentation:
     return dataclasses.replace(recipe, crop_scale=(smallest, largest))
 
 
-def chosen_size(data: DataConfig, dataset: ImageDataset) -> int:
-    """The side of the views: the config's, or the images' own.
+def native_size(dataset: ImageDataset) -> int:
+    """The side of the images themselves; of image files the median of their shorter sides, but at most 224.
 
-    Of image files it is the median of their shorter sides, but at most 224. That depends on the files alone, so that a
-    run goes on with the size that it began with.
+    That depends on the files alone, so that a run goes on with the size that it began with.
     """
-    if data.image_size is not None:
-        return data.image_size
     if isinstance(dataset.images, Tensor):
         return dataset.images.shape[-1]
     sides = [min(extent) for extent in _extents(_spread(dataset.images))]
-    return min(int(statistics.median_low(sides or [_LARGEST_FILE_SIZE])), _LARGEST_FILE_SIZE)
+    return min(int(statistics.median_low(sides or [IMAGE_FILE_SIZE])), IMAGE_FILE_SIZE)
 
 
 def chosen_backend(data: DataConfig, dataset: ImageDataset) -> Backend:
@@ -148,7 +145,7 @@ def chosen_backend(data: DataConfig, dataset: ImageDataset) -> Backend:
     sizes = _extents(_spread(dataset.images))
     if len(set(sizes)) > 1:
         return "folder"
-    width, height = sizes[0] if sizes else (_LARGEST_FILE_SIZE, _LARGEST_FILE_SIZE)
+    width, height = sizes[0] if sizes else (IMAGE_FILE_SIZE, IMAGE_FILE_SIZE)
     if dataset.channels * width * height * len(dataset) > _LARGEST_HELD_BYTES:
         return "folder"
     return "memory" if len(set(_extents(dataset.images))) <= 1 else "folder"

@@ -88,7 +88,7 @@ def read_sweep(
         UsageError: the file cannot be read, a key is unknown, a value has the wrong type, or a label comes twice.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(), _Loader)
         config = _build(content, folder=folder, seeds=seeds, pretrain=pretrain)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error

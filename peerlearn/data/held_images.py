@@ -59,7 +59,7 @@ def held_in_memory(
     source = torch.arange(len(dataset))
     if isinstance(dataset.images, Tensor):
         return HeldImages(dataset.images, source, {})
-    images, unreadable = _decoded_files(dataset.images, dataset.title, workers)
+    images, unreadable = _decoded_files(dataset.images, dataset.name, workers)
     check_unreadable_rate(
         len(unreadable), len(dataset), max_unreadable_percent, list(unreadable.values())
     )

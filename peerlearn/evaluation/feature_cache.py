@@ -29,7 +29,7 @@ from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, frozen, load_backbones
 from peerlearn.export import export_hash
 from peerlearn.runs.files import file_sha256, write_text
-from peerlearn.runs.logs import warn_once
+from peerlearn.runs.output import warn_once
 from peerlearn.runs.progress import progress
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from peerlearn.runs.logs import warn_once
+from peerlearn.runs.output import warn_once
 from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:

@@ -39,16 +39,6 @@ def log_to(file: Path) -> TextIO:
     return to_file.stream
 
 
-_told: set[tuple[str, object]] = set()
-
-
-def warn_once(logger: logging.Logger, about: object, message: str, *arguments: object) -> None:
-    """Warn of what several parts of the work meet: once in this process for each thing that it is about."""
-    if (message, about) not in _told:
-        _told.add((message, about))
-        logger.warning(message, *arguments)
-
-
 class _LogFile(logging.FileHandler):
     """A log file that loses lines without a message if the disk is full, because the run itself goes on."""
 

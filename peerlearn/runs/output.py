@@ -19,6 +19,7 @@ _STANDARD_OUTPUTS = (1, 2)
 _ANY_WIDTH = 10_000
 
 logger = logging.getLogger(__name__)
+_told: set[tuple[str, object]] = set()
 
 
 class _NobodyReadsError(BaseException):
@@ -116,6 +117,13 @@ def with_lossy_output(
         return DONE
 
     return run
+
+
+def warn_once(logger: logging.Logger, about: object, message: str, *arguments: object) -> None:
+    """Warn of what several parts of the work meet: once in this process for each thing that it is about."""
+    if (message, about) not in _told:
+        _told.add((message, about))
+        logger.warning(message, *arguments)
 
 
 def show(*parts: "RenderableType") -> None:

@@ -101,9 +101,10 @@ def test_a_root_that_no_config_can_hold_is_refused_before_anything_is_done(tmp_p
     write_noise(Path(os.fsdecode(root)), {"train/a": 8, "train/b": 8})
     words = [*TINY, *FOLDER, os.fsdecode(root), "--run", str(tmp_path / "run")]
     assert main(["pretrain", *words]) == 2
-    assert capsys.readouterr().err == (
-        f"peerlearn: data.root: {tmp_path}/gr\\xfcn has bytes that are no UTF-8 text: rename it, or give a link to it "
-        "(ln -s)\n"
+    said = capsys.readouterr().err
+    assert said.startswith("peerlearn: data.root: ")
+    assert said.endswith(
+        " has bytes that are no UTF-8 text: rename it, or give a link to it (ln -s)\n"
     )
     assert not (tmp_path / "run").exists()
     (tmp_path / "green").symlink_to(os.fsdecode(root))
