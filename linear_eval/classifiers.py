@@ -21,6 +21,7 @@ from peerlearn.counter_random import PERMUTATION, permutation
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import top1
 from peerlearn.evaluation.feature_sets import FeatureSet
+from peerlearn.knn import unit_rows
 from peerlearn.runs.progress import progress
 
 # A loss is read from the device only now and then.
@@ -86,25 +87,26 @@ class _Candidate(NamedTuple):
 
 
 class InputTransform:
-    """What a classifier sees of a network's features."""
+    """What a classifier sees of a network's features. Both kinds that change them do so in float64."""
 
     def __init__(self, kind: Inputs, features: Tensor) -> None:
         """``features`` (N, D): of the training images, by whose mean and deviation features are standardised."""
         self._kind = kind
         if kind == "standardised":
             wide = features.double()
+            self._mean = wide.mean(dim=0)
             deviation = wide.std(dim=0, correction=0)
-            self._mean = wide.mean(dim=0).to(features.dtype)
-            # A feature that never varies tells nothing, and stays 0.
-            self._scale = torch.where(deviation > 0, 1 / deviation, 0).to(features.dtype)
+            # A feature that varies by no more than its rounding tells nothing, and stays 0.
+            rounding = torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
+            self._scale = torch.where(deviation > rounding, 1 / deviation, 0)
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, D) to (B, D)."""
         if self._kind == "unit":
-            return torch.nn.functional.normalize(features, dim=1)
+            return unit_rows(features)
         if self._kind == "standardised":
             mean, scale = (each.to(features.device) for each in (self._mean, self._scale))
-            return (features - mean) * scale
+            return (features.double() - mean) * scale
         return features
 
 
@@ -164,7 +166,9 @@ def classify_by_sgd(
                     total_steps=total_steps,
                 )
                 losses = [
-                    heads[key].step(transforms[key](features[key[0]]), labels, factor=factor)
+                    heads[key].step(
+                        transforms[key](features[key[0]]).float(), labels, factor=factor
+                    )
                     for key in keys
                 ]
                 if step % _LOSS_EVERY_STEPS == 0:
@@ -195,7 +199,7 @@ def classify_by_sgd(
 def _by_head(
     heads: LinearHeads, number: int, transform: InputTransform, features: Tensor
 ) -> Tensor:
-    inputs = transform(features.to(heads.weight.device))
+    inputs = transform(features.to(heads.weight.device)).float()
     return (inputs @ heads.weight[:, number] + heads.bias[number]).cpu()
 
 
@@ -277,6 +281,7 @@ def _choose(
         return only, {}
     scores = [top1(each.classify(held_out.features[name]), held_out.labels) for each in candidates]
     best = scores.index(max(scores))
+    _warn_of_an_edge(candidates, scores, best, name)
     choice = {
         "chosen": candidates[best].settings,
         "held_out_top1": [
@@ -284,6 +289,28 @@ def _choose(
         ],
     }
     return candidates[best], choice
+
+
+def _warn_of_an_edge(
+    candidates: Sequence[_Candidate], scores: Sequence[float], best: int, name: str
+) -> None:
+    """Say where the best number stands at the end of its grid, and is better than its neighbour there."""
+    chosen = candidates[best].settings
+    key = "c" if "c" in chosen else "base_lr"
+    grid = sorted(
+        (each.settings[key], score)
+        for each, score in zip(candidates, scores, strict=True)
+        if each.settings["inputs"] == chosen["inputs"]
+    )
+    for end, neighbour, side in (
+        (grid[:1], grid[1:2], "smallest"),
+        (grid[-1:], grid[-2:-1], "largest"),
+    ):
+        if neighbour and end[0] == (chosen[key], max(scores)) and end[0][1] > neighbour[0][1]:
+            logger.warning(
+                "network %s: the best %s is the %s of those tried, %g: one beyond it may be better still, so extend %s",
+                *(name, key, side, chosen[key], "penalties_c" if key == "c" else "base_lr"),
+            )
 
 
 def mean_of_logits(cohort: Mapping[str, Classified]) -> Tensor:

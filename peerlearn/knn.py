@@ -4,13 +4,21 @@ The rule is the one of InstDisc (Wu et al. 2018, section 3.4), MoCo's CIFAR cola
 (`eval_knn.py`): cosine similarity, and each of the k nearest training images votes for its class
 with weight exp(similarity / temperature).
 
+Early in training all images share one large direction, and their cosines differ in the seventh digit or
+later, which float32 does not hold. So the search subtracts the mean of the training images' directions:
+
+    q . t = (q - mean) . (t - mean) + (t - mean) . mean + q . mean
+
+The first two summands rank the training images, and are as small as their differences. What float32 leaves
+open even so is searched again in float64.
+
 Dimensions: N training images, Q queries, D features, C classes.
 """
 
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +28,15 @@ from peerlearn.compute.device import full_float32
 
 _LOG = logging.getLogger(__name__)
 
-# How many similarities the torch search holds at once: 128 MiB, whatever N and Q are.
+# Similarities held at once by torch's searches: 128 MiB in float32, whatever N and Q are.
 _TILE_ELEMENTS = 2**25
+# Entries of features worked on in float64 at once: 1 MiB, which a core's cache holds.
+_BLOCK_ELEMENTS = 2**17
+_QUERIES_SEARCHED_AGAIN = 4096
+# Candidates beyond the k that vote, among which float32 may not tell who is k-th.
+_RUNNERS_UP = 8
+# Rows whose mean is subtracted from all, up to twice as many.
+_MEAN_OF_ROWS = 512
 
 _Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -55,15 +70,6 @@ class KNNProtocol:
                 f"temperature is {self.temperature}: {self.k} exp(1 / temperature) exceeds float64"
             )
 
-    @property
-    def score_dtype(self) -> torch.dtype:
-        """float32 where the highest possible score fits (from 0.012 up at k = 200), else float64.
-
-        The dtype follows from the protocol alone, so that no data set changes it.
-        """
-        fits = self._log_highest_score() <= math.log(torch.finfo(torch.float32).max)
-        return torch.float32 if fits else torch.float64
-
     def _log_highest_score(self) -> float:
         return 1 / self.temperature + math.log(self.k)
 
@@ -80,10 +86,10 @@ def knn_scores(
     """Score every query for every class by weighted kNN.
 
     score_c is the sum of exp(cosine / temperature) over those of the query's k nearest training
-    images that are of class c. The search is exact and in float32: by faiss on the CPU where it is
-    installed, else by torch. Votes are added up in float64. If several training images have exactly
-    the k-th similarity, the search chooses which of them vote. A zero vector has similarity 0 to
-    everything.
+    images that are of class c. The neighbours and the predictions are those of a search in float64,
+    at any offset and scale of the features. Faiss searches on the CPU where it is installed, else
+    torch does. If several training images have exactly the k-th similarity, the search chooses which
+    of them vote. A zero vector has similarity 0 to everything.
 
     Args:
         train_features: features of the training images, (N, D) with N >= 1, of any real dtype,
@@ -95,8 +101,7 @@ def knn_scores(
         num_classes: number of classes C; the labels at hand need not cover all of them.
 
     Returns:
-        (Q, C) on the queries' device, not normalised over the classes. float32, or float64 where
-        the temperature is so low that float32 could overflow (`KNNProtocol.score_dtype`).
+        float64 (Q, C) on the queries' device, not normalised over the classes.
 
     Raises:
         ValueError: the training set is empty, sizes do not match, labels are out of range,
@@ -147,30 +152,47 @@ def knn_sweep(
     Raises:
         ValueError: as in `knn_scores`.
     """
-    train = unit_rows(train_features, "train_features").float()
-    queries = unit_rows(features, "features").float().to(train.device)
-    if len(train) == 0:
-        raise ValueError("train_features is empty: there is no neighbour to vote")
-    if train.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"train_features has {train.shape[1]} dimensions, features {queries.shape[1]}"
+    _check_features(train_features, train_labels, features, num_classes)
+    device, size = train_features.device, train_features.shape[1]
+    mean = _mean_direction(train_features)
+    rows = torch.empty((len(train_features), size + 1), dtype=torch.float32, device=device)
+    for block in _blocks(train_features):
+        rows[block, :size], rows[block, size] = _centred(
+            train_features[block], mean, "train_features"
         )
-    _check_labels("train_labels", train_labels, len(train), num_classes)
+    queries, offset = _centred(features.to(device), mean, "features")
+    asked = torch.ones((len(queries), size + 1), dtype=torch.float32, device=device)
+    asked[:, :size] = queries
+    # What completes the cosine: q . mean.
+    offset = (offset + mean @ mean).cpu()[:, None]
 
-    # The votes are added up on the CPU, where the sum has one order. On CUDA scatter_add_ has none.
-    largest_k = min(max(protocol.k for protocol in protocols), len(train))
-    search = _search_for(train.device)
-    similarities, neighbours = (each.cpu() for each in search(train, queries, largest_k))
-    # Rounding may leave a cosine above 1, but KNNProtocol bounds the score by k exp(1 / T).
-    similarities = similarities.double().clamp_(-1, 1)
-    classes = train_labels.cpu().long()[neighbours]
-    scores = []
+    largest_k = min(max(protocol.k for protocol in protocols), len(rows))
+    wanted = min(largest_k + _RUNNERS_UP, len(rows))
+    search = _search_for(device)
+    similarities, neighbours = (each.cpu() for each in search(rows, asked, wanted))
+    similarities = similarities.double()
+    error = _rounding_error(rows, asked, neighbours)
+    classes = train_labels.cpu().long()
+    doubtful, beyond = (torch.zeros(len(queries), dtype=torch.bool) for _ in range(2))
     for protocol in protocols:
-        votes = torch.zeros(len(queries), num_classes, dtype=torch.float64)
-        weights = (similarities[:, : protocol.k] / protocol.temperature).exp_()
-        votes.scatter_add_(1, classes[:, : protocol.k], weights)
-        scores.append(votes.to(features.device, protocol.score_dtype))
-    return scores
+        votes = _votes(similarities + offset, classes[neighbours], protocol, num_classes)
+        doubtful |= _lead(votes) <= votes.sum(dim=1) * error / protocol.temperature
+        if protocol.k < len(rows):
+            edge = _edge(similarities, error, protocol.k)
+            doubtful |= _several_classes(classes[neighbours], edge)
+            beyond |= edge[:, -1] & (wanted < len(rows))
+    near, far = (doubtful & ~beyond).nonzero()[:, 0], (doubtful & beyond).nonzero()[:, 0]
+    for again, candidates in ((near, neighbours[near].unique()), (far, torch.arange(len(rows)))):
+        for start in range(0, len(again), _QUERIES_SEARCHED_AGAIN):
+            part = again[start : start + _QUERIES_SEARCHED_AGAIN]
+            similarities[part], neighbours[part] = _search_in_float64(
+                train_features, mean, candidates.to(device), queries[part.to(device)], wanted
+            )
+    cosines = similarities + offset
+    return [
+        _votes(cosines, classes[neighbours], protocol, num_classes).to(features.device)
+        for protocol in protocols
+    ]
 
 
 def knn_top1(scores: Tensor, labels: Tensor) -> float:
@@ -201,7 +223,7 @@ def ensemble_features(features: Sequence[Tensor]) -> Tensor:
         features: features of each network m, (N, D_m), all on one device.
 
     Returns:
-        (N, sum of D_m), float64 if any of the inputs is, else float32.
+        float64 (N, sum of D_m).
 
     Raises:
         ValueError: there is no network, N differs, or features are not finite.
@@ -216,26 +238,31 @@ def ensemble_features(features: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def unit_rows(features: Tensor, name: str = "features") -> Tensor:
-    """L2-normalised copy of (N, D) features, without gradient; a zero row stays zero.
+    """L2-normalised copy of (N, D) features in float64, without gradient; a zero row stays zero.
 
-    Rows are first divided by their largest entry. So no square over- or underflows, and features of
-    any finite scale keep their direction.
+    float64, because the directions of a network's images may differ by less than float32 resolves.
 
-    Returns:
-        (N, D), float64 for float64, float32 for every other dtype.
+    Features of any finite scale keep their direction.
 
     Raises:
         ValueError: the shape is not (N, D) with D >= 1, or an entry is not finite.
     """
+    _check_shape(features, name)
+    # A copy, so that all that follows can be done in place.
+    rows = features.to(torch.float64, copy=True)
+    if features.dtype == torch.float64:
+        # No square over- or underflows then. float64 holds the squares of every other dtype as they are.
+        largest = torch.linalg.vector_norm(rows, ord=math.inf, dim=1, keepdim=True)
+        rows.div_(largest.masked_fill_(largest == 0, 1))
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not norms.isfinite().all():
+        raise ValueError(f"{name} has entries that are not finite")
+    return rows.div_(norms.masked_fill_(norms == 0, 1))
+
+
+def _check_shape(features: Tensor, name: str) -> None:
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"{name} must be (N, D) with D >= 1, not {tuple(features.shape)}")
-    rows = features if features.dtype == torch.float64 else features.float()
-    largest: Tensor = torch.linalg.vector_norm(rows, ord=math.inf, dim=1, keepdim=True)
-    if not largest.isfinite().all():
-        raise ValueError(f"{name} has entries that are not finite")
-    rows = rows / largest.masked_fill(largest == 0, 1)
-    # Now 1 <= norm <= sqrt(D), except for zero rows.
-    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1))
 
 
 def _check_labels(name: str, labels: Tensor, size: int, num_classes: int) -> None:
@@ -249,6 +276,99 @@ def _check_labels(name: str, labels: Tensor, size: int, num_classes: int) -> Non
             raise ValueError(
                 f"{name} lie in [{lowest}, {highest}], outside the {num_classes} classes"
             )
+
+
+def _votes(cosines: Tensor, classes: Tensor, protocol: KNNProtocol, num_classes: int) -> Tensor:
+    """The scores (Q, C) in float64, of neighbours (Q, at least k) in descending order."""
+    # On the CPU, where the sum has one order. On CUDA scatter_add_ has none.
+    votes = torch.zeros(len(cosines), num_classes, dtype=torch.float64)
+    # Rounding may leave a cosine above 1, but KNNProtocol bounds the score by k exp(1 / T).
+    weights = (cosines[:, : protocol.k].clamp(-1, 1) / protocol.temperature).exp_()
+    return votes.scatter_add_(1, classes[:, : protocol.k], weights)
+
+
+def _lead(votes: Tensor) -> Tensor:
+    """How far the first class is ahead of the second, (Q,)."""
+    if votes.shape[1] == 1:
+        return votes[:, 0]
+    highest: Tensor = votes.topk(2, dim=1).values
+    return highest[:, 0] - highest[:, 1]
+
+
+def _edge(similarities: Tensor, error: Tensor, k: int) -> Tensor:
+    """Which of the candidates (Q, more than k) could be on either side of the k-th place, as far as float32 tells."""
+    margin = 2 * error[:, None]
+    last, first_left_out = similarities[:, k - 1 : k], similarities[:, k : k + 1]
+    edge: Tensor = (similarities >= last - margin) & (similarities <= first_left_out + margin)
+    return edge
+
+
+def _several_classes(classes: Tensor, marked: Tensor) -> Tensor:
+    """Whether the marked of each row are of more than one class, (Q,). Else it makes no odds which of them vote."""
+    highest: Tensor = classes.masked_fill(~marked, -1).amax(dim=1)
+    lowest: Tensor = classes.masked_fill(~marked, torch.iinfo(classes.dtype).max).amin(dim=1)
+    return highest > lowest
+
+
+def _check_features(
+    train_features: Tensor, train_labels: Tensor, features: Tensor, num_classes: int
+) -> None:
+    for name, each in (("train_features", train_features), ("features", features)):
+        _check_shape(each, name)
+    if len(train_features) == 0:
+        raise ValueError("train_features is empty: there is no neighbour to vote")
+    if train_features.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"train_features has {train_features.shape[1]} dimensions, features {features.shape[1]}"
+        )
+    _check_labels("train_labels", train_labels, len(train_features), num_classes)
+
+
+def _mean_direction(features: Tensor) -> Tensor:
+    """About the mean of the L2-normalised rows, (D,) in float64: that of some, as the identity holds for any vector."""
+    every = max(1, len(features) // _MEAN_OF_ROWS)
+    return unit_rows(features[::every], "train_features").mean(dim=0)
+
+
+def _centred(features: Tensor, mean: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """float64: each direction less the mean, (N, D), and the product of that with the mean, (N,)."""
+    rows = unit_rows(features, name).sub_(mean)
+    return rows, rows @ mean
+
+
+def _blocks(features: Tensor) -> Iterator[slice]:
+    """Slices of rows that are worked on in float64 at once."""
+    rows = max(1, _BLOCK_ELEMENTS // features.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(features), rows))
+
+
+def _rounding_error(train: Tensor, queries: Tensor, neighbours: Tensor) -> Tensor:
+    """How far a float32 similarity of each query may be off, (Q,): some three standard deviations of its rounding."""
+    lengths = torch.linalg.vector_norm(train[:, :-1], dim=1).cpu()[neighbours].amax(dim=1)
+    along = train[:, -1].abs().cpu()[neighbours].amax(dim=1)
+    size = torch.linalg.vector_norm(queries[:, :-1], dim=1).cpu() * lengths + along
+    # The CPU's libraries add short sums of products, a GPU one long one.
+    sums = 2 if train.device.type == "cpu" else math.sqrt(train.shape[1]) / 4
+    error: Tensor = size * torch.finfo(torch.float32).eps * (2 + sums)
+    return error
+
+
+def _search_in_float64(
+    train_features: Tensor, mean: Tensor, candidates: Tensor, queries: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k highest similarities of each centred query among some of the training rows, and the numbers of those rows.
+
+    Both are (Q, k), on the CPU.
+    """
+    best = queries.new_empty((len(queries), 0))
+    neighbours = torch.empty_like(best, dtype=torch.long)
+    for rows in candidates.split(max(1, _TILE_ELEMENTS // max(len(queries), len(mean)))):
+        block, along = _centred(train_features[rows], mean, "train_features")
+        best = torch.cat([best, torch.addmm(along, queries, block.T)], dim=1)
+        neighbours = torch.cat([neighbours, rows.expand(len(queries), -1)], dim=1)
+        best, place = best.topk(min(k, best.shape[1]), dim=1)
+        neighbours = neighbours.gather(1, place)
+    return best.cpu(), neighbours.cpu()
 
 
 def _search_for(device: torch.device) -> _Search:

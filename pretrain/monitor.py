@@ -5,6 +5,7 @@ Nothing here touches training: networks run in eval mode, and random views come 
 
 import dataclasses
 import logging
+import math
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,6 @@ from peerlearn.runs.score_names import (
     KNN_TRAIN_IMAGES,
     NEIGHBOUR_AGREEMENT,
     PIXELS,
-    ScoreName,
     measured_part,
     parse_score_name,
     score_name,
@@ -53,10 +53,13 @@ _NEIGHBOUR_IMAGES = 2048
 # Beyond small images, raw pixels are too wide to search and no baseline anyone quotes.
 _LARGEST_PIXEL_COUNT = 4096
 
-# A mean deviation or an effective rank below these, or a uniformity above: all images have become alike.
-_COLLAPSED_STD = 1e-3
-_COLLAPSED_RANKME = 1.5
-_COLLAPSED_UNIFORMITY = -0.05
+# Below this mean deviation, features differ by no more than the rounding of float32.
+_COLLAPSED_STD = 1e-8
+# Early in training embeddings lie close together (uniformity near 0) and yet tell images apart. They have collapsed
+# where, as close together as this, the squared distance of two views of an image is not even so much below that of two
+# images.
+_COLLAPSED_UNIFORMITY = -0.01
+_COLLAPSED_DISTANCE_RATIO = 0.9
 
 # Features by network, and the images' labels.
 _Encoded = tuple[dict[str, Tensor], Tensor | None]
@@ -226,23 +229,34 @@ class Monitor:
 
 
 def warn_of_collapse(run: RunDirectory, step: int, row: dict[str, float]) -> None:
-    """Say, and leave an event, where a network's features or embeddings have become the same for all images."""
+    """Say, and leave an event, where a network's features or embeddings no longer tell images apart."""
     scores = {name: row[key] for key in row if (name := parse_score_name(key))}
-    networks = sorted({name.network for name in scores if name.figure == "feature_std"})
-    for network in networks:
-        signs = {
-            name: scores[ScoreName(network, name)]
-            for name, collapsed in (
-                ("feature_std", lambda value: value < _COLLAPSED_STD),
-                ("rankme", lambda value: value < _COLLAPSED_RANKME),
-                ("uniformity", lambda value: value > _COLLAPSED_UNIFORMITY),
+    for network in sorted({name.network for name in scores}):
+        figures = {name.figure: scores[name] for name in scores if name.network == network}
+        for vectors, signs in _collapsed_vectors(figures).items():
+            text = ", ".join(f"{name} {value:.2g}" for name, value in signs.items())
+            part = measured_part(network)
+            logger.warning(
+                "%s: its %s no longer tell images apart at step %d: %s", part, vectors, step, text
             )
-            if ScoreName(network, name) in scores and collapsed(scores[ScoreName(network, name)])
+            run.event("collapse", step=step, network=part, vectors=vectors, **signs)
+
+
+def _collapsed_vectors(figures: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Which vectors of a network have collapsed, by their name, and the figures that say so."""
+    collapsed = {}
+    std = figures.get("feature_std", math.inf)
+    if std < _COLLAPSED_STD:
+        collapsed["features (pooled backbone output)"] = {"feature_std": std}
+    uniformity, alignment = (figures.get(name, -math.inf) for name in ("uniformity", "alignment"))
+    # Near 0, uniformity is -2 times the mean squared distance of two images.
+    distance = -uniformity / 2
+    if uniformity > _COLLAPSED_UNIFORMITY and alignment >= _COLLAPSED_DISTANCE_RATIO * distance:
+        collapsed["embeddings (output of the head)"] = {
+            "uniformity": uniformity,
+            "alignment": alignment,
         }
-        if signs:
-            figures = ", ".join(f"{name} {value:.2g}" for name, value in signs.items())
-            logger.warning("%s has collapsed at step %d: %s", measured_part(network), step, figures)
-            run.event("collapse", step=step, network=measured_part(network), **signs)
+    return collapsed
 
 
 def _labelled_splits(

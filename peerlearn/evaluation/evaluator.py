@@ -5,6 +5,7 @@
 `peerlearn.evaluation.knn_command` is one to start from. A new one needs a line among the verbs of `peerlearn.cli`.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from peerlearn.evaluation.score_table import Column, report_scores
 from peerlearn.evaluation.selection import (
     Selection,
     check_network,
+    differences,
     results_folder,
     run_setting,
     select_runs,
@@ -24,6 +26,8 @@ from peerlearn.evaluation.selection import (
 
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,12 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
         print(config_to_yaml(config), end="")
         return 0
     selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)
+    if unlike := differences(selections):
+        logger.warning(
+            "the %d checkpoints are averaged though they differ in more than their seeds: %s",
+            len(selections),
+            "; ".join(unlike),
+        )
     # Imported here: a wrong key should not wait for torch.
     from peerlearn.compute.dist import joined_ranks
 

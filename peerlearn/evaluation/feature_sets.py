@@ -16,7 +16,7 @@ from peerlearn.knn import ensemble_features
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """Features of some images by every network: float32 (N, D) by the networks' names, and labels (N,)."""
+    """Features of some images: (N, D) by the networks' names, float32, the ensemble's float64; and labels (N,)."""
 
     features: Mapping[str, Tensor]
     labels: Tensor

@@ -54,7 +54,7 @@ def feature_std(features: Tensor) -> float:
     Raises:
         ValueError: for no images, another shape, or entries that are not finite.
     """
-    return _unit_rows64(features, "features").std(dim=0, correction=0).mean().item()
+    return _unit_rows(features, "features").std(dim=0, correction=0).mean().item()
 
 
 def alignment(a: Tensor, b: Tensor) -> float:
@@ -71,7 +71,7 @@ def alignment(a: Tensor, b: Tensor) -> float:
     """
     if a.shape != b.shape:
         raise ValueError(f"the views differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
-    difference = _unit_rows64(a, "a") - _unit_rows64(b, "b")
+    difference = _unit_rows(a, "a") - _unit_rows(b, "b")
     return difference.square().sum(dim=1).mean().item()
 
 
@@ -87,9 +87,11 @@ def uniformity(a: Tensor) -> float:
     Raises:
         ValueError: for fewer than two images, another shape, or entries that are not finite.
     """
-    rows = _unit_rows64(a, "a")
+    rows = _unit_rows(a, "a")
     if len(rows) < 2:
         raise ValueError("uniformity needs at least two images")
+    # Distances stay as they are, and keep their digits where all images are nearly alike.
+    rows -= rows.mean(dim=0)
     squared_norm = rows.square().sum(dim=1)
     chunk = max(1, _TILE_ELEMENTS // len(rows))
     total = 0.0
@@ -98,8 +100,9 @@ def uniformity(a: Tensor) -> float:
         later = slice(start, None)
         block = slice(start, start + chunk)
         squared = squared_norm[block, None] + squared_norm[later] - 2 * rows[block] @ rows[later].T
-        total += (-2 * squared).exp_().triu_(diagonal=1).sum().item()
-    return math.log(total / math.comb(len(rows), 2))
+        total += (-2 * squared).expm1_().triu_(diagonal=1).sum().item()
+    # A sum of e^x - 1, as the mean of e^x may lie closer to 1 than a float holds.
+    return math.log1p(total / math.comb(len(rows), 2))
 
 
 def peer_agreement(predictions: Tensor) -> float:
@@ -141,15 +144,17 @@ def neighbour_agreement(features: Sequence[Tensor]) -> float:
     """
     nearest = []
     for each in features:
-        rows = _unit_rows64(each, "features")
+        rows = _unit_rows(each, "features")
         if len(rows) < 2:
             raise ValueError("neighbour_agreement needs at least two images")
+        # Distances stay as they are, and keep their digits where images differ little.
+        rows -= rows.mean(dim=0)
         nearest.append(torch.cdist(rows, rows).fill_diagonal_(math.inf).argmin(dim=1))
     return peer_agreement(torch.stack(nearest))
 
 
-def _unit_rows64(features: Tensor, name: str) -> Tensor:
-    rows = unit_rows(features.double(), name)
+def _unit_rows(features: Tensor, name: str) -> Tensor:
+    rows = unit_rows(features, name)
     if len(rows) == 0:
         raise ValueError(f"{name} is empty: there is no image")
     return rows

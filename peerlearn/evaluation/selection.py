@@ -1,6 +1,6 @@
 """Which exported networks `--checkpoint` and `--network` mean."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +112,40 @@ def select_runs(
             f"--checkpoint: only networks that all have can be averaged: {have}: choose one of those by --network"
         )
     return selections
+
+
+def differences(selections: Sequence[Selection]) -> list[str]:
+    """What differs, beside seeds, between trainings whose scores are to be averaged: ``step (9, 15)``, say.
+
+    Exports that belong to no run are compared by their steps alone.
+    """
+    facts = [
+        {"step": each.step, **(_training_config(each.run) if each.run else {})}
+        for each in selections
+    ]
+    differing = []
+    for name in dict.fromkeys(name for each in facts for name in each):
+        values = [each[name] for each in facts if name in each]
+        shown = list(dict.fromkeys(str(value) for value in values))
+        if len(shown) > 1:
+            differing.append(f"{name} ({', '.join(shown)})")
+    return differing
+
+
+def _training_config(run: Path) -> dict[str, Any]:
+    """The run's config by dotted keys, without those that tell runs of one kind apart."""
+    import yaml
+
+    values = dict(_leaves(yaml.safe_load(RunDirectory(run).config.read_text()), ""))
+    return {key: value for key, value in values.items() if key not in ("run", "seed")}
+
+
+def _leaves(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _select_export(folder: Path, network: str) -> Selection:

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,20 @@ def test_runs_that_cannot_be_averaged_are_refused_before_any_work(runs, tmp_path
     assert "checkpoint must name at least one" in one_error(capsys)
 
 
+def test_a_mean_over_unlike_runs_is_warned_of(runs, tmp_path, caplog):
+    other = shutil.copytree(runs[1], tmp_path / "other")
+    config = (other / "config.yaml").read_text()
+    assert "temperature: 0.2\n" not in config
+    (other / "config.yaml").write_text(re.sub(r"(?m)^temperature: .*$", "temperature: 0.2", config))
+    words = ["--network", "0", "--results", tmp_path / "results"]
+    assert linear(*LOGISTIC, "--checkpoint", runs[0], other, *words) == 0
+    before = config.split("\ntemperature: ")[1].split("\n")[0]
+    assert (
+        "the 2 checkpoints are averaged though they differ in more than their seeds: "
+        f"temperature ({before}, 0.2)"
+    ) in caplog.messages
+
+
 @pytest.mark.parametrize("protocol", ["logistic_regression", "lr_sweep"])
 def test_one_image_of_each_class_leaves_nothing_to_choose_by(runs, protocol, tmp_path, capsys):
     words = ["--checkpoint", runs[0], "--network", "0", "--results", tmp_path]
@@ -156,10 +172,11 @@ def test_the_learning_rates_told_are_those_of_the_images_that_are_left_to_train_
     assert protocol["train_images"] == 20
 
 
-def test_several_runs_give_their_mean_and_spread(runs, tmp_path, monkeypatch, capsys):
+def test_several_runs_give_their_mean_and_spread(runs, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     assert linear(*LOGISTIC, "--checkpoint", *runs) == 0
     assert "2 runs: mean +- std" in capsys.readouterr().out
+    assert "differ in more than" not in caplog.text
     mean = results(tmp_path / "results")["0"]
     values = [results(run / "results")["0"]["metrics"]["top1"] for run in runs]
     found = mean["metrics"]["top1"]

@@ -1,5 +1,7 @@
 """What the classifiers make of features whose answer is known."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from linear_eval.classifiers import (
     Classified,
     InputTransform,
     Problem,
+    _Candidate,
+    _choose,
     classify_by_logistic_regression,
     classify_by_sgd,
     kept_batches,
@@ -147,13 +151,65 @@ def test_standardised_inputs_are_scikit_learns_and_constants_are_harmless():
     from sklearn.preprocessing import StandardScaler
 
     features = 5 + 3 * torch.randn(50, 6) * torch.tensor([1.0, 10, 0.1, 1e-3, 100, 0])
+    features[:, 5] = 0.1
     transform = InputTransform("standardised", features[:40])
     expected = StandardScaler().fit(features[:40].double()).transform(features.double())
-    found = transform(features)
+    standardised = transform(features)
+    torch.testing.assert_close(standardised[:, :5], torch.from_numpy(expected)[:, :5])
+    assert not standardised[:, 5].any()
+
+
+@pytest.mark.parametrize("inputs", ["standardised", "unit"])
+def test_inputs_of_features_that_differ_little_keep_their_digits(inputs):
+    generator = torch.Generator().manual_seed(0)
+    features = 1e4 + torch.randn(60, 8, generator=generator)
+    wide = features.double()
+    expected = {
+        "standardised": (wide - wide.mean(0)) / wide.std(0, correction=0),
+        "unit": wide / wide.norm(dim=1, keepdim=True),
+    }[inputs]
     torch.testing.assert_close(
-        found[:, :5], torch.from_numpy(expected)[:, :5].float(), rtol=1e-3, atol=1e-3
+        InputTransform(inputs, features)(features), expected, rtol=1e-10, atol=1e-15
     )
-    assert not found[:, 5].any()
+
+
+def test_what_is_no_more_than_the_rounding_of_a_few_features_is_not_blown_up():
+    few = torch.tensor([[0.3, 1.0], [0.3 + 3e-8, 2.0], [0.3, 4.0]])
+    transform = InputTransform("standardised", few)
+    assert not transform(torch.tensor([[0.9, 2.0]]))[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("correct", "warned"),
+    [
+        ([1, 2, 3], "the best c is the largest of those tried, 100: one beyond it"),
+        ([3, 2, 1], "the best c is the smallest of those tried, 0.01: one beyond it"),
+        ([1, 3, 2], None),
+        ([1, 3, 3], None),  # the grid reaches far enough
+        ([2, 2, 2], None),
+        ([3], None),
+    ],
+)
+def test_the_edge_of_a_grid_is_told(caplog, correct, warned):
+    labels = torch.zeros(4).long()
+    held_out = one_network(torch.zeros(4, 1), labels)
+
+    def classify_first(count, features):
+        return torch.nn.functional.one_hot((torch.arange(4) >= count).long(), 2)
+
+    candidates = [
+        _Candidate({"inputs": kind, "c": c}, partial(classify_first, count))
+        for kind, penalty in (("raw", 0), ("unit", 1))
+        for c, count in zip((0.01, 1.0, 100.0), (each - penalty for each in correct), strict=False)
+    ]
+    chosen, choice = _choose(candidates, held_out, "0")
+    assert chosen.settings["c"] == (0.01, 1.0, 100.0)[correct.index(max(correct))]
+    assert choice["chosen"] == chosen.settings
+    told = [each.getMessage() for each in caplog.records]
+    assert len(told) == (warned is not None)
+    if warned:
+        assert told[0].startswith(f"network 0: {warned}")
+        assert told[0].endswith("extend penalties_c")
 
 
 def test_every_epoch_sees_every_image_once_in_another_order():

@@ -73,3 +73,27 @@ def test_correlated_repeated_and_constant_features_are_no_harder(digits):
     assert fit.converged
     oracle = LogisticRegression(C=0.01, tol=1e-6, max_iter=20_000).fit(spoilt.double(), labels)
     np.testing.assert_allclose(fit.weight.T, oracle.coef_, atol=2e-3)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e5])
+def test_an_offset_of_the_features_changes_nothing_but_the_bias(digits, offset):
+    features, labels, others, _ = (torch.as_tensor(each).double() for each in digits)
+    labels = labels.long()
+
+    def fit(shift):
+        (found,) = fit_logistic(
+            features + shift,
+            labels,
+            classes=10,
+            penalties_c=[0.1],
+            max_iterations=200,
+            tolerance=1e-7,
+        )
+        assert found.converged
+        return found
+
+    plain, shifted = fit(0.0), fit(offset)
+    torch.testing.assert_close(shifted.weight, plain.weight, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        shifted.logits(others + offset), plain.logits(others), rtol=0, atol=1e-3
+    )

@@ -2,6 +2,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ class TestScores:
         expected = brute_force(
             train, labels, queries, k=k, temperature=temperature, num_classes=classes
         )
-        assert scores.dtype == torch.float32
+        assert scores.dtype == torch.float64
         assert scores.shape == (q, classes)
         np.testing.assert_allclose(scores, expected, rtol=float32_tolerance(temperature))
 
@@ -180,7 +181,7 @@ class TestScores:
         train, labels, queries = random_problem(9, 4, 0, 3)
         scores = knn_scores(train, labels, queries, k=2, temperature=0.1, num_classes=3)
         assert scores.shape == (0, 3)
-        assert scores.dtype == torch.float32
+        assert scores.dtype == torch.float64
 
     def test_a_low_temperature_does_not_overflow(self) -> None:
         train, labels, queries = random_problem(50, 6, 7, 4)
@@ -191,15 +192,14 @@ class TestScores:
         assert float(scores[0].max()) > torch.finfo(torch.float32).max
         np.testing.assert_allclose(scores, expected, rtol=float32_tolerance(0.01))
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_the_highest_score_of_a_dtype_is_finite(self, dtype: torch.dtype) -> None:
+    def test_the_highest_score_is_finite(self) -> None:
         # Of many cosines of a row with itself, some round to a little over 1.
         train, labels, _ = random_problem(300, 33, 0, 1)
-        temperature = (1 + 1e-10) / math.log(torch.finfo(dtype).max)
+        highest = torch.finfo(torch.float64).max
+        temperature = (1 + 1e-10) / math.log(highest)
         scores = knn_scores(train, labels, train, k=1, temperature=temperature, num_classes=1)
-        assert scores.dtype == dtype
         assert scores.isfinite().all()
-        assert float(scores.max()) > 0.99 * torch.finfo(dtype).max
+        assert float(scores.max()) > 0.99 * highest
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int16])
     def test_any_real_dtype(self, dtype: torch.dtype) -> None:
@@ -207,7 +207,7 @@ class TestScores:
         train, queries = (10 * train).to(dtype), (10 * queries).to(dtype)
         labels = labels.to(torch.uint8)
         scores = knn_scores(train, labels, queries, k=5, temperature=0.1, num_classes=4)
-        assert scores.dtype == torch.float32
+        assert scores.dtype == torch.float64
         expected = brute_force(train, labels, queries, k=5, temperature=0.1, num_classes=4)
         np.testing.assert_allclose(scores, expected, rtol=float32_tolerance(0.1))
 
@@ -274,6 +274,113 @@ class TestScores:
         np.testing.assert_allclose(shuffled, plain[query_order], rtol=float32_tolerance(0.1))
 
 
+def nearly_alike(
+    n: int, q: int, d: int, *, offset: float = 100.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten classes apart in three directions, beside a common direction that is ``offset`` times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n + q,), generator=generator)
+    directions = torch.randn(3, d, generator=generator) / d**0.5
+    small = torch.randn(10, 3, generator=generator)[labels]
+    small = small + 0.45 * torch.randn(n + q, 3, generator=generator)
+    features = offset * torch.randn(d, generator=generator) + small @ directions
+    return features[:n], labels[:n], features[n:], labels[n:]
+
+
+def votes_in_extended_precision(
+    networks: list[tuple[Tensor, Tensor]], labels: Tensor, *, k: int, temperature: float
+) -> np.ndarray:
+    """Scores for ten classes by the mean over networks of their cosines, 64 bits of mantissa throughout."""
+    cosines = np.longdouble(0)
+    for train, queries in networks:
+        rows, asked = (each.numpy().astype(np.longdouble) for each in (train, queries))
+        rows, asked = (x / np.sqrt((x * x).sum(1, keepdims=True)) for x in (rows, asked))
+        cosines = cosines + np.stack([(rows * each).sum(1) for each in asked]) / len(networks)
+    scores = np.zeros((len(cosines), 10), dtype=np.longdouble)
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    for q, neighbours in enumerate(nearest):
+        for n in neighbours:
+            scores[q, labels[n]] += np.exp(cosines[q, n] / temperature)
+    return scores
+
+
+@pytest.mark.usefixtures("search")
+class TestFeaturesThatDifferLittle:
+    @pytest.mark.parametrize("k", [1, 5, 20, 200])
+    @pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+    @pytest.mark.parametrize("d", [8, 512])
+    def test_the_predictions_are_those_of_a_more_precise_search(
+        self, k: int, offset: float, d: int
+    ) -> None:
+        train, labels, queries, asked = nearly_alike(400, 80, d, offset=offset)
+        scores = knn_scores(train, labels, queries, k=k, temperature=0.1, num_classes=10)
+        expected = votes_in_extended_precision([(train, queries)], labels, k=k, temperature=0.1)
+        assert scores.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
+        assert knn_top1(scores, asked) > 25
+
+    def test_two_groups_far_apart_whose_images_are_nearly_alike(self) -> None:
+        # No one mean brings both near zero.
+        train, labels, queries, asked = nearly_alike(400, 80, 64, offset=1e4)
+        for rows in (train, queries):
+            rows[::2] = rows[::2] * torch.linspace(-1, 1, 64)
+        scores = knn_scores(train, labels, queries, k=5, temperature=0.1, num_classes=10)
+        expected = votes_in_extended_precision([(train, queries)], labels, k=5, temperature=0.1)
+        assert scores.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
+        assert knn_top1(scores, asked) > 25
+
+    def test_a_row_of_zeros_among_them(self) -> None:
+        train, labels, queries, _ = nearly_alike(300, 60, 32, offset=1e3)
+        plain = knn_scores(train, labels, queries, k=5, temperature=0.1, num_classes=10)
+        train = torch.cat([train, torch.zeros(1, 32)])
+        labels = torch.cat([labels, torch.tensor([3])])
+        scores = knn_scores(train, labels, queries, k=5, temperature=0.1, num_classes=10)
+        torch.testing.assert_close(scores, plain, rtol=1e-7, atol=0)
+
+    def test_the_joint_features_of_networks(self) -> None:
+        one, labels, asked_of_one, _ = nearly_alike(400, 100, 48, offset=300.0)
+        other, _, asked_of_other, _ = nearly_alike(400, 100, 16, offset=3000.0)
+        scores = knn_scores(
+            ensemble_features([one, other]),
+            labels,
+            ensemble_features([asked_of_one, asked_of_other]),
+            k=5,
+            temperature=0.1,
+            num_classes=10,
+        )
+        networks = [(one, asked_of_one), (other, asked_of_other)]
+        expected = votes_in_extended_precision(networks, labels, k=5, temperature=0.1)
+        assert scores.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
+
+    @given(
+        seed=st.integers(0, 2**32 - 1),
+        exponent=st.floats(-2, 4),
+        d=st.integers(3, 40),
+        k=st.integers(1, 30),
+    )
+    @settings(max_examples=25, deadline=None)
+    def test_at_any_offset_and_size(self, seed: int, exponent: float, d: int, k: int) -> None:
+        train, labels, queries, _ = nearly_alike(80, 15, d, offset=10**exponent, seed=seed)
+        scores = knn_scores(train, labels, queries, k=k, temperature=0.07, num_classes=10)
+        expected = votes_in_extended_precision([(train, queries)], labels, k=k, temperature=0.07)
+        assert scores.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
+
+
+def test_float32_settles_nearly_every_query_of_features_that_are_spread_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train, labels, queries, _ = nearly_alike(5000, 1000, 128, offset=1.0)
+    again = []
+    search = knn._search_in_float64
+
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        again.append(len(arguments[3]))
+        return search(*arguments)
+
+    monkeypatch.setattr(knn, "_search_in_float64", counted)
+    knn_scores(train, labels, queries, k=20, temperature=0.1, num_classes=10)
+    assert sum(again) < 20
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -336,7 +443,7 @@ def test_the_torch_search_holds_one_tile(monkeypatch: pytest.MonkeyPatch) -> Non
         return topk(tile, *args, **kwargs)
 
     monkeypatch.setattr(Tensor, "topk", watched)
-    knn._search_with_torch(train, queries, 3)
+    knn._search_with_torch(train.float(), queries.float(), 3)
     assert sizes == [90] * 16 + [60]
 
 
@@ -355,7 +462,7 @@ def test_cuda_equals_the_cpu_under_tf32() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert scores.device.type == "cuda"
-    assert scores.dtype == torch.float32
+    assert scores.dtype == torch.float64
     np.testing.assert_allclose(scores.cpu(), expected, rtol=float32_tolerance(0.07))
     assert knn_top1(scores, scores.argmax(dim=1)) == 100
 
@@ -388,23 +495,6 @@ class TestTop1:
 class TestProtocol:
     def test_defaults_are_the_colabs(self) -> None:
         assert KNNProtocol() == KNNProtocol(k=200, temperature=0.1)
-        assert KNNProtocol().score_dtype == torch.float32
-
-    @pytest.mark.parametrize(
-        ("k", "temperature", "dtype"),
-        [
-            # exp(88.72) is the last float32, log 200 = 5.30
-            (1, 1 / 88.7, torch.float32),
-            (1, 1 / 88.8, torch.float64),
-            (200, 1 / 83.4, torch.float32),
-            (200, 1 / 83.5, torch.float64),
-            (200, 1 / 704.4, torch.float64),
-        ],
-    )
-    def test_the_dtype_follows_from_the_protocol(
-        self, k: int, temperature: float, dtype: torch.dtype
-    ) -> None:
-        assert KNNProtocol(k=k, temperature=temperature).score_dtype == dtype
 
     def test_the_stated_lowest_temperature(self) -> None:
         KNNProtocol(k=200, temperature=0.00143)
@@ -422,15 +512,14 @@ class TestEnsemble:
         ensemble = ensemble_features(networks)
         assert ensemble.shape == (11, 16)
         rows = unit_rows(ensemble)
-        cosines = [torch.nn.functional.normalize(each, dim=1) for each in networks]
+        cosines = [torch.nn.functional.normalize(each.double(), dim=1) for each in networks]
         mean = torch.stack([each @ each.T for each in cosines]).mean(dim=0)
-        torch.testing.assert_close(rows @ rows.T, mean, atol=1e-6, rtol=0)
+        torch.testing.assert_close(rows @ rows.T, mean, atol=1e-14, rtol=0)
 
     def test_one_network_is_itself_normalised(self) -> None:
         features = torch.tensor([[3.0, 4], [0, 0]])
-        torch.testing.assert_close(
-            ensemble_features([features]), torch.tensor([[0.6, 0.8], [0, 0]])
-        )
+        expected = torch.tensor([[0.6, 0.8], [0, 0]], dtype=torch.float64)
+        torch.testing.assert_close(ensemble_features([features]), expected)
 
     def test_no_image_is_allowed(self) -> None:
         assert ensemble_features([torch.ones(0, 3), torch.ones(0, 2)]).shape == (0, 5)
@@ -453,13 +542,24 @@ class TestUnitRows:
     def test_keeps_the_direction_at_any_scale(self, scale: float) -> None:
         rows = unit_rows(scale * torch.tensor([[3.0, -4, 0]]))
         tolerance = 1e-6 if scale > 1e-40 else 2e-3  # a subnormal has few digits
-        torch.testing.assert_close(rows, torch.tensor([[0.6, -0.8, 0]]), atol=tolerance, rtol=0)
+        expected = torch.tensor([[0.6, -0.8, 0]], dtype=torch.float64)
+        torch.testing.assert_close(rows, expected, atol=tolerance, rtol=0)
 
-    def test_float64_stays(self) -> None:
-        features = torch.randn(5, 3, dtype=torch.float64)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_is_float64(self, dtype: torch.dtype) -> None:
+        features = torch.randn(5, 3, dtype=dtype)
+        kept = features.clone()
         rows = unit_rows(features)
         assert rows.dtype == torch.float64
-        torch.testing.assert_close(rows, features / features.norm(dim=1, keepdim=True))
+        lengths = features.double().norm(dim=1, keepdim=True)
+        torch.testing.assert_close(rows, features.double() / lengths, atol=1e-15, rtol=0)
+        assert torch.equal(features, kept)
+
+    @pytest.mark.parametrize("scale", [1e-300, 1e300])
+    def test_float64_of_any_scale(self, scale: float) -> None:
+        rows = unit_rows(scale * torch.tensor([[3.0, -4, 0]], dtype=torch.float64))
+        expected = torch.tensor([[0.6, -0.8, 0]], dtype=torch.float64)
+        torch.testing.assert_close(rows, expected, atol=1e-15, rtol=0)
 
 
 @pytest.mark.usefixtures("search")

@@ -348,7 +348,7 @@ def errors_against_float64(query, key, queue, **settings_) -> list[tuple[float, 
 @pytest.mark.parametrize("soft_temperature", [0.1, 1.0, 3.0, 100.0])
 @pytest.mark.parametrize("tau", [0.01, 0.07, 0.5])
 @pytest.mark.parametrize("networks", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["random", "near", "duplicated"])
+@pytest.mark.parametrize("kind", ["random", "near", "duplicated", "one direction"])
 def test_the_numerical_promise_in_float32(networks, tau, soft_temperature, kind):
     query = unit(networks, 6, 32, seed=19, dtype=torch.float32)
     key = unit(networks, 6, 32, seed=20, dtype=torch.float32)
@@ -360,6 +360,9 @@ def test_the_numerical_promise_in_float32(networks, tau, soft_temperature, kind)
         queue = queue[:1].expand(networks, -1, -1).contiguous()
     if kind == "duplicated":
         key, queue = query.clone(), query[:, :1].expand(-1, 50, -1).contiguous()
+    if kind == "one direction":
+        common = unit(1, 1, 32, seed=23, dtype=torch.float32)
+        query, key, queue = (F.normalize(common + 1e-5 * x, dim=-1) for x in (query, key, queue))
     for value_error, gradient_error in errors_against_float64(
         query, key, queue, temperature=tau, soft_temperature=soft_temperature
     ):

@@ -144,6 +144,13 @@ class TestUniformity:
             math.log(sum(around) / (n - 1)), rel=1e-10
         )
 
+    def test_images_that_are_nearly_alike_keep_their_digits(self) -> None:
+        angles = 1e-7 * torch.arange(9, dtype=torch.float64)
+        features = torch.stack([angles.cos(), angles.sin()], dim=1)
+        pairs = [(i - j) ** 2 for i in range(9) for j in range(i)]
+        expected = -2e-14 * sum(pairs) / len(pairs)
+        assert uniformity(features) == pytest.approx(expected, rel=1e-6)
+
     def test_a_zero_row_is_at_distance_one_from_the_others(self) -> None:
         features = torch.tensor([[0.0, 0], [3, 0], [0, 5]])
         expected = math.log((2 * math.exp(-2) + math.exp(-4)) / 3)

@@ -1,0 +1,94 @@
+"""What exactness costs kNN: `knn_scores` against the same votes after one plain float32 search of the cosines.
+
+    python benchmarks/knn.py [--rounds 5]
+
+Each pair alternates within one run. Times are CPU seconds of one thread. Ratios are those of medians. "Searched again"
+is the share of queries that float32 left in doubt.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import faiss
+import torch
+from torch import Tensor
+
+from peerlearn import knn
+from peerlearn.knn import knn_scores
+
+CLASSES, K, TEMPERATURE = 10, 200, 0.1
+SIZES = [(10_000, 2_000, 512), (50_000, 10_000, 512), (20_000, 5_000, 2048)]
+
+
+def _plain(train: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    rows, asked = (torch.nn.functional.normalize(each, dim=1) for each in (train, queries))
+    cosines, neighbours = faiss.knn(
+        asked.numpy(), rows.numpy(), K, metric=faiss.METRIC_INNER_PRODUCT
+    )
+    weights = (torch.from_numpy(cosines).double() / TEMPERATURE).exp_()
+    votes = torch.zeros(len(queries), CLASSES, dtype=torch.float64)
+    return votes.scatter_add_(1, labels[torch.from_numpy(neighbours)], weights)
+
+
+def _ours(train: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    return knn_scores(train, labels, queries, k=K, temperature=TEMPERATURE, num_classes=CLASSES)
+
+
+def _features(n: int, d: int, *, offset: float, within: float) -> tuple[Tensor, Tensor]:
+    """Ten classes: their centres one apart, images ``within`` of them, all of it beside a common direction."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(CLASSES, (n,), generator=generator)
+    centres = torch.randn(CLASSES, d, generator=generator)[labels]
+    common = torch.randn(d, generator=generator)
+    return offset * common + centres + within * torch.randn(n, d, generator=generator), labels
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def _share_searched_again(run: Callable[[], Tensor]) -> float:
+    with mock.patch.object(knn, "_search_in_float64", side_effect=knn._search_in_float64) as again:
+        queries = len(run())
+    return sum(len(call.args[3]) for call in again.call_args_list) / queries
+
+
+def main() -> None:
+    """Print a line per size and kind of features."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    print(
+        f"{platform.machine()}, one thread, torch {torch.__version__}, faiss {faiss.__version__}, "
+        f"k {K}, {options.rounds} rounds"
+    )
+    for kind, offset, within in (
+        ("spread out", 0.0, 3.0),
+        ("trained", 0.0, 0.5),
+        ("barely trained", 1000.0, 1.0),
+    ):
+        for n, q, d in SIZES:
+            features, labels = _features(n + q, d, offset=offset, within=within)
+            problem = features[:n], labels[:n], features[n:]
+            plain, ours = partial(_plain, *problem), partial(_ours, *problem)
+            again = _share_searched_again(ours)
+            pairs = [(_seconds(plain), _seconds(ours)) for _ in range(options.rounds)]
+            first, second = (statistics.median(side) for side in zip(*pairs, strict=True))
+            ratios = [b / a for a, b in pairs]
+            print(
+                f"{kind:14} N {n:6,} Q {q:6,} D {d:5,}: plain {first:.2f} s, ours {second:.2f} s, ratio "
+                f"{second / first:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), searched again {100 * again:.1f} %"
+            )
+
+
+if __name__ == "__main__":
+    main()
