@@ -25,7 +25,7 @@ from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.data.augment import resized_side
 from peerlearn.errors import UserError
 from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, SEAL, WEIGHTS_FILE
-from peerlearn.runs.files import file_sha256, replace_folder
+from peerlearn.runs.files import file_sha256, load_tensors, replace_folder
 from peerlearn.runs.text import markdown_cell
 
 
@@ -210,7 +210,7 @@ def load_export(folder: Path | str) -> nn.Module:
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from error
     try:
-        weights = safetensors.torch.load_file(weights_file)
+        weights = load_tensors(weights_file)
     except OSError as error:
         raise _unreadable(weights_file, error) from error
     except safetensors.SafetensorError as error:

@@ -28,7 +28,7 @@ from peerlearn.errors import UserError
 from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, frozen, load_backbones
 from peerlearn.export import export_hash
-from peerlearn.runs.files import file_sha256, write_text
+from peerlearn.runs.files import file_sha256, load_tensors, write_text
 from peerlearn.runs.output import warn_once
 from peerlearn.runs.progress import progress
 
@@ -207,7 +207,7 @@ def _read(root: Path, key: str) -> Tensor | None:
     if not whole:
         logger.warning("%s is damaged: its features are computed again", file)
         return None
-    return safetensors.torch.load_file(file)["features"]
+    return load_tensors(file)["features"]
 
 
 def _write(root: Path, key: str, features: Tensor, export: Path, dataset: ImageDataset) -> None:

@@ -151,3 +151,19 @@ def test_what_is_skipped_and_what_is_missing_is_told_and_the_rest_scored(export,
     ]
     (file,) = (tmp_path / "results").glob("knn-*-0-*.json")
     assert json.loads(file.read_text())["metrics"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_relative_names_do_in_a_folder_whose_own_name_is_no_text(tmp_path, monkeypatch, capsys):
+    here = Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn"))
+    write_noise(here, {f"photos/{part}": 8 for part in ("train/a", "train/b", "test/a", "test/b")})
+    monkeypatch.chdir(here)
+    assert main(["pretrain", *TINY, *FOLDER, "photos", "--run", "run"]) == 0
+    assert main(["resume", "run", "--epochs", "2"]) == 0
+    words = ["--checkpoint", "run", "--network", "0", "--device", "cpu", "--data.workers", "0"]
+    assert main(["knn", *words, "--k", "3"]) == 0
+    assert main(["linear", "finetune", *words, "--epochs", "1", "--batch_size", "8"]) == 0
+    assert main(["export", "run", "--format", "timm", "--output", "out"]) == 0
+    assert main(["knn", "--checkpoint", "out/net-0", *words[2:], *FOLDER, "photos"]) == 0
+    assert len(list((here / "run/results").glob("*-photos-*.json"))) == 2
+    capsys.readouterr()
