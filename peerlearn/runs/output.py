@@ -12,6 +12,7 @@ from peerlearn.errors import DONE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 _MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN)
 _STANDARD_OUTPUTS = (1, 2)
@@ -133,11 +134,25 @@ def show(*parts: "RenderableType") -> None:
     """
     # Imported here: `--help` should not wait for it.
     from rich.console import Console
+    from rich.table import Table
 
     try:
         for part in parts:
+            if isinstance(part, Table):
+                _keep_numbers_whole(part)
             narrowest = Console(width=_ANY_WIDTH).measure(part).minimum
             width = max(Console().width, narrowest)
             Console(width=width).print(part, highlight=False)
     except Exception as error:
         logger.warning("a table could not be printed (%s): the files have its numbers", error)
+
+
+def _keep_numbers_whole(table: "Table") -> None:
+    """Columns that do not wrap are as wide as what is in them: rich would cut them off."""
+    from rich.console import Console
+
+    wide = Console(width=_ANY_WIDTH)
+    for column in table.columns:
+        if column.no_wrap:
+            cells = (column.header, *column.cells)
+            column.min_width = max(wide.measure(cell).maximum for cell in cells)

@@ -97,9 +97,10 @@ def test_a_process_without_standard_output(monkeypatch):
 
 def table_of(name: str) -> Table:
     table = Table(title=Text(name))
-    table.add_column("network")
-    table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_row(Text(name), "60.05 .. 64.50")
+    table.add_column("network", overflow="fold", min_width=7)
+    for heading in ("top-1", "95 % interval", "calibration error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row(Text(name), "62.31 +- 0.40", "60.05 .. 64.50", "0.01")
     return table
 
 
@@ -109,7 +110,9 @@ def test_tables_keep_their_numbers_and_names_in_any_pane(columns, name, monkeypa
     monkeypatch.setenv("COLUMNS", columns)
     show(table_of(name))
     out = capsys.readouterr().out
-    assert "60.05 .. 64.50" in out
+    assert "62.31 +- 0.40 " in out
+    assert " 60.05 .. 64.50 " in out
+    assert "calibration error" in out
     assert name.split()[0] in out
 
 
