@@ -67,7 +67,7 @@ def check_batches(
     """
     if len(dataset) < batch_size_global:
         raise UserError(
-            f"{dataset.name} {dataset.split} has {len(dataset)} images, fewer than one batch: "
+            f"{dataset.title} {dataset.split} has {len(dataset)} images, fewer than one batch: "
             f"lower batch_size ({batch_size_global}) or raise data.limit"
         )
     if images_per_class is not None:
@@ -213,7 +213,7 @@ class ViewLoader:
 def _labels(dataset: ImageDataset) -> Tensor:
     if dataset.labels is None:
         raise UserError(
-            f"{dataset.name} {dataset.split} has no labels, which batches by images_per_class need: "
+            f"{dataset.title} {dataset.split} has no labels, which batches by images_per_class need: "
             "choose another data.name or data.split, or leave images_per_class out"
         )
     return dataset.labels

@@ -52,3 +52,23 @@ def test_the_bar_has_each_networks_loss_and_accuracy():
     row = {"net/0/knn_top1": 70.12, "net/key-0/knn_top1": 69.0, "ensemble/knn_top1": 72.34}
     assert _accuracies(row | {"pixels/knn_top1": 80.0}) == "kNN 70.1, key-0 69.0, ensemble 72.3 %"
     assert _accuracies({"loss": 1.0}) == ""
+
+
+def test_without_labels_the_line_has_what_needs_none():
+    row = {
+        "net/0/rankme": 12.34,
+        "net/1/rankme": 11.0,
+        "net/key-0/rankme": 9.0,
+        "net/0/feature_std": 0.1,
+        "net/0/scl_hard": 2.0,
+        "loss": 4.0,
+        "net/0/alignment": 0.512,
+        "net/0/uniformity": -1.2,
+        "net/1/alignment": 0.6,
+        "net/1/uniformity": -1.33,
+        "cohort/neighbour_agreement": 34.56,
+    }
+    assert scores_text(row, epoch=2) == (
+        "epoch 2  rankme: net/0 12.34  net/1 11.00  net/key-0 9.00  alignment: net/0 0.51  net/1 0.60  "
+        "uniformity: net/0 -1.20  net/1 -1.33  agreement %: 34.6"
+    )
