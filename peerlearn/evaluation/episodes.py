@@ -1,19 +1,20 @@
 """Few-shot episodes: which images are support and query, and how well features tell their classes apart.
 
-An episode draws W classes, S support images of each to learn from, and Q query images of each to be asked. The rules are
-those of prototypical networks (Snell et al. 2017), SimpleShot's nearest centroid (Wang et al. 2019) and the
+An episode draws W classes, S support images of each to learn from, and Q query images of each to be asked. The rules
+are those of prototypical networks (Snell et al. 2017), SimpleShot's nearest centroid (Wang et al. 2019) and the
 logistic-regression head of Tian et al. 2020.
 
 Dimensions: E episodes, W ways, S shots, Q queries of a class, N images, D features.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from peerlearn.knn import unit_rows
 from peerlearn.runs.files import write_text
 
 Distance = Literal["sqeuclidean", "cosine"]
-Head = Literal["centroid", "logistic_regression"]
 # Scores (e, W Q, W) of the queries of some episodes, from the numbers of support (e, W, S) and query (e, W Q).
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,7 +81,8 @@ def draw_episodes(
     classes, counts = labels.unique(return_counts=True)
     if len(classes) < ways:
         raise UserError(
-            f"episodes of {ways} ways need as many classes, and there are {len(classes)}: lower ways, or take other images"
+            f"episodes of {ways} ways need as many classes, and there are {len(classes)}: lower ways, or take "
+            "other images"
         )
     needed = shots + queries
     if (short := counts < needed).any():
@@ -122,7 +123,7 @@ def _ranges(total: int, elements_of_one: int, elements: int) -> Iterator[tuple[i
     return ((start, min(start + size, total)) for start in range(0, total, size))
 
 
-def nearest_centroid(features: Tensor, *, distance: Distance) -> "Scorer":
+def nearest_centroid(features: Tensor, *, distance: Distance) -> Scorer:
     """Scores of queries by the prototypes of the classes, which are the means of their support features.
 
     Args:
@@ -160,7 +161,8 @@ class _Rows:
             self._taken = self._rows.new_empty((numbers.numel(), self._rows.shape[1]))
         out = self._taken[: numbers.numel()]
         torch.index_select(self._rows, 0, numbers.flatten().to(self._rows.device), out=out)
-        return out.unflatten(0, numbers.shape)
+        rows: Tensor = out.unflatten(0, numbers.shape)
+        return rows
 
 
 def _by_distance(centred: _Rows, support: Tensor, query: Tensor) -> Tensor:
@@ -185,7 +187,37 @@ def _by_cosine(
     )
 
 
-def score_episodes(size: int, episodes: Episodes, scorer: "Scorer") -> FewShotResult:
+def logistic_regression(features: Tensor, *, penalty_c: float) -> Scorer:
+    """Scores of queries by scikit-learn's logistic regression on each episode's support (Tian et al. 2020).
+
+    Args:
+        features: (N, D), of any real dtype.
+        penalty_c: C, inverse strength of the L2 penalty.
+
+    Returns:
+        As `nearest_centroid` does: log-probabilities.
+    """
+    return partial(_by_logistic_regression, features, penalty_c)
+
+
+def _by_logistic_regression(
+    features: Tensor, penalty_c: float, support: Tensor, query: Tensor
+) -> Tensor:
+    from sklearn.linear_model import LogisticRegression
+
+    ways, shots = support.shape[1:]
+    labels = np.repeat(np.arange(ways), shots)
+    scores = []
+    for learnt, asked in zip(support.flatten(1), query, strict=True):
+        rows = features[torch.cat([learnt, asked]).to(features.device)].cpu().double().numpy()
+        # The bias takes up any shift, and the fit is sooner done without it.
+        rows -= rows.mean(axis=0)
+        fit = LogisticRegression(C=penalty_c, max_iter=1000).fit(rows[: len(labels)], labels)
+        scores.append(torch.from_numpy(fit.predict_log_proba(rows[len(labels) :])))
+    return torch.stack(scores)
+
+
+def score_episodes(size: int, episodes: Episodes, scorer: Scorer) -> FewShotResult:
     """The accuracy of every episode: the share of its queries whose own class scores highest.
 
     Among classes of equal score the first of the episode counts.
@@ -205,3 +237,67 @@ def score_episodes(size: int, episodes: Episodes, scorer: "Scorer") -> FewShotRe
         accuracies.append((scores.argmax(dim=2).cpu() == truth).double().mean(dim=1))
     shares = 100 * torch.cat(accuracies)
     return FewShotResult(float(shares.mean()), interval_of_mean(shares.tolist()), shares)
+
+
+def write_episodes(file: Path, episodes: Mapping[int, Episodes], *, fingerprint: str) -> None:
+    """Keep episodes, by their shots, for other networks and machines.
+
+    Args:
+        file: JSON file to write.
+        episodes: episodes by their number of shots.
+        fingerprint: hash of the images that their numbers count.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = {
+        "images": fingerprint,
+        "episodes": {
+            str(shots): {"support": each.support.tolist(), "query": each.query.tolist()}
+            for shots, each in episodes.items()
+        },
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(content) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"episodes_file {file} cannot be written ({error.strerror}): choose another"
+        ) from error
+
+
+def read_episodes(
+    file: Path, shots: Sequence[int], *, ways: int, queries: int, episodes: int, fingerprint: str
+) -> dict[int, Episodes]:
+    """The episodes that `write_episodes` wrote, by their shots.
+
+    Raises:
+        UserError: the file holds other images, or no such episodes, or is no such file.
+    """
+    try:
+        content = json.loads(file.read_text())
+        kept = {
+            int(each): Episodes(torch.tensor(those["support"]), torch.tensor(those["query"]))
+            for each, those in content["episodes"].items()
+        }
+        images = content["images"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"episodes_file {file} holds no episodes ({error}): remove it, or name another"
+        ) from error
+    if images != fingerprint:
+        raise UserError(
+            f"episodes_file {file} is of other images: give the data set that it was written for, or name another file"
+        )
+    for each in shots:
+        asked, has = (episodes, ways, each, queries), None
+        if each in kept:
+            support, query = kept[each].support.shape, kept[each].query.shape
+            has = (*support, query[2]) if len(support) == len(query) == 3 else None
+        if has != asked:
+            raise UserError(
+                f"episodes_file {file} has no {episodes} episodes of {ways} ways, {each} shots and {queries} queries"
+                + (f", but {has[0]} of {has[1]}, {has[2]} and {has[3]}" if has else "")
+                + ": set the keys to its numbers, or name another file"
+            )
+    return {each: kept[each] for each in shots}
