@@ -41,6 +41,9 @@ VERBS = {
         True,
         "configs",
     ),
+    "fewshot": Verb(
+        "fewshot.command", "main", "score exported networks by few-shot episodes", True
+    ),
     "submit": Verb(
         "slurm.submit_command",
         "main",

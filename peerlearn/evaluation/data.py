@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from peerlearn.config import changeable, require
 from peerlearn.data.published import DATASET_NAMES
@@ -74,7 +74,16 @@ class DatasetPlace(NamedTuple):
     root: str | None
 
 
-def find_dataset(data: EvaluationDataConfig, selection: Selection) -> DatasetPlace:
+class DatasetKeys(Protocol):
+    """A config's keys that name a dataset; None = as the networks' run had it."""
+
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def root(self) -> str | None: ...
+
+
+def find_dataset(data: DatasetKeys, selection: Selection) -> DatasetPlace:
     """The dataset asked for, else the one that the networks' run was trained on.
 
     Raises:

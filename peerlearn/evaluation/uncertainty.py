@@ -34,6 +34,13 @@ def spread_over_runs(values: Sequence[float]) -> Spread:
     )
 
 
+def interval_of_mean(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean of many values: 1.96 sample deviations / sqrt(n); NaN for one."""
+    if len(values) < 2:
+        return math.nan
+    return 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy, in percent (Wilson 1927): ``correct`` of ``n`` >= 1 test images.
 
