@@ -59,8 +59,11 @@ def parse_config(
     if words and not words[0].startswith("-"):
         path = find_config(words.pop(0), shipped)
         layers.append(read_file(path, config_keys(config_class)))
-    layers.append(read_words(words, config_class, verb))
-    return _build(config_class, layers), "--dry_run" in argv
+    given, said = read_words(words, config_class, verb)
+    config = _build(config_class, [*layers, given])
+    if said and os.environ.get("RANK", "0") == "0":
+        print("\n".join(said))
+    return config, "--dry_run" in argv
 
 
 def load_config(config_class: type[Config], path: Path) -> Config:

@@ -1,7 +1,6 @@
 """The words of a command line: ``--key value``, ``--key=value``, and lists as several words."""
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -39,29 +38,26 @@ class ArgumentParser(argparse.ArgumentParser):
 _NUMBERS = {"int": "whole number", "float": "number"}
 
 
-def read_words(words: Sequence[str], config_class: Any, verb: str) -> dict[str, Entry]:
-    """The values of a command line by dotted keys.
+def read_words(
+    words: Sequence[str], config_class: Any, verb: str
+) -> tuple[dict[str, Entry], list[str]]:
+    """The values of a command line by dotted keys, and a line for each key that stands twice with other values.
+
+    Words are often put after others, to override them, so it is no error here. The lines are comments to what --dry_run
+    prints.
 
     Raises:
         UsageError: a key is unknown or has no value, or has several where it takes one.
     """
     hints = {key.name: key.hint for key in keys_of(config_class) if not key.is_group}
     entries: dict[str, Entry] = {}
+    said: list[str] = []
     for key, values in _by_key(words, hints, verb):
         value = _written(key, values, hints[key])
         if entries.get(key, Entry(value, "")).value != value:
-            _say_which_counts(key, values)
+            said.append(f"# --{key} stands twice: {' '.join(values)} counts")
         entries[key] = Entry(value, "")
-    return entries
-
-
-def _say_which_counts(key: str, values: Sequence[str]) -> None:
-    """Of a key that stands twice. Words are often put after others, to override them, so it is no error here.
-
-    The line is a comment to what --dry_run prints.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        print(f"# --{key} stands twice: {' '.join(values)} counts")
+    return entries, said
 
 
 def without(words: Sequence[str], others: Sequence[str]) -> list[str]:
