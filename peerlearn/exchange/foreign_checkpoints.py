@@ -148,7 +148,7 @@ class _Given:
 def _named_architecture(content: Any) -> str | None:
     """The name of a network beside the weights: arch, args.arch, hyper_parameters.backbone or the like."""
     for holder in (content, *(_entry(content, key) for key in ("args", "hyper_parameters"))):
-        for key in ("arch", "backbone", "encoder"):
+        for key in ("arch", "architecture", "backbone", "encoder", "model_name", "model"):
             value = _entry(holder, key)
             name = value if isinstance(value, str) else _entry(value, "name")
             if isinstance(name, str):
@@ -286,15 +286,15 @@ def _untold(file: Path, plan: "_Plan", beside: str | None) -> str:
     if beside is not None and beside == name:
         words = f"{things}, taken as in {name}, which the file says it is"
     else:
-        words = f"{things}, taken as in torchvision's {name}"
-        others = [
-            other
-            for other in (file.stem, name.replace("resnet", "resnetblur"))
-            if timm.is_model(other)
-        ]
-        others = [other for other in others if other != name]
-        example = f", for example {others[0]}" if others else ""
-        words += f"; another network of the same tensors is to be named by --architecture{example}"
+        words = (
+            f"{things}, taken as in torchvision's {name}; another network of the same tensors is to be named by "
+            "--architecture"
+        )
+        example = name.replace("resnet", "resnetblur")
+        if file.stem != name and timm.is_model(file.stem):
+            words += f": the file is called {file.stem}"
+        elif timm.is_model(example):
+            words += f", for example {example}"
     if plan.small_images:
         words += (
             "; the 3x3 stem's stride 1, padding 1 and no max-pool (solo-learn pads by 2: --architecture "

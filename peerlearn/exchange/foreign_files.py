@@ -40,8 +40,12 @@ class _IgnoredObject:
 
 def _stand_ins(names: Iterable[str]) -> list[Any]:
     """What takes the place of the classes of these names, as `torch.serialization.safe_globals` wants it."""
+    # torch.save writes Python 2's names of built-in classes, and torch's reader looks for Python 3's.
     return [
-        (_IgnoredNumber if name.startswith("numpy.") else _IgnoredObject, name)
+        (
+            _IgnoredNumber if name.startswith("numpy.") else _IgnoredObject,
+            name.replace("__builtin__.", "builtins."),
+        )
         for name in names
         if re.fullmatch(_DATA_CLASSES, name)
     ]

@@ -100,7 +100,10 @@ _CONTAINERS = {"state_dict", "model", "net", "network", "model_state_dict", "cla
 _NUMBER = r"(?P<number>0|[1-9][0-9]?)"
 # The MCL authors' networks with shared low stages: layer3_1.0.conv1.weight belongs to branch 1.
 _BRANCH = rf"(?P<module>(layer|block)[0-9]|bn|classifier)_{_NUMBER}\.(?P<name>.+)"
-_MOMENTUM = r"encoder_k(_\d+)?|key_encoder|encoder_key|moco_encoder|momentum\w*|\w+_momentum|teacher\w*|target\w*|(\w+_)?ema"
+_MOMENTUM = (
+    r"encoder_k(_\d+)?|key_encoder|encoder_key|moco_encoder|momentum\w*|\w+_momentum"
+    r"|teacher\w*|target\w*|(\w+_)?ema"
+)
 _DEEPEST = 16
 
 

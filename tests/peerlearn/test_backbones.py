@@ -454,3 +454,18 @@ def test_timm_knows_the_networks_in_either_import_order(imports: str) -> None:
     code = f"{imports}; print(timm.create_model('resnet32_cifar').num_classes, end=' ');"
     code += "print(timm.is_model('resnet18_small'), timm.is_model('conv4_cifar'))"
     assert run_python(code).split() == ["100", "True", "True"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "reduction"),
+    [("small", 4, 8), ("small_padding2", 5, 8), ("small_pooled", 2, 16), ("small_no_relu", 4, 8)],
+)
+def test_small_stems_of_other_programs(kind: str, size: int, reduction: int) -> None:
+    """Of 32 pixels, a stem with padding 2 makes 34, and three halvings of them leave 5."""
+    backbone = randomise(create_backbone(f"resnet18_{kind}", in_chans=1), seed=1).eval()
+    x = images(2, 1, 32, 32)
+    assert backbone.forward_features(x).shape == (2, 512, size, size)
+    assert backbone.feature_info[-1]["reduction"] == reduction
+    plain = create_backbone("resnet18", in_chans=1, small_images=True).eval()
+    plain.load_state_dict(backbone.state_dict())
+    assert torch.equal(plain(x), backbone(x)) == (kind == "small")

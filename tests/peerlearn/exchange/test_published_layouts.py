@@ -15,9 +15,12 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from peerlearn.export import load_export
 from tests.peerlearn.exchange.foreign_networks import (
+    CifarResNet,
+    WideResNet,
     assert_same_features,
     exports,
     images,
@@ -121,8 +124,9 @@ def test_barlow_twins(import_file: Import, tmp_path: Path) -> None:
 
 
 def test_dino_of_a_resnet(import_file: Import, tmp_path: Path) -> None:
-    """facebookresearch/dino main_dino.py: student of DDP, teacher bare, optimizer, epoch, args, dino_loss; utils.py's
-    MultiCropWrapper names backbone and head. hubconf.py's dino_resnet50_pretrain.pth is the backbone alone."""
+    """facebookresearch/dino main_dino.py: student and (with batch norm) teacher of DDP, optimizer, epoch, args,
+    dino_loss; utils.py's MultiCropWrapper names backbone and head. hubconf.py's
+    dino_resnet50_pretrain.pth is the backbone alone."""
     student, teacher = backbone(1), backbone(2)
     head = nn.Sequential(nn.Linear(512, 64), nn.GELU(), nn.Linear(64, 32))
     content = {
@@ -132,7 +136,10 @@ def test_dino_of_a_resnet(import_file: Import, tmp_path: Path) -> None:
             "module.head.last_layer.weight_g": torch.ones(10, 1),
             "module.head.last_layer.weight_v": torch.randn(10, 32),
         },
-        "teacher": {**prefixed("backbone.", teacher), **prefixed("head.mlp.", head)},
+        "teacher": {
+            **prefixed("module.backbone.", teacher),
+            **prefixed("module.head.mlp.", head),
+        },
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []},
         "epoch": 300,
         "args": argparse.Namespace(arch="resnet18", patch_size=16, out_dim=65536),
@@ -414,13 +421,23 @@ def test_a_network_of_the_same_tensors_is_known_by_its_name(
         assert not torch.allclose(load_export(tmp_path / "out/net-0")(x), plain(x)[:, :512])
 
 
-def test_what_tensors_do_not_tell_is_said(import_file: Import, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "hint"),
+    [
+        ("a.pth", ", for example resnetblur18"),
+        ("resnet18.pth", ", for example resnetblur18"),
+        ("resnetblur18.pth", ": the file is called resnetblur18"),
+    ],
+)
+def test_what_tensors_do_not_tell_is_said(
+    file: str, hint: str, import_file: Import, tmp_path: Path
+) -> None:
     network = timm.create_model("resnetblur18")
-    code, out, _ = import_file(network.state_dict(), name="resnetblur18.pth")
+    code, out, _ = import_file(network.state_dict(), name=file)
     assert code == 0
     expected = (
         "blur (anti-aliasing), padding, strides, activation and batch norm's epsilon, taken as in torchvision's "
-        "resnet18; another network of the same tensors is to be named by --architecture, for example resnetblur18"
+        f"resnet18; another network of the same tensors is to be named by --architecture{hint}"
     )
     assert line(out, "not told by the tensors: ") == expected
     assert (
@@ -479,4 +496,65 @@ def test_any_network_of_timms_is_read_by_its_name(
     x = images(size=size)
     with torch.no_grad():
         theirs: Tensor = network.forward_head(network.forward_features(x), pre_logits=True)
+        assert torch.equal(load_export(tmp_path / "out/net-0")(x), theirs)
+
+
+def test_the_vits_of_moco_v3_need_their_name(import_file: Import, tmp_path: Path) -> None:
+    """facebookresearch/moco-v3 moco/builder.py, _init_encoders_with_vit: timm's names, an MLP as head."""
+    base, momentum = (
+        trained(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=48), seed)
+        for seed in (1, 2)
+    )
+    state = {}
+    for name, network in (("base_encoder", base), ("momentum_encoder", momentum)):
+        state |= prefixed(f"module.{name}.", network)
+        state |= prefixed(f"module.{name}.head.", mlp(192, 64, 64, 32))
+    state |= prefixed("module.predictor.", mlp(32, 64, 32))
+    content = {"epoch": 300, "arch": "vit_small", "state_dict": state}
+    code, _, err = import_file(content)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "--architecture NAME reads any network of timm by timm's names" in err
+    words = ["--architecture", "vit_tiny_patch16_224", "--image_size", "48"]
+    code, out, _ = import_file(content, *words)
+    assert code == 0
+    assert line(out, "layout: ") == "MoCo v3"
+    assert line(out, "left out, in tensors: ") == "heads 26, predictor 7"
+    for network, folder in ((base, "net-0"), (momentum, "net-0-key")):
+        with torch.no_grad():
+            x = images(size=48)
+            assert torch.equal(load_export(tmp_path / "out" / folder)(x), network(x))
+
+
+def test_the_wide_resnets_of_swav_are_refused(import_file: Import) -> None:
+    """facebookresearch/swav src/resnet50.py, resnet50w2: a stem of 128 channels, which torchvision's do not have."""
+    state = {
+        "module.conv1.weight": torch.zeros(128, 3, 7, 7),
+        "module.layer1.0.conv1.weight": torch.zeros(256, 128, 1, 1),
+        "module.layer1.0.conv2.weight": torch.zeros(256, 256, 3, 3),
+        "module.layer1.0.conv3.weight": torch.zeros(512, 256, 1, 1),
+    }
+    code, _, err = import_file({"state_dict": state})
+    assert (code, err.count("\n")) == (1, 1)
+    assert "is a ResNet of 1 bottleneck blocks on a 7x7 stem of 128 channels, which is none" in err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "build"),
+    [("resnet32", lambda: CifarResNet(BasicBlock, 5)), ("wrn_16_2", lambda: WideResNet(2, 2))],
+)
+def test_a_cifar_network_can_be_named_too(
+    architecture: str, build: Callable[[], nn.Module], import_file: Import, tmp_path: Path
+) -> None:
+    network = trained(build(), 1)
+    code, _, _ = import_file(prefixed("module_list.0.", network), "--architecture", architecture)
+    assert code == 0
+    assert_same_features(tmp_path / "out/net-0", network, images(size=32))
+
+
+def test_our_own_cifar_resnet_is_read_by_its_own_names(import_file: Import, tmp_path: Path) -> None:
+    network = trained(timm.create_model("resnet32_cifar", num_classes=10), 1)
+    assert import_file(prefixed("net.", network))[0] == 0
+    x = images(size=32)
+    with torch.no_grad():
+        theirs = network.forward_head(network.forward_features(x), pre_logits=True)
         assert torch.equal(load_export(tmp_path / "out/net-0")(x), theirs)

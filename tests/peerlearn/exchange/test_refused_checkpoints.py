@@ -147,8 +147,9 @@ def test_data_of_other_classes_beside_the_weights_is_passed_over(
     settings._content = {"lr": 0.1}
     counts: Any = collections.defaultdict(list)
     counts["a"].append(1)
+    network = resnet(seed=1)
     content = {
-        "state_dict": resnet(seed=1).state_dict(),
+        "state_dict": network.state_dict(),
         "acc": np.float64(0.7),
         "best": np.arange(3),
         "args": argparse.Namespace(lr=0.1, out=Path("x")),
@@ -163,7 +164,7 @@ def test_data_of_other_classes_beside_the_weights_is_passed_over(
     assert (code, err) == (0, "")
     assert not created
     assert "not read, beside the state dict: acc, args, best, counts, hyper_parameters\n" in out
-    assert_same_features(tmp_path / "out/net-0", resnet(seed=1), images())
+    assert_same_features(tmp_path / "out/net-0", network, images())
 
 
 def test_a_bare_pickle_of_more_than_plain_data_is_refused_by_its_names(
