@@ -136,7 +136,8 @@ def _training_config(run: Path) -> dict[str, Any]:
     """The run's config by dotted keys, without those that tell runs of one kind apart."""
     import yaml
 
-    values = dict(_leaves(yaml.safe_load(RunDirectory(run).config.read_text()), ""))
+    content = yaml.safe_load(RunDirectory(run).config.read_text(encoding="utf-8"))
+    values = dict(_leaves(content or {}, ""))
     return {key: value for key, value in values.items() if key not in ("run", "seed")}
 
 
