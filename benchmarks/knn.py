@@ -3,7 +3,7 @@
     python benchmarks/knn.py [--rounds 5]
 
 Each pair alternates within one run. Times are CPU seconds of one thread. Ratios are those of medians. "Searched again"
-is the share of queries that float32 left in doubt.
+is the share of queries that float32 left in doubt. The last two figures are top-1 of either.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from peerlearn import knn
-from peerlearn.knn import knn_scores
+from peerlearn.knn import knn_scores, knn_top1
 
 CLASSES, K, TEMPERATURE = 10, 200, 0.1
 SIZES = [(10_000, 2_000, 512), (50_000, 10_000, 512), (20_000, 5_000, 2048)]
@@ -81,12 +81,14 @@ def main() -> None:
             problem = features[:n], labels[:n], features[n:]
             plain, ours = partial(_plain, *problem), partial(_ours, *problem)
             again = _share_searched_again(ours)
+            top1 = ", ".join(f"{knn_top1(run(), labels[n:]):.2f}" for run in (plain, ours))
             pairs = [(_seconds(plain), _seconds(ours)) for _ in range(options.rounds)]
             first, second = (statistics.median(side) for side in zip(*pairs, strict=True))
             ratios = [b / a for a, b in pairs]
             print(
                 f"{kind:14} N {n:6,} Q {q:6,} D {d:5,}: plain {first:.2f} s, ours {second:.2f} s, ratio "
-                f"{second / first:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), searched again {100 * again:.1f} %"
+                f"{second / first:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), searched again {100 * again:.1f} %, "
+                f"top-1 {top1}"
             )
 
 

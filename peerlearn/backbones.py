@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import timm
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -27,7 +28,7 @@ from torch import nn
 from peerlearn.errors import UserError
 from peerlearn.networks.cifar import CIFAR_NETWORKS, initialise_conv, plain_conv
 
-__all__ = ["create_backbone", "size_arguments"]
+__all__ = ["create_backbone", "patch_pixels", "size_arguments"]
 
 
 def create_backbone(
@@ -73,7 +74,7 @@ def create_backbone(
             in_chans=in_chans,
             **size_arguments(network_name, image_size),
         )
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         size = "its default size" if image_size is None else f"{image_size} pixels"
         raise UserError(
             f"network {name!r} cannot be built for images of {in_chans} channels and {size}: "
@@ -101,6 +102,17 @@ def size_arguments(network_name: str, image_size: int | None) -> dict[str, Any]:
     return {}
 
 
+def patch_pixels(backbone: nn.Module) -> int:
+    """The side of the patches that a ViT or its like cuts images into; what is less than a patch it does not see.
+
+    1 = the network sees every pixel.
+    """
+    patches = [module for module in backbone.modules() if isinstance(module, PatchEmbed)]
+    if not patches or patches[0].dynamic_img_pad:
+        return 1
+    return int(patches[0].patch_size[0])
+
+
 def _timm_name(name: str, small_images: bool) -> str:
     if name in CIFAR_NETWORKS:
         return f"{name}_cifar"
@@ -126,19 +138,38 @@ def _timm_name(name: str, small_images: bool) -> str:
     return f"{name}_small"
 
 
-def _small_stem(timm_name: str, **model_arguments: Any) -> nn.Module:
-    """A network of timm's ResNet family that keeps the image's resolution up to its first stage."""
+def _small_stem(
+    timm_name: str,
+    *,
+    padding: int = 1,
+    activated: bool = True,
+    pooled: bool = False,
+    **model_arguments: Any,
+) -> nn.Module:
+    """A network of timm's ResNet family that keeps the image's resolution up to its first stage.
+
+    Args:
+        timm_name: name of the network in timm.
+        padding: zeros around the image; solo-learn has 2, and so two pixels more.
+        activated: whether a ReLU follows; lightly's examples number the layers of its ResNet, and so lose it.
+        pooled: whether the max-pool stays, as where the convolution alone was replaced.
+        model_arguments: arguments of the network.
+    """
     network: nn.Module = model_entrypoint(timm_name)(**model_arguments)
     stem: Any = network.conv1
     if isinstance(stem, nn.Conv2d):
         network.conv1 = plain_conv(stem.in_channels, stem.out_channels, 3).to(stem.weight)
+        network.conv1.padding = (padding, padding)
         initialise_conv(network.conv1)
     else:
         stem[0].stride = (1, 1)
-    network.maxpool = nn.Identity()
+    if not activated:
+        network.act1 = nn.Identity()
+    if not pooled:
+        network.maxpool = nn.Identity()
     feature_info: Any = network.feature_info
     for info in feature_info:
-        info["reduction"] //= 2 if info["module"] == "act1" else 4
+        info["reduction"] //= 2 if pooled or info["module"] == "act1" else 4
     return network
 
 
@@ -147,6 +178,17 @@ TIMM_NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     f"{name}_cifar": (network, 4 if name == "conv4" else 3)
     for name, network in CIFAR_NETWORKS.items()
 } | {f"{name}_small": (partial(_small_stem, name), 5) for name in list_models(module="resnet")}
+# Small stems of other programs, which tensors do not tell from the plain one.
+_SMALL_STEMS: dict[str, dict[str, Any]] = {
+    "small_padding2": {"padding": 2},
+    "small_pooled": {"pooled": True},
+    "small_no_relu": {"activated": False},
+}
+TIMM_NETWORKS |= {
+    f"{name}_{kind}": (partial(_small_stem, name, **stem), 5)
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
+    for kind, stem in _SMALL_STEMS.items()
+}
 
 # timm's register_model looks for a network's default configuration under this name.
 default_cfgs = generate_default_cfgs(

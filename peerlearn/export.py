@@ -9,6 +9,7 @@ byte in silence.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
+from peerlearn.data.augment import resized_side
 from peerlearn.errors import UserError
 from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, SEAL, WEIGHTS_FILE
 from peerlearn.runs.files import file_sha256, replace_folder
@@ -39,6 +41,7 @@ def save_export(
     provenance: Mapping[str, object],
     origin: str = "pretrained by peerlearn",
     classifier: nn.Linear | None = None,
+    seen_whole: bool | None = None,
 ) -> str:
     """Write `folder` as a whole. An older folder of that name is replaced.
 
@@ -56,11 +59,18 @@ def save_export(
         origin: words about the network's origin, for README.md's title after the network's name.
         classifier: layer from the backbone's features to class logits. It is stored under timm's name for it, so that
             timm's network gives logits. `load_export` leaves it out, because evaluations see the features.
+        seen_whole: whether evaluation views show such images whole (`is_seen_whole`); None = unknown: images for
+            networks of 64 pixels and more are taken for photographs, of which the centre is seen.
 
     Returns:
         `export_hash(folder)`.
     """
-    config = _config(backbone, in_chans=in_chans, image_size=image_size, mean=mean, std=std)
+    if seen_whole is None:
+        seen_whole = image_size < 64
+    view = _timm_view(image_size, seen_whole=seen_whole)
+    config = _config(
+        backbone, in_chans=in_chans, image_size=image_size, mean=mean, std=std, view=view
+    )
     tensors = _stored_tensors(backbone)
     if classifier is not None:
         config["num_classes"] = config["pretrained_cfg"]["num_classes"] = classifier.out_features
@@ -70,7 +80,12 @@ def save_export(
         f"image_size={image_size})"
     )
     card = _model_card(
-        config["architecture"], origin, call, provenance, classifies=classifier is not None
+        config["architecture"],
+        origin,
+        call,
+        provenance,
+        view=view_words(config["pretrained_cfg"]),
+        classifies=classifier is not None,
     )
     # Not save_file: only their owner could read its files. One entry of metadata, because the
     # order of several entries would differ from run to run.
@@ -300,8 +315,36 @@ def _stored_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     }
 
 
+def _timm_view(image_size: int, *, seen_whole: bool) -> dict[str, Any]:
+    """`peerlearn.data.augment.evaluation_view` in timm's terms."""
+    if seen_whole:
+        # "squash" lets go of the image's proportions, as we do.
+        return {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
+    side = resized_side(image_size)
+    share = image_size / side
+    # timm rounds the quotient down, which a share that was rounded up would make one pixel too small.
+    while math.floor(image_size / share) < side:
+        share = math.nextafter(share, 0)
+    return {"interpolation": "bilinear", "crop_pct": share, "crop_mode": "center"}
+
+
+def view_words(pretrained_cfg: Mapping[str, Any]) -> str:
+    """The evaluators' view of an image, for a card."""
+    size = pretrained_cfg["input_size"][1]
+    if pretrained_cfg.get("crop_mode") == "squash":
+        return f"resized whole to {size} x {size} pixels"
+    side = math.floor(size / pretrained_cfg.get("crop_pct", 0.875))
+    return f"resized until the shorter side has {side} pixels, and the centre of {size} x {size} cut out"
+
+
 def _config(
-    backbone: Any, *, in_chans: int, image_size: int, mean: Sequence[float], std: Sequence[float]
+    backbone: Any,
+    *,
+    in_chans: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    view: dict[str, Any],
 ) -> dict[str, Any]:
     registered = backbone.pretrained_cfg
     architecture = registered["architecture"]
@@ -313,9 +356,7 @@ def _config(
         "pretrained_cfg": {
             "input_size": [in_chans, image_size, image_size],
             "fixed_input_size": registered.get("fixed_input_size", False),
-            "interpolation": "bilinear",
-            # peerlearn.data.augment.evaluation_view, in timm's terms.
-            "crop_pct": 0.875 if image_size >= 64 else 1.0,
+            **view,
             "mean": [float(value) for value in mean],
             "std": [float(value) for value in std],
             "num_classes": 0,
@@ -334,6 +375,7 @@ def _model_card(
     call: str,
     provenance: Mapping[str, object],
     *,
+    view: str,
     classifies: bool,
 ) -> str:
     registration = "import peerlearn  # timm learns of this network by it\n"
@@ -352,7 +394,7 @@ pipeline_tag: {pipeline}
 # {timm_name}, {origin}
 
 {holds} `config.json` holds the image
-size, mean and standard deviation that it expects.
+size, mean and standard deviation that it expects. Images are {view}.
 
 With timm:
 

@@ -4,13 +4,14 @@ Dimensions: M networks, B batch, D embedding size, C classes.
 """
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlearn.backbones import create_backbone
+from peerlearn.backbones import create_backbone, patch_pixels
 from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.errors import UserError
@@ -25,6 +26,8 @@ from pretrain.batch_norm import split_batch_norm, sync_batch_norm
 from pretrain.config import CohortConfig, PretrainConfig
 from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import widen
+
+logger = logging.getLogger(__name__)
 
 
 class Cohort(nn.Module):
@@ -137,7 +140,8 @@ def build_cohort(
         UserError: an unknown backbone, or one that the config's other keys do not fit.
     """
     backbones, heads, classifiers = [], [], []
-    for network, name in enumerate(config.architectures()):
+    names = config.architectures()
+    for network, name in enumerate(names):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, seed, network)))
             backbone = create_backbone(
@@ -148,6 +152,8 @@ def build_cohort(
                 heads.append(_build_head(config, width))
             if num_classes:
                 classifiers.append(nn.Linear(width, num_classes))
+        if name not in names[:network]:
+            _check_image_size(name, backbone, in_chans=in_chans, image_size=image_size)
         backbones.append(backbone)
     shared = config.share_stages
     if shared is None:
@@ -158,6 +164,31 @@ def build_cohort(
         cohort.gate = _build_gate(cohort, teaching, in_chans=in_chans, image_size=image_size)
     _set_up_batch_norm(cohort, config, ranks)
     return cohort.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _check_image_size(name: str, backbone: nn.Module, *, in_chans: int, image_size: int) -> None:
+    """Make sure that the network takes images of this size; warn where it looks at a part of them alone.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        with eval_mode([backbone]):
+            backbone(torch.zeros(1, in_chans, image_size, image_size))
+    except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"network {name!r} cannot take images of {image_size} pixels "
+            f"({' '.join(str(error).split()) or 'they do not fit'}): change data.image_size"
+        ) from error
+    patch = patch_pixels(backbone)
+    seen = image_size - image_size % patch
+    if seen < image_size:
+        logger.warning(
+            "network %s cuts images into patches, and of %d x %d pixels it sees the first %d x %d: "
+            "make data.image_size a multiple of %d",
+            *(name, image_size, image_size, seen, seen, patch),
+        )
 
 
 def _set_up_batch_norm(cohort: Cohort, config: CohortConfig, ranks: Ranks | None) -> None:
@@ -232,7 +263,12 @@ def update_momentum(peers: Cohort, cohort: Cohort, momentum: float) -> None:
 
 def statistics(module: nn.Module) -> list[Tensor]:
     """The running means and variances of the batch norms, each once."""
-    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    # Networks have other buffers too, such as blur kernels and tables of positions, which stay as they are.
+    return [
+        buffer
+        for name, buffer in module.named_buffers()
+        if name.rpartition(".")[2] in ("running_mean", "running_var")
+    ]
 
 
 def named_state(module: nn.Module) -> dict[str, Tensor]:

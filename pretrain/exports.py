@@ -1,11 +1,16 @@
 """Writing a cohort's networks as exports: folders that timm loads."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from peerlearn.data.augment import is_seen_whole
 from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.image_folders import DecodeError
 from peerlearn.export import save_export
 from peerlearn.runs.export_folders import network_folder
 from pretrain.cohort import Cohort
@@ -25,6 +30,7 @@ class TrainingImages:
         mean: per channel, what views were normalised with.
         std: likewise.
         num_classes: C, of the labels that the networks were trained to tell apart; 0 = none.
+        seen_whole: whether evaluation views show them whole; None = unknown.
     """
 
     dataset: str
@@ -35,6 +41,7 @@ class TrainingImages:
     mean: Sequence[float]
     std: Sequence[float]
     num_classes: int = 0
+    seen_whole: bool | None = None
 
     @classmethod
     def of(
@@ -50,6 +57,7 @@ class TrainingImages:
             mean=dataset.mean,
             std=dataset.std,
             num_classes=num_classes,
+            seen_whole=_are_seen_whole(dataset, image_size),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -58,6 +66,21 @@ class TrainingImages:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
         }
+
+
+# So many image files are decoded to learn their sizes.
+_LOOKED_AT = 16
+
+
+def _are_seen_whole(dataset: ImageDataset, image_size: int) -> bool | None:
+    """Whether evaluation views show the images whole: all that are looked at; None if none can be decoded."""
+    if isinstance(dataset.images, Tensor):
+        return is_seen_whole(*dataset.images.shape[2:], size=image_size)
+    seen = []
+    for index in range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT)):
+        with contextlib.suppress(DecodeError):
+            seen.append(is_seen_whole(*dataset.read(index).shape[1:], size=image_size))
+    return all(seen) if seen else None
 
 
 def export_cohort(
@@ -84,6 +107,7 @@ def export_cohort(
             image_size=images.image_size,
             mean=images.mean,
             std=images.std,
+            seen_whole=images.seen_whole,
             classifier=cohort.classifiers[m] if cohort.classifiers else None,  # type: ignore[arg-type]
             provenance={
                 "method": config.method,

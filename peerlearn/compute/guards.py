@@ -45,7 +45,7 @@ class StepGuard:
     @torch.no_grad()
     def remember(self) -> None:
         """Copy the batch-norm statistics before the step."""
-        torch._foreach_copy_(self._remembered, self._buffers)
+        _copy_each(self._remembered, self._buffers)
 
     @torch.no_grad()
     def skip(self, step: int, reason: str) -> None:
@@ -54,7 +54,7 @@ class StepGuard:
         Raises:
             DivergedError: the allowed number of steps in a row has been skipped.
         """
-        torch._foreach_copy_(self._buffers, self._remembered)
+        _copy_each(self._buffers, self._remembered)
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self._max_in_a_row:
@@ -74,6 +74,12 @@ class StepGuard:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+
+
+def _copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
+    # Networks without batch norm may have no buffers, and torch takes no empty list.
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

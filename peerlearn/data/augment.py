@@ -537,13 +537,22 @@ def evaluation_view(images: Tensor, *, size: int) -> Tensor:
     pixels = images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images.float()
     if (height, width) == (size, size):
         return pixels
-    shorter = min(height, width)
-    if shorter < 64:
+    if is_seen_whole(height, width, size=size):
         return _resize(pixels, size, size)
-    side = round(size * 256 / 224)
+    shorter, side = min(height, width), resized_side(size)
     pixels = _resize(pixels, height * side // shorter, width * side // shorter)
     top, left = (round((extent - size) / 2) for extent in pixels.shape[2:])
     return pixels[:, :, top : top + size, left : left + size]
+
+
+def is_seen_whole(height: int, width: int, *, size: int) -> bool:
+    """Whether the evaluation view of ``size`` pixels shows the whole image, not its centre alone."""
+    return (height, width) == (size, size) or min(height, width) < 64
+
+
+def resized_side(size: int) -> int:
+    """The shorter side in pixels to which an image is resized before its centre of ``size`` pixels is cut out."""
+    return round(size * 256 / 224)
 
 
 def _resize(images: Tensor, height: int, width: int) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from peerlearn.errors import UserError
-from peerlearn.export import export_hash, load_export, write_folder
+from peerlearn.export import export_hash, load_export, view_words, write_folder
 from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 DETECTRON2_FILE = "model.pkl"
@@ -63,7 +63,7 @@ RESNETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class _ResNetExport:
-    """An export of one of `RESNETS`. Mean and std are those of images in [0, 1]."""
+    """An export of one of `RESNETS`. Mean and std are those of images in [0, 1]; view: how they are resized."""
 
     folder: Path
     name: str
@@ -72,6 +72,7 @@ class _ResNetExport:
     image_size: int
     mean: Sequence[float]
     std: Sequence[float]
+    view: str
     backbone: nn.Module
 
 
@@ -143,6 +144,7 @@ def _load_resnet(export: Path, target: str) -> _ResNetExport:
         image_size=image_size,
         mean=config["mean"],
         std=config["std"],
+        view=view_words(config),
         backbone=backbone,
     )
 
@@ -206,7 +208,7 @@ def _torchvision_stem(resnet: _ResNetExport) -> str:
 def _expected_images(resnet: _ResNetExport) -> str:
     return (
         f"It expects images of {resnet.image_size} x {resnet.image_size} pixels and "
-        f"{resnet.in_chans} channel{'s' if resnet.in_chans > 1 else ''},\nscaled to [0, 1] and "
+        f"{resnet.in_chans} channel{'s' if resnet.in_chans > 1 else ''},\n{resnet.view},\nscaled to [0, 1] and "
         f"normalised by mean {_numbers(resnet.mean)} and standard deviation {_numbers(resnet.std)}."
     )
 
@@ -279,7 +281,7 @@ library_name: detectron2
 ---
 # {resnet.name}, for Detectron2
 
-A backbone for `build_resnet_backbone` and what is built on it, with Detectron2's names. It needs
+{_detectron2_uses(shape)} It needs
 
 ```yaml
 MODEL:
@@ -292,13 +294,43 @@ INPUT:
   FORMAT: "{_IMAGE_FORMATS[resnet.in_chans]}"
 ```
 
-Detectron2 leaves the stem and `res2` untrained and every batch norm frozen unless told otherwise. MoCo's
-detection recipe trains all of it: `MODEL.BACKBONE.FREEZE_AT: 0` and `MODEL.RESNETS.NORM: "SyncBN"`.
+Detectron2 leaves the stem and `res2` untrained and every batch norm frozen unless told otherwise. Frozen batch norm
+with self-supervised weights can give NaN at the usual learning rate. MoCo's detection recipe (R50-C4) trains all of it:
+
+```yaml
+MODEL:
+  BACKBONE:
+    FREEZE_AT: 0
+  RESNETS:
+    NORM: "naiveSyncBN"
+  ROI_HEADS:
+    NAME: "Res5ROIHeadsExtraNorm"
+TEST:
+  PRECISE_BN:
+    ENABLED: True
+```
+
+Its head is not Detectron2's: it is `Res5ROIHeads` with one more norm of the same kind after `res5`, as MoCo's
+`detection/train_net.py` registers it. PreciseBN measures the statistics of the batch norms anew before each test.
+With an FPN, set `MODEL.FPN.NORM: "naiveSyncBN"` instead of the head.
 
 Like the files of Detectron2's model zoo, `{DETECTRON2_FILE}` is a pickle. It holds numpy arrays and plain values alone.
 
 {_origin_table(resnet.folder)}
 """
+
+
+def _detectron2_uses(shape: ResNetShape) -> str:
+    """The models that the backbone fits, in words."""
+    if shape.bottleneck:
+        return (
+            "A backbone for `build_resnet_backbone`, `build_resnet_fpn_backbone` and C4 models, "
+            "with Detectron2's names."
+        )
+    return (
+        "A backbone for `build_resnet_fpn_backbone`, with Detectron2's names. C4 models cannot use it: their head\n"
+        "(`Res5ROIHeads`) builds `res5` of bottleneck blocks at every depth, and this network has basic blocks."
+    )
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -1,34 +1,28 @@
-"""Checkpoints of other programs, read without running anything in them.
+"""Checkpoints of other programs, as networks of ours.
 
-The names of the tensors tell the program: MoCo v1, v2 or v3 (ResNets), the MoCo or the supervised networks of the MCL
-authors, or a plain state dict of torchvision's or timm's ResNets. The shapes of the tensors tell the network.
+The shapes of the tensors tell the network, as far as they can (`ForeignNetwork.untold`);
+`peerlearn.exchange.foreign_layouts` tells where in the file it is.
 """
 
-import contextlib
-import pickletools
 import re
-import tarfile
-import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any
 
-import safetensors.torch
+import timm
 import torch
 from torch import Tensor, nn
 
-from peerlearn.backbones import create_backbone
+from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.errors import UserError
 from peerlearn.exchange.export_formats import RESNETS, ResNetShape
+from peerlearn.exchange.foreign_files import load_file, printable
+from peerlearn.exchange.foreign_layouts import FoundNetworks, KnownNetwork, Part, find_networks
 from peerlearn.export import state_misfits
 from peerlearn.networks.cifar import CIFAR_NETWORKS
-from peerlearn.runs.export_folders import KEY_PREFIX, network_order
 
-# torch does not compress its files, but a user may have compressed one by hand.
-_MOST_EXPANSION = 20
 # No camera has more channels. Without a limit, a file could ask for a network of any size.
 _MOST_CHANNELS = 1024
 
@@ -40,22 +34,28 @@ class ForeignNetwork:
     Attributes:
         name: name for ``--network``: "0", "1", "key-0", ...
         source: name of the network in the file.
+        prefix: what was stripped from the names of its tensors.
         architecture: name of the network for `create_backbone`.
         in_chans: channels of the images.
         small_images: whether the network has a small-image stem.
+        image_size: height and width of the images that it is built for; None = any.
         backbone: the network with the file's weights.
         matched: number of tensors that the network took from the file, which is all it has.
         counted: whether the file has batch norm's counters of batches; without them they are 0.
+        untold: what the tensors do not tell, and how it was taken.
     """
 
     name: str
     source: str
+    prefix: str
     architecture: str
     in_chans: int
     small_images: bool
+    image_size: int | None
     backbone: nn.Module
     matched: int
     counted: bool
+    untold: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,274 +66,241 @@ class ForeignCheckpoint:
         layout: name of the program that wrote it, in words.
         networks: query networks and momentum networks.
         left_out: first part of a name -> number of tensors that belong to no backbone; heads are counted together.
-        beside: names of the other entries beside the state dict: optimizer, epoch, ...
+        not_read: names of the other entries beside the networks: optimizer, epoch, ...
     """
 
     layout: str
     networks: tuple[ForeignNetwork, ...]
     left_out: dict[str, int]
-    beside: tuple[str, ...]
+    not_read: tuple[str, ...]
 
 
-def read_foreign(file: Path) -> ForeignCheckpoint:
-    """Read a .pth, .pt, .tar or .safetensors file and find the networks in it.
+def read_foreign(
+    file: Path, *, architecture: str | None = None, image_size: int | None = None
+) -> ForeignCheckpoint:
+    """Read a .pth, .pt, .tar, .ckpt or .safetensors file and find the networks in it.
+
+    Args:
+        file: file to read.
+        architecture: name of the network for `create_backbone`; None = the tensors, and a name beside them, tell.
+        image_size: height and width of the images for networks that are built for one size; None = their default.
 
     Raises:
         UserError: the file cannot be read, holds more than plain data or has an unknown layout; or a network is
-            unknown, has missing, superfluous or misshapen tensors, or holds NaN or Inf.
+            unknown, is not the one that is asked for or that the file names, has missing, superfluous or misshapen
+            tensors, or holds NaN or Inf.
     """
-    content = _load(file)
-    tensors, beside = _unwrap(file, content)
-    layout, parts, rest = _split(tensors)
-    networks = tuple(_build(file, name, part) for name, part in parts.items())
-    left_out = Counter(_printable(name.split(".")[0]) for name in rest)
-    left_out["heads"] = sum(len(part.head) for part in parts.values())
+    content = load_file(file)
+    given = None if architecture is None else _Given(architecture, image_size)
+    found = find_networks(content)
+    if given and not found.parts:
+        found = find_networks(content, given.known)
+    if not found.parts:
+        raise _none_found(file, found)
+    beside = _named_architecture(content)
+    networks = tuple(
+        _build(file, name, part, given=given, beside=beside) for name, part in found.parts.items()
+    )
     return ForeignCheckpoint(
-        layout=layout,
+        layout=found.layout,
         networks=networks,
-        left_out={group: count for group, count in sorted(left_out.items()) if count},
-        beside=beside,
+        left_out=found.left_out,
+        not_read=found.not_read,
     )
 
 
-def _load(file: Path) -> Any:
-    """The content of the file: tensors and plain values alone."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder: give the checkpoint file in it")
-    try:
-        with file.open("rb") as stream:
-            empty = not stream.read(1)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    if empty:
-        raise UserError(f"{file} is empty: get it again")
-    try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        _check_archive(file)
-        with warnings.catch_warnings():
-            # Unusual pickles cause warnings. A file that cannot be read is an error in any case.
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    # A file made to break the reader can raise anything.
-    except Exception as error:
-        _refuse(file, error)
+def _none_found(file: Path, found: FoundNetworks) -> UserError:
+    if found.first is None:
+        return UserError(f"{file} holds no state dict: no tensors by name, however deep")
+    return UserError(
+        f"{file} is none of the networks that can be imported, ResNets and wide ResNets by the names of torchvision, "
+        f"timm and the MCL authors: its first tensor is {printable(found.first)}; --architecture NAME reads any "
+        "network of timm by timm's names"
+    )
 
 
-def _check_archive(file: Path) -> None:
-    """Refuse what torch would read without a message: damaged records, and records that grow when unpacked."""
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        size = sum(record.file_size for record in archive.infolist())
-        if size > _MOST_EXPANSION * file.stat().st_size + 2**20:
-            raise UserError(
-                f"{file}: {file.stat().st_size:,} bytes unpack to {size:,}: refused; save it again uncompressed"
-            )
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise UserError(
-            f"{file} is damaged: the checksum of {_printable(damaged)} does not match; get it again"
+class _Given:
+    """The network of --architecture.
+
+    Attributes:
+        name: its name for `create_backbone`.
+        state: its tensors by our names, without numbers in them.
+        known: what it is looked for by.
+        image_size: height and width of the images that it is built for; None = any.
+    """
+
+    def __init__(self, name: str, image_size: int | None) -> None:
+        with torch.device("meta"):
+            network: Any = create_backbone(name, image_size=image_size)
+        config = network.pretrained_cfg
+        self.name = name
+        self.state: dict[str, Tensor] = network.state_dict()
+        classifiers = config.get("classifier") or ()
+        classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+        self.known = KnownNetwork(
+            tuple(self.state), tuple(f"{classifier}." for classifier in classifiers)
         )
+        default = image_size or config["input_size"][1]
+        fixed = bool(size_arguments(config["architecture"], default))
+        self.image_size = default if fixed else None
 
 
-def _refuse(file: Path, error: Exception) -> NoReturn:
-    called = sorted(_called_names(file))
-    if called:
-        names = ", ".join(map(_printable, called[:3]))
-        names += f" and {len(called) - 3} more" if len(called) > 3 else ""
-        harmless = all(re.fullmatch(_DATA_CLASSES, name) for name in called)
-        does = (
-            "holds more than tensors and plain values" if harmless else "would run code when loaded"
-        )
-        raise UserError(
-            f"{file} {does} ({names}): refused; a file of torch.save(model.state_dict(), ...) alone can be imported"
-        ) from error
-    if tarfile.is_tarfile(file):
-        raise UserError(
-            f"{file} is of PyTorch's first format, a tar file, which could run code when loaded: refused; "
-            "have it saved again by a newer PyTorch"
-        ) from error
+def _named_architecture(content: Any) -> str | None:
+    """The name of a network beside the weights: arch, args.arch, hyper_parameters.backbone or the like."""
+    for holder in (content, *(_entry(content, key) for key in ("args", "hyper_parameters"))):
+        for key in ("arch", "architecture", "backbone", "encoder", "model_name", "model"):
+            value = _entry(holder, key)
+            name = value if isinstance(value, str) else _entry(value, "name")
+            if isinstance(name, str):
+                return name
+    return None
+
+
+def _entry(holder: Any, key: str) -> Any:
+    """An item or attribute of what the file holds; None if it has none."""
+    if not isinstance(holder, Mapping):
+        return None
+    return holder.get(key, getattr(holder, "__dict__", {}).get(key))
+
+
+def _build(
+    file: Path, name: str, part: Part, *, given: _Given | None, beside: str | None
+) -> ForeignNetwork:
+    where = f"{file}: {part.source}"
+    plan = _given_plan(where, given, part.body) if given else _identify(where, part.body)
+    if given is None:
+        plan = _count_layers(where, plan, part.first_stage)
+    if given is None and beside is not None:
+        plan = _compare(where, plan, beside, part.body)
+    backbone = create_backbone(
+        plan.architecture,
+        in_chans=plan.in_chans,
+        small_images=plan.small_images,
+        image_size=plan.image_size,
+    )
+    state = backbone.state_dict()
+    expected = {plan.foreign_name(own): tensor for own, tensor in state.items()}
+    tensors = dict(part.body)
+    counted = any(_is_counter(key) for key in tensors)
+    if not counted:
+        tensors |= {key: tensor for key, tensor in expected.items() if _is_counter(key)}
+    _check_fit(where, plan.architecture, expected, tensors)
+    backbone.load_state_dict({own: tensors[plan.foreign_name(own)] for own in state})
+    # Checked after loading: float64 can hold values that become Inf in float32.
+    for own, tensor in backbone.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: {plan.foreign_name(own)!r} holds NaN or Inf: refused")
+    return ForeignNetwork(
+        name=name,
+        source=part.source,
+        prefix=printable(part.prefix) if part.prefix else "",
+        architecture=plan.architecture,
+        in_chans=plan.in_chans,
+        small_images=plan.small_images,
+        image_size=plan.image_size,
+        backbone=backbone,
+        matched=len(part.body),
+        counted=counted or not any(map(_is_counter, state)),
+        untold="" if given else _untold(file, plan, beside),
+    )
+
+
+def _count_layers(where: str, plan: "_Plan", first_stage: int | None) -> "_Plan":
+    """The network with the layers before its first stage that numbered children leave room for.
+
+    Raises:
+        UserError: no such network can be imported.
+    """
+    if first_stage is None or first_stage == 4:
+        return plan
+    if first_stage == 3 and plan.small_images:
+        return plan
+    without_relu = f"{plan.architecture}_small_no_relu"
+    if first_stage == 2 and plan.small_images and without_relu in TIMM_NETWORKS:
+        return replace(plan, architecture=without_relu, small_images=False)
     raise UserError(
-        f"{file} is no checkpoint that can be read safely: damaged, cut short, or of another format"
-    ) from error
+        f"{where} is {plan.architecture} without {'ReLU and ' if first_stage == 2 else ''}max-pool between its stem "
+        "and its first stage, which cannot be imported"
+    )
 
 
-# The functions and classes that a pickle of tensors and plain values may name.
-_TENSOR_CLASSES = (
-    r"torch\.(\w*Storage|Size|device|Tensor|bool|[a-z]+\d+\w*)|torch\.storage\.\w+Storage|torch\._utils\._rebuild_\w+"
-    r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
-    r"|collections\.(OrderedDict|Counter)|_codecs\.encode|(builtins|__builtin__)\.(set|bytearray|complex)"
-)
-# Harmless classes that scripts often put beside their tensors.
-_DATA_CLASSES = (
-    r"numpy\.(dtype|ndarray)|numpy\.(_core|core)\.\w+\.(scalar|_reconstruct|_frombuffer)|argparse\.Namespace"
-    r"|pathlib\.\w+|datetime\.\w+|collections\.defaultdict|" + _TENSOR_CLASSES
-)
+def _given_plan(where: str, given: _Given, body: Mapping[str, Tensor]) -> "_Plan":
+    """The network of --architecture, with the channels and the stem that the tensors tell."""
+    choices = [
+        _Plan(architecture=given.name, in_chans=3, renames=renames)
+        for renames in ((), _CIFAR_RESNET_NAMES, _WIDE_RESNET_NAMES)
+    ]
+    plan = max(choices, key=lambda each: sum(each.foreign_name(own) in body for own in given.state))
+    stem, tensor = next((item for item in given.state.items() if item[1].dim() == 4), ("", None))
+    in_chans, small = 3, False
+    if tensor is not None and plan.foreign_name(stem) in body:
+        _, in_chans, kernel = _conv_shape(where, body, plan.foreign_name(stem))
+        in_stem = f"{given.name}_small" in TIMM_NETWORKS and tensor.shape[-1] != kernel == 3
+        small = in_stem and stem == "conv1.weight"
+    return replace(plan, in_chans=in_chans, small_images=small, image_size=given.image_size)
 
 
-def _called_names(file: Path) -> set[str]:
-    """The functions and classes beyond tensors that the file's pickles name, found without loading them."""
-    names: set[str] = set()
-    # A file that cannot be parsed is refused in any case. Only the message is less precise.
-    with contextlib.suppress(Exception):
-        for stream in _pickles(file):
-            _add_named(stream, names)
-    return {name for name in names if not re.fullmatch(_TENSOR_CLASSES, name)}
+def _compare(where: str, plan: "_Plan", beside: str, body: Mapping[str, Tensor]) -> "_Plan":
+    """Compare the network that the tensors tell with the name beside them.
 
+    Returns:
+        The network of that name where the tensors are its own too, as of networks with blur; else the given one.
 
-def _pickles(file: Path) -> Iterator[IO[bytes]]:
-    """The pickles in a torch file: today's format (a zip file), the first format (a tar file), or a bare pickle."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    yield archive.open(name)
-    elif tarfile.is_tarfile(file):
-        with tarfile.open(file) as tar:
-            for member in tar.getmembers():
-                stream = tar.extractfile(member) if member.name == "pickle" else None
-                if stream:
-                    yield stream
-    else:
-        with file.open("rb") as stream:
-            yield stream
-
-
-def _add_named(stream: IO[bytes], names: set[str]) -> None:
-    """Add the names in the pickles of a stream. For a name in two strings, the two that were pushed last are taken."""
-    # PyTorch's second format has five pickles, one after the other, before the numbers.
-    for _ in range(5):
-        pushed: list[Any] = [None, None]
-        memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in ("GLOBAL", "INST"):
-                names.add(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                names.add(f"{pushed[-2]}.{pushed[-1]}")
-            elif opcode.name == "MEMOIZE":
-                memo[len(memo)] = pushed[-1]
-            elif opcode.name.endswith("BINPUT"):
-                memo[int(argument or 0)] = pushed[-1]
-            elif opcode.name.endswith("BINGET"):
-                pushed.append(memo.get(int(argument or 0)))
-            else:
-                pushed.append(argument)
-
-
-def _printable(text: str) -> str:
-    """A name from a foreign file, safe to print on a terminal."""
-    return text if re.fullmatch(r"[\w.-]{1,80}", text) else ascii(text[:80])
-
-
-def _unwrap(file: Path, content: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict without DistributedDataParallel's prefix, and the names of the other entries beside it."""
-    beside: tuple[str, ...] = ()
-    for key in ("state_dict", "model", "net"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            beside = tuple(sorted(_printable(str(other)) for other in content if other != key))
-            content = content[key]
-            break
-    items = content.items() if isinstance(content, Mapping) else ()
-    tensors = {
-        name: tensor
-        for name, tensor in items
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-    if not tensors:
+    Raises:
+        UserError: the name is that of a network with other tensors.
+    """
+    # The MCL authors and OKDDip call the bottleneck network so.
+    known = plan.architecture.removesuffix("_bottleneck")
+    if beside in (plan.architecture, known) or not (
+        beside in CIFAR_NETWORKS or timm.is_model(beside)
+    ):
+        return plan
+    named = _given_plan(where, _Given(beside.split(".")[0], None), body)
+    network = _meta(named)
+    expected = {named.foreign_name(own): tensor for own, tensor in network.state_dict().items()}
+    tensors = {name: tensor for name, tensor in body.items() if not _is_counter(name)}
+    if state_misfits({k: t for k, t in expected.items() if not _is_counter(k)}, tensors):
         raise UserError(
-            f"{file} holds no state dict: no tensors by name, bare or under state_dict, model or net"
+            f"{where} is {plan.architecture} by its tensors, but the file calls it {printable(beside)}: "
+            f"--architecture {plan.architecture} imports it all the same"
         )
-    if any(tensor.is_nested for tensor in tensors.values()):
-        raise UserError(f"{file}: holds nested tensors, which no network here has")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors, beside
+    return named
 
 
-@dataclass(kw_only=True)
-class _Part:
-    """The tensors of one network in a file, by their names within it."""
-
-    source: str
-    body: dict[str, Tensor] = field(default_factory=dict)
-    head: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        is_head = name.split(".")[0] in ("fc", "classifier", "head")
-        (self.head if is_head else self.body)[name] = tensor
+def _meta(plan: "_Plan") -> nn.Module:
+    with torch.device("meta"):
+        return create_backbone(
+            plan.architecture,
+            in_chans=plan.in_chans,
+            small_images=plan.small_images,
+            image_size=plan.image_size,
+        )
 
 
-_NUMBER = r"(?P<number>0|[1-9][0-9]?)"
-# Name of the layout -> pattern of the names of its tensors.
-_LAYOUTS = {
-    "MoCo": r"(?P<source>encoder_(?P<role>[qk]))\.(?P<name>.+)",
-    "MoCo of the MCL authors": rf"(?P<source>encoder_(?P<role>[qk])_{_NUMBER})\.(?P<name>.+)",
-    "MoCo v3": r"(?P<source>(?P<role>base|momentum)_encoder)\.(?P<name>.+)",
-    "supervised networks of the MCL authors": rf"(?P<source>module_list\.{_NUMBER})\.(?P<name>.+)",
-}
-# The MCL authors' networks with shared low stages: layer3_1.0.conv1.weight belongs to branch 1.
-_BRANCH = rf"(?P<module>(layer|block)[0-9]|bn|classifier)_{_NUMBER}\.(?P<name>.+)"
-
-
-def _split(tensors: dict[str, Tensor]) -> tuple[str, dict[str, _Part], list[str]]:
-    """The layout, the networks by name (query networks first), and the names that belong to no network."""
-    for layout, pattern in _LAYOUTS.items():
-        parts, rest = _split_by_prefix(tensors, pattern)
-        if parts:
-            return _moco_version(layout, parts), parts, rest
-    parts = _split_branches(tensors)
-    if parts:
-        return "supervised networks of the MCL authors that share low stages", parts, []
-    whole = _Part(source="the network")
-    for name, tensor in tensors.items():
-        whole.add(name, tensor)
-    return "plain state dict", {"0": whole}, []
-
-
-def _split_by_prefix(
-    tensors: dict[str, Tensor], pattern: str
-) -> tuple[dict[str, _Part], list[str]]:
-    parts: dict[str, _Part] = {}
-    rest = []
-    for name, tensor in tensors.items():
-        match = re.fullmatch(pattern, name)
-        if match is None:
-            rest.append(name)
-            continue
-        fields = match.groupdict()
-        key = KEY_PREFIX if fields.get("role") in ("k", "momentum") else ""
-        network = f"{key}{fields.get('number', 0)}"
-        parts.setdefault(network, _Part(source=fields["source"])).add(fields["name"], tensor)
-    order = sorted(parts, key=network_order)
-    return {network: parts[network] for network in order}, rest
-
-
-def _moco_version(layout: str, parts: dict[str, _Part]) -> str:
-    """The layout with MoCo's version, which the heads tell: v1 has one linear layer, v2 has two."""
-    heads = {name for part in parts.values() for name in part.head}
-    if layout != "MoCo" or not heads:
-        return layout
-    return "MoCo v2" if "fc.2.weight" in heads else "MoCo v1"
-
-
-def _split_branches(tensors: dict[str, Tensor]) -> dict[str, _Part]:
-    """The networks of a file with shared stages: each branch becomes a whole network."""
-    matches = {name: re.fullmatch(_BRANCH, name) for name in tensors}
-    numbers = sorted({int(match["number"]) for match in matches.values() if match})
-    parts = {str(number): _Part(source=f"branch {number}") for number in numbers}
-    for name, tensor in tensors.items():
-        match = matches[name]
-        if match is None:
-            for part in parts.values():
-                part.add(name, tensor)
-        else:
-            # The last batch norm of a wide ResNet is bn_1 in a branch, but bn1 in a single network.
-            module = match["module"].replace("bn", "bn1")
-            parts[match["number"]].add(f"{module}.{match['name']}", tensor)
-    return parts
+def _untold(file: Path, plan: "_Plan", beside: str | None) -> str:
+    """What the tensors of the network do not tell, and how it was taken."""
+    name = plan.architecture.partition("_small")[0]
+    if name in CIFAR_NETWORKS:
+        return "strides, padding, activation and batch norm's epsilon, taken as in the MCL authors' code"
+    things = "blur (anti-aliasing), padding, strides, activation and batch norm's epsilon"
+    if beside is not None and beside == name:
+        words = f"{things}, taken as in {name}, which the file says it is"
+    else:
+        words = (
+            f"{things}, taken as in torchvision's {name}; another network of the same tensors is to be named by "
+            "--architecture"
+        )
+        example = name.replace("resnet", "resnetblur")
+        if file.stem != name and timm.is_model(file.stem):
+            words += f": the file is called {file.stem}"
+        elif timm.is_model(example):
+            words += f", for example {example}"
+    if plan.small_images:
+        words += (
+            "; the 3x3 stem's stride 1, padding 1 and no max-pool (solo-learn pads by 2: --architecture "
+            f"{name}_small_padding2; where a max-pool was left: {name}_small_pooled)"
+        )
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +310,7 @@ class _Plan:
     architecture: str
     in_chans: int
     small_images: bool = False
+    image_size: int | None = None
     renames: tuple[tuple[str, str], ...] = ()
 
     def foreign_name(self, name: str) -> str:
@@ -362,36 +330,6 @@ _WIDE_RESNET_NAMES = (
     (r"\.shortcut\.", ".convShortcut."),
     (r"^final\.0\.", "bn1."),
 )
-
-
-def _build(file: Path, name: str, part: _Part) -> ForeignNetwork:
-    where = f"{file}: {part.source}"
-    plan = _identify(where, part.body)
-    backbone = create_backbone(
-        plan.architecture, in_chans=plan.in_chans, small_images=plan.small_images
-    )
-    state = backbone.state_dict()
-    expected = {plan.foreign_name(own): tensor for own, tensor in state.items()}
-    given = dict(part.body)
-    counted = any(_is_counter(key) for key in given)
-    if not counted:
-        given |= {key: tensor for key, tensor in expected.items() if _is_counter(key)}
-    _check_fit(where, plan.architecture, expected, given)
-    backbone.load_state_dict({own: given[plan.foreign_name(own)] for own in state})
-    # Checked after loading: float64 can hold values that become Inf in float32.
-    for own, tensor in backbone.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{where}: {plan.foreign_name(own)!r} holds NaN or Inf: refused")
-    return ForeignNetwork(
-        name=name,
-        source=part.source,
-        architecture=plan.architecture,
-        in_chans=plan.in_chans,
-        small_images=plan.small_images,
-        backbone=backbone,
-        matched=len(part.body),
-        counted=counted,
-    )
 
 
 def _is_counter(name: str) -> bool:
@@ -437,7 +375,7 @@ def _identify(where: str, body: Mapping[str, Tensor]) -> _Plan:
     first = next(iter(body), "none at all")
     raise UserError(
         f"{where} is none of the networks that can be imported, torchvision's and the MCL authors' ResNets and wide "
-        f"ResNets: its first tensor is {_printable(first)}"
+        f"ResNets: its first tensor is {printable(first)}"
     )
 
 
@@ -453,15 +391,15 @@ def _identify_resnet(where: str, body: Mapping[str, Tensor]) -> _Plan:
         blocks=blocks, bottleneck=bottleneck, groups=groups, width_per_group=width_per_group
     )
     for name, known in RESNETS.items():
-        if known == shape and kernel in (3, 7):
+        if known == shape and width == 64 and kernel in (3, 7):
             return _Plan(architecture=name, in_chans=in_chans, small_images=kernel == 3)
-    cifar_name = f"resnet{2 + 2 * sum(blocks)}"
-    if len(blocks) == 3 and not bottleneck and cifar_name in CIFAR_NETWORKS:
+    cifar_name = f"resnet{2 + (3 if bottleneck else 2) * sum(blocks)}{'_bottleneck' * bottleneck}"
+    if len(blocks) == 3 and width == 16 and cifar_name in CIFAR_NETWORKS:
         return _Plan(architecture=cifar_name, in_chans=in_chans, renames=_CIFAR_RESNET_NAMES)
     raise UserError(
         f"{where} is a ResNet of {', '.join(map(str, blocks))} {'bottleneck' if bottleneck else 'basic'} blocks on a "
         f"{kernel}x{kernel} stem of {width} channels, which is none of those that can be imported: "
-        f"{', '.join(RESNETS)}, and with basic blocks on 16 channels resnet32, resnet56, resnet110"
+        f"{', '.join(RESNETS)}, and on 16 channels {', '.join(n for n in CIFAR_NETWORKS if n.startswith('resnet'))}"
     )
 
 

@@ -34,7 +34,7 @@ _CIFAR100 = _Images(
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn import FILE [--output DIR] [--image_size N] [--mean ...] [--std ...]`.
+    """`peerlearn import FILE [--output DIR] [--architecture NAME] [--image_size N] [--mean ...] [--std ...]`.
 
     Returns:
         The exit code.
@@ -44,7 +44,13 @@ def main(argv: Sequence[str]) -> int:
     # Imported here: --help should not wait for torch.
     from peerlearn.exchange.foreign_checkpoints import read_foreign
 
-    checkpoint = read_foreign(file)
+    if arguments.image_size is not None and not 1 <= arguments.image_size <= _LARGEST_SIZE:
+        raise UsageError(
+            f"--image_size must be within 1..{_LARGEST_SIZE}, got {arguments.image_size}"
+        )
+    checkpoint = read_foreign(
+        file, architecture=arguments.architecture, image_size=arguments.image_size
+    )
     images = [_expected_images(network, arguments) for network in checkpoint.networks]
     output: Path = arguments.output or Path("imported") / _plain_stem(file)
     sha256 = file_sha256(file)
@@ -70,11 +76,18 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="peerlearn import",
-        description="Turn the networks of another program's checkpoint into exports: of MoCo v1, v2 and v3, of the MCL "
-        "authors' code, and of torchvision's and timm's ResNets. Nothing in the file is run. "
-        "Example: peerlearn import moco_v2.pth.tar",
+        description="Turn the networks of another program's checkpoint into exports: ResNets and wide ResNets of MoCo, "
+        "of the MCL authors, of SwAV, SimSiam, Barlow Twins, DINO, VISSL, solo-learn, lightly, torchvision and timm. "
+        "Nothing in the file is run. Example: peerlearn import moco_v2.pth.tar",
     )
-    parser.add_argument("file", type=Path, help="a .pth, .pt, .tar or .safetensors file")
+    parser.add_argument("file", type=Path, help="a .pth, .pt, .tar, .ckpt or .safetensors file")
+    parser.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="name of the network, where tensors do not tell it: resnetblur18, resnet18_small_padding2 "
+        "(solo-learn's 3x3 stem), resnet18_small_pooled, or any network of timm "
+        "(default: what the tensors tell, compared with a name beside them)",
+    )
     parser.add_argument(
         "--output", type=Path, help="folder of the exports (default: imported/ and the file's name)"
     )
@@ -102,13 +115,11 @@ def _expected_images(network: "ForeignNetwork", arguments: argparse.Namespace) -
     """
     from peerlearn.networks.cifar import CIFAR_NETWORKS
 
-    small = network.small_images or network.architecture in CIFAR_NETWORKS
-    images = _CIFAR100 if small else _IMAGENET
+    small = "_small" in network.architecture or network.architecture in CIFAR_NETWORKS
+    images = _CIFAR100 if small or network.small_images else _IMAGENET
+    if network.image_size is not None:
+        images = images._replace(size=network.image_size)
     if arguments.image_size is not None:
-        if not 1 <= arguments.image_size <= _LARGEST_SIZE:
-            raise UsageError(
-                f"--image_size must be within 1..{_LARGEST_SIZE}, got {arguments.image_size}"
-            )
         images = images._replace(size=arguments.image_size)
     if (arguments.mean is None) != (arguments.std is None):
         raise UsageError("--mean and --std belong together: give both, or neither")
@@ -161,14 +172,11 @@ def _save(
             "network in the file": network.source,
             "mean and standard deviation": images.source,
             **({} if network.counted else {"batch counters": "not in the file, set to 0"}),
-            **({"stem": _SMALL_STEM} if network.small_images else {}),
+            **({"prefix of its names in the file": network.prefix} if network.prefix else {}),
+            **({"not told by the tensors": network.untold} if network.untold else {}),
         },
         origin=f"imported from {file.name}",
     )
-
-
-# Tensors show the size of a kernel, but not its stride.
-_SMALL_STEM = "3x3, taken to be without stride and max-pool"
 
 
 def _report(
@@ -185,12 +193,17 @@ def _report(
             f"{output / network_folder(network.name)}: {network.source} is {network.architecture}, matched "
             f"{network.matched} of {network.matched} tensors"
             + ("" if network.counted else ", batch counters are not in the file: set to 0")
-            + (f", stem {_SMALL_STEM}" if network.small_images else "")
+            + (", with a 3x3 stem" if network.small_images else "")
             + f"; {network.in_chans} x {expected.size} x {expected.size} pixels, mean and standard deviation "
             + expected.source
         )
     left_out = (f"{group} {count}" for group, count in checkpoint.left_out.items())
     print(f"left out, in tensors: {', '.join(left_out) or 'nothing'}")
-    if checkpoint.beside:
-        print(f"not read, beside the state dict: {', '.join(checkpoint.beside)}")
+    if checkpoint.not_read:
+        print(f"not read, beside the state dict: {', '.join(checkpoint.not_read)}")
+    prefixes = dict.fromkeys(network.prefix for network in checkpoint.networks if network.prefix)
+    if prefixes:
+        print(f"stripped from the names: {', '.join(prefixes)}")
+    for untold in dict.fromkeys(filter(None, (network.untold for network in checkpoint.networks))):
+        print(f"not told by the tensors: {untold}")
     print(f"use them: peerlearn knn --checkpoint {output} --data.name DATASET")

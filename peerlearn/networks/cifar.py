@@ -132,6 +132,13 @@ def initialise_conv(conv: nn.Conv2d) -> None:
         nn.init.zeros_(conv.bias)
 
 
+def _projection(in_channels: int, channels: int, stride: int) -> nn.Module:
+    """The shortcut of a ResNet's block: a projection where the shape changes, else nothing."""
+    if stride == 1 and in_channels == channels:
+        return nn.Identity()
+    return nn.Sequential(plain_conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
+
+
 class BasicBlock(nn.Module):
     """The two-convolution block of ResNet (He et al. 2016), projecting where the shape changes."""
 
@@ -141,15 +148,32 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = plain_conv(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                plain_conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels)
-            )
+        self.shortcut = _projection(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
         residual = self.bn2(self.conv2(residual))
+        return F.relu(residual + self.shortcut(x), inplace=True)
+
+
+class BottleneckBlock(nn.Module):
+    """The three-convolution block of ResNet (He et al. 2016), a quarter as wide inside; the 3x3 one has the stride."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        width = channels // 4
+        self.conv1 = plain_conv(in_channels, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = plain_conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = plain_conv(width, channels, 1)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.shortcut = _projection(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = F.relu(self.bn2(self.conv2(residual)), inplace=True)
+        residual = self.bn3(self.conv3(residual))
         return F.relu(residual + self.shortcut(x), inplace=True)
 
 
@@ -203,10 +227,13 @@ def _residual_stages(
     return stages
 
 
-def _resnet(blocks_per_stage: int, *, in_chans: int = 3, **head: Any) -> StagedNetwork:
-    """ResNet of 6 blocks_per_stage + 2 layers for CIFAR (He et al. 2016, section 4.2)."""
+def _resnet(
+    blocks_per_stage: int, *, bottleneck: bool = False, in_chans: int = 3, **head: Any
+) -> StagedNetwork:
+    """ResNet for CIFAR (He et al. 2016, section 4.2) of 6 blocks_per_stage + 2 layers, or 9 + 2 with bottlenecks."""
     stem = nn.Sequential(plain_conv(in_chans, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
-    stages = _residual_stages(BasicBlock, (16, 32, 64), blocks_per_stage)
+    block, widths = (BottleneckBlock, (64, 128, 256)) if bottleneck else (BasicBlock, (16, 32, 64))
+    stages = _residual_stages(block, widths, blocks_per_stage)
     return StagedNetwork(stem, stages, nn.Identity(), in_chans=in_chans, **head)
 
 
@@ -277,6 +304,8 @@ CIFAR_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet32": partial(_resnet, 5),
     "resnet56": partial(_resnet, 9),
     "resnet110": partial(_resnet, 18),
+    # The network that the MCL authors' and OKDDip's code calls resnet110.
+    "resnet110_bottleneck": partial(_resnet, 12, bottleneck=True),
     "wrn_16_2": partial(_wide_resnet, 2, 2),
     "wrn_40_2": partial(_wide_resnet, 6, 2),
     "wrn_28_4": partial(_wide_resnet, 4, 4),

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.resnet import BasicBlock as TimmBasicBlock
+from timm.models.resnet import Bottleneck as TimmBottleneck
 from timm.models.resnet import downsample_conv
 from torch import nn
 from torchvision.models import densenet as torchvision_densenet
@@ -19,7 +20,7 @@ from torchvision.models import densenet as torchvision_densenet
 import peerlearn
 from peerlearn.backbones import create_backbone
 from peerlearn.errors import UserError
-from peerlearn.networks.cifar import BasicBlock, DenseLayer, PreActivationBlock
+from peerlearn.networks.cifar import BasicBlock, BottleneckBlock, DenseLayer, PreActivationBlock
 from peerlearn.networks.shared_stages import (
     default_share_stages,
     forward_shared,
@@ -32,6 +33,7 @@ PARAMETERS = {
     "resnet32": (466_256, 472_756, 474_576),
     "resnet56": (855_120, 861_620, 863_440),
     "resnet110": (1_730_064, 1_736_564, 1_738_384),
+    "resnet110_bottleneck": (1_145_168, 1_170_868, 1_178_064),
     "wrn_16_2": (690_384, 703_284, 706_896),
     "wrn_40_2": (2_242_256, 2_255_156, 2_258_768),
     "wrn_28_4": (5_846_480, 5_872_180, 5_879_376),
@@ -92,7 +94,9 @@ def test_conv4_is_for_84_pixels_unless_told_otherwise() -> None:
     assert create_backbone("conv4").num_features == 1600
 
 
-@pytest.mark.parametrize("name", ["resnet32", "wrn_16_2", "densenet_bc_40_12"])
+@pytest.mark.parametrize(
+    "name", ["resnet32", "resnet110_bottleneck", "wrn_16_2", "densenet_bc_40_12"]
+)
 @pytest.mark.parametrize("size", [32, 28])
 def test_cifar_networks_halve_the_image_twice_and_average(name: str, size: int) -> None:
     backbone = create_backbone(name, in_chans=1).eval()
@@ -110,6 +114,18 @@ def test_basic_block_is_timms(channels: int, stride: int) -> None:
     own = [t for name, t in block.state_dict().items()]
     oracle.load_state_dict(dict(zip(oracle.state_dict(), own, strict=True)))
     x = images(2, 16, 9, 9)
+    torch.testing.assert_close(block(x), oracle(x))
+
+
+@pytest.mark.parametrize(("in_channels", "stride"), [(64, 1), (16, 1), (64, 2)])
+def test_bottleneck_block_is_timms(in_channels: int, stride: int) -> None:
+    block = randomise(BottleneckBlock(in_channels, 64, stride), seed=1).eval()
+    projects = stride > 1 or in_channels != 64
+    projection = downsample_conv(in_channels, 64, kernel_size=1, stride=stride)
+    oracle = TimmBottleneck(in_channels, 16, stride, projection if projects else None).eval()
+    own = block.state_dict().values()
+    oracle.load_state_dict(dict(zip(oracle.state_dict(), own, strict=True)))
+    x = images(2, in_channels, 9, 9)
     torch.testing.assert_close(block(x), oracle(x))
 
 
@@ -438,3 +454,18 @@ def test_timm_knows_the_networks_in_either_import_order(imports: str) -> None:
     code = f"{imports}; print(timm.create_model('resnet32_cifar').num_classes, end=' ');"
     code += "print(timm.is_model('resnet18_small'), timm.is_model('conv4_cifar'))"
     assert run_python(code).split() == ["100", "True", "True"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "reduction"),
+    [("small", 4, 8), ("small_padding2", 5, 8), ("small_pooled", 2, 16), ("small_no_relu", 4, 8)],
+)
+def test_small_stems_of_other_programs(kind: str, size: int, reduction: int) -> None:
+    """Of 32 pixels, a stem with padding 2 makes 34, and three halvings of them leave 5."""
+    backbone = randomise(create_backbone(f"resnet18_{kind}", in_chans=1), seed=1).eval()
+    x = images(2, 1, 32, 32)
+    assert backbone.forward_features(x).shape == (2, 512, size, size)
+    assert backbone.feature_info[-1]["reduction"] == reduction
+    plain = create_backbone("resnet18", in_chans=1, small_images=True).eval()
+    plain.load_state_dict(backbone.state_dict())
+    assert torch.equal(plain(x), backbone(x)) == (kind == "small")

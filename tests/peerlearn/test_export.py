@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,14 +18,17 @@ import safetensors.torch
 import timm
 import timm.data
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 import peerlearn.runs.files
 from peerlearn.backbones import create_backbone
+from peerlearn.data.augment import evaluation_view, is_seen_whole, normalise
 from peerlearn.errors import UserError
-from peerlearn.export import export_hash, load_export, save_export
+from peerlearn.export import _timm_view, export_hash, load_export, save_export
 from peerlearn.networks.shared_stages import share_low_stages
 
 # Name, in_chans, small_images, image_size.
@@ -43,6 +47,11 @@ NETWORKS = [
     ("mobilenetv3_small_050", 3, False, 64),
     ("mobilenetv3_small_050", 4, False, 64),
     ("vit_tiny_patch16_224", 1, False, 48),
+    ("convnext_atto", 1, False, 32),
+    ("resnet50_gn", 3, False, 32),
+    ("nf_regnet_b0", 1, False, 64),
+    ("mixer_s16_224", 3, False, 32),
+    ("swin_tiny_patch4_window7_224", 1, False, 32),
 ]
 
 
@@ -163,6 +172,54 @@ def test_timm_prepares_images_as_for_training(small_export: Path) -> None:
         assert tuple(config["input_size"]) == (1, 28, 28)
         assert (tuple(config["mean"]), tuple(config["std"])) == ((0.4,), (0.3,))
         assert (config["interpolation"], config["crop_pct"]) == ("bilinear", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "crop_pct", "crop_mode"),
+    [
+        (28, 28, 64, 1.0, "squash"),
+        (32, 32, 32, 1.0, "squash"),
+        (63, 40, 32, 1.0, "squash"),
+        (64, 64, 64, 1.0, "squash"),
+        (96, 96, 96, 1.0, "squash"),
+        (96, 96, 32, 32 / 37, "center"),
+        (96, 96, 64, 64 / 73, "center"),
+        (96, 70, 48, 48 / 55, "center"),
+        (300, 401, 224, 0.875, "center"),
+        (231, 120, 224, 0.875, "center"),
+    ],
+)
+def test_timms_own_transform_gives_the_view_of_the_evaluators(
+    height: int, width: int, size: int, crop_pct: float, crop_mode: str, tmp_path: Path
+) -> None:
+    network = ("resnet32", 3, False, size)
+    whole = is_seen_whole(height, width, size=size)
+    save(create_backbone("resnet32"), tmp_path / "net-0", network, seen_whole=whole)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'net-0'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(loaded)
+    assert config["crop_pct"] == pytest.approx(crop_pct, abs=1e-9)
+    assert (config["crop_mode"], config["interpolation"]) == (crop_mode, "bilinear")
+
+    noise = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(noise[None], (height, width), mode="bicubic").clamp(0, 1)
+    image = (255 * smooth[0]).to(torch.uint8)
+    theirs = timm.data.create_transform(**config)(to_pil_image(image))
+    ours = normalise(evaluation_view(image[None], size=size), (0.4,) * 3, (0.3,) * 3)[0]
+    # Pillow rounds to 8 bits after each direction.
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1.5 / 255 / 0.3)
+    card = (tmp_path / "net-0" / "README.md").read_text()
+    expected = (
+        f"resized whole to {size} x {size} pixels"
+        if whole
+        else f"resized until the shorter side has {round(size / crop_pct)} pixels, and the centre of {size} x {size}"
+    )
+    assert expected in card
+
+
+def test_timm_resizes_to_the_side_that_we_do() -> None:
+    for size in range(8, 700):
+        view = _timm_view(size, seen_whole=False)
+        assert math.floor(size / view["crop_pct"]) == round(size * 256 / 224)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pretrain.cohort import (
     load_named_state,
     momentum_peers,
     named_state,
+    statistics,
     update_momentum,
 )
 from pretrain.config import CohortConfig
@@ -154,11 +155,41 @@ def test_a_state_of_other_networks_is_refused():
         ({"networks": 3, "share_stages": 3}, "share_stages"),
         ({"networks": 2, "backbones": ["resnet32", "resnet56"], "share_stages": 1}, "share_stages"),
         ({"networks": 1, "backbones": "resnet33"}, "resnet32"),
+        (
+            {"networks": 1, "backbones": "convnext_atto"},
+            r"'convnext_atto' cannot take images of 16 pixels \(.*\): change data.image_size",
+        ),
     ],
 )
 def test_what_cannot_be_built_names_the_key(settings, message):
     with pytest.raises(UserError, match=message):
         build(**settings)
+
+
+@pytest.mark.parametrize(("image_size", "warned"), [(28, True), (16, False), (32, False)])
+def test_a_vit_that_sees_a_part_of_the_image_says_so(image_size, warned, caplog):
+    config = CohortConfig(networks=2, backbones="vit_tiny_patch16_224")
+    cohort = build_cohort(config, in_chans=1, image_size=image_size, seed=0)
+    expected = (
+        "network vit_tiny_patch16_224 cuts images into patches, and of 28 x 28 pixels it sees the first 16 x 16: "
+        "make data.image_size a multiple of 16"
+    )
+    assert [record.getMessage() for record in caplog.records] == [expected] * warned
+    first, *_ = features = cohort.branches(torch.rand(2, 1, image_size, image_size))
+    assert first.shape == (2, 192)
+    assert all(feature.std() > 0 for feature in features)
+
+
+def test_only_running_means_and_variances_are_statistics():
+    """The blur kernels of this network would drift if ranks took the mean of them at every step."""
+    cohort = build_cohort(
+        CohortConfig(networks=1, backbones="resnetblur18"), in_chans=1, image_size=32, seed=0
+    )
+    floating = {name for name, buffer in cohort.named_buffers() if buffer.is_floating_point()}
+    kernels = {name for name in floating if name.endswith(".filt")}
+    assert len(kernels) == 4
+    buffers = dict(cohort.named_buffers())
+    assert set(map(id, statistics(cohort))) == {id(buffers[name]) for name in floating - kernels}
 
 
 def test_the_mlp_head_is_two_layers_with_a_relu_between():

@@ -58,7 +58,9 @@ def assert_same_features(export: Path, network: nn.Module, x: Tensor) -> None:
     assert torch.equal(ours, theirs)
 
 
-def published(state_dict: State, network: nn.Module, **more: object) -> dict[str, Any]:
+def published(
+    state_dict: State, network: nn.Module, arch: str = "resnet18", **more: object
+) -> dict[str, Any]:
     """epoch, arch, state_dict and optimizer, as MoCo's scripts and their descendants save them."""
     optimizer = torch.optim.SGD(network.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
     network.train()
@@ -67,7 +69,7 @@ def published(state_dict: State, network: nn.Module, **more: object) -> dict[str
     network.eval()
     return {
         "epoch": 200,
-        "arch": "resnet50",
+        "arch": arch,
         "state_dict": OrderedDict(state_dict),
         "optimizer": optimizer.state_dict(),
         **more,

@@ -205,9 +205,39 @@ class Detectron2ResNet(nn.Module):
 
 
 def card_config(card: str) -> dict[str, Any]:
-    (text,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    text, _ = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
     config: dict[str, Any] = yaml.safe_load(text)
     return config
+
+
+@pytest.mark.parametrize(
+    ("name", "fits_c4"), [("resnet18", False), ("resnet34", False), ("resnet50", True)]
+)
+def test_the_card_says_what_detectron2_can_build_on_the_network(
+    name: str, fits_c4: bool, tmp_path: Path
+) -> None:
+    """A C4 model builds res5 of bottlenecks at every depth (`Res5ROIHeads._build_res5_block`)."""
+    files = convert_export(save(tmp_path / "net-0", (name, 3, False, 64)), "detectron2")
+    card = files["README.md"].decode()
+    assert "build_resnet_fpn_backbone" in card
+    assert ("C4 models cannot use it" in card) == (not fits_c4)
+    assert ("and C4 models, with Detectron2's names" in card) == fits_c4
+
+
+def test_the_card_tells_mocos_recipe_whole(tmp_path: Path) -> None:
+    """As detection/configs/Base-RCNN-C4-BN.yaml of facebookresearch/moco has it."""
+    files = convert_export(save(tmp_path / "net-0", ("resnet50", 3, False, 64)), "detectron2")
+    card = files["README.md"].decode()
+    _, text = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
+    assert yaml.safe_load(text) == {
+        "MODEL": {
+            "BACKBONE": {"FREEZE_AT": 0},
+            "RESNETS": {"NORM": "naiveSyncBN"},
+            "ROI_HEADS": {"NAME": "Res5ROIHeadsExtraNorm"},
+        },
+        "TEST": {"PRECISE_BN": {"ENABLED": True}},
+    }
+    assert "one more norm of the same kind after `res5`" in card
 
 
 @pytest.mark.parametrize("network", DETECTRON2, ids=str)

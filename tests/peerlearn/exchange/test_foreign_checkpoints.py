@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from peerlearn.cli import main
 from peerlearn.exchange.export_formats import RESNETS
@@ -163,6 +163,7 @@ def test_supervised_imagenet_networks_of_the_mcl_authors(
     [
         ("resnet32", lambda: CifarResNet(BasicBlock, 5)),
         ("resnet56", lambda: CifarResNet(BasicBlock, 9)),
+        ("resnet110_bottleneck", lambda: CifarResNet(Bottleneck, 12)),
         ("wrn_16_2", lambda: WideResNet(2, 2)),
         ("wrn_28_4", lambda: WideResNet(4, 4)),
     ],
@@ -317,7 +318,7 @@ def test_a_small_stem_of_other_channels_needs_its_normalisation(
     words = ["--mean", "0.286", "--std", "0.353", "--image_size", "28"]
     code, out, _ = import_file(network.state_dict(), *words)
     assert code == 0
-    assert "stem 3x3, taken to be without stride and max-pool; 1 x 28 x 28 pixels" in out
+    assert "with a 3x3 stem; 1 x 28 x 28 pixels" in out
     assert_same_features(tmp_path / "out/net-0", network, images(1, 28))
     config = json.loads((tmp_path / "out/net-0/config.json").read_text())
     assert config["architecture"] == "resnet18_small"
