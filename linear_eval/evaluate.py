@@ -64,7 +64,7 @@ def _score(
     scores = classification_scores(classified.logits, test.labels)
     return Score(
         network=name,
-        dataset=test.name,
+        dataset=test.title,
         metrics={
             **scores.metrics(),
             "per_class_top1": dict(zip(test.class_names, scores.per_class_top1, strict=True)),
@@ -75,7 +75,7 @@ def _score(
             plot_confusion,
             confusion=scores.confusion,
             class_names=test.class_names,
-            title=f"{test.name}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
+            title=f"{test.title}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
         ),
     )
 

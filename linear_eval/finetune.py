@@ -161,7 +161,7 @@ class FineTuning(Resumable):
     def headline(self) -> str:
         networks = ", ".join(self.models)
         return (
-            f"fine-tuning network {networks} on {len(self._train):,} images of {self._train.name}"
+            f"fine-tuning network {networks} on {len(self._train):,} images of {self._train.title}"
         )
 
     def trained(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """The command `peerlearn`. A verb's module is imported when the verb is used, so that `--help` answers at once."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -20,8 +21,10 @@ from peerlearn.errors import (
     UsageError,
     UserError,
 )
+from peerlearn.runs.output import with_lossy_output
 from peerlearn.runs.stop import StoppedError, interrupted_by_signals
 from peerlearn.runs.terminal import wrapped
+from peerlearn.runs.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +89,7 @@ def dispatch(words: list[str]) -> int:
     check_siblings()
     verb = VERBS[name]
     function = getattr(importlib.import_module(verb.module), verb.function)
+    function = with_lossy_output(function, read=verb.read)
     try:
         # What trains takes the signals itself, and saves.
         with interrupted_by_signals():
@@ -132,5 +136,8 @@ def _help() -> str:
 
 
 def _complain(message: object, code: int) -> int:
-    print(wrapped(f"peerlearn: {message}", sys.stderr), file=sys.stderr)
+    # A name in it may hold line breaks; and where nothing can be written, the exit code tells.
+    with contextlib.suppress(OSError, ValueError):
+        line = wrapped(f"peerlearn: {printable(str(message))}", sys.stderr)
+        print(line, file=sys.stderr, flush=True)
     return code

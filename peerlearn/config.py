@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -318,9 +319,28 @@ def _parse(parser: Any, config_class: type[Config], words: Sequence[str]) -> Con
     try:
         values = parser.instantiate(parser.parse_args(words))
         fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
-        return config_class(**{field.name: values[field.name] for field in fields})
+        config = config_class(**{field.name: values[field.name] for field in fields})
+        _check_text(config)
+        return config
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UsageError(_readable(error)) from error
+
+
+def _check_text(config: Any) -> None:
+    """Refuse names in bytes that are no UTF-8, which config.yaml could not hold: such a run could not be resumed."""
+    for key, value in flat_config(config).items():
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str) or not any("\ud800" <= sign <= "\udfff" for sign in text):
+                continue
+            try:
+                os.fsencode(text).decode("utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"{key}: {text} has bytes that are no UTF-8 text: rename it, or give a link to it (ln -s)"
+                ) from None
+            raise ValueError(
+                f"{key}: {text} is text that Python does not read in this locale: set PYTHONUTF8=1"
+            )
 
 
 def _readable(error: Exception) -> str:

@@ -25,7 +25,8 @@ from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.data.augment import resized_side
 from peerlearn.errors import UserError
 from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, SEAL, WEIGHTS_FILE
-from peerlearn.runs.files import file_sha256, replace_folder
+from peerlearn.runs.files import file_sha256, load_tensors, replace_folder
+from peerlearn.runs.text import markdown_cell
 
 
 def save_export(
@@ -209,7 +210,7 @@ def load_export(folder: Path | str) -> nn.Module:
     except UserError as error:
         raise UserError(f"{config_file}: {error}") from error
     try:
-        weights = safetensors.torch.load_file(weights_file)
+        weights = load_tensors(weights_file)
     except OSError as error:
         raise _unreadable(weights_file, error) from error
     except safetensors.SafetensorError as error:
@@ -379,7 +380,9 @@ def _model_card(
     classifies: bool,
 ) -> str:
     registration = "import peerlearn  # timm learns of this network by it\n"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
+    rows = "\n".join(
+        f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in provenance.items()
+    )
     pipeline = "image-classification" if classifies else "image-feature-extraction"
     holds = (
         "One network with its classifier, without projection head."
@@ -391,7 +394,7 @@ def _model_card(
 library_name: timm
 pipeline_tag: {pipeline}
 ---
-# {timm_name}, {origin}
+# {timm_name}, {markdown_cell(origin)}
 
 {holds} `config.json` holds the image
 size, mean and standard deviation that it expects. Images are {view}.

@@ -43,7 +43,7 @@ def _program() -> "Program[Training]":
         training.results = training.method.results(training)
 
     def summarise(training: "Training") -> None:
-        print_summary(training.run, training.dataset.name, training.results)
+        print_summary(training.run, training.dataset.title, training.results)
 
     return Program(build=build, train=train, facts=_facts, finish=finish, summarise=summarise)
 

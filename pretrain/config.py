@@ -9,6 +9,7 @@ from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import changeable, require
 from peerlearn.runs.save_config import SaveConfig
 
+Backend = Literal["memory", "folder"]
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
 
 # The class of every method (`pretrain.method`), by name: --help must not wait for torch, which they need.
@@ -151,7 +152,8 @@ class DataConfig:
         root: folder of the dataset; null = the usual places, then a download where one exists.
         split: split to train on: train; for stl10 also unlabeled and train+unlabeled.
         fallback: dataset to take where `name` is not to be had, with a line that says so; null = stop.
-        backend: place where crops are cut: memory (images decoded once) or folder (images decoded by workers).
+        backend: place where crops are cut: memory (images decoded once) or folder (images decoded by workers); null =
+            memory for images of one size that take at most 2 GiB, else folder.
         limit: number of training images, the first ones; null = all.
         validation_percent: percentage of every class that is held out, drawn by the seed. The method supervised is
             watched on it, so that the test split is looked at once, at the end; 0 = none.
@@ -159,7 +161,8 @@ class DataConfig:
         augmentation: recipe of the random views: moco_v1, moco_v2, moco_cifar, crop_flip, supervised_cifar (pad, crop,
             flip) or supervised_imagenet (crop of 8 to 100 % of the area, flip).
         crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
-        image_size: side of the views in pixels; null = the dataset's own, 224 for image files.
+        image_size: side of the views in pixels; null = the dataset's own; for image files the usual length of their
+            shorter side, but at most 224.
         workers: number of processes that read images.
         max_unreadable_percent: largest percentage of the images that may be unreadable before the run stops. Another
             image takes the place of an unreadable one, and events.jsonl lists it.
@@ -169,7 +172,7 @@ class DataConfig:
     root: str | None = changeable(None)
     split: str = "train"
     fallback: str | None = changeable(None)
-    backend: Literal["memory", "folder"] = "memory"
+    backend: Backend | None = None
     limit: int | None = None
     validation_percent: float = 0.0
     shots: int | None = None

@@ -49,7 +49,7 @@ class TrainingImages:
     ) -> "TrainingImages":
         """The facts of a dataset whose views are ``image_size`` pixels wide."""
         return cls(
-            dataset=dataset.name,
+            dataset=dataset.title,
             split=dataset.split,
             images=len(dataset),
             channels=dataset.channels,

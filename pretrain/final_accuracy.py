@@ -55,7 +55,7 @@ def write_final_accuracy(training: Training, weights: Tensor) -> dict[str, Class
     for network, each in scores.items():
         score = Score(
             network=network,
-            dataset=data.test.name,
+            dataset=data.test.title,
             metrics=each.metrics(),
             protocol=_protocol(training, network),
         )

@@ -111,6 +111,7 @@ class Method(Protocol):
             data.train,
             data.root,
             augmentation=augmentation,
+            backend=data.backend,
             image_size=image_size,
             device=self.ranks.device,
         )

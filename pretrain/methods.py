@@ -58,7 +58,7 @@ class MoCo(Method):
                 "queue.size %d is more than the other images of %s there are (%d in all): images will meet keys of "
                 "their own as negatives; lower queue.size",
                 config.queue.size,
-                dataset.name,
+                dataset.title,
                 len(dataset),
             )
 

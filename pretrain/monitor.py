@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset, first_images, load_dataset
 from peerlearn.data.loader import ViewLoader
-from peerlearn.data.unreadable import Unreadable
+from peerlearn.data.unreadable import Unreadable, kinds_of
 from peerlearn.errors import UserError
+from peerlearn.evaluation.data import warn_of_missing_classes
 from peerlearn.evaluation.features import eval_mode, extract_features
 from peerlearn.evaluation.representation import (
     alignment,
     feature_std,
+    neighbour_agreement,
     peer_agreement,
     rankme,
     uniformity,
@@ -27,23 +29,27 @@ from peerlearn.knn import ensemble_features, knn_scores, knn_top1
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX
 from peerlearn.runs.score_names import (
+    AGREEMENT,
     ENSEMBLE,
     KNN_K,
     KNN_TEMPERATURE,
     KNN_TEST_IMAGES,
     KNN_TOP1,
     KNN_TRAIN_IMAGES,
+    NEIGHBOUR_AGREEMENT,
     PIXELS,
     measured_part,
     parse_score_name,
     score_name,
 )
 from pretrain.cohort import Cohort
-from pretrain.config import PretrainConfig
+from pretrain.config import Backend, PretrainConfig
 
 # RankMe's singular values cost N D^2; some thousands of images settle them.
 _RANKME_IMAGES = 4096
 _PROBE_IMAGES = 512
+# Distances of all pairs cost N^2 D.
+_NEIGHBOUR_IMAGES = 2048
 # Beyond small images, raw pixels are too wide to search and no baseline anyone quotes.
 _LARGEST_PIXEL_COUNT = 4096
 
@@ -71,6 +77,7 @@ class Monitor:
         data_root: str | None,
         *,
         augmentation: Augmentation,
+        backend: Backend,
         image_size: int,
         device: torch.device,
     ) -> None:
@@ -81,7 +88,7 @@ class Monitor:
         self._probe = ViewLoader(
             first_images(dataset, min(_PROBE_IMAGES, len(dataset))),
             augmentation,
-            backend=config.data.backend,
+            backend=backend,
             image_size=image_size,
             batch_size_global=min(64, len(dataset)),
             seed=config.seed,
@@ -113,6 +120,9 @@ class Monitor:
             train, train_labels = self._features(self.train, networks)
             names = list(networks)[: len(cohort.backbones)]
             row |= self._knn((train, train_labels), (test, test_labels), cohort_names=names)
+        elif len(cohort.backbones) > 1:
+            few = [test[str(m)][:_NEIGHBOUR_IMAGES] for m in range(len(cohort.backbones))]
+            row[NEIGHBOUR_AGREEMENT] = neighbour_agreement(few)
         row |= self._probe_figures(cohort)
         if pixels and (top1 := self.pixels_top1()) is not None:
             row[score_name(PIXELS, KNN_TOP1)] = top1
@@ -150,11 +160,12 @@ class Monitor:
         readable[[image.index for image in unreadable]] = False
         if unreadable:
             logger.warning(
-                "%d of %d images of %s %s cannot be read and are left out of the monitor, the first is %s",
+                "%d of %d images of %s %s cannot be read and are left out of the monitor: %s; the first is %s",
                 len(unreadable),
                 len(dataset),
-                dataset.name,
+                dataset.title,
                 dataset.split,
+                kinds_of(unreadable),
                 unreadable[0].path,
             )
         labels = None if dataset.labels is None else dataset.labels[readable]
@@ -181,7 +192,7 @@ class Monitor:
             self._scores(joint[0], train_labels, joint[1]), test_labels
         )
         if len(cohort_names) > 1:
-            row["cohort/agreement"] = peer_agreement(
+            row[AGREEMENT] = peer_agreement(
                 torch.stack([scores[name].argmax(-1) for name in cohort_names])
             )
         monitor = self.config.monitor
@@ -262,8 +273,15 @@ def _labelled_splits(
     except UserError as error:
         logger.warning("kNN is off: %s", error)
     else:
+        for remark in dict.fromkeys((*train.remarks, *test.remarks)):
+            # Those of the images that are trained on are told already.
+            if remark not in dataset.remarks:
+                logger.warning("%s", remark)
         if train.labels is not None and test.labels is not None:
+            warn_of_missing_classes(train, test)
             return train, test
-        logger.warning("kNN is off: %s has no labels", dataset.name)
+        split = train if train.labels is None else test
+        why = f" ({split.why_unlabelled})" if split.why_unlabelled else ""
+        logger.warning("kNN is off: %s %s has no labels%s", split.title, split.split, why)
     unlabelled = dataclasses.replace(dataset, labels=None)
     return None, first_images(unlabelled, min(_RANKME_IMAGES, len(dataset)))

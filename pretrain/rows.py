@@ -2,7 +2,13 @@
 
 import torch
 
-from peerlearn.runs.score_names import TOP1, measured_part, parse_score_name, score_name
+from peerlearn.runs.score_names import (
+    NEIGHBOUR_AGREEMENT,
+    TOP1,
+    measured_part,
+    parse_score_name,
+    score_name,
+)
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.terms import Terms, network_losses, objective
@@ -54,4 +60,6 @@ def scores_text(row: dict[str, float], *, epoch: int) -> str:
         values = {name.network: value for name, value in named.items() if name.figure == figure}
         each = "  ".join(f"{measured_part(m)} {value:.2f}" for m, value in values.items())
         parts.append(f"{title}: {each}")
+    if NEIGHBOUR_AGREEMENT in row:
+        parts.append(f"agreement %: {row[NEIGHBOUR_AGREEMENT]:.1f}")
     return "  ".join(parts)

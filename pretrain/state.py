@@ -39,7 +39,6 @@ from pretrain.training_data import (
     TrainingData,
     augmentation_of,
     load_training_data,
-    native_size,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class Training(Resumable):
 
     @property
     def dataset_name(self) -> str:
-        return self.dataset.name
+        return self.dataset.title
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,7 +111,7 @@ class Training(Resumable):
         config = self.config
         return (
             f"{config.method}, {config.cohort.networks} x {config.cohort.backbones} on "
-            f"{len(self.dataset):,} images of {self.dataset.name}"
+            f"{len(self.dataset):,} images of {self.dataset.title}"
         )
 
     def trained(self) -> nn.Module:
@@ -159,12 +158,12 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     )
     dataset = data.train
     augmentation = augmentation_of(config.data)
-    image_size = config.data.image_size or native_size(dataset)
+    image_size = data.image_size
     num_classes = dataset.num_classes if kind.needs_labels else 0
     loader = ViewLoader(
         dataset,
         augmentation,
-        backend=config.data.backend,
+        backend=data.backend,
         image_size=image_size,
         batch_size_global=config.batch_size,
         seed=config.seed,

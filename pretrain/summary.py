@@ -1,22 +1,32 @@
 """The table at the end of a run."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.output import show
 from peerlearn.runs.score_names import (
     ENSEMBLE,
     KNN_K,
     KNN_TEMPERATURE,
     KNN_TEST_IMAGES,
     KNN_TOP1,
+    NEIGHBOUR_AGREEMENT,
     PIXELS,
     parse_score_name,
     score_name,
 )
+
+# Figures of a network that need no labels: what the table calls them, and how many decimals it shows.
+_LABEL_FREE = {
+    "rankme": ("RankMe", 1),
+    "alignment": ("alignment", 2),
+    "uniformity": ("uniformity", 2),
+}
 
 
 def print_summary(
@@ -29,16 +39,15 @@ def print_summary(
         dataset: its name.
         accuracies: of a supervised run's last epoch on the test split, by network; empty for other methods.
     """
-    console = Console()
-    table = _accuracies(dataset, accuracies) if accuracies else _knn(run, dataset)
+    table = _accuracies(dataset, accuracies) if accuracies else _monitored(run, dataset)
     if table is not None:
-        console.print(table)
-    console.print(f"run directory: {run.root}", highlight=False)
+        show(table)
+    print(f"run directory: {run.root}", flush=True)
 
 
 def _accuracies(dataset: str, accuracies: Mapping[str, ClassificationScores]) -> Table:
     n = next(iter(accuracies.values())).n
-    table = Table(title=f"test accuracy (%) on {dataset}, last epoch", caption=f"n {n:,}")
+    table = Table(title=Text(f"test accuracy (%) on {dataset}, last epoch"), caption=f"n {n:,}")
     table.add_column("network")
     table.add_column("top-1", justify="right")
     table.add_column("top-5", justify="right")
@@ -48,13 +57,34 @@ def _accuracies(dataset: str, accuracies: Mapping[str, ClassificationScores]) ->
     return table
 
 
-def _knn(run: RunDirectory, dataset: str) -> Table | None:
-    rows = [row for row in run.metric_rows() if score_name(ENSEMBLE, KNN_TOP1) in row]
+def _monitored(run: RunDirectory, dataset: str) -> Table | None:
+    """What was watched before and after training: kNN accuracy or, without labels, what features tell alone."""
+    rows = [row for row in run.metric_rows() if score_name(0, "rankme") in row]
     if not rows:
         return None
-    first, last = rows[0], rows[-1]
+    labelled = score_name(ENSEMBLE, KNN_TOP1) in rows[-1]
+    return (_knn if labelled else _label_free)(rows[0], rows[-1], dataset)
+
+
+def _label_free(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Table:
+    table = Table(title=Text(f"features on {dataset}, without labels"))
+    table.add_column("figure")
+    table.add_column("untrained", justify="right")
+    table.add_column(f"epoch {last['epoch']:.0f}", justify="right")
+    for figure, (shown, decimals) in _LABEL_FREE.items():
+        for key, name in ((key, parse_score_name(key)) for key in last):
+            if name is not None and name.figure == figure:
+                before, after = (f"{row[key]:.{decimals}f}" for row in (first, last))
+                table.add_row(f"{shown}, network {name.network}", before, after)
+    if NEIGHBOUR_AGREEMENT in last:
+        before, after = (f"{row[NEIGHBOUR_AGREEMENT]:.1f}" for row in (first, last))
+        table.add_row("agreement (%)", before, after)
+    return table
+
+
+def _knn(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Table:
     table = Table(
-        title=f"kNN top-1 (%) on {dataset}",
+        title=Text(f"kNN top-1 (%) on {dataset}"),
         caption=f"k {last[KNN_K]}, temperature {last[KNN_TEMPERATURE]}, "
         f"n {last[KNN_TEST_IMAGES]:,}",
     )

@@ -1,6 +1,10 @@
 """Which images a run trains on, which it is watched on, and how their views are made."""
 
 import dataclasses
+import logging
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,12 +12,19 @@ from torch import Tensor
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.datasets import ImageDataset, load_dataset, select_images
+from peerlearn.data.image_folders import image_extent
 from peerlearn.data.subsets import few_shots, hold_out
 from peerlearn.errors import UserError
-from pretrain.config import DataConfig, PretrainConfig
+from pretrain.config import Backend, DataConfig, PretrainConfig
 
-# The side of the views of image files, unless the config says otherwise.
+# The largest side of the views of image files, unless the config says otherwise.
 IMAGE_FILE_SIZE = 224
+# So many files, spread over the dataset, tell how large its images are.
+_PROBED_FILES = 256
+# Decoded images beyond this stay in their files, unless the config says otherwise.
+_LARGEST_HELD_BYTES = 2**31
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingData(NamedTuple):
@@ -21,12 +32,16 @@ class TrainingData(NamedTuple):
 
     train: the images to train on.
     root: where the data lies; None = the usual places.
+    backend: where their crops are cut: the config's choice, or what suits the images.
+    image_size: side of their views in pixels, likewise.
     validation: those held out of training; None if none are.
     test: the labelled test split; None where accuracy is not measured.
     """
 
     train: ImageDataset
     root: str | None
+    backend: Backend
+    image_size: int
     validation: ImageDataset | None = None
     test: ImageDataset | None = None
 
@@ -46,25 +61,43 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
     ):
         if asked and not _labelled(train):
             raise UserError(
-                f"{key} needs a label for every image, which {train.name} {train.split} has not: choose another "
-                "data.name or data.split"
+                f"{key} needs a label for every image, which {train.title} {train.split} has not{_because(train)}: "
+                "choose another data.name or data.split"
             )
     # Read before anything is trained: the end of the run needs it.
     test = load_dataset(train.name, "test", root=root) if needs_labels else None
     if test is not None and not _labelled(test):
-        raise UserError(f"{test.name} test has no labels to measure accuracy by")
+        raise UserError(f"{test.title} test has no labels to measure accuracy by{_because(test)}")
     validation = None
     if settings.validation_percent and train.labels is not None:
         kept, held_out = hold_out(train.labels, settings.validation_percent, seed=config.seed)
         if not len(held_out):
             raise UserError(
-                f"data.validation_percent {settings.validation_percent:g} holds nothing out of {train.name}: each of "
+                f"data.validation_percent {settings.validation_percent:g} holds nothing out of {train.title}: each of "
                 "its classes has a single image"
             )
         train, validation = select_images(train, kept), select_images(train, held_out)
     if settings.shots is not None and train.labels is not None:
         train = select_images(train, few_shots(train.labels, settings.shots, seed=config.seed))
-    return TrainingData(train, root, validation, test)
+    backend, image_size = chosen_backend(settings, train), settings.image_size or native_size(train)
+    if ranks.main:
+        for remark in dict.fromkeys((*train.remarks, *(test.remarks if test else ()))):
+            logger.warning("%s", remark)
+        if train.has_files and None in (settings.backend, settings.image_size):
+            place = (
+                "images decoded once into memory"
+                if backend == "memory"
+                else "files that workers decode"
+            )
+            print(
+                f"{train.title}: views of {image_size} pixels, cut from {place} (data.image_size and data.backend "
+                "set others)"
+            )
+    return TrainingData(train, root, backend, image_size, validation, test)
+
+
+def _because(dataset: ImageDataset) -> str:
+    return f" ({dataset.why_unlabelled})" if dataset.why_unlabelled else ""
 
 
 def _labelled(dataset: ImageDataset) -> bool:
@@ -93,5 +126,35 @@ def augmentation_of(data: DataConfig) -> Augmentation:
 
 
 def native_size(dataset: ImageDataset) -> int:
-    """The side of images held in memory, 224 for image files."""
-    return dataset.images.shape[-1] if isinstance(dataset.images, Tensor) else IMAGE_FILE_SIZE
+    """The side of the images themselves; of image files the median of their shorter sides, but at most 224.
+
+    That depends on the files alone, so that a run goes on with the size that it began with.
+    """
+    if isinstance(dataset.images, Tensor):
+        return dataset.images.shape[-1]
+    sides = [min(extent) for extent in _extents(_spread(dataset.images))]
+    return min(int(statistics.median_low(sides or [IMAGE_FILE_SIZE])), IMAGE_FILE_SIZE)
+
+
+def chosen_backend(data: DataConfig, dataset: ImageDataset) -> Backend:
+    """The config's backend, or memory where it can hold the images: all of one size, and of at most 2 GiB."""
+    if data.backend is not None:
+        return data.backend
+    if isinstance(dataset.images, Tensor):
+        return "memory"
+    sizes = _extents(_spread(dataset.images))
+    if len(set(sizes)) > 1:
+        return "folder"
+    width, height = sizes[0] if sizes else (IMAGE_FILE_SIZE, IMAGE_FILE_SIZE)
+    if dataset.channels * width * height * len(dataset) > _LARGEST_HELD_BYTES:
+        return "folder"
+    return "memory" if len(set(_extents(dataset.images))) <= 1 else "folder"
+
+
+def _spread(files: Sequence[Path]) -> Sequence[Path]:
+    return files[:: max(1, len(files) // _PROBED_FILES)]
+
+
+def _extents(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """Width and height of the files that tell them."""
+    return [extent for file in files if (extent := image_extent(file)) is not None]

@@ -54,7 +54,11 @@ def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -
 def _networks(run: Path) -> int:
     """The number of networks that the run trains; 0 while it has not begun."""
     try:
-        return int(yaml.safe_load(RunDirectory(run).config.read_text())["cohort"]["networks"])
+        return int(
+            yaml.safe_load(RunDirectory(run).config.read_text(encoding="utf-8"))["cohort"][
+                "networks"
+            ]
+        )
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
         return 0
 
@@ -76,7 +80,7 @@ def _steps_per_epoch(run: Path) -> int:
     """
     try:
         images = TrainingFacts.read(RunDirectory(run).env).images
-        batch = yaml.safe_load(RunDirectory(run).config.read_text())["batch_size"]
+        batch = yaml.safe_load(RunDirectory(run).config.read_text(encoding="utf-8"))["batch_size"]
         return max(1, int(images) // int(batch))
     except (
         UserError,

@@ -273,13 +273,15 @@ def load_pipeline(root: Path) -> Pipeline:
             config=config,
             clusters={key: load_config(SubmitConfig, folder / f"{key}.yaml") for key in _PROFILES},
             pretraining={
-                name: (folder / f"pretrain-{name}.yaml").read_text()
+                name: (folder / f"pretrain-{name}.yaml").read_text(encoding="utf-8")
                 for name in map(name_of, config.pretrain)
             },
             evaluations=[
                 Evaluation(
                     line=line,
-                    config=yaml.safe_load((folder / f"evaluate-{name_of(line)}.yaml").read_text()),
+                    config=yaml.safe_load(
+                        (folder / f"evaluate-{name_of(line)}.yaml").read_text(encoding="utf-8")
+                    ),
                 )
                 for line in config.evaluate
             ],

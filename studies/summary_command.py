@@ -5,12 +5,15 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
+from peerlearn.evaluation.plots import draw, plain_text
 from peerlearn.runs.files import write_text
+from peerlearn.runs.output import show
 from studies.pipeline import Pipeline, is_pipeline, load_pipeline, name_of
 from studies.summary import Score, Summary, sum_up
 
@@ -54,7 +57,7 @@ def summarise(pipeline: Pipeline) -> None:
         write_text(pipeline.root / "summary.csv", _as_csv(summary.scores))
         write_text(pipeline.root / "summary.json", _as_json(summary))
         if summary.scores:
-            _plot(summary.main(), pipeline.root / "summary.png")
+            draw(partial(_plot, summary.main()), pipeline.root / "summary.png")
     except OSError as error:
         raise UserError(f"{pipeline.root}: cannot be written ({error.strerror})") from error
     _print(pipeline, summary)
@@ -81,13 +84,10 @@ def _as_json(summary: Summary) -> str:
 
 
 def _print(pipeline: Pipeline, summary: Summary) -> None:
-    from rich.console import Console
-
-    console = Console()
     latest = summary.latest()
     for panel in _panels(latest):
         chosen = [score for score in latest if _panel(score) == panel]
-        console.print(_table(chosen, seeds=len(pipeline.config.seeds)))
+        show(_table(chosen, seeds=len(pipeline.config.seeds)))
     if not latest:
         print(f"{pipeline.root}: nothing is measured yet")
     for problem in summary.problems:
@@ -98,24 +98,25 @@ def _print(pipeline: Pipeline, summary: Summary) -> None:
 def _table(scores: Sequence[Score], *, seeds: int) -> "Table":
     """The table of one evaluation of every pretraining's last step. A score of a single seed has no spread."""
     from rich.table import Table
+    from rich.text import Text
 
     first = scores[0]
     n = "" if first.n is None else f"n {first.n:,}; "
     table = Table(
-        title=f"{first.evaluation} on {first.dataset}: {first.metric}",
+        title=Text(f"{first.evaluation} on {first.dataset}: {first.metric}"),
         caption=f"{n}mean +- std over seeds, 95 % interval of the mean",
     )
     for heading in ("pretraining", "step", "network"):
         table.add_column(heading, overflow="fold")
     for heading in ("score", "95 % interval", "seeds"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for score in scores:
         spread = interval = ""
         if score.std is not None and score.ci95 is not None:
             spread = f" +- {score.std:.2f}"
             interval = f"{score.mean - score.ci95:.2f} .. {score.mean + score.ci95:.2f}"
         table.add_row(
-            *(name_of(score.pretrain), str(score.step), score.network),
+            *map(Text, (name_of(score.pretrain), str(score.step), score.network)),
             *(f"{score.mean:.2f}{spread}", interval, f"{len(score.values)} of {seeds}"),
         )
     return table
@@ -130,6 +131,7 @@ def _panel(score: Score) -> tuple[str, str, str]:
     return score.evaluation, score.dataset, score.metric
 
 
+@plain_text()
 def _plot(scores: Sequence[Score], file: Path) -> None:
     """Draw a panel for each evaluation: its main metric over steps, with a line for each pretraining and network."""
     from matplotlib.figure import Figure

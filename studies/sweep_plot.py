@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peerlearn.evaluation.plots import plain_text
 from peerlearn.runs.score_names import ENSEMBLE
 from studies.sweep import Sweep
 from studies.sweep_scores import INDIVIDUAL, Score
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@plain_text()
 def plot_sweep(sweep: Sweep, scores: Sequence[Score], file: Path) -> None:
     """Draw a panel for each grid: top-1 over the compared axis, with a line or a group of bars for each row."""
     from matplotlib.figure import Figure

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peerlearn.data.titles import dataset_title
 from peerlearn.errors import UserError
 from peerlearn.evaluation.results import read_result
 from peerlearn.evaluation.uncertainty import spread_over_runs
@@ -327,8 +328,9 @@ def _knn(directory: RunDirectory, last_step: int) -> tuple[str, dict[Key, float]
             values[(network, "top1")] = value
     try:
         facts = TrainingFacts.read(directory.env)
+        title = dataset_title(facts.dataset, facts.data_root)
         measured = (
-            f"kNN top-1 on {facts.dataset} (k {row[KNN_K]}, temperature {row[KNN_TEMPERATURE]}, "
+            f"kNN top-1 on {title} (k {row[KNN_K]}, temperature {row[KNN_TEMPERATURE]}, "
             f"{row[KNN_TRAIN_IMAGES]:,} neighbours, n {row[KNN_TEST_IMAGES]:,})"
         )
     except (UserError, ValueError, TypeError, LookupError) as error:

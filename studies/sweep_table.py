@@ -6,10 +6,14 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from peerlearn.evaluation.plots import draw
 from peerlearn.runs.files import write_text
+from peerlearn.runs.output import show
 from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
+from peerlearn.runs.text import markdown_cell
 from studies.sweep import Cell, Sweep, unwritable
 from studies.sweep_plot import plot_sweep
 from studies.sweep_scores import INDIVIDUAL, Findings, Score, score_sweep
@@ -63,7 +67,7 @@ def report(sweep: Sweep, *, whole: bool) -> Findings:
         write_text(sweep.root / "sweep.json", _as_json(sweep, findings))
         write_text(sweep.root / "sweep.md", _as_markdown(tables, findings))
         if findings.scores:
-            plot_sweep(sweep, findings.scores, sweep.root / "sweep.png")
+            draw(partial(plot_sweep, sweep, findings.scores), sweep.root / "sweep.png")
     except OSError as error:
         raise unwritable(sweep, error) from error
     print(f"table: {sweep.root / 'sweep.md'}", flush=True)
@@ -125,13 +129,9 @@ def _difference_texts(score: Score | None) -> tuple[str, str, str]:
 
 
 def _print(tables: Sequence[Table], findings: Findings) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
-    for table in tables:
-        console.print(_for_terminal(table))
-    console.print(Text(_STATISTICS))
+    show(*map(_for_terminal, tables), Text(_STATISTICS))
     for problem in findings.problems:
         print(f"missing: {problem.run}: {problem.why}")
 
@@ -171,20 +171,23 @@ def _for_terminal(table: Table) -> "rich.table.Table":
 def _as_markdown(tables: Sequence[Table], findings: Findings) -> str:
     lines = []
     for table in tables:
-        lines += [f"## {table.title}", "", _markdown_row(table.headings)]
+        lines += [f"## {markdown_cell(table.title)}", "", _markdown_row(table.headings)]
         labels = table.headings.index("seeds")
         lines.append(_markdown_row(["---"] * labels + ["--:"] * (len(table.headings) - labels)))
         lines += [*map(_markdown_row, table.rows), "", table.caption, ""]
     lines += [_STATISTICS.replace("+-", "±"), ""]
     if findings.problems:
         lines += ["Missing:", ""]
-        lines += [f"- {problem.run}: {problem.why}" for problem in findings.problems]
+        lines += [
+            f"- {markdown_cell(problem.run)}: {markdown_cell(problem.why)}"
+            for problem in findings.problems
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    texts = [cell.replace("+-", "±").replace("|", "\\|").replace("\n", " ") for cell in cells]
+    texts = [markdown_cell(cell.replace("+-", "±")) for cell in cells]
     return f"| {' | '.join(texts)} |"
 
 

@@ -12,6 +12,7 @@ class Verb(NamedTuple):
         help: what the verb does, for `peerlearn --help`.
         dry_run: whether the verb knows --dry_run, which prints its resolved config.
         configs: folder of the shipped configs in the package of the module; empty without.
+        read: whether it works to be read alone, and without end: it stops where nobody reads its output any more.
     """
 
     module: str
@@ -19,6 +20,7 @@ class Verb(NamedTuple):
     help: str
     dry_run: bool = False
     configs: str = ""
+    read: bool = False
 
 
 VERBS = {
@@ -63,9 +65,11 @@ VERBS = {
         "studies.watch_command", "main", "evaluate each export of a run once it is there"
     ),
     "summary": Verb("studies.summary_command", "main", "sum up a pipeline's scores over its seeds"),
-    "status": Verb("slurm.status_command", "main", "show the state of runs and of their jobs"),
+    "status": Verb(
+        "slurm.status_command", "main", "show the state of runs and of their jobs", read=True
+    ),
     "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
-    "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it"),
+    "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it", read=True),
     "export": Verb(
         "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
     ),

@@ -18,6 +18,7 @@ from peerlearn.data import image_folders, packed_datasets
 from peerlearn.data.downloads import cache_folder
 from peerlearn.data.files import Content
 from peerlearn.data.image_folders import decode_image
+from peerlearn.data.titles import FOLDER, dataset_title
 from peerlearn.errors import UserError
 
 
@@ -26,7 +27,7 @@ class ImageDataset:
     """One split of an image set.
 
     Attributes:
-        name: name of the data set.
+        name: name of the data set in configs.
         split: name of the split.
         images: uint8 (N, channels, height, width), or N image files, each decoded when it is read.
         labels: classes of the images, int64 (N,), as indices into ``class_names``; -1 for an
@@ -34,6 +35,9 @@ class ImageDataset:
         class_names: names of the classes.
         mean: mean per channel of images in [0, 1], as published for the training set.
         std: standard deviation per channel, likewise.
+        title: name of the data set for people, see ``peerlearn.data.titles``; "" = its name.
+        why_unlabelled: why a split of a folder has no labels, with the first file that is in the way; "" if it has.
+        remarks: lines for the user about the folder: what was skipped there, and which folders were passed over.
     """
 
     name: str
@@ -43,6 +47,12 @@ class ImageDataset:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    title: str = ""
+    why_unlabelled: str = ""
+    remarks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -178,6 +188,9 @@ def load_dataset(
         class_names=content.class_names,
         mean=source.mean,
         std=source.std,
+        title=dataset_title(name, root),
+        why_unlabelled=content.why_unlabelled,
+        remarks=content.remarks,
     )
     return dataset if limit is None else first_images(dataset, limit)
 
@@ -248,7 +261,7 @@ _SOURCES = {
         root_holds="train/WNID/*.JPEG and val/WNID/*.JPEG",
         read_own_classes=partial(image_folders.imagenet, own_classes=True),
     ),
-    "folder": _Source(
+    FOLDER: _Source(
         image_folders.any_folder,
         _IMAGENET_MEAN,
         _IMAGENET_STD,

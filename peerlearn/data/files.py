@@ -15,6 +15,8 @@ class Content(NamedTuple):
     images: Tensor | tuple[Path, ...]
     labels: Tensor | None
     class_names: tuple[str, ...]
+    why_unlabelled: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def folder_with(marker: str, *folders: Path) -> Path | None:

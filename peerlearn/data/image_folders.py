@@ -5,7 +5,9 @@ names the file or folder if something is missing or belongs to no class.
 Images are uint8 (3, height, width).
 """
 
+import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +19,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from peerlearn.data.downloads import find_or_download
-from peerlearn.data.files import Content, read_lines, unreadable
+from peerlearn.data.file_search import FoundFiles, find_images, search, subfolders
+from peerlearn.data.files import Content, read_lines
 from peerlearn.errors import UserError
+from peerlearn.runs.text import listed
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-)
 # Pillow looks at the content, not at the name, and would run another program for some formats (EPS).
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 
 class DecodeError(UserError):
@@ -45,6 +46,7 @@ def decode_image(path: Path) -> Tensor:
     As in torchvision: palette, CMYK and grey images are converted to RGB, an alpha channel is
     dropped, the EXIF orientation is ignored, and of several frames the first is taken.
     16-bit grey images keep their high byte (Pillow alone would saturate them).
+    What a PNG file holds beside its pixels (texts, colour profiles) is left aside where it is damaged or large.
     Nothing is printed, whatever the file holds.
 
     Raises:
@@ -53,13 +55,58 @@ def decode_image(path: Path) -> Tensor:
             only warn, up to twice as many).
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image, _silenced(image):
-                return torch.from_numpy(_rgb(image)).permute(2, 0, 1).contiguous()
+        return _decoded(path)
     except Exception as error:  # Damaged bytes can make Pillow's decoders raise anything.
+        try:
+            pixels_alone = _essential_png(path)
+            if pixels_alone is not None:
+                return _decoded(io.BytesIO(pixels_alone))
+        except Exception:
+            # What is wrong with the whole file tells more.
+            pass
         raise DecodeError(path, _reason(error)) from error
+
+
+def _decoded(source: Path | io.BytesIO) -> Tensor:
+    with _opened(source) as image, _silenced(image):
+        return torch.from_numpy(_rgb(image)).permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def _opened(source: Path | io.BytesIO) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(source, formats=_FORMATS) as image:
+            yield image
+
+
+def image_extent(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image file, from its first bytes; None if they do not tell it."""
+    try:
+        with _opened(path) as image:
+            return image.size
+    except Exception:  # As above.
+        return None
+
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_ESSENTIALS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+
+
+def _essential_png(path: Path) -> bytes | None:
+    """A PNG file without all that is not needed for its pixels; None for other files."""
+    content = path.read_bytes()
+    if not content.startswith(_PNG_SIGNATURE):
+        return None
+    parts, start = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while start + 8 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, start)
+        end = start + size + 12
+        if kind in _PNG_ESSENTIALS:
+            parts.append(content[start:end])
+        start = end
+    return b"".join(parts)
 
 
 def _reason(error: Exception) -> str:
@@ -92,6 +139,10 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "I" and image.format == "PPM":
+        # Of 16 bits, whatever its largest value is.
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits; 8 or 16 are supported")
     # The transparency of a palette is dropped in any case. Left in, it would cause a warning for every image.
@@ -110,23 +161,24 @@ def tinyimagenet(split: str, root: Path) -> Content:
         md5="90528d7ca1a48142e341f4ef8d21d0de",
         advice="unpack tiny-imagenet-200.zip in data.root",
     )
-    wnids = _subfolders(folder / "train")
+    wnids = subfolders(folder / "train")
     words = dict(line.split("\t", 1) for line in read_lines(folder / "words.txt") if "\t" in line)
     class_names = tuple(words.get(wnid, wnid) for wnid in wnids)
     if split == "train":
-        images = _image_files(folder / "train")
-        return Content(images, _folder_labels(images, folder / "train", wnids), class_names)
+        images = find_images(folder / "train").images
+        labels = _folder_labels(images, folder / "train", wnids, split)
+        return Content(images, labels, class_names)
     annotations = folder / "val" / "val_annotations.txt"
     wnid_of = dict(line.split("\t")[:2] for line in read_lines(annotations) if "\t" in line)
     number = {wnid: label for label, wnid in enumerate(wnids)}
-    images = _image_files(folder / "val" / "images")
-    labels = [number.get(wnid_of.get(path.name, ""), -1) for path in images]
-    if -1 in labels:
+    images = find_images(folder / "val" / "images").images
+    numbers = [number.get(wnid_of.get(path.name, ""), -1) for path in images]
+    if -1 in numbers:
         raise UserError(
-            f"{annotations} names no class of train/ for {images[labels.index(-1)].name}: "
+            f"{annotations} names no class of train/ for {images[numbers.index(-1)].name}: "
             "unpack the archive again"
         )
-    return Content(images, torch.tensor(labels), class_names)
+    return Content(images, torch.tensor(numbers), class_names)
 
 
 def imagenet(split: str, root: Path, *, own_classes: bool = False) -> Content:
@@ -135,82 +187,117 @@ def imagenet(split: str, root: Path, *, own_classes: bool = False) -> Content:
     ``own_classes``: number the classes of this split alone, not as in train/.
     """
     folder = root / ("train" if split == "train" else "val")
-    return _class_folders(_image_files(folder), folder, folder if own_classes else root / "train")
+    return _class_folders(find_images(folder), split, folder if own_classes else root / "train")
+
+
+# The names that a split's folder may have, in any case; the first one that is there counts.
+_SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation"),
+}
 
 
 def any_folder(split: str, root: Path, *, own_classes: bool = False) -> Content:
     """Any folder of images.
 
-    If root holds a folder train, test or val, the train split is root/train, and the test split is
-    root/test or else root/val. Otherwise root is the train split, and there is no test split.
-    A split is labelled if it has at least two subfolders and each of its images lies directly in
-    one of them. The subfolders are the classes. Any other arrangement (images beside the folders,
-    one folder alone, deeper nesting) is unlabelled. The test split numbers classes as train/ does,
-    unless it has ``own_classes``.
+    If root holds a folder train, the train split is in it, and the test split is in root/test, or else in root/val
+    (`_SPLIT_FOLDERS` has the other names that are known). A test folder whose images lie in no class folders is passed
+    over if a later one has them. If root holds none of these folders, it is the train split itself, and there is no
+    test split.
+
+    A split is labelled if each of its images lies in a folder of its class; there must be two classes or more. In
+    root/train and its like a class may have folders within, as for torchvision; in root itself such a tree may as well
+    be one of years and months, and is unlabelled. The test split numbers classes by their names as train/ does, unless
+    it has ``own_classes``.
     """
-    parts = [root / part for part in ("train", "test", "val")]
+    trained, held_out = (_split_folders(root, part) for part in ("train", "test"))
     if split == "train":
-        folder = root / "train" if any(map(Path.is_dir, parts)) else root
-    else:
-        held_out = next(filter(Path.is_dir, parts[1:]), None)
-        if held_out is None:
-            raise UserError(f"{root} holds no test split: it needs a folder named test or val")
-        folder = held_out
-    images = _image_files(folder)
-    labelled = len(_subfolders(folder)) > 1 and all(path.parent.parent == folder for path in images)
-    if not labelled:
-        return Content(images, None, ())
-    return _class_folders(images, folder, folder if own_classes else root / "train")
+        if held_out and not trained:
+            raise UserError(
+                f"{root} holds a folder {held_out[0].name} and none named train: rename the folder of the "
+                "training images to train"
+            )
+        found = find_images(trained[0] if trained else root)
+        why = _why_unlabelled(found, nested=bool(trained))
+        return _unlabelled(found, why) if why else _class_folders(found, split, found.folder)
+    if not held_out:
+        raise UserError(
+            f"{root} holds no test split: it needs a folder named test or val beside train"
+        )
+    by_train = bool(trained) and not own_classes
+    passed_over: list[str] = []
+    first: FoundFiles | None = None
+    for folder in held_out:
+        found = search(folder)
+        why = _why_unlabelled(found, nested=True, fewest=1 if by_train else 2)
+        if not why:
+            content = _class_folders(found, split, trained[0] if by_train else folder)
+            remarks = (f"{each}: {folder} is the {split} split instead" for each in passed_over)
+            return content._replace(remarks=(*remarks, *content.remarks))
+        passed_over.append(f"{folder} has no labels ({why})")
+        first = first or (found if found.images else None)
+    first = first or find_images(held_out[0])
+    return _unlabelled(first, _why_unlabelled(first, nested=True, fewest=1 if by_train else 2))
 
 
-def _class_folders(images: tuple[Path, ...], folder: Path, numbering: Path) -> Content:
-    """Images with the first folder below ``folder`` as their class, numbered as in ``numbering`` if that exists."""
-    class_names = _subfolders(numbering if numbering.is_dir() else folder)
-    return Content(images, _folder_labels(images, folder, class_names), class_names)
+def _split_folders(root: Path, split: str) -> list[Path]:
+    """The folders that may hold a split, the first choice first."""
+    # In sorted order, so that of Train and train the latter counts.
+    present = {name.lower(): root / name for name in subfolders(root)}
+    return [present[name] for name in _SPLIT_FOLDERS[split] if name in present]
 
 
-def _folder_labels(images: Sequence[Path], folder: Path, class_names: Sequence[str]) -> Tensor:
+def _why_unlabelled(found: FoundFiles, *, nested: bool, fewest: int = 2) -> str:
+    """Why the images have no labels, naming the first that is in the way; empty if they have.
+
+    Args:
+        found: images of a split.
+        nested: whether a class may have folders within.
+        fewest: smallest number of class folders.
+    """
+    folder, depth = found.folder, len(found.folder.parts)
+    if not found.images:
+        return "it holds no images"
+    names = sorted({path.parts[depth] for path in found.images if len(path.parts) > depth + 1})
+    beside = next((path for path in found.images if len(path.parts) == depth + 1), None)
+    if beside is not None and names:
+        return f"{beside} lies beside the class folders {listed(names)}, and in none of them"
+    if beside is not None:
+        return f"{beside} and the others lie in no class folders"
+    deeper = next((path for path in found.images if len(path.parts) > depth + 2), None)
+    if deeper is not None and not nested:
+        return f"{deeper} lies deeper than in a class folder of {folder}"
+    if len(names) < fewest:
+        return f"all images of {folder} lie in one class folder, {names[0]}"
+    return ""
+
+
+def _unlabelled(found: FoundFiles, why: str) -> Content:
+    return Content(found.images, None, (), why_unlabelled=why, remarks=found.remarks())
+
+
+def _class_folders(found: FoundFiles, split: str, numbering: Path) -> Content:
+    """Images with the first folder below the split's folder as their class, numbered as in ``numbering``."""
+    class_names = (numbering.is_dir() and subfolders(numbering)) or subfolders(found.folder)
+    labels = _folder_labels(found.images, found.folder, class_names, split)
+    return Content(found.images, labels, class_names, remarks=found.remarks())
+
+
+def _folder_labels(
+    images: Sequence[Path], folder: Path, class_names: Sequence[str], split: str
+) -> Tensor:
     number = {name: label for label, name in enumerate(class_names)}
     depth = len(folder.parts)
     labels = [number.get(path.parts[depth], -1) for path in images]
     if -1 in labels:
+        stray = images[labels.index(-1)]
+        where = (
+            f"the class {stray.parts[depth]!r}"
+            if len(stray.parts) > depth + 1
+            else "beside the class folders"
+        )
         raise UserError(
-            f"{images[labels.index(-1)]} belongs to none of the {len(class_names)} classes of the "
-            "train split: move or remove it"
+            f"{stray} ({split} split, {where}) belongs to none of the {len(class_names)} classes of the train "
+            f"split ({listed(class_names)}): move, rename or remove it"
         )
     return torch.tensor(labels)
-
-
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    return tuple(entry.name for entry in _entries(folder) if entry.is_dir())
-
-
-def _image_files(folder: Path) -> tuple[Path, ...]:
-    images = tuple(_walk(folder, ancestors=frozenset()))
-    if not images:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"no images ({suffixes}) below {folder}: mend data.root")
-    return images
-
-
-def _walk(folder: Path, ancestors: frozenset[str]) -> Iterator[Path]:
-    # Links are followed, so that a folder of links can select classes. A link to a folder above
-    # itself must not be walked for ever.
-    resolved = os.path.realpath(folder)
-    if resolved in ancestors:
-        return
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, ancestors | {resolved})
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-            yield folder / entry.name
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries directly in the folder, sorted by name. Hidden entries are left out."""
-    try:
-        with os.scandir(folder) as scan:
-            entries = [entry for entry in scan if not entry.name.startswith(".")]
-    except OSError as error:
-        raise unreadable(folder, error) from error
-    return sorted(entries, key=lambda entry: entry.name)

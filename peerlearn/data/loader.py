@@ -124,7 +124,7 @@ class ViewLoader:
             )
         if len(dataset) < batch_size_global:
             raise UserError(
-                f"{dataset.name} {dataset.split} has {len(dataset)} images, fewer than one batch: "
+                f"{dataset.title} {dataset.split} has {len(dataset)} images, fewer than one batch: "
                 f"lower batch_size ({batch_size_global}) or raise data.limit"
             )
         if images_per_class is not None:
@@ -200,7 +200,7 @@ class ViewLoader:
 def _labels(dataset: ImageDataset) -> Tensor:
     if dataset.labels is None:
         raise UserError(
-            f"{dataset.name} {dataset.split} has no labels, which batches by images_per_class need: "
+            f"{dataset.title} {dataset.split} has no labels, which batches by images_per_class need: "
             "choose another data.name or data.split, or leave images_per_class out"
         )
     return dataset.labels

@@ -1,5 +1,7 @@
 """Image files that cannot be decoded: their substitutes in training, and the largest share that is accepted."""
 
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +79,14 @@ def read_substitute(image: Unreadable, files: Sequence[Path], *, seed: int) -> t
     drawn = substitutes(image, images=len(files), seed=seed)
     tried = ((index, decode_images([files[index]])) for index in drawn)
     return next((index, decoded.images[0]) for index, decoded in tried if not decoded.failures)
+
+
+def kinds_of(images: Sequence[Unreadable]) -> str:
+    """How many there are, by suffix and reason: ``3 .jpg (image file is truncated), 1 .png (...)``."""
+    kinds = Counter((os.path.splitext(image.path)[1].lower(), image.reason) for image in images)
+    named = [f"{count:,} {suffix} ({reason})" for (suffix, reason), count in kinds.most_common()]
+    more = f" and {len(named) - _NAMED:,} more kinds" if len(named) > _NAMED else ""
+    return ", ".join(named[:_NAMED]) + more
 
 
 def check_unreadable_rate(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peerlearn.config import changeable, require
 from peerlearn.errors import UserError
 from peerlearn.evaluation.selection import Selection, run_setting
+from peerlearn.runs.text import listed
 
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
@@ -100,8 +101,13 @@ def load_split(
 
     dataset = load_dataset(place.name, split, root=place.root, limit=limit, own_classes=own_classes)
     if dataset.labels is None:
+        why = (
+            f", and in its {split} split {dataset.why_unlabelled}: mend that"
+            if dataset.why_unlabelled
+            else ""
+        )
         raise UserError(
-            f"{place.name} has no labels: evaluation needs them; choose another by --data.name"
+            f"{place.name} has no labels: evaluation needs them{why}; or choose another by --data.name"
         )
     if dataset.num_classes < 2:
         raise UserError(f"{place.name} has one class only: there is nothing to tell apart")
@@ -128,7 +134,9 @@ def load_splits(
 
     train, test = ranks.main_first(load)
     if ranks.main:
-        _warn_of_missing_classes(train, test)
+        for remark in dict.fromkeys((*train.remarks, *test.remarks)):
+            logger.warning("%s", remark)
+        warn_of_missing_classes(train, test)
     return train, test
 
 
@@ -140,27 +148,29 @@ def check_same_classes(train: "ImageDataset", test: "ImageDataset") -> None:
     """
     if train.num_classes != test.num_classes:
         raise UserError(
-            f"{train.name}: the train split has {train.num_classes} classes and the test split {test.num_classes}: "
+            f"{train.title}: the train split has {train.num_classes} classes and the test split {test.num_classes}: "
             "they must be the same"
         )
 
 
-def _warn_of_missing_classes(train: "ImageDataset", test: "ImageDataset") -> None:
+def warn_of_missing_classes(train: "ImageDataset", test: "ImageDataset") -> None:
     """Say where a split, or what limits have left of it, has no image of some class."""
     for split, means in (
         (train, "the others are never predicted"),
         (test, "accuracy is that of these"),
     ):
         assert split.labels is not None
-        present = len(split.labels.unique())
-        if present < split.num_classes:
+        present = set(split.labels.tolist())
+        missing = [name for c, name in enumerate(split.class_names) if c not in present]
+        if missing:
             logger.warning(
-                "%s: the %s split has images of only %d of its %d classes: %s",
-                split.name,
+                "%s: the %s split has images of only %d of its %d classes: %s; it lacks %s",
+                split.title,
                 split.split,
-                present,
+                len(present),
                 split.num_classes,
                 means,
+                listed(missing),
             )
 
 

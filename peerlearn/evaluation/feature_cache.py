@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from peerlearn.errors import UserError
 from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, frozen, load_backbones
 from peerlearn.export import export_hash
-from peerlearn.runs.files import file_sha256, write_text
+from peerlearn.runs.files import file_sha256, load_tensors, write_text
+from peerlearn.runs.output import warn_once
 from peerlearn.runs.progress import progress
 
 # How long another process may take that computes the same features.
@@ -74,22 +75,22 @@ def load_features(
             that are not finite.
     """
     ranks = how.ranks
-    if not how.cached:
+    root = ranks.from_main(_cache_root) if how.cached else None
+    if root is None:
         return _extract(folders, dataset, how)
     keys = ranks.from_main(
         lambda: {
             name: cache_key(folder, dataset, ranks.device.type) for name, folder in folders.items()
         }
     )
-    root = cache_folder() / "features"
     with ExitStack() as held:
-        ranks.from_main(lambda: _lock_missing(held, root, keys))
+        locked = ranks.from_main(lambda: _lock_missing(held, root, keys))
         kept = {name: _read(root, key) for name, key in keys.items()}
         missing = {
             name: folder for name, folder in folders.items() if ranks.any(kept[name] is None)
         }
         computed = _extract(missing, dataset, how) if missing else {}
-        if ranks.main:
+        if ranks.main and locked:
             for name, features in computed.items():
                 _write(root, keys[name], features, folders[name], dataset)
     return {name: computed[name] if name in computed else _present(kept[name]) for name in folders}
@@ -107,9 +108,18 @@ def cache_key(folder: Path, dataset: ImageDataset, device_type: str) -> str:
         "device": device_type,
     }
     if not isinstance(dataset.images, Tensor):
-        stamps = ((file.stat().st_size, file.stat().st_mtime_ns) for file in dataset.images)
-        parts["files"] = hashlib.sha256(repr(list(stamps)).encode()).hexdigest()
+        stamps = list(map(_stamp, dataset.images))
+        parts["files"] = hashlib.sha256(repr(stamps).encode()).hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of change; zeros for a file that is gone, which is reported when it is decoded."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return 0, 0
+    return facts.st_size, facts.st_mtime_ns
 
 
 def _extract(
@@ -118,7 +128,7 @@ def _extract(
     backbones = load_backbones(folders, dataset.channels, images=dataset.name)
     features: dict[str, Tensor] = {}
     groups = by_input(backbones, dataset)
-    total, unit = len(groups) * len(dataset), f"{dataset.name} {dataset.split} images"
+    total, unit = len(groups) * len(dataset), f"{dataset.title} {dataset.split} images"
     every = [backbone.to(how.ranks.device) for backbone in backbones.values()]
     with frozen(every), progress(total, unit, name="encoding", quiet=not how.ranks.main) as report:
         for view, size, names in groups:
@@ -145,23 +155,42 @@ def _check_finite(
         if bad:
             raise UserError(
                 f"{folders[name]} gives NaN or Inf features for {int(bad)} of {len(dataset)} images of "
-                f"{dataset.name} {dataset.split}: its training has diverged; choose an earlier export"
+                f"{dataset.title} {dataset.split}: its training has diverged; choose an earlier export"
             )
 
 
-def _lock_missing(held: ExitStack, root: Path, keys: Mapping[str, str]) -> None:
-    """Of two processes that want the same features, one computes them and the other waits for it."""
+def _cache_root() -> Path | None:
+    """The folder of the kept features; None for a user without a home folder."""
+    try:
+        return cache_folder() / "features"
+    except UserError:
+        warn_once(logger, None, "%s", f"this user has no home folder: {_NOT_KEPT}")
+        return None
+
+
+_NOT_KEPT = (
+    "features are not kept, and are computed anew each time; XDG_CACHE_HOME names another folder"
+)
+
+
+def _lock_missing(held: ExitStack, root: Path, keys: Mapping[str, str]) -> bool:
+    """Of two processes that want the same features, one computes them and the other waits for it.
+
+    Returns:
+        Whether features can be kept; one warning says if not.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         # In one order everywhere, so that no two processes wait for each other.
         for key in sorted(set(keys.values())):
             if not _facts(root, key).exists():
                 _wait_for(held, root / f"{key}.lock")
-    except OSError as error:
-        raise UserError(
-            f"{root}: cannot be written ({error.strerror}): set cache to false, or XDG_CACHE_HOME to a folder "
-            "that can"
-        ) from error
+    except (OSError, NotImplementedError) as error:
+        # The latter comes of file systems without locks.
+        reason = getattr(error, "strerror", None) or error
+        warn_once(logger, root, "%s cannot be written (%s): %s", root, reason, _NOT_KEPT)
+        return False
+    return True
 
 
 def _wait_for(held: ExitStack, file: Path) -> None:
@@ -186,14 +215,14 @@ def _read(root: Path, key: str) -> Tensor | None:
     try:
         expected = json.loads(_facts(root, key).read_text())["sha256"]
         whole = file_sha256(file) == expected
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         logger.warning("%s is damaged: its features are computed again", file)
         return None
-    return safetensors.torch.load_file(file)["features"]
+    return load_tensors(file)["features"]
 
 
 def _write(root: Path, key: str, features: Tensor, export: Path, dataset: ImageDataset) -> None:
@@ -206,14 +235,16 @@ def _write(root: Path, key: str, features: Tensor, export: Path, dataset: ImageD
         facts = {
             "sha256": sha256,
             "export_hash": export_hash(export),
-            "dataset": f"{dataset.name} {dataset.split}",
+            "dataset": f"{dataset.title} {dataset.split}",
             "images": len(features),
             "transform": EVALUATION_VIEW,
         }
         write_text(_facts(root, key), json.dumps(facts, indent=2) + "\n")
     except (OSError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        logger.warning("%s could not be written (%s): features are not kept", file, error)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        warn_once(logger, root, "%s could not be written (%s): %s", file, reason, _NOT_KEPT)
 
 
 def _present(features: Tensor | None) -> Tensor:

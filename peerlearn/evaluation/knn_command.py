@@ -95,7 +95,7 @@ def score(config: KNNConfig, selection: Selection, ranks: "Ranks") -> Iterator[S
         for (k, temperature), votes in zip(pairs, swept, strict=True):
             yield Score(
                 network=name,
-                dataset=train.name,
+                dataset=train.title,
                 metrics=accuracy_metrics(knn_top1(votes, asked.labels), len(test)),
                 protocol={
                     "k": min(k, len(train)),

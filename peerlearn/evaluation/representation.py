@@ -6,6 +6,7 @@ Letters: M networks, N images, D feature dimensions.
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -125,6 +126,31 @@ def peer_agreement(predictions: Tensor) -> float:
         return math.nan
     shares = [(i == j).double().mean().item() for i, j in pairs]
     return 100 * math.fsum(shares) / len(pairs)
+
+
+def neighbour_agreement(features: Sequence[Tensor]) -> float:
+    """Percent of images whose nearest other image is the same for two networks, averaged over pairs of networks.
+
+    Nearest by cosine. Chance is about 100 / N.
+
+    Args:
+        features: (N, D_m) of each of M networks, N >= 2, of the same images.
+
+    Returns:
+        0 to 100, or nan for M = 1, which has no pair.
+
+    Raises:
+        ValueError: for fewer than two images, another shape, or entries that are not finite.
+    """
+    nearest = []
+    for each in features:
+        rows = _unit_rows(each, "features")
+        if len(rows) < 2:
+            raise ValueError("neighbour_agreement needs at least two images")
+        # Distances stay as they are, and keep their digits where images differ little.
+        rows -= rows.mean(dim=0)
+        nearest.append(torch.cdist(rows, rows).fill_diagonal_(math.inf).argmin(dim=1))
+    return peer_agreement(torch.stack(nearest))
 
 
 def _unit_rows(features: Tensor, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from peerlearn.evaluation.plots import draw
 from peerlearn.evaluation.uncertainty import spread_over_runs
 from peerlearn.runs.environment import environment
 from peerlearn.runs.files import write_text
+from peerlearn.runs.text import file_name_part
 
 SCHEMA_VERSION = 1
 # The name of the job that measures, if it is one of a pipeline's: its result files repeat it.
@@ -72,7 +73,10 @@ def write_result(
         UserError: the folder cannot be written.
     """
     identity = {"protocol": protocol, "export_hash": export_hash, "seed": seed}
-    path = folder / f"{task}-{dataset}-{step:08d}-{network}-{short_hash(identity)}.json"
+    path = (
+        folder
+        / f"{task}-{file_name_part(dataset)}-{step:08d}-{network}-{short_hash(identity)}.json"
+    )
     env = environment()
     result = {
         "schema": SCHEMA_VERSION,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from peerlearn.evaluation.results import Averaging, mean_over_runs, read_result, write_mean_result
 from peerlearn.evaluation.uncertainty import spread_over_runs
+from peerlearn.runs.output import show
 
 # The metrics of one network's score, run by run.
 Runs = Sequence[Mapping[str, Any]]
@@ -98,21 +99,25 @@ def report_scores(
         UserError: scores that have no mean, or a folder that cannot be written.
     """
     # Imported here: `--help` should not wait for it.
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    n, several = 0, len(files) > 1
-    table = Table(title=title)
-    table.add_column("network")
+    n, dataset, several = 0, "", len(files) > 1
+    # Text, as plain strings may hold rich's markup.
+    table = Table(title=Text(title))
+    table.add_column("network", overflow="fold", min_width=10)
     for column in columns:
-        table.add_column(column.heading, justify="right")
+        table.add_column(Text(column.heading), justify="right", no_wrap=True)
     for row in files[0]:
         paths = [each[row] for each in files]
-        runs = [read_result(path)["metrics"] for path in paths]
-        n = runs[0]["n"]
-        table.add_row(row, *(column.cell(runs) for column in columns))
+        results = list(map(read_result, paths))
+        runs = [result["metrics"] for result in results]
+        n, dataset = runs[0]["n"], results[0]["dataset"]
+        table.add_row(Text(row), *(Text(column.cell(runs)) for column in columns))
         if several:
             write_mean_result(folder, paths, average)
     shown = ", ".join(dict.fromkeys(column.over_runs for column in columns if column.over_runs))
-    table.caption = f"n {n:,}" + (f", {len(files)} runs: {shown}" if several else "")
-    Console().print(table)
+    table.caption = Text(
+        f"{dataset}\nn {n:,}" + (f", {len(files)} runs: {shown}" if several else "")
+    )
+    show(table)

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-import safetensors.torch
 import torch
 
 from peerlearn.errors import UserError
+from peerlearn.runs.files import load_tensors
 
 # torch does not compress its files, but a user may have compressed one by hand.
 _MOST_EXPANSION = 20
@@ -70,7 +70,7 @@ def load_file(file: Path) -> Any:
         raise UserError(f"{file} is empty: get it again")
     try:
         if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
+            return load_tensors(file)
         _check_archive(file)
         with (
             warnings.catch_warnings(),

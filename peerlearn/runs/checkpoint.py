@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peerlearn.errors import UserError
-from peerlearn.runs.files import file_sha256, replace_folder
+from peerlearn.runs.files import file_sha256, load_tensors, replace_folder
 from peerlearn.runs.step_folders import step_folder, step_folders, write_latest
 
 FORMAT_VERSION = 1
@@ -87,7 +87,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     try:
         # A file that the manifest does not name is no part of this save.
         tensors = {
-            name.removesuffix(".safetensors"): safetensors.torch.load_file(folder / name)
+            name.removesuffix(".safetensors"): load_tensors(folder / name)
             for name in names
             if name.endswith(".safetensors")
         }

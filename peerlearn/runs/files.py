@@ -7,7 +7,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -23,7 +26,8 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w") as file:
+        # Not as the locale has it: others read the file too. What is no text (a byte in a file's name) is escaped.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             if durable:
@@ -61,6 +65,24 @@ def file_sha256(file: Path) -> str:
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_tensors(file: Path) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file.
+
+    Raises:
+        OSError: it cannot be read.
+        SafetensorError: it is damaged.
+    """
+    # Imported here: most of what lies in this file needs no torch.
+    import safetensors.torch
+
+    try:
+        os.fspath(file).encode()
+    except UnicodeEncodeError:
+        # Some folder above is named in other bytes than UTF-8, which the library's reader of files does not take.
+        return safetensors.torch.load(file.read_bytes())
+    return safetensors.torch.load_file(file)
 
 
 def numbered_files(folder: Path, before: str, after: str = "") -> dict[int, Path]:
@@ -111,7 +133,9 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
     # Unbuffered: a buffer would try again when it is closed, and write the end of a line without its start.
     with path.open("ab", buffering=0) as file:
         size = file.tell()
-        content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode()
+        content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode(
+            errors="backslashreplace"
+        )
         try:
             written = file.write(content)
             if written < len(content):

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
@@ -31,7 +32,11 @@ def log_to(file: Path) -> TextIO:
     Returns:
         The open file, for the stacks of a process that hangs.
     """
-    to_file = _LogFile(file)
+    try:
+        to_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s cannot be written (%s)", file, error.strerror)
+        to_file = _LogFile(os.devnull)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(to_file)
     assert to_file.stream is not None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.score_names import PIXELS, TOP1, parse_score_name
+from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +78,8 @@ class MetricsLog:
             for name, value in row.items():
                 self._board.add_scalar(name, value, step)
         except Exception as error:
-            logger.warning("TensorBoard is off from step %d on: %s", step, error)
+            reason = printable(str(error)) or type(error).__name__
+            logger.warning("TensorBoard is off from step %d on: %s", step, reason)
             self._board = None
 
     def close(self) -> None:
@@ -111,10 +113,10 @@ def _accuracies(row: Mapping[str, Any]) -> str:
 
 
 def _open_board(run: RunDirectory, step: int) -> "SummaryWriter | None":
-    from torch.utils.tensorboard import SummaryWriter
-
     try:
+        from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(run.tensorboard, purge_step=step + 1 if step else 0)
-    except OSError as error:
-        logger.warning("TensorBoard is off: %s", error)
+    except Exception as error:  # It and what it imports raise what they like.
+        logger.warning("TensorBoard is off: %s", printable(str(error)) or type(error).__name__)
         return None

@@ -4,6 +4,7 @@
     ensemble/FIGURE  weighted_ensemble/FIGURE     all networks together
     pixels/FIGURE                                 the raw images, which a network has to beat
     knn/k ...                                     the protocol of the kNN figures
+    cohort/FIGURE                                 how far the networks agree
 
 Figures that end in _top1 are accuracies in percent.
 """
@@ -16,6 +17,8 @@ TOP1 = "_top1"
 KNN_TOP1 = "knn" + TOP1
 KNN_K, KNN_TEMPERATURE = "knn/k", "knn/temperature"
 KNN_TRAIN_IMAGES, KNN_TEST_IMAGES = "knn/train_images", "knn/test_images"
+# Of the kNN's answers; and, without labels, of nearest neighbours.
+AGREEMENT, NEIGHBOUR_AGREEMENT = "cohort/agreement", "cohort/neighbour_agreement"
 
 _NETWORK = "net/"
 

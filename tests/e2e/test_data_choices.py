@@ -49,29 +49,47 @@ def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, capsys):
     write_images(tmp_path / "images", 40)
     run = tmp_path / "run"
     more = ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
-    more += ["--data.backend", "folder", "--data.workers", "0"]
+    more += ["--data.workers", "0"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
-    assert "kNN is off" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"kNN is off: {tmp_path / 'images'} holds no test split" in err
     last = rows(run)[-1]
     assert not [key for key in last if "knn" in key]
     assert last["net/0/rankme"] >= 1
     assert (run / "DONE").exists()
+    # Of images alone: the line of an epoch, and the table at the end.
+    figures = "  ".join(
+        f"{figure}: " + "  ".join(f"net/{m} {last[f'net/{m}/{figure}']:.2f}" for m in (0, 1))
+        for figure in ("rankme", "alignment", "uniformity")
+    )
+    agreement = f"agreement %: {last['cohort/neighbour_agreement']:.1f}"
+    assert f"\nepoch 1  {figures}  {agreement}  " in out
+    assert "features on images, without labels" in out
+    assert "steps 0 to 2" in out.splitlines()[1]
+    assert "moco, 2 x conv4 on 40 images of images" in out
 
 
-def test_a_labelled_folder_is_scored_on_its_own_test_split(tmp_path):
+def test_a_labelled_folder_is_scored_on_its_own_test_split(tmp_path, capsys):
     for split, count in (("train", 20), ("test", 6)):
         for seed, name in enumerate(("cat", "dog")):
             write_images(tmp_path / "images" / split / name, count, seed)
     run = tmp_path / "run"
     more = ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
-    more += ["--data.backend", "folder", "--data.workers", "0"]
+    more += ["--data.workers", "0"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
     assert rows(run)[-1]["knn/test_images"] == 12
+    assert "kNN top-1 (%) on images" in capsys.readouterr().out
+    # The evaluator takes the run's folder, and calls it by its name.
+    assert main(["knn", "--checkpoint", str(run), "--device", "cpu", "--network", "0"]) == 0
+    (file,) = (run / "results").glob("knn-images-*-0-*.json")
+    assert json.loads(file.read_text())["dataset"] == "images"
+    assert "| dataset | images |" in (run / "export/step-00000002/net-0/README.md").read_text()
 
 
 def test_images_of_several_sizes_name_the_backend_that_takes_them(tmp_path, capsys):
     write_images(tmp_path / "images", 20)
     more = ["--data.name", "folder", "--data.root", str(tmp_path / "images"), "--data.workers", "0"]
+    more += ["--data.backend", "memory"]
     assert main(["pretrain", *TINY, *more, "--run", str(tmp_path / "run")]) == 1
     assert "data.backend folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

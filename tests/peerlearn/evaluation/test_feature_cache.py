@@ -23,6 +23,7 @@ from peerlearn.evaluation import feature_cache
 from peerlearn.evaluation.feature_cache import Extraction, cache_key, load_features
 from peerlearn.evaluation.networks import frozen
 from peerlearn.export import save_export
+from tests.e2e.runs import write_noise
 
 HOW = Extraction(ranks=Ranks(torch.device("cpu")), batch_size=16, workers=0, cached=True)
 
@@ -232,11 +233,43 @@ def test_a_full_disk_costs_the_kept_copy_only(cache, network, files_up_to, caplo
     assert not list(cache.glob("*.safetensors"))
 
 
-def test_a_cache_that_cannot_be_made_names_the_way_out(network, tmp_path, monkeypatch):
+def _not_locked(*_: object, **options: object) -> FileLock:
+    raise NotImplementedError("FileSystem does not appear to support flock")
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("case", ["a file", "read-only", "no locks", "no home"])
+def test_a_cache_that_cannot_be_used_is_one_warning(case, network, tmp_path, monkeypatch, caplog):
+    """However many splits and networks there are; the features are those of any other day."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="set cache to false, or XDG_CACHE_HOME"):
-        load_features({"0": network}, digits(), HOW)
+    networks = {"0": network, "1": export(tmp_path / "net-1", seed=1)}
+    splits = [digits(n) for n in (40, 30)]
+    root = {"a file": tmp_path / "file", "read-only": Path("/proc"), "no locks": tmp_path}.get(case)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root or ""))
+    if case == "no locks":
+        monkeypatch.setattr(feature_cache, "FileLock", _not_locked)
+    elif case == "no home":
+        monkeypatch.setattr(Path, "home", _no_home)
+    found = [load_features(networks, split, HOW) for split in splits]
+    alone = load_features(networks, splits[0], dataclasses.replace(HOW, cached=False))
+    assert torch.equal(found[0]["1"], alone["1"])
+    assert found[1]["0"].shape == (30, 64)
+    (record,) = caplog.records
+    text = record.getMessage()
+    assert text.startswith("this user has no home" if case == "no home" else f"{root}/peerlearn/f")
+    assert "features are not kept, and are computed anew each time; XDG_CACHE_HOME names" in text
+
+
+def test_an_image_that_is_gone_is_told_when_it_is_decoded(cache, tmp_path):
+    write_noise(tmp_path / "images", {"a": 2, "b": 2})
+    images = load_dataset("folder", "train", root=str(tmp_path / "images"))
+    images.images[1].unlink()
+    colour = export(tmp_path / "net-0", channels=3)
+    with pytest.raises(UserError, match=r"cannot decode .*a/001.png \(No such file or directory\)"):
+        load_features({"0": colour}, images, HOW)
 
 
 def move_statistics(backbone: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from peerlearn.evaluation import representation
 from peerlearn.evaluation.representation import (
     alignment,
     feature_std,
+    neighbour_agreement,
     peer_agreement,
     rankme,
     uniformity,
@@ -211,3 +212,33 @@ def test_refusals_of_one_measure() -> None:
     for bad in (FLAT, torch.ones(2, 0), torch.ones(0, 2)):
         with pytest.raises(ValueError, match=r"\(M, N\)"):
             peer_agreement(bad)
+
+
+class TestNeighbourAgreement:
+    def test_nearest_images_by_hand(self):
+        """On a circle: 0 and 1, 2 and 3 are pairs in the first; the second brings 1 and 2 together."""
+
+        def circle(*degrees: float) -> Tensor:
+            angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+            return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+        first = circle(0, 10, 90, 105) * torch.tensor([[1.0], [9.0], [2.0], [3.0]])
+        second = circle(0, 60, 90, 150)
+        # Nearest: 1 0 3 2, and 1 2 1 2.
+        assert neighbour_agreement([first, second]) == 50.0
+        assert neighbour_agreement([first, first, second]) == pytest.approx((100 + 50 + 50) / 3)
+
+    def test_agrees_with_scipy(self):
+        both = [gaussian(50, d, seed=d) + offset for d, offset in ((7, 0.0), (9, 100.0))]
+        nearest = []
+        for features in both:
+            distances = np.full((50, 50), np.inf)
+            upper = np.triu_indices(50, 1)
+            distances[upper] = pdist(unit(features))
+            nearest.append(np.minimum(distances, distances.T).argmin(1))
+        assert neighbour_agreement(both) == 100 * float((nearest[0] == nearest[1]).mean())
+
+    def test_one_network_has_no_pair_and_one_image_no_neighbour(self):
+        assert math.isnan(neighbour_agreement([gaussian(5, 3)]))
+        with pytest.raises(ValueError, match="at least two images"):
+            neighbour_agreement([gaussian(1, 3)])

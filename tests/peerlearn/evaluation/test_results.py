@@ -39,6 +39,26 @@ def test_the_same_measured_again_replaces_its_file_and_another_protocol_adds_one
     assert {"schema", "versions", "hardware", "seconds", "export_hash", "protocol"} <= set(found)
 
 
+def test_a_dataset_of_any_name_has_a_file(tmp_path):
+    """The name itself stands in it."""
+    name = "my photos/2019 $x$ \U0001f600 " + "y" * 300
+    file = write_result(
+        tmp_path,
+        task="knn",
+        dataset=name,
+        step=7,
+        network="0",
+        metrics=accuracy_metrics(50.0, 4),
+        protocol={},
+        export_hash="h",
+        seed=0,
+        seconds=1.0,
+    )
+    assert file.name.startswith("knn-my_photos_2019__x____yyy")
+    assert len(file.name) < 120
+    assert read_result(file)["dataset"] == name
+
+
 def test_a_mean_tells_every_runs_value(tmp_path):
     paths = [
         write(tmp_path / str(seed), top1, seed=seed) for seed, top1 in enumerate((80.0, 90.0, 85.0))
