@@ -13,9 +13,9 @@ _CLEAR, _UP = "\r\x1b[2K", "\x1b[1A"
 bar_lines = 0
 
 
-def wrapped(text: str, stream: TextIO) -> str:
+def wrapped(text: str, stream: TextIO | None) -> str:
     """The text as it is or, for a terminal, broken between words at the terminal's width."""
-    if not stream.isatty():
+    if not _is_terminal(stream):
         return text
     columns = shutil.get_terminal_size().columns
     lines = (
@@ -23,6 +23,14 @@ def wrapped(text: str, stream: TextIO) -> str:
         for line in text.split("\n")
     )
     return "\n".join(lines)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """A stream may be missing, or closed."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False
 
 
 def say(text: str) -> None:

@@ -35,16 +35,6 @@ def test_terms_that_a_supervised_run_leaves_out_count_for_nothing(teaching):
     assert float(objective(terms, CONFIG)) == sum(expected)
 
 
-def test_an_epochs_line_has_the_accuracies_or_without_labels_what_needs_none():
-    row = {"net/0/knn_top1": 50.125, "net/0/rankme": 9.5, "ensemble/knn_top1": 51.0, "loss": 1.0}
-    assert scores_text(row, epoch=3) == "epoch 3  kNN top-1 %: net/0 50.12  ensemble 51.00"
-    row = {f"net/{m}/{name}": m + 0.5 for name in ("rankme", "uniformity") for m in range(2)}
-    assert scores_text(row | {"net/0/feature_std": 1.0}, epoch=4) == (
-        "epoch 4  rankme: net/0 0.50  net/1 1.50  uniformity: net/0 0.50  net/1 1.50"
-    )
-    assert scores_text({"loss": 1.0}, epoch=5) == "epoch 5"
-
-
 def test_the_bar_has_each_networks_loss_and_accuracy():
     row = {"loss": 3.0, "net/0/loss": 1.25, "net/1/loss": 1.75}
     assert _of_each(row) == " (1.250, 1.750)"
@@ -52,6 +42,11 @@ def test_the_bar_has_each_networks_loss_and_accuracy():
     row = {"net/0/knn_top1": 70.12, "net/key-0/knn_top1": 69.0, "ensemble/knn_top1": 72.34}
     assert _accuracies(row | {"pixels/knn_top1": 80.0}) == "kNN 70.1, key-0 69.0, ensemble 72.3 %"
     assert _accuracies({"loss": 1.0}) == ""
+
+
+def test_accuracies_come_first():
+    row = {"net/0/knn_top1": 61.234, "ensemble/knn_top1": 70.0, "net/0/rankme": 3.0, "loss": 1.0}
+    assert scores_text(row, epoch=3) == "epoch 3  kNN top-1 %: net/0 61.23  ensemble 70.00"
 
 
 def test_without_labels_the_line_has_what_needs_none():
@@ -72,3 +67,7 @@ def test_without_labels_the_line_has_what_needs_none():
         "epoch 2  rankme: net/0 12.34  net/1 11.00  net/key-0 9.00  alignment: net/0 0.51  net/1 0.60  "
         "uniformity: net/0 -1.20  net/1 -1.33  agreement %: 34.6"
     )
+
+
+def test_an_epoch_that_was_not_measured_is_its_number():
+    assert scores_text({"loss": 1.0, "net/0/scl_hard": 2.0}, epoch=2) == "epoch 2"

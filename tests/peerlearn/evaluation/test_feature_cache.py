@@ -233,7 +233,7 @@ def test_a_full_disk_costs_the_kept_copy_only(cache, network, files_up_to, caplo
     assert not list(cache.glob("*.safetensors"))
 
 
-def _not_locked(*_: object) -> FileLock:
+def _not_locked(*_: object, **options: object) -> FileLock:
     raise NotImplementedError("FileSystem does not appear to support flock")
 
 

@@ -200,6 +200,8 @@ def test_narrow_terminals_break_between_words(columns):
 def test_text_for_a_file_is_not_broken(tmp_path):
     with (tmp_path / "file").open("w") as file:
         assert wrapped("word " * 100, file) == "word " * 100
+    # Closed, and missing.
+    assert wrapped("word " * 100, file) == wrapped("word " * 100, None) == "word " * 100
 
 
 def test_the_loader_of_faiss_is_silent(tmp_path, capsys):
