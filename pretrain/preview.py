@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.compute.optimizers import build_optimizer, bytes_to_come
+from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.downloads import NotHereError, without_downloads
 from peerlearn.data.loader import check_batches
 from peerlearn.data.published import PUBLISHED
@@ -24,7 +25,12 @@ from pretrain.cohort import Cohort, build_networks
 from pretrain.config import DataConfig, PretrainConfig
 from pretrain.method import Method, build_method, method_class
 from pretrain.state import check_share
-from pretrain.training_data import IMAGE_FILE_SIZE, load_training_data, native_size
+from pretrain.training_data import (
+    IMAGE_FILE_SIZE,
+    TrainingData,
+    load_training_data,
+    native_size,
+)
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -98,16 +104,23 @@ def _images(config: PretrainConfig, kind: type[Method]) -> _Images:
         images_per_class=kind.images_per_class(config),
     )
     kind.check(config, dataset)
-    held = dataset.images.nbytes if isinstance(dataset.images, Tensor) else 0
     note = f" ({' '.join(said.getvalue().split())})" if said.getvalue() else ""
     return _Images(
         number=len(dataset),
         channels=dataset.channels,
-        size=native_size(dataset),
+        size=data.image_size,
         classes=dataset.num_classes,
-        held_bytes=held,
-        said=f"{dataset.name} {dataset.split}{note}",
+        held_bytes=_held_bytes(dataset, data),
+        said=f"{dataset.title} {dataset.split}{note}",
     )
+
+
+def _held_bytes(dataset: ImageDataset, data: TrainingData) -> int:
+    if isinstance(dataset.images, Tensor):
+        return dataset.images.nbytes
+    if data.backend == "folder":
+        return 0
+    return dataset.channels * native_size(dataset) ** 2 * len(dataset)
 
 
 def _published(data: DataConfig, batch_size: int, error: NotHereError) -> _Images:
@@ -126,7 +139,9 @@ def _published(data: DataConfig, batch_size: int, error: NotHereError) -> _Image
         channels=known.channels,
         size=known.size or IMAGE_FILE_SIZE,
         classes=known.classes,
-        held_bytes=count * known.channels * (known.size or 0) ** 2,
+        held_bytes=0
+        if data.backend == "folder"
+        else count * known.channels * (known.size or 0) ** 2,
         said=f"{data.name} {data.split} (not on this machine: the run downloads it{instead})",
     )
 
@@ -175,7 +190,7 @@ def _memory(config: PretrainConfig, method: Method, activations: int, images: _I
     }
     if own:
         parts[f"what {config.method} keeps"] = own
-    if images.held_bytes and config.data.backend != "folder":
+    if images.held_bytes:
         parts["images"] = images.held_bytes
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     return (
