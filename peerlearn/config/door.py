@@ -123,7 +123,6 @@ def _build(config_class: type[Config], layers: Sequence[Mapping[str, Entry]]) ->
     for key, entry in entries.items():
         try:
             values[key] = None if key in voided else read_value(entry.value, keys[key].hint)
-            _check_text(values[key])
         except WrongTypeError as error:
             raise UsageError(f"{entry.place}{key}: {error}") from error
     for each in keys.values():
@@ -135,22 +134,6 @@ def _build(config_class: type[Config], layers: Sequence[Mapping[str, Entry]]) ->
     except ValueError as error:
         message = " ".join(str(error).split())
         raise UsageError(f"{_place_of(message, entries)}{message}") from error
-
-
-def _check_text(value: Any) -> None:
-    """Refuse names in bytes that are no UTF-8, which config.yaml could not hold: such a run could not be resumed."""
-    for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, str) or not any("\ud800" <= sign <= "\udfff" for sign in text):
-            continue
-        try:
-            os.fsencode(text).decode("utf-8")
-        except UnicodeDecodeError:
-            raise WrongTypeError(
-                f"{text} has bytes that are no UTF-8 text: rename it, or give a link to it (ln -s)"
-            ) from None
-        raise WrongTypeError(
-            f"{text} is text that Python does not read in this locale: set PYTHONUTF8=1"
-        )
 
 
 def _voided(config_class: Any, layers: Sequence[Mapping[str, Entry]]) -> set[str]:
