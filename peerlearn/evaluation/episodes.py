@@ -135,8 +135,9 @@ def nearest_centroid(features: Tensor, *, distance: Distance) -> Scorer:
         the order of the distances, but for a summand that a query's scores share.
     """
     if distance == "sqeuclidean":
-        wide = features.double()
-        return partial(_by_distance, _Rows((wide - wide.mean(dim=0)).to(_wide_enough(features))))
+        rows = features.to(_wide_enough(features))
+        # What all features share takes the digits of what they differ in. Any vector near the mean serves.
+        return partial(_by_distance, _Rows(rows - rows.mean(dim=0)))
     directions = unit_rows(features)
     origin = directions.mean(dim=0)
     return partial(
