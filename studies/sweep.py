@@ -201,7 +201,13 @@ def _base(common: list[str]) -> PretrainConfig:
 
 def _resolve(words: list[str]) -> PretrainConfig:
     config, _ = parse_config(
-        PretrainConfig, words, verb="pretrain", description="", example="", shipped=SHIPPED
+        PretrainConfig,
+        words,
+        verb="pretrain",
+        description="",
+        example="",
+        shipped=SHIPPED,
+        tells=False,
     )
     return replace(config, run=None, seed=0)
 

@@ -29,6 +29,7 @@ def parse_config(
     essential: Sequence[str] = (),
     shipped: Path | None = None,
     usage: str = "[CONFIG] [--key value ...] [--dry_run]",
+    tells: bool = True,
 ) -> tuple[Config, bool]:
     """Read ``[CONFIG] [--key value ...] [--dry_run]`` into ``config_class``.
 
@@ -42,6 +43,7 @@ def parse_config(
         essential: keys that ``--help`` explains; the others are for ``--help all``. Empty = all are explained.
         shipped: folder of the verb's shipped configs; None = the verb has none.
         usage: pattern of the words after the verb, for ``--help``.
+        tells: whether a key that stands twice is told; False where words are put together from several places.
 
     Returns:
         The config, and whether ``--dry_run`` was given.
@@ -61,7 +63,7 @@ def parse_config(
         layers.append(read_file(path, config_keys(config_class)))
     given, said = read_words(words, config_class, verb)
     config = _build(config_class, [*layers, given])
-    if said and os.environ.get("RANK", "0") == "0":
+    if tells and said and os.environ.get("RANK", "0") == "0":
         print("\n".join(said))
     return config, "--dry_run" in argv
 

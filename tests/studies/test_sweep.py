@@ -796,3 +796,17 @@ def test_networks_images_and_sizes_are_checked_before_anything_runs(
         assert message in error
         assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file.yaml"]
+
+
+def test_the_listing_of_commands_is_json_alone(tmp_path, capsys):
+    file = tmp_path / "s.yaml"
+    words = "mcl_fashion_mnist_demo --data.name digits --epochs 1 --epochs 2"
+    grids = {"g": {"alpha": [0.5, 0.25]}}
+    file.write_text(
+        yaml.safe_dump(
+            {"folder": str(tmp_path / "r"), "pretrain": words, "seeds": [0], "grids": grids}
+        )
+    )
+    assert main(["sweep", str(file), "--commands"]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert len(listing["commands"]) == 2
