@@ -395,6 +395,7 @@ def test_what_would_change_the_network_is_never_left_out(extra: str, import_file
     code, _, err = import_file(state)
     assert (code, err.count("\n")) == (1, 1)
     assert f"encoder does not fit resnet18: '{extra}' is not part of it" in err
+    assert "120 of 120 tensors match; --architecture NAME reads any network of timm" in err
 
 
 @pytest.mark.parametrize("how", ["arch", "args", "--architecture"])
