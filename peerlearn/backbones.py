@@ -30,6 +30,9 @@ from peerlearn.networks.cifar import CIFAR_NETWORKS, initialise_conv, plain_conv
 
 __all__ = ["create_backbone", "patch_pixels", "size_arguments"]
 
+# Below this likeness another name is not what was meant.
+_NEAR = 0.8
+
 
 def create_backbone(
     name: str,
@@ -119,7 +122,9 @@ def _timm_name(name: str, small_images: bool) -> str:
     if name in TIMM_NETWORKS:
         return name
     if not is_model(name):
-        near = difflib.get_close_matches(name, [*CIFAR_NETWORKS, *list_models()])
+        near = difflib.get_close_matches(
+            name.lower(), [*CIFAR_NETWORKS, *list_models()], cutoff=_NEAR
+        )
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
         raise UserError(f"no network is called {name!r}; {hint}")
     if "." in name:

@@ -144,9 +144,12 @@ def build_cohort(
     for network, name in enumerate(names):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, seed, network)))
-            backbone = create_backbone(
-                name, in_chans=in_chans, small_images=config.small_images, image_size=image_size
-            )
+            try:
+                backbone = create_backbone(
+                    name, in_chans=in_chans, small_images=config.small_images, image_size=image_size
+                )
+            except UserError as error:
+                raise UserError(f"cohort.backbones: {error}") from error
             width = int(backbone.num_features)  # type: ignore[arg-type]
             if projects:
                 heads.append(_build_head(config, width))

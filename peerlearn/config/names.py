@@ -11,6 +11,7 @@ _INSTEAD = {
     "config": "; CONFIG comes first, without a key",
     "dry_run": "; did you mean '--dry_run'?",
     "resume": "; `peerlearn resume RUN` continues a run",
+    "<<": "; merge keys are not read: write the keys out",
 }
 
 # Our keys, and what other programs call them.
@@ -102,8 +103,8 @@ def nearest_key(name: str, keys: Collection[str]) -> str:
     same = [key for key in keys if key.rsplit(".", 1)[-1] == last]
     if same:
         return f"; did you mean {' or '.join(map(repr, same))}?"
-    if name in _INSTEAD:
-        return _INSTEAD[name]
+    if last in _INSTEAD:
+        return _INSTEAD[last]
     parts = {key.rsplit(".", 1)[-1]: key for key in keys}
     close = _closest(last, parts)
     return nearest(name, keys) or (f"; did you mean {parts[close]!r}?" if close else "")

@@ -26,6 +26,8 @@ from peerlearn.networks.cifar import CIFAR_NETWORKS
 # No camera has more channels. Without a limit, a file could ask for a network of any size.
 _MOST_CHANNELS = 1024
 
+_ANY_NETWORK = "--architecture NAME reads any network of timm by timm's names"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignNetwork:
@@ -114,8 +116,7 @@ def _none_found(file: Path, found: FoundNetworks) -> UserError:
         return UserError(f"{file} holds no state dict: no tensors by name, however deep")
     return UserError(
         f"{file} is none of the networks that can be imported, ResNets and wide ResNets by the names of torchvision, "
-        f"timm and the MCL authors: its first tensor is {printable(found.first)}; --architecture NAME reads any "
-        "network of timm by timm's names"
+        f"timm and the MCL authors: its first tensor is {printable(found.first)}; {_ANY_NETWORK}"
     )
 
 
@@ -185,7 +186,7 @@ def _build(
     counted = any(_is_counter(key) for key in tensors)
     if not counted:
         tensors |= {key: tensor for key, tensor in expected.items() if _is_counter(key)}
-    _check_fit(where, plan.architecture, expected, tensors)
+    _check_fit(where, plan.architecture, expected, tensors, hint="" if given else _ANY_NETWORK)
     backbone.load_state_dict({own: tensors[plan.foreign_name(own)] for own in state})
     # Checked after loading: float64 can hold values that become Inf in float32.
     for own, tensor in backbone.state_dict().items():
@@ -339,8 +340,18 @@ def _is_counter(name: str) -> bool:
 
 
 def _check_fit(
-    where: str, architecture: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    where: str,
+    architecture: str,
+    expected: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    *,
+    hint: str,
 ) -> None:
+    """Make sure that the tensors are the network's, all of them and no others.
+
+    Raises:
+        UserError: they are not; where all are there and others too, which another network may have, it gives the hint.
+    """
     misfits = state_misfits(expected, given)
     misfits += [
         f"{name!r} is {given[name].dtype}, {given[name].layout}, not numbers of one plain tensor"
@@ -355,6 +366,7 @@ def _check_fit(
             f"{where} does not fit {architecture}: {misfits[0]}"
             + (f", and {len(misfits) - 1} more" if len(misfits) > 1 else "")
             + f"; {matched} of {len(expected)} tensors match"
+            + (f"; {hint}" if hint and matched == len(expected) else "")
         )
 
 
@@ -376,7 +388,7 @@ def _identify(where: str, body: Mapping[str, Tensor]) -> _Plan:
     first = next(iter(body), "none at all")
     raise UserError(
         f"{where} is none of the networks that can be imported, torchvision's and the MCL authors' ResNets and wide "
-        f"ResNets: its first tensor is {printable(first)}"
+        f"ResNets: its first tensor is {printable(first)}; {_ANY_NETWORK}"
     )
 
 
@@ -400,7 +412,8 @@ def _identify_resnet(where: str, body: Mapping[str, Tensor]) -> _Plan:
     raise UserError(
         f"{where} is a ResNet of {', '.join(map(str, blocks))} {'bottleneck' if bottleneck else 'basic'} blocks on a "
         f"{kernel}x{kernel} stem of {width} channels, which is none of those that can be imported: "
-        f"{', '.join(RESNETS)}, and on 16 channels {', '.join(n for n in CIFAR_NETWORKS if n.startswith('resnet'))}"
+        f"{', '.join(RESNETS)}, and on 16 channels {', '.join(n for n in CIFAR_NETWORKS if n.startswith('resnet'))}; "
+        f"{_ANY_NETWORK}"
     )
 
 

@@ -162,6 +162,7 @@ def test_words_without_those_that_others_give():
     ("name", "ours"),
     [
         ("lr", "here it is called 'base_lr'"),
+        ("data.<<", "merge keys are not read: write the keys out"),
         ("learning-rate", "here it is called 'base_lr'"),
         ("bs", "here it is called 'batch_size'"),
         ("batch-size", "did you mean 'batch_size'?"),

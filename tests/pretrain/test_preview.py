@@ -60,7 +60,10 @@ def test_activations_are_those_that_autograd_keeps():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (replace(SMALL, cohort=CohortConfig(backbones="nonsense")), "no network is called"),
+        (
+            replace(SMALL, cohort=CohortConfig(backbones="nonsense")),
+            "cohort.backbones: no network is called",
+        ),
         (replace(SMALL, data=DataConfig(name="digits", root="/nowhere")), None),
         (
             replace(SMALL, data=DataConfig(name="folder", root="/nowhere")),
