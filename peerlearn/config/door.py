@@ -74,8 +74,7 @@ def load_config(config_class: type[Config], path: Path) -> Config:
     Raises:
         UsageError: the file is missing, a key is unknown, or a value has the wrong type or is out of range.
     """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such config file")
+    _require_file(path)
     return _build(config_class, [read_file(path, config_keys(config_class))])
 
 
@@ -104,8 +103,7 @@ def find_config(name: str, shipped: Path | None) -> Path:
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UsageError(f"{name}: no such config file")
+        _require_file(path)
         return path
     names = {file.stem: file for file in shipped.glob("*.yaml")} if shipped else {}
     if name in names:
@@ -114,6 +112,13 @@ def find_config(name: str, shipped: Path | None) -> Path:
         f"{name!r} is neither a file nor a shipped config{nearest(name, names)}; "
         "`peerlearn configs` lists them"
     )
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name the config file in it")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such config file")
 
 
 def _build(config_class: type[Config], layers: Sequence[Mapping[str, Entry]]) -> Config:

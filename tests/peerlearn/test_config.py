@@ -302,3 +302,12 @@ def test_a_single_value_in_place_of_a_list_and_a_damaged_file_are_told_with_the_
         file.write_text(text)
         with pytest.raises(UsageError, match=re.escape(message)):
             load_config(PretrainConfig, file)
+
+
+def test_a_folder_is_no_config(tmp_path):
+    folder = tmp_path / "configs.yaml"
+    folder.mkdir()
+    with pytest.raises(UsageError, match=r"configs\.yaml is a folder: name the config file in it"):
+        parse(str(folder))
+    with pytest.raises(UsageError, match="is a folder"):
+        load_config(Outer, folder)
