@@ -53,7 +53,7 @@ def read_fonts(folder: Path) -> list[Font]:
     """The fonts below ``folder`` that have all characters."""
     files = sorted([*folder.rglob("*.ttf"), *folder.rglob("*.otf")], key=lambda file: file.name)
     fonts = []
-    with progress(len(files), "fonts") as report:
+    with progress(len(files), "fonts", name="reading") as report:
         for file in files:
             report.advance()
             try:

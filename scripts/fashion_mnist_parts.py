@@ -30,7 +30,7 @@ def write(dataset: ImageDataset, folder: Path) -> None:
     labels = dataset.labels.tolist()
     for label, part in place.items():
         (folder / part / dataset.split / str(label)).mkdir(parents=True)
-    with progress(len(labels), f"{dataset.split} images") as report:
+    with progress(len(labels), f"{dataset.split} images", name="writing") as report:
         for index, label in enumerate(labels):
             image = Image.fromarray(dataset.images[index, 0].numpy())
             image.save(folder / place[label] / dataset.split / str(label) / f"{index:05d}.png")

@@ -136,7 +136,7 @@ def test_runs_that_cannot_be_averaged_are_refused_before_any_work(runs, tmp_path
         assert f"{runs[0]} has 0, 1" in (error := one_error(capsys))
         assert "choose one of those by --network" in error
     assert linear(*LOGISTIC, "--checkpoint", "") == 2
-    assert "checkpoint must name at least one" in one_error(capsys)
+    assert "checkpoint: expected text or a list of text, got ''" in one_error(capsys)
 
 
 def test_a_mean_over_unlike_runs_is_warned_of(runs, tmp_path, caplog):
