@@ -25,6 +25,7 @@ from tests.e2e.runs import (
     launch,
     wait_for,
 )
+from tests.owners import beating
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
 from tests.warm import Process
@@ -104,19 +105,19 @@ def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
 ) -> None:
     (copy / "DONE").unlink()
     owner = {"host": "elsewhere", "pid": 1, "since": "2020-01-01", "time_seconds": time.time() + 60}
-    (copy / "owner.json").write_text(json.dumps(owner))
     first, second = (copy / "logs" / f"attempt-{k}" / "rank-0.log" for k in (1, 2))
     first.write_text("one\n")
-    following = follow(copy)
-    killed_later.append(following)
-    assert following.stdout is not None
-    before = [following.stdout.readline() for _ in ("the file", "one")]
-    with first.open("a") as file:
-        file.write("the last\n")
-    second.parent.mkdir()
-    second.write_text("the first\n")
-    (copy / "DONE").touch()
-    out, err = following.communicate(timeout=120)
+    with beating(copy, owner):
+        following = follow(copy)
+        killed_later.append(following)
+        assert following.stdout is not None
+        before = [following.stdout.readline() for _ in ("the file", "one")]
+        with first.open("a") as file:
+            file.write("the last\n")
+        second.parent.mkdir()
+        second.write_text("the first\n")
+        (copy / "DONE").touch()
+        out, err = following.communicate(timeout=120)
     expected = f"==> {first} <==\none\nthe last\n\n==> {second} <==\nthe first\n"
     assert "".join(before) + out == expected
     assert err == f"{copy}: done, 1 restart\n"

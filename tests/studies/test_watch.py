@@ -24,6 +24,7 @@ from studies.landed import landed_exports
 from studies.ledger import EVALUATIONS, Entry, Ledger
 from studies.watch import Pass, Survey, resolve_evaluation
 from tests.e2e.runs import command, environment, flip_last_byte, pretrain
+from tests.owners import beating
 from tests.slurm.cluster import Cluster
 from tests.warm import Process
 from tests.warm import run as run_process
@@ -244,14 +245,17 @@ def test_watch_is_light(run: Path):
 def test_told_to_stop_it_asks_to_be_run_again(run: Path, number: int):
     alive = {"host": "elsewhere", "pid": 1, "time_seconds": time.time() + 3600}
     (run / "DONE").unlink()
-    (run / "owner.json").write_text(json.dumps(alive))
-    process = Process(
-        command(*watch_words(run, REFUSED)), env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("job ")
-    process.send_signal(number)
-    process.communicate(timeout=240)
+    with beating(run, alive):
+        process = Process(
+            command(*watch_words(run, REFUSED)),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("job ")
+        process.send_signal(number)
+        process.communicate(timeout=240)
     assert process.returncode == 75
     wait_until_ended(run, len(entries(run)))
 

@@ -1,6 +1,5 @@
 """One run directory, one live process: with real processes, and records written by hand."""
 
-import itertools
 import json
 import os
 import signal
@@ -10,16 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from peerlearn.errors import UserError
 from peerlearn.runs import lock as module
-from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import Sightings
 from peerlearn.runs.lock import living_owner, run_lock
+from tests.owners import beating
 
 # Says who held the lock before, holds it until its input ends, and may start a process that outlives it.
 HOLDER = """
@@ -144,27 +142,6 @@ def test_of_several_that_start_at_once_one_gets_the_lock(start):
 
 
 # The record
-
-
-@contextmanager
-def beating(root: Path, record: dict[str, object]) -> Iterator[None]:
-    """An owner elsewhere that renews its record every 20 ms, by its own clock."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        for number in itertools.count():
-            renewed = record | {"time_seconds": record["time_seconds"] + number}
-            write_text(root / "owner.json", json.dumps(renewed), durable=False)
-            if ended.wait(0.02):
-                return
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @pytest.fixture
