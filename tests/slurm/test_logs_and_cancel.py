@@ -215,7 +215,11 @@ def test_cancel_makes_a_local_job_save(tmp_path: Path, capsys: pytest.CaptureFix
 def test_cancel_ends_a_local_job_in_start_up(tmp_path: Path) -> None:
     run = tmp_path / "a"
     submit_here("pretrain", *SMALL, *LONG, "--run", str(run))
-    wait_until(lambda: printed(run).exists(), "the process of the job")
+    # submitit opens the file a little before it starts the process, and forwards no signal in between.
+    wait_until(
+        lambda: printed(run).exists() and bool(printed(run).stat().st_size),
+        "the process of the job",
+    )
     assert main(["cancel", str(run)]) == 0
     wait_until(lambda: not status(run).live, "the end of the job")
     assert status(run).text == "cancelled"
