@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerlearn.config import changeable, require
-from peerlearn.evaluation.data import DatasetName
+from peerlearn.data.published import DatasetName
 from peerlearn.evaluation.evaluator import EvaluatorConfig
 
 

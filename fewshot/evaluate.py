@@ -130,7 +130,13 @@ def _episodes(config: FewShotConfig, images: ImageDataset, ranks: Ranks) -> dict
     size = {"ways": config.ways, "queries": config.queries, "episodes": config.episodes}
     file = None if config.episodes_file is None else Path(config.episodes_file)
     if file is not None and ranks.from_main(file.exists):
-        return read_episodes(file, config.shot_numbers(), **size, fingerprint=images.fingerprint())
+        return read_episodes(
+            file,
+            config.shot_numbers(),
+            **size,
+            images=len(images),
+            fingerprint=images.fingerprint(),
+        )
     drawn = {
         shots: draw_episodes(labels, shots=shots, seed=config.seed, **size)
         for shots in config.shot_numbers()

@@ -23,7 +23,7 @@ from peerlearn.errors import (
 )
 from peerlearn.runs.output import with_lossy_output
 from peerlearn.runs.stop import StoppedError, interrupted_by_signals
-from peerlearn.runs.terminal import wrapped
+from peerlearn.runs.terminal import say, wrapped
 from peerlearn.runs.text import printable
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
     except SavedError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(wrapped(str(error), sys.stdout))
+            say(str(error))
         return SAVED_RUN_AGAIN
     except SaidByMainError:
         return FAILURE

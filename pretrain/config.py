@@ -8,7 +8,7 @@ from peerlearn.compute.device_names import require_device
 from peerlearn.compute.optimizers import OptimizerConfig
 from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import changeable, require
-from peerlearn.data.published import DATASET_NAMES
+from peerlearn.data.published import DatasetName
 from peerlearn.runs.save_config import SaveConfig
 
 Backend = Literal["memory", "folder"]
@@ -22,10 +22,8 @@ METHODS = {
 }
 if TYPE_CHECKING:
     MethodName = str
-    DatasetName = str
 else:
     MethodName = Literal[tuple(METHODS)]
-    DatasetName = Literal[DATASET_NAMES]
 
 
 @dataclass(frozen=True, kw_only=True)

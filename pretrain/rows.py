@@ -13,8 +13,12 @@ from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.terms import Terms, network_losses, objective
 
-# What tells of a network without labels.
-_LABEL_FREE = ("rankme", "uniformity", "alignment")
+# Figures of a network that need no labels: what a table calls them, and how many decimals it shows.
+LABEL_FREE = {
+    "rankme": ("RankMe", 1),
+    "alignment": ("alignment", 2),
+    "uniformity": ("uniformity", 2),
+}
 
 
 def loss_row(terms: Terms, config: PretrainConfig) -> dict[str, float]:
@@ -49,7 +53,7 @@ def scores_text(row: dict[str, float], *, epoch: int) -> str:
     Images without labels have none: the line then holds the figures that need no labels.
     """
     named = {name: value for key, value in row.items() if (name := parse_score_name(key))}
-    figures = {name.figure: name.figure for name in named if name.figure in _LABEL_FREE}
+    figures = {name.figure: name.figure for name in named if name.figure in LABEL_FREE}
     for name in named:
         if name.figure.endswith(TOP1):
             kind = name.figure.removesuffix(TOP1).replace("knn", "kNN")

@@ -20,13 +20,7 @@ from peerlearn.runs.score_names import (
     parse_score_name,
     score_name,
 )
-
-# Figures of a network that need no labels: what the table calls them, and how many decimals it shows.
-_LABEL_FREE = {
-    "rankme": ("RankMe", 1),
-    "alignment": ("alignment", 2),
-    "uniformity": ("uniformity", 2),
-}
+from pretrain.rows import LABEL_FREE
 
 
 def print_summary(
@@ -71,7 +65,7 @@ def _label_free(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Ta
     table.add_column("figure")
     table.add_column("untrained", justify="right")
     table.add_column(f"epoch {last['epoch']:.0f}", justify="right")
-    for figure, (shown, decimals) in _LABEL_FREE.items():
+    for figure, (shown, decimals) in LABEL_FREE.items():
         for key, name in ((key, parse_score_name(key)) for key in last):
             if name is not None and name.figure == figure:
                 before, after = (f"{row[key]:.{decimals}f}" for row in (first, last))

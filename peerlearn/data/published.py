@@ -1,6 +1,6 @@
 """The data sets that are known by name, and what their publishers say of them. Nothing here waits for torch."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 
 class Published(NamedTuple):
@@ -33,3 +33,9 @@ PUBLISHED: dict[str, Published | None] = {
     "folder": None,
 }
 DATASET_NAMES = tuple(PUBLISHED)
+
+# The type of a config's key that names one of them.
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[DATASET_NAMES]

@@ -2,10 +2,10 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from peerlearn.config import changeable, require
-from peerlearn.data.published import DATASET_NAMES
+from peerlearn.data.published import DatasetName
 from peerlearn.errors import UserError
 from peerlearn.evaluation.selection import Selection, run_setting
 from peerlearn.runs.text import listed
@@ -13,10 +13,6 @@ from peerlearn.runs.text import listed
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
     from peerlearn.data.datasets import ImageDataset
-
-    DatasetName = str
-else:
-    DatasetName = Literal[DATASET_NAMES]
 
 logger = logging.getLogger(__name__)
 

@@ -268,9 +268,23 @@ def write_episodes(file: Path, episodes: Mapping[int, Episodes], *, fingerprint:
 
 
 def read_episodes(
-    file: Path, shots: Sequence[int], *, ways: int, queries: int, episodes: int, fingerprint: str
+    file: Path,
+    shots: Sequence[int],
+    *,
+    ways: int,
+    queries: int,
+    episodes: int,
+    images: int,
+    fingerprint: str,
 ) -> dict[int, Episodes]:
     """The episodes that `write_episodes` wrote, by their shots.
+
+    Args:
+        file: the JSON file.
+        shots: numbers of shots to read the episodes of.
+        ways: W. queries: Q. episodes: E.
+        images: number of images that there are.
+        fingerprint: hash of these images.
 
     Raises:
         UserError: the file holds other images, or no such episodes, or is no such file.
@@ -281,12 +295,12 @@ def read_episodes(
             int(each): Episodes(torch.tensor(those["support"]), torch.tensor(those["query"]))
             for each, those in content["episodes"].items()
         }
-        images = content["images"]
+        of_images = content["images"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"episodes_file {file} holds no episodes ({error}): remove it, or name another"
         ) from error
-    if images != fingerprint:
+    if of_images != fingerprint:
         raise UserError(
             f"episodes_file {file} is of other images: give the data set that it was written for, or name another file"
         )
@@ -300,5 +314,13 @@ def read_episodes(
                 f"episodes_file {file} has no {episodes} episodes of {ways} ways, {each} shots and {queries} queries"
                 + (f", but {has[0]} of {has[1]}, {has[2]} and {has[3]}" if has else "")
                 + ": set the keys to its numbers, or name another file"
+            )
+        numbers = torch.cat([kept[each].support.flatten(), kept[each].query.flatten()])
+        if (
+            numbers.is_floating_point()
+            or not 0 <= int(numbers.min()) <= int(numbers.max()) < images
+        ):
+            raise UserError(
+                f"episodes_file {file} numbers images beyond the {images:,} that there are: remove it, or name another"
             )
     return {each: kept[each] for each in shots}

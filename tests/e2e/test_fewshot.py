@@ -11,22 +11,9 @@ from peerlearn.cli import main
 from peerlearn.data.datasets import load_dataset
 from peerlearn.evaluation.feature_sets import with_ensemble
 from peerlearn.export import load_export
-from tests.e2e.runs import pretrain
 
 CPU = ["--device", "cpu", "--cache", "false"]
 SMALL = ["--ways", "3", "--queries", "6", "--episodes", "40"]
-
-
-@pytest.fixture(scope="session")
-def runs(once) -> list[Path]:
-    def make(folder: Path) -> None:
-        for seed in (0, 1):
-            words = ["--seed", str(seed), "--monitor.every_epochs", "0"]
-            words += ["--checkpoint.export_key_networks", "true"]
-            assert pretrain(folder / str(seed), *words) == 0
-
-    folder = once("two-seeds", make)
-    return [folder / "0", folder / "1"]
 
 
 def fewshot(*words: str | Path) -> int:

@@ -41,18 +41,6 @@ def cache(tmp_path_factory):
         os.environ["XDG_CACHE_HOME"] = before
 
 
-@pytest.fixture(scope="session")
-def runs(once) -> list[Path]:
-    def make(folder: Path) -> None:
-        for seed in (0, 1):
-            words = ["--seed", str(seed), "--monitor.every_epochs", "0"]
-            words += ["--checkpoint.export_key_networks", "true"]
-            assert pretrain(folder / str(seed), *words) == 0
-
-    folder = once("two-seeds", make)
-    return [folder / "0", folder / "1"]
-
-
 def linear(*words: str | Path) -> int:
     return main(["linear", *map(str, words), *CPU])
 

@@ -176,7 +176,13 @@ class TestFile:
         }
         write_episodes(tmp_path / "new" / "e.json", drawn, fingerprint="abc")
         kept = read_episodes(
-            tmp_path / "new" / "e.json", [2], ways=3, queries=4, episodes=5, fingerprint="abc"
+            tmp_path / "new" / "e.json",
+            [2],
+            ways=3,
+            queries=4,
+            episodes=5,
+            images=66,
+            fingerprint="abc",
         )
         assert list(kept) == [2]
         assert torch.equal(kept[2].support, drawn[2].support)
@@ -190,6 +196,7 @@ class TestFile:
             ({"queries": 5}, "no 5 episodes of 3 ways, 1 shots and 5 queries, but 5 of 3, 1 and 4"),
             ({"episodes": 6}, "no 6 episodes"),
             ({"ways": 2}, "no 5 episodes of 2 ways"),
+            ({"images": 65}, "numbers images beyond the 65 that there are"),
         ],
     )
     def test_other_episodes_are_refused(self, tmp_path, change, message):
@@ -201,6 +208,7 @@ class TestFile:
             "ways": 3,
             "queries": 4,
             "episodes": 5,
+            "images": 66,
             "fingerprint": "abc",
         } | change
         with pytest.raises(UserError, match=message):
@@ -219,5 +227,7 @@ class TestFile:
     def test_what_is_no_list_of_episodes_is_one_line(self, tmp_path, text):
         (tmp_path / "e.json").write_text(text)
         with pytest.raises(UserError, match="holds no episodes") as refused:
-            read_episodes(tmp_path / "e.json", [1], ways=3, queries=4, episodes=5, fingerprint="a")
+            read_episodes(
+                tmp_path / "e.json", [1], ways=3, queries=4, episodes=5, images=66, fingerprint="a"
+            )
         assert "\n" not in str(refused.value)
