@@ -147,11 +147,7 @@ def _published(data: DataConfig, batch_size: int, error: NotHereError) -> _Image
 
 
 def _activation_bytes(cohort: Cohort, images: Tensor, config: PretrainConfig) -> int:
-    """Size of what the passes of one image keep for the backward pass, in the run's number format.
-
-    Raises:
-        UserError: the networks cannot take images of this size.
-    """
+    """Size of what the passes of one image keep for the backward pass, in the run's number format."""
     kept: dict[int, torch.UntypedStorage] = {}
     weights = {p.untyped_storage()._cdata for p in cohort.parameters()}
 
@@ -161,17 +157,10 @@ def _activation_bytes(cohort: Cohort, images: Tensor, config: PretrainConfig) ->
             kept[storage._cdata] = storage
         return tensor
 
-    try:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            features = cohort.branches(cohort.trunk(images))
-            if cohort.heads:
-                cohort.embed(features)
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cohort.backbones {config.cohort.backbones} cannot take images of {images.shape[-1]} pixels: set another "
-            f"data.image_size ({reason})"
-        ) from error
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = cohort.branches(cohort.trunk(images))
+        if cohort.heads:
+            cohort.embed(features)
     # Half as many bytes in a number of 16 bits.
     share = 1 if config.precision == "fp32" else 0.5
     return int(share * sum(storage.nbytes() for storage in kept.values()) / len(images))
