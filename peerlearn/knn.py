@@ -20,6 +20,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -159,46 +160,97 @@ def knn_sweep(
         ValueError: as in `knn_scores`.
     """
     _check_features(train_features, train_labels, features, num_classes)
-    device, size = train_features.device, train_features.shape[1]
-    mean = _mean_direction(train_features)
-    rows = torch.empty((len(train_features), size + 1), dtype=torch.float32, device=device)
-    for block in _blocks(train_features):
-        rows[block, :size], rows[block, size] = _centred(
-            train_features[block], mean, "train_features"
-        )
-    queries, offset = _centred(features.to(device), mean, "features")
-    asked = torch.ones((len(queries), size + 1), dtype=torch.float32, device=device)
-    asked[:, :size] = queries
-    # What completes the cosine: q . mean.
-    offset = (offset + mean @ mean).cpu()[:, None]
-
-    largest_k = min(max(protocol.k for protocol in protocols), len(rows))
-    wanted = min(largest_k + _RUNNERS_UP, len(rows))
-    search = _search_for(device)
-    similarities, neighbours = (each.cpu() for each in search(rows, asked, wanted))
-    similarities = similarities.double()
-    error = _rounding_error(rows, asked, neighbours)
     classes = train_labels.cpu().long()
-    doubtful, beyond = (torch.zeros(len(queries), dtype=torch.bool) for _ in range(2))
-    for protocol in protocols:
-        votes = _votes(similarities + offset, classes[neighbours], protocol, num_classes)
-        doubtful |= _lead(votes) <= votes.sum(dim=1) * error / protocol.temperature
-        if protocol.k < len(rows):
-            edge = _edge(similarities, error, protocol.k)
-            doubtful |= _several_classes(classes[neighbours], edge)
-            beyond |= edge[:, -1] & (wanted < len(rows))
-    near, far = (doubtful & ~beyond).nonzero()[:, 0], (doubtful & beyond).nonzero()[:, 0]
-    for again, candidates in ((near, neighbours[near].unique()), (far, torch.arange(len(rows)))):
-        for start in range(0, len(again), _QUERIES_SEARCHED_AGAIN):
-            part = again[start : start + _QUERIES_SEARCHED_AGAIN]
-            similarities[part], neighbours[part] = _search_in_float64(
-                train_features, mean, candidates.to(device), queries[part.to(device)], wanted
-            )
-    cosines = similarities + offset
+    rivals = _Rivals(train_features, features)
+    largest_k = min(max(protocol.k for protocol in protocols), len(classes))
+    found = rivals.search(min(largest_k + _RUNNERS_UP, len(classes)))
+    doubtful, beyond = _in_doubt(found, classes, protocols, num_classes)
+    found = rivals.search_again(found, doubtful, beyond)
     return [
-        _votes(cosines, classes[neighbours], protocol, num_classes).to(features.device)
+        _votes(found.cosines, classes[found.neighbours], protocol, num_classes).to(features.device)
         for protocol in protocols
     ]
+
+
+class _Found(NamedTuple):
+    """The nearest training images of every query, on the CPU, in descending order.
+
+    cosines: float64 (Q, at least k).
+    neighbours: numbers of the training images, of the same shape.
+    error: how far the cosines may be off, (Q,).
+    every: whether these are all training images.
+    """
+
+    cosines: Tensor
+    neighbours: Tensor
+    error: Tensor
+    every: bool
+
+
+class _Rivals:
+    """Training features and queries, with what all directions share taken off."""
+
+    def __init__(self, train_features: Tensor, features: Tensor) -> None:
+        self._train = train_features
+        device, size = train_features.device, train_features.shape[1]
+        self._mean = _mean_direction(train_features)
+        self._rows = torch.empty(
+            (len(train_features), size + 1), dtype=torch.float32, device=device
+        )
+        for block in _blocks(train_features):
+            self._rows[block, :size], self._rows[block, size] = _centred(
+                train_features[block], self._mean, "train_features"
+            )
+        self._queries, offset = _centred(features.to(device), self._mean, "features")
+        # What completes the cosine: q . mean.
+        self._offset = (offset + self._mean @ self._mean).cpu()[:, None]
+
+    def search(self, count: int) -> _Found:
+        """The nearest ``count`` of each query, in float32."""
+        asked = torch.ones((len(self._queries), self._rows.shape[1]), device=self._rows.device)
+        asked[:, :-1] = self._queries
+        similarities, neighbours = (
+            each.cpu() for each in _search_for(asked.device)(self._rows, asked, count)
+        )
+        error = _rounding_error(self._rows, asked, neighbours)
+        every = count == len(self._rows)
+        return _Found(similarities.double() + self._offset, neighbours, error, every)
+
+    def search_again(self, found: _Found, doubtful: Tensor, beyond: Tensor) -> _Found:
+        """Search in float64 for the doubtful queries: among those found or, ``beyond`` them, among all."""
+        device = self._queries.device
+        near, far = ((doubtful & each).nonzero()[:, 0] for each in (~beyond, beyond))
+        for again, candidates in (
+            (near, found.neighbours[near].unique()),
+            (far, torch.arange(len(self._rows))),
+        ):
+            for start in range(0, len(again), _QUERIES_SEARCHED_AGAIN):
+                part = again[start : start + _QUERIES_SEARCHED_AGAIN]
+                similarities, found.neighbours[part] = _search_in_float64(
+                    self._train,
+                    self._mean,
+                    candidates.to(device),
+                    self._queries[part.to(device)],
+                    found.neighbours.shape[1],
+                )
+                found.cosines[part] = similarities + self._offset[part]
+        return found
+
+
+def _in_doubt(
+    found: _Found, classes: Tensor, protocols: Sequence[KNNProtocol], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """For which queries rounding leaves open who votes or which class wins; and for which others may vote too."""
+    doubtful, beyond = (torch.zeros(len(found.cosines), dtype=torch.bool) for _ in range(2))
+    for protocol in protocols:
+        votes = _votes(found.cosines, classes[found.neighbours], protocol, num_classes)
+        doubtful |= _lead(votes) <= votes.sum(dim=1) * found.error / protocol.temperature
+        if protocol.k < len(classes):
+            edge = _edge(found.cosines, found.error, protocol.k)
+            doubtful |= _several_classes(classes[found.neighbours], edge)
+            if not found.every:
+                beyond |= edge[:, -1]
+    return doubtful, beyond
 
 
 def knn_top1(scores: Tensor, labels: Tensor) -> float:

@@ -1,8 +1,6 @@
 """Progress of long work: a bar on a terminal, elsewhere a plain line every ten seconds. Both name the work."""
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,11 +127,7 @@ class Reporter:
         if self._console:
             self._console.print(line, highlight=False, markup=False)
             return
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:
-            # The reader of the output is gone (`| head`). The work goes on.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        print(line, flush=True)
 
     def close(self) -> None:
         """Leave the bar on the screen as it is now."""
