@@ -135,11 +135,12 @@ def load_dataset(
     """One split of a data set, from the layout in which it is published.
 
     ``own_classes`` numbers the classes of a split of imagenet or folder by its own folders, as few-shot splits need
-    it, and not as those of the train split.
+    it, and not as those of the train split. Data sets that are split by class always are numbered so.
 
     digits         scikit-learn's 1797 digits, 8x8, one channel, grey levels 0..16 scaled to 0..255
                    and never resized here; train: the first 1437 of the file, test: the last 360
     fashion_mnist  the four published idx .gz files, in root or root/FashionMNIST/raw
+    fashion_mnist_classes  the same images split by class: 0-3 train, 4-6 validation, 7-9 test
     cifar10        the binary version in root or root/cifar-10-batches-bin, or else the python
                    version in root or root/cifar-10-batches-py, of which nothing is ever run
     cifar100       the same with its fine labels, in root, root/cifar-100-binary or
@@ -235,11 +236,16 @@ class _Source(NamedTuple):
     read_own_classes: Callable[[str, Path], Content] | None = None
 
 
+# Of data sets whose splits are of different classes.
+CLASS_SPLITS = ("train", "validation", "test")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _SOURCES = {
     "digits": _Source(packed_datasets.digits, (0.3054,), (0.3753,)),
     "fashion_mnist": _Source(packed_datasets.fashion_mnist, (0.2860,), (0.3530,)),
+    "fashion_mnist_classes": _Source(
+        packed_datasets.fashion_mnist_classes, (0.2860,), (0.3530,), CLASS_SPLITS
+    ),
     "cifar10": _Source(packed_datasets.cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": _Source(
         packed_datasets.cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

@@ -71,6 +71,21 @@ def fashion_mnist(split: str, root: Path) -> Content:
     )
 
 
+# Tops and trousers to train on; then a coat, a sandal and a shirt; and what is left.
+_FASHION_MNIST_CLASS_SPLITS = {"train": range(4), "validation": range(4, 7), "test": range(7, 10)}
+
+
+def fashion_mnist_classes(split: str, root: Path) -> Content:
+    """Fashion-MNIST split by class: all 7,000 images of classes 0-3, 4-6 (validation) or 7-9 (test)."""
+    parts = [fashion_mnist(part, root) for part in ("train", "test")]
+    images = torch.cat([part.images for part in parts])  # type: ignore[misc]
+    labels = torch.cat([part.labels for part in parts])  # type: ignore[misc]
+    classes = _FASHION_MNIST_CLASS_SPLITS[split]
+    chosen = (labels >= classes.start) & (labels < classes.stop)
+    names = _FASHION_MNIST_CLASSES[classes.start : classes.stop]
+    return Content(images[chosen], labels[chosen] - classes.start, names)
+
+
 def _fashion_mnist_folder(marker: str, root: Path) -> Path:
     published = "FashionMNIST/raw"
     folder = folder_with(marker, root, root / published, DEBIAN_FASHION_MNIST)

@@ -11,18 +11,24 @@ class Published(NamedTuple):
         classes: number of classes.
         channels: number of channels of an image.
         size: height and width of an image in pixels; None for photographs of many sizes.
+        split_by_class: whether train, validation and test are of different classes, as few-shot learning has it;
+            `classes` are those of train.
     """
 
     images: dict[str, int]
     classes: int
     channels: int
     size: int | None
+    split_by_class: bool = False
 
 
 # None where the user's own files decide.
 PUBLISHED: dict[str, Published | None] = {
     "digits": Published({"train": 1437}, 10, 1, 8),
     "fashion_mnist": Published({"train": 60_000}, 10, 1, 28),
+    "fashion_mnist_classes": Published(
+        {"train": 28_000, "validation": 21_000, "test": 21_000}, 4, 1, 28, split_by_class=True
+    ),
     "cifar10": Published({"train": 50_000}, 10, 3, 32),
     "cifar100": Published({"train": 50_000}, 100, 3, 32),
     "stl10": Published(
@@ -33,6 +39,13 @@ PUBLISHED: dict[str, Published | None] = {
     "folder": None,
 }
 DATASET_NAMES = tuple(PUBLISHED)
+
+
+def is_split_by_class(name: str) -> bool:
+    """Whether the splits of a data set always are of different classes."""
+    published = PUBLISHED[name]
+    return published is not None and published.split_by_class
+
 
 # The type of a config's key that names one of them.
 if TYPE_CHECKING:

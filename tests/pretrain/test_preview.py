@@ -106,7 +106,7 @@ def test_a_dataset_that_is_not_here_is_not_downloaded_and_is_told_as_published(
 
 def test_the_list_of_data_sets_is_that_of_the_readers():
     assert DATASET_NAMES == LOADED_NAMES
-    for name in ("digits", "fashion_mnist"):
+    for name in ("digits", "fashion_mnist", "fashion_mnist_classes"):
         dataset, known = load_dataset(name), PUBLISHED[name]
         assert known is not None
         assert (len(dataset), dataset.num_classes, dataset.channels, dataset.images.shape[-1]) == (
