@@ -36,8 +36,9 @@ class Prototypical(Method):
 
     All networks see the same episodes. Prototypes are means of the networks' features (Snell et al. 2017, equation 1);
     the contrastive terms compare the episode's embeddings, whose labels are its classes (the paper, section 4.3).
-    Plain labelled batches instead of episodes leave the contrastive terms alone: for one network that is NCA as Laenen
-    and Bertinetto 2021 train it, with cosines.
+    Plain labelled batches instead of episodes leave the contrastive terms alone. For one network that is the rival of
+    Laenen and Bertinetto 2021, NCA, but for two things: cosines stand for distances, and the logs of the positives'
+    shares are averaged, where NCA takes the log of their sum.
 
     Attributes:
         best: networks of the epoch whose validation episodes the networks, on average, answered best.
@@ -178,15 +179,15 @@ def prototypical_loss(
     with full_float32(features.device):
         features = widen(features)
         require_finite("prototypical", "features", features[None])
+        if distance == "sqeuclidean":
+            # What all features share takes the digits of what they differ in, and moves no distance.
+            features = features - features.detach().mean(0)
         by_class = features.unflatten(0, (-1, ways))
         prototype, query = by_class[:shots].mean(0), by_class[shots:].flatten(0, 1)
-        if distance == "cosine":
-            logits = F.normalize(query, dim=-1) @ F.normalize(prototype, dim=-1).T
-        else:
-            # What all features share takes the digits of what they differ in, and moves no distance.
-            origin = prototype.detach().mean(0)
-            query, prototype = query - origin, prototype - origin
+        if distance == "sqeuclidean":
             # -|q - p|^2 + |q|^2: the softmax does not hear the second.
             logits = 2 * query @ prototype.T - prototype.square().sum(-1)
+        else:
+            logits = F.normalize(query, dim=-1) @ F.normalize(prototype, dim=-1).T
         target = torch.arange(ways, device=features.device).repeat(len(by_class) - shots)
         return F.cross_entropy(logits / temperature, target)
