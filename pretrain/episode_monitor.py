@@ -29,6 +29,25 @@ from pretrain.config import PretrainConfig
 from pretrain.training_data import TrainingData
 
 
+def validation_episodes(config: PretrainConfig, data: TrainingData, *, episodes: int) -> Episodes:
+    """Episodes of the validation classes.
+
+    Raises:
+        UserError: there are fewer classes than ways, or one has too few images.
+    """
+    assert data.validation is not None
+    assert data.validation.labels is not None
+    settings = config.prototypical
+    return draw_episodes(
+        data.validation.labels,
+        ways=settings.validation_ways,
+        shots=settings.validation_shots or settings.shots,
+        queries=settings.validation_queries,
+        episodes=episodes,
+        seed=config.seed,
+    )
+
+
 class EpisodeMonitor:
     """Watches accuracy over episodes of the validation classes, the same episodes after every epoch.
 
@@ -45,19 +64,10 @@ class EpisodeMonitor:
         device: torch.device,
     ) -> None:
         assert data.validation is not None
-        assert data.validation.labels is not None
         self.config = config
         self.image_size = image_size
         self.device = device
-        settings = config.prototypical
-        drawn = draw_episodes(
-            data.validation.labels,
-            ways=settings.validation_ways,
-            shots=settings.validation_shots or settings.shots,
-            queries=settings.validation_queries,
-            episodes=settings.validation_episodes,
-            seed=config.seed,
-        )
+        drawn = validation_episodes(config, data, episodes=config.prototypical.validation_episodes)
         # Images that no episode takes need not be encoded.
         both = torch.cat([drawn.support, drawn.query], dim=2)
         taken, numbers = both.unique(return_inverse=True)

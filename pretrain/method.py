@@ -72,7 +72,7 @@ class Method(Protocol):
         return sampler_of(dataset, batch_size_global=config.batch_size, seed=config.seed)
 
     @classmethod
-    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+    def check(cls, config: PretrainConfig, data: TrainingData) -> None:
         """Refuse, or warn of, a config that does not go with the images.
 
         Raises:

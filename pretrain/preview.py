@@ -96,7 +96,7 @@ def _images(config: PretrainConfig, kind: type[Method]) -> _Images:
         return _published(config, error)
     dataset = data.train
     kind.sampler(config, dataset)
-    kind.check(config, dataset)
+    kind.check(config, data)
     note = f" ({' '.join(said.getvalue().split())})" if said.getvalue() else ""
     return _Images(
         number=len(dataset),

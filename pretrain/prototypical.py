@@ -23,7 +23,7 @@ from peerlearn.runs.score_names import EPISODE_TOP1, score_name
 from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig, PrototypicalConfig
-from pretrain.episode_monitor import EpisodeMonitor
+from pretrain.episode_monitor import EpisodeMonitor, validation_episodes
 from pretrain.finite import require_finite
 from pretrain.losses import MCLTerms, batch_terms_by_network, widen
 from pretrain.method import Method, Watch
@@ -66,6 +66,16 @@ class Prototypical(Method):
             seed=config.seed,
             images_per_class=settings.images_per_class,
         )
+
+    @classmethod
+    def check(cls, config: PretrainConfig, data: TrainingData) -> None:
+        """Make sure that the validation classes make an episode.
+
+        Raises:
+            UserError: they do not.
+        """
+        if config.monitor.every_epochs:
+            validation_episodes(config, data, episodes=1)
 
     def terms(self, views: tuple[Tensor, ...], labels: Tensor | None) -> PrototypicalTerms:
         """The terms of one batch, one view (B, channels, S, S) of each image and their labels (B,).

@@ -172,7 +172,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         workers=config.data.workers,
         max_unreadable_percent=config.data.max_unreadable_percent,
     )
-    kind.check(config, dataset)
+    kind.check(config, data)
     cohort = build_networks(
         config,
         in_chans=dataset.channels,

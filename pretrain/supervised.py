@@ -79,16 +79,16 @@ class Supervised(Method):
         )
 
     @classmethod
-    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+    def check(cls, config: PretrainConfig, data: TrainingData) -> None:
         """Make sure that every anchor has as many negatives as are to be drawn.
 
         Raises:
             UserError: it has not.
         """
         asked, m = config.supervised.num_negatives, config.supervised.images_per_class
-        if asked is None or m is None or dataset.labels is None:
+        if asked is None or m is None or data.train.labels is None:
             return
-        classes = len(dataset.labels.unique())
+        classes = len(data.train.labels.unique())
         largest = m * math.ceil(config.batch_size / m / classes)
         if asked > config.batch_size - largest:
             raise UserError(

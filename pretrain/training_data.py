@@ -13,7 +13,13 @@ from torch import Tensor
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.class_splits import check_disjoint
-from peerlearn.data.datasets import ImageDataset, load_dataset, select_images
+from peerlearn.data.datasets import (
+    DATASET_NAMES,
+    ImageDataset,
+    has_split,
+    load_dataset,
+    select_images,
+)
 from peerlearn.data.downloads import NotHereError
 from peerlearn.data.image_folders import image_extent
 from peerlearn.data.published import is_split_by_class
@@ -122,8 +128,12 @@ def _test_split(config: PretrainConfig, train: ImageDataset, root: str | None) -
 
 def _validation_classes(train: ImageDataset, root: str | None) -> ImageDataset:
     """The validation split, after a look at all three: no class and no image may stand in two of them."""
-    if train.split != "train":
-        raise UserError(f"data.split must be train, whose classes are trained, got {train.split}")
+    if not has_split(train.name, "validation"):
+        fitting = [name for name in DATASET_NAMES if has_split(name, "validation")]
+        raise UserError(
+            f"method prototypical needs train, validation and test images of different classes, and {train.title} is "
+            f"not split so: choose data.name from {', '.join(fitting)}"
+        )
     validation, test = (
         load_dataset(train.name, split, root=root, own_classes=True)
         for split in ("validation", "test")
