@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
 from fewshot.evaluate import evaluate_features
@@ -218,6 +219,22 @@ def test_the_fingerprint_changes_with_the_list_of_fonts_even_where_the_images_st
 def lacking_font() -> Path:
     """A font of matplotlib's that draws the same box for many characters."""
     return Path(matplotlib.get_data_path()) / "fonts/ttf/STIXSizFiveSymReg.ttf"
+
+
+def test_a_font_that_lacks_one_character_is_left_out(fonts, tmp_path):
+    root = folder_of_fonts(tmp_path / "fonts")
+    font = TTFont(PLAIN[0])
+    codes = font["cmap"].tables
+    for name, glyph in (("box", None), ("blank", font.getBestCmap()[ord(" ")])):
+        for table in codes:
+            table.cmap.pop(ord("Q"), None)
+            if glyph:
+                table.cmap[ord("Q")] = glyph
+        font.save(root / f"{name}.ttf")
+        assert drawn("Q", root / f"{name}.ttf").any() == (name == "box")
+    found, expected = load(root), load(fonts)
+    assert len(found.sources) == len(expected.sources) + 2
+    assert torch.equal(found.images, expected.images)
 
 
 def test_damaged_fonts_are_skipped_and_told(fonts, tmp_path):
