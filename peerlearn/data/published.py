@@ -36,6 +36,10 @@ PUBLISHED: dict[str, Published | None] = {
     ),
     "tinyimagenet": Published({"train": 100_000}, 200, 3, 64),
     "imagenet": Published({"train": 1_281_167}, 1000, 3, None),
+    # In Debian 12's fonts-dejavu, fonts-freefont-ttf and fonts-aenigma: the fonts decide how many images there are.
+    "characters": Published(
+        {"train": 39_699, "validation": 17_024, "test": 17_112}, 112, 1, 32, split_by_class=True
+    ),
     "folder": None,
 }
 DATASET_NAMES = tuple(PUBLISHED)
