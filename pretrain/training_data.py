@@ -14,6 +14,7 @@ from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.datasets import ImageDataset, load_dataset, select_images
 from peerlearn.data.downloads import NotHereError
 from peerlearn.data.image_folders import image_extent
+from peerlearn.data.published import is_split_by_class
 from peerlearn.data.subsets import few_shots, hold_out
 from peerlearn.errors import UserError
 from pretrain.config import Backend, DataConfig, PretrainConfig
@@ -53,6 +54,8 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
     Raises:
         UserError: neither can be had; or labels, a test split or images to hold out are asked for and missing.
     """
+    if needs_labels:
+        _check_one_set_of_classes(config)
     train, root = _load(config.data, ranks)
     settings = config.data
     for key, asked in (
@@ -95,6 +98,20 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
                 "set others)"
             )
     return TrainingData(train, root, backend, image_size, validation, test)
+
+
+def _check_one_set_of_classes(config: PretrainConfig) -> None:
+    """Refuse splits of different classes for a classifier: it is trained on some, and asked for others.
+
+    Raises:
+        UserError: the data set, or the one in its place, has such splits.
+    """
+    for key, name in (("data.name", config.data.name), ("data.fallback", config.data.fallback)):
+        if name is not None and is_split_by_class(name):
+            raise UserError(
+                f"method {config.method} needs test images of the classes that it trains on, and {name} is split by "
+                f"class: choose another {key}, or a method that needs none"
+            )
 
 
 def _because(dataset: ImageDataset) -> str:

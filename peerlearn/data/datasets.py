@@ -270,6 +270,7 @@ _SOURCES = {
         image_folders.any_folder,
         _IMAGENET_MEAN,
         _IMAGENET_STD,
+        ("train", "test", "validation"),
         root_holds="images",
         read_own_classes=partial(image_folders.any_folder, own_classes=True),
     ),

@@ -99,3 +99,14 @@ def test_both_splits_come_with_their_limits_and_the_subset(run: Path):
     assert train.labels is not None
     assert train.labels.bincount().tolist() == [4] * 10
     assert (len(test), test.split) == (30, "test")
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_splits_of_different_classes_are_no_evaluation_of_one_classifier(run: Path, limit):
+    data = EvaluationDataConfig(name="fashion_mnist_classes", limit=limit)
+    with pytest.raises(UserError) as error:
+        load_splits(data, selection(run), RANKS)
+    assert str(error.value) == (
+        "fashion_mnist_classes is split by class: train and test have different classes; use peerlearn fewshot, or "
+        "choose another by --data.name"
+    )
