@@ -65,7 +65,7 @@ def _hashes(
             yield index, hashlib.sha256(shape + image.tobytes()).digest()
         return
     for index, (path, size) in enumerate(zip(split.images, sizes, strict=True)):
-        yield index, _file_digest(path) if size in others else None
+        yield index, _sha256_of(path) if size in others else None
 
 
 def _file_sizes(split: ImageDataset) -> list[int]:
@@ -80,7 +80,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _file_digest(path: Path) -> bytes | None:
+def _sha256_of(path: Path) -> bytes | None:
     try:
         return bytes.fromhex(file_sha256(path))
     except OSError:
