@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     convert = actions.add_parser(
         "convert",
         help=about,
-        description=f"{about.capitalize()}, train/ val/ test/ with a folder for each class. Read are "
+        description=f"{about[0].upper()}{about[1:]}, train/ val/ test/ with a folder for each class. Read are "
         "mini-imagenet-cache-*.pkl, MetaOptNet's miniImageNet_category_split_*.pickle and CIFAR_FS_*.pickle, and "
         "tieredImageNet's *_images.npz or *_images_png.pkl with *_labels.pkl. Nothing in the files is run. "
         "Example: peerlearn data convert downloads/mini-imagenet --output data/miniimagenet",
@@ -120,7 +120,8 @@ def _write_split(split: "PickledSplit", name: str, folder: Path, split_of: dict[
                         f"{split.source}: image {index} cannot be decoded ({error.reason}): fetch the file again"
                     ) from error
             else:
-                Image.fromarray(image).save(path)
+                # The least compression is many times as fast, and as lossless.
+                Image.fromarray(image).save(path, compress_level=1)
             advance(1)
     changed = [
         f"{split.names[label]!r} to {folders[label]}"

@@ -352,11 +352,11 @@ def test_an_interrupted_conversion_leaves_nothing(source: Path, monkeypatch, cap
     saved = Image.Image.save
     written: list[Path] = []
 
-    def save(image: Image.Image, path: Path) -> None:
+    def save(image: Image.Image, path: Path, **options: int) -> None:
         if len(written) == 5:
             raise KeyboardInterrupt
         written.append(path)
-        saved(image, path)
+        saved(image, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", save)
     assert "interrupted" in refusal(source, capsys)

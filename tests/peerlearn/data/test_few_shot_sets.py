@@ -345,6 +345,14 @@ def test_omniglot_has_every_turn_as_a_class(top: str, tmp_path: Path):
     check_disjoint([load("omniglot", tmp_path, split) for split in CLASS_SPLITS])
 
 
+def test_omniglot_in_folders_within_folders_of_their_names(tmp_path: Path):
+    written = write_omniglot(tmp_path / "once")
+    for top in ALPHABETS:
+        (tmp_path / top).mkdir()
+        (tmp_path / "once" / top).rename(tmp_path / top / top)
+    check_omniglot(load("omniglot", tmp_path, "validation"), turned("Korean/character01"), written)
+
+
 def test_of_thirty_alphabets_five_are_the_validation_split(tmp_path: Path):
     for alphabet in range(30):
         path = tmp_path / f"images_background/a{alphabet:02d}/character01/1.png"
