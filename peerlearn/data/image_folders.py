@@ -299,8 +299,11 @@ def _folder_labels(
             if len(stray.parts) > depth + 1
             else "beside the class folders"
         )
+        advice = "move, rename or remove it"
+        if max(labels) < 0:
+            advice = "give both the same classes; or, if they are to have different ones, use peerlearn fewshot"
         raise UserError(
             f"{stray} ({split} split, {where}) belongs to none of the {len(class_names)} classes of the train "
-            f"split ({listed(class_names)}): move, rename or remove it"
+            f"split ({listed(class_names)}): {advice}"
         )
     return torch.tensor(labels)

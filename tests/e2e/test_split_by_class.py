@@ -44,6 +44,13 @@ def test_a_classifier_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     )
 
 
+def test_a_classifier_is_refused_its_fallback_too(tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = ["--data.name", "cifar10", "--data.fallback", "fashion_mnist_classes"]
+    assert pretrain(tmp_path / "run", *words, "--method", "supervised") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "fashion_mnist_classes is split by class: choose another data.fallback" in said
+
+
 @pytest.mark.parametrize("verb", [["knn", "--k", "5"], ["linear", "logistic_regression"]])
 def test_evaluators_of_one_set_of_classes_refuse_it(run: Path, verb: list, capsys):
     assert main([*verb, "--checkpoint", str(run), "--device", "cpu"]) == 1

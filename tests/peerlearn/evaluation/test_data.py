@@ -69,8 +69,11 @@ def test_splits_may_have_classes_of_their_own(dataset: str, held_out: str, tmp_p
     class_folders(tmp_path, "train", ["ant", "bee", "cat"])
     class_folders(tmp_path, held_out, ["dog", "eel"])
     place = DatasetPlace(dataset, str(tmp_path))
-    with pytest.raises(UserError, match="belongs to none of the 3 classes of the train split"):
+    with pytest.raises(
+        UserError, match="belongs to none of the 3 classes of the train split"
+    ) as error:
         load_split(place, "test", None)
+    assert str(error.value).endswith("if they are to have different ones, use peerlearn fewshot")
     novel = load_split(place, "test", None, own_classes=True)
     assert novel.class_names == ("dog", "eel")
     assert novel.labels is not None
