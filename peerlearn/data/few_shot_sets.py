@@ -193,10 +193,11 @@ def _csv_images(path: Path, base: Path) -> Content:
     """A list of images. Classes are numbered in the order of their names."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
+        reader = csv.reader(io.StringIO(text), strict=True)
+        rows = [(reader.line_num, row) for row in reader if row]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is no list of images ({error}): restore it") from error
-    header = [word.strip() for word in rows[0]] if rows else []
+    header = [word.strip() for word in rows[0][1]] if rows else []
     columns = next((names for names in _COLUMNS if set(names) <= set(header)), None)
     if columns is None:
         raise UserError(
@@ -208,7 +209,7 @@ def _csv_images(path: Path, base: Path) -> Content:
     file_at, class_at = map(header.index, columns)
     finder = _ImageFinder(path, base)
     entries: dict[Path, str] = {}
-    for line, row in enumerate(rows[1:], 2):
+    for line, row in rows[1:]:
         if len(row) != len(header):
             raise UserError(
                 f"{path} line {line} has {len(row)} columns, and its header {len(header)}"
@@ -236,6 +237,7 @@ class _ImageFinder:
     def __init__(self, source: Path, base: Path) -> None:
         self._source, self._base = source, base
         self._files: dict[Path, frozenset[str]] = {}
+        self._numbered: dict[str, list[Path]] = {}
 
     def find(self, name: str, label: str, line: int) -> Path:
         tops = [self._base / top for top in ("images", "", "train", "data")]
@@ -254,11 +256,14 @@ class _ImageFinder:
 
     def _by_number(self, name: str, label: str) -> Path | None:
         match = re.fullmatch(re.escape(label) + r"(\d{8})\.\w+", name)
-        folder = self._base / "images" / label
-        files = [file for file in self._names(folder) if re.search(r"_\d+\.\w+$", file)]
-        if match is None or not 1 <= int(match[1]) <= len(files):
+        if match is None:
             return None
-        return folder / sorted(files, key=_number_in)[int(match[1]) - 1]
+        if label not in self._numbered:
+            folder = self._base / "images" / label
+            files = [file for file in self._names(folder) if re.search(r"_\d+\.\w+$", file)]
+            self._numbered[label] = [folder / file for file in sorted(files, key=_number_in)]
+        numbered, place = self._numbered[label], int(match[1])
+        return numbered[place - 1] if 1 <= place <= len(numbered) else None
 
     def _names(self, folder: Path) -> frozenset[str]:
         if folder not in self._files:

@@ -197,6 +197,7 @@ def test_a_missing_split_folder_is_named(tmp_path: Path):
         ("filename,label\n", "lists no images"),
         ("filename,label\na.png,n01532829,3\n", "line 2 has 3 columns, and its header 2"),
         ("filename,label\n,n01532829\n", "line 2 names no image"),
+        ("filename,label\n\n\n,n01532829\n", "line 4 names no image"),
         ("filename,label\na.png,\n", "line 2 names no class"),
         ("filename,label\nn0153282900000001.jpg,n01532829\nnone.jpg,a\n", "line 3 names none.jpg, which is neither"),
         ("filename,label\nn0153282900000004.jpg,n01532829\n", "line 2 names n0153282900000004.jpg, which is"),
