@@ -13,7 +13,7 @@ from linear_eval.config import LinearConfig
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
-from peerlearn.data.loader import ViewLoader
+from peerlearn.data.loader import ViewLoader, sampler_of
 from peerlearn.errors import UserError
 from peerlearn.evaluation.feature_sets import with_ensemble
 from peerlearn.evaluation.networks import by_input
@@ -30,9 +30,9 @@ def view_loader(
     return ViewLoader(
         dataset,
         Augmentation(crop_scale=(low, high)),
+        sampler=sampler_of(dataset, batch_size_global=batch_size, seed=config.seed),
         backend="folder" if dataset.has_files else "memory",
         image_size=image_size,
-        batch_size_global=batch_size,
         seed=config.seed,
         device=ranks.device,
         views=1,

@@ -150,6 +150,8 @@ def build_cohort(
                 )
             except UserError as error:
                 raise UserError(f"cohort.backbones: {error}") from error
+            if config.batch_norm_init == "uniform":
+                _draw_scales(backbone)
             width = int(backbone.num_features)  # type: ignore[arg-type]
             if projects:
                 heads.append(_build_head(config, width))
@@ -212,7 +214,20 @@ def _set_up_batch_norm(cohort: Cohort, config: CohortConfig, ranks: Ranks | None
         ) from error
 
 
+def _draw_scales(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight)
+
+
 def _build_head(config: CohortConfig, num_features: int) -> nn.Module:
+    if config.projection == "none":
+        if num_features != config.embedding_dim:
+            raise UserError(
+                f"cohort.projection none compares the networks' features, of size {num_features} here: set "
+                f"cohort.embedding_dim to {num_features}, got {config.embedding_dim}"
+            )
+        return nn.Identity()
     if config.projection == "linear":
         return nn.Linear(num_features, config.embedding_dim)
     return nn.Sequential(

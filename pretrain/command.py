@@ -74,6 +74,7 @@ def _facts(training: "Training") -> TrainingFacts:
         seed=training.config.seed,
         lr=training.config.lr,
         processes=training.ranks.world_size,
+        steps_per_epoch=training.steps_per_epoch,
     )
 
 

@@ -12,6 +12,15 @@ from peerlearn.data.published import DatasetName
 from peerlearn.runs.save_config import SaveConfig
 
 Backend = Literal["memory", "folder"]
+AugmentationName = Literal[
+    "moco_v1",
+    "moco_v2",
+    "moco_cifar",
+    "crop_flip",
+    "supervised_cifar",
+    "supervised_imagenet",
+    "none",
+]
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
 
 # The class of every method (`pretrain.method`), by name: --help must not wait for torch, which they need.
@@ -19,6 +28,7 @@ METHODS = {
     "moco": "pretrain.methods:MoCo",
     "simclr": "pretrain.methods:SimCLR",
     "supervised": "pretrain.supervised:Supervised",
+    "prototypical": "pretrain.prototypical:Prototypical",
 }
 if TYPE_CHECKING:
     MethodName = str
@@ -37,8 +47,10 @@ class CohortConfig:
         share_stages: number of low stages that all networks share; 0 = none, null = the paper's rule (none for two
             networks; for more, all but the last stage of CIFAR networks and all but the last two of others).
         embedding_dim: size of the embedding that the losses compare, D.
-        projection: kind of projection head: linear, or mlp (two layers with a ReLU between).
+        projection: kind of projection head: linear, mlp (two layers with a ReLU between), or none (the features are
+            the embedding, of size embedding_dim).
         small_images: whether ResNets get a 3x3 stem without max-pool.
+        batch_norm_init: initial scales of batch norms: ones, or uniform (drawn from 0..1, as PyTorch did before 1.1).
         batch_norm_splits: number of parts of the global batch that are normalised apart, as on so many GPUs; 1 = one
             part per process.
         sync_batch_norm: whether batch norm takes the statistics of the whole global batch, over all processes.
@@ -48,8 +60,9 @@ class CohortConfig:
     backbones: str | list[str] = "resnet18"
     share_stages: int | None = None
     embedding_dim: int = 128
-    projection: Literal["linear", "mlp"] = "linear"
+    projection: Literal["linear", "mlp", "none"] = "linear"
     small_images: bool = False
+    batch_norm_init: Literal["ones", "uniform"] = "ones"
     batch_norm_splits: int = 1
     sync_batch_norm: bool = False
 
@@ -146,6 +159,63 @@ class SupervisedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrototypicalConfig:
+    """How the method prototypical trains: episodes of some classes, few images each (Snell et al. 2017).
+
+    Attributes:
+        batches: kind of batch: episodes, by which prototypes are learnt; or images_per_class, plain labelled batches of
+            batch_size images that train by contrastive terms alone, as NCA does.
+        ways: number of classes of a training episode.
+        shots: number of support images of each class of a training episode.
+        queries: number of query images of each class of a training episode.
+        episodes_per_epoch: number of training episodes in an epoch.
+        distance: distance of a query from a prototype: sqeuclidean or cosine.
+        distance_temperature: temperature of the softmax over prototypes; of cosine usually 0.1 or less.
+        images_per_class: number of images of one class in a group of a plain labelled batch.
+        validation_ways: number of classes of a validation episode.
+        validation_shots: number of support images of each class of a validation episode; null = shots.
+        validation_queries: number of query images of each class of a validation episode.
+        validation_episodes: number of validation episodes, the same after every epoch.
+    """
+
+    batches: Literal["episodes", "images_per_class"] = "episodes"
+    ways: int = 30
+    shots: int = 1
+    queries: int = 15
+    episodes_per_epoch: int = 100
+    distance: Literal["sqeuclidean", "cosine"] = "sqeuclidean"
+    distance_temperature: float = 1.0
+    images_per_class: int = 8
+    validation_ways: int = 5
+    validation_shots: int | None = None
+    validation_queries: int = 15
+    validation_episodes: int = 400
+
+    def __post_init__(self) -> None:
+        for name in ("ways", "validation_ways", "images_per_class"):
+            value = getattr(self, name)
+            require(value >= 2, f"prototypical.{name} must be at least 2, got {value}")
+        for name in (
+            *("shots", "queries", "episodes_per_epoch", "validation_shots", "validation_queries"),
+            "validation_episodes",
+        ):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1, f"prototypical.{name} must be at least 1, got {value}"
+            )
+        require(
+            0 < self.distance_temperature < math.inf,
+            "prototypical.distance_temperature must be positive and finite, "
+            f"got {self.distance_temperature}",
+        )
+
+    @property
+    def images_per_episode(self) -> int:
+        """Of a training episode, W (S + Q)."""
+        return self.ways * (self.shots + self.queries)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The images and how they are read and augmented.
 
@@ -162,7 +232,7 @@ class DataConfig:
             watched on it, so that the test split is looked at once, at the end; 0 = none.
         shots: number of training images of every class, drawn by the seed; null = all.
         augmentation: recipe of the random views: moco_v1, moco_v2, moco_cifar, crop_flip, supervised_cifar (pad, crop,
-            flip) or supervised_imagenet (crop of 8 to 100 % of the area, flip).
+            flip), supervised_imagenet (crop of 8 to 100 % of the area, flip) or none (the largest centred square).
         crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
         image_size: side of the views in pixels; null = the dataset's own; for image files the usual length of their
             shorter side, but at most 224.
@@ -179,9 +249,7 @@ class DataConfig:
     limit: int | None = None
     validation_percent: float = 0.0
     shots: int | None = None
-    augmentation: Literal[
-        "moco_v1", "moco_v2", "moco_cifar", "crop_flip", "supervised_cifar", "supervised_imagenet"
-    ] = "moco_v2"
+    augmentation: AugmentationName = "moco_v2"
     crop_scale: list[float] | None = None
     image_size: int | None = None
     workers: int = changeable(2)
@@ -194,8 +262,8 @@ class DataConfig:
             f"data.crop_scale must be two rising shares within 0..1, got {scale}",
         )
         require(
-            scale is None or self.augmentation != "supervised_cifar",
-            "data.crop_scale must be null with data.augmentation supervised_cifar, which pads and does not scale",
+            scale is None or self.augmentation not in ("supervised_cifar", "none"),
+            f"data.crop_scale must be null with data.augmentation {self.augmentation}, which does not scale",
         )
         for name in ("limit", "shots"):
             value = getattr(self, name)
@@ -287,11 +355,12 @@ class PretrainConfig:
         run: directory of the run; null = runs/ and the config's name.
         seed: seed of everything random in the run.
         epochs: number of passes over the training images.
-        method: pretraining method: moco (queue, momentum networks), simclr (the batch is its own negatives) or
-            supervised (labels).
-        batch_size: number of images per optimiser step, over all processes.
+        method: pretraining method: moco (queue, momentum networks), simclr (the batch is its own negatives), supervised
+            (labels) or prototypical (few-shot episodes of labelled images).
+        batch_size: number of images per optimiser step, over all processes. Episodes have a size of their own.
         accumulation_steps: number of parts of a batch that are computed one after another, to save memory (moco only).
-        base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / base_lr_batch_size.
+        base_lr: learning rate at `base_lr_batch_size` images per step; lr = base_lr * batch_size / base_lr_batch_size,
+            or base_lr itself where a step is an episode.
         base_lr_batch_size: batch size that `base_lr` was published for.
         alpha: weight of the self-contrastive terms (Eq. 6).
         beta: weight of the interactive terms (Eq. 6).
@@ -335,6 +404,7 @@ class PretrainConfig:
     cohort: CohortConfig = field(default_factory=CohortConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    prototypical: PrototypicalConfig = field(default_factory=PrototypicalConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -366,8 +436,8 @@ class PretrainConfig:
         self._check_terms()
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
         require(
-            self.batch_size % parts == 0 and self.batch_size // parts >= 2,
-            f"batch_size {self.batch_size} must divide into accumulation_steps x "
+            self.images_per_step % parts == 0 and self.images_per_step // parts >= 2,
+            f"{self.step_in_words} must divide into accumulation_steps x "
             f"cohort.batch_norm_splits = {parts} parts of at least 2 images",
         )
         if self.method != "moco":
@@ -380,24 +450,34 @@ class PretrainConfig:
                 not self.symmetric,
                 f"symmetric must be false with method {self.method}: only moco has two sides",
             )
+        self._check_groups()
         if self.method == "supervised":
             self._check_supervised()
-        else:
-            plain = SupervisedConfig()
-            for key, value in vars(self.supervised).items():
-                require(
-                    value == getattr(plain, key),
-                    f"supervised.{key} is for method supervised, and method is {self.method}: change one of them",
-                )
+        elif self.method == "prototypical":
+            self._check_prototypical()
+        if self.method != "supervised":
             require(
                 self.data.validation_percent == 0,
                 f"data.validation_percent must be 0 with method {self.method}, which would not look at "
                 "what is held out",
             )
 
+    def _check_groups(self) -> None:
+        """Keys of a method's own must not wait for a method that is not asked for."""
+        for group, plain in (
+            ("supervised", SupervisedConfig()),
+            ("prototypical", PrototypicalConfig()),
+        ):
+            for key, value in vars(getattr(self, group)).items():
+                require(
+                    self.method == group or value == getattr(plain, key),
+                    f"{group}.{key} is for method {group}, and method is {self.method}: change one of them",
+                )
+
     def _check_terms(self) -> None:
-        # Cross-entropy trains what the contrastive terms, all switched off, do not.
-        if self.method == "supervised" and self.alpha == 0 and self.beta == 0:
+        # Cross-entropy, or prototypes, train what the contrastive terms, all switched off, do not.
+        labelled = self.method == "supervised" or self.draws_episodes
+        if labelled and self.alpha == 0 and self.beta == 0:
             return
         require(bool(self.terms), "terms must name at least one loss term")
         require(
@@ -431,6 +511,55 @@ class PretrainConfig:
             f"supervised.teaching {teaching} needs cohort.networks of at least {fewest}, got {self.cohort.networks}",
         )
 
+    def _check_prototypical(self) -> None:
+        settings = self.prototypical
+        require(
+            self.data.split == "train",
+            f"data.split must be train with method prototypical: validation and test have classes of their own, got "
+            f"{self.data.split}",
+        )
+        if not self.draws_episodes:
+            m = settings.images_per_class
+            require(
+                self.batch_size % m == 0,
+                f"batch_size {self.batch_size} must be a multiple of prototypical.images_per_class {m}",
+            )
+            return
+        for key, given in (
+            ("batch_size", self.batch_size),
+            ("base_lr_batch_size", self.base_lr_batch_size),
+        ):
+            default = getattr(PretrainConfig, key)
+            require(
+                given == default,
+                f"{key} must stay {default} where a step is an episode of prototypical.ways x (shots + queries) = "
+                f"{settings.images_per_episode} images, got {given}: set those, or prototypical.batches "
+                "images_per_class",
+            )
+
+    @property
+    def draws_episodes(self) -> bool:
+        """Whether a step is an episode, and not a batch of ``batch_size`` images."""
+        return self.method == "prototypical" and self.prototypical.batches == "episodes"
+
+    @property
+    def images_per_step(self) -> int:
+        """Number of images of an optimiser step, over all processes."""
+        return self.prototypical.images_per_episode if self.draws_episodes else self.batch_size
+
+    @property
+    def step_in_words(self) -> str:
+        """The keys that make up `images_per_step`, for messages."""
+        if not self.draws_episodes:
+            return f"batch_size {self.batch_size}"
+        return f"prototypical.ways x (shots + queries) = {self.prototypical.images_per_episode} images of an episode"
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Number of optimiser steps in an epoch of so many training images."""
+        if self.draws_episodes:
+            return self.prototypical.episodes_per_epoch
+        return images // self.batch_size
+
     @property
     def contrastive(self) -> bool:
         """Whether alpha, beta and terms leave any contrastive term to train by."""
@@ -439,5 +568,7 @@ class PretrainConfig:
 
     @property
     def lr(self) -> float:
-        """The peak learning rate, `base_lr` scaled linearly to the batch size (Goyal et al. 2017)."""
+        """The peak learning rate, `base_lr` scaled linearly to the batch size (Goyal et al. 2017), if there is one."""
+        if self.draws_episodes:
+            return self.base_lr
         return self.base_lr * self.batch_size / self.base_lr_batch_size

@@ -6,7 +6,7 @@ as for a contrastive method on two views without labels.
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -14,13 +14,16 @@ from torch import Tensor
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.loader import sampler_of
+from peerlearn.data.sampler import Sampler
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.runs.directory import RunDirectory
+from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort
 from pretrain.config import METHODS, PretrainConfig
 from pretrain.monitor import Monitor
 from pretrain.terms import Terms
-from pretrain.training_data import TrainingData
+from pretrain.training_data import LabelUse, TrainingData
 
 # Told whether nothing is trained yet; gives every figure by its name in metrics.jsonl.
 Watch = Callable[[bool], dict[str, float]]
@@ -35,20 +38,22 @@ class Method(Protocol):
 
     Attributes:
         views: number of random views of each image.
-        needs_labels: whether images need labels, by which classifiers are trained.
+        labels: what the images' labels are for.
         cohort: networks that learn.
         config: config of the run.
         ranks: processes that train together.
         peers: momentum networks, one per network; None without.
+        best: networks as they were at the epoch that validation chose; None for methods that do not choose.
     """
 
     views: ClassVar[int] = 2
-    needs_labels: ClassVar[bool] = False
+    labels: ClassVar[LabelUse] = "unused"
 
     cohort: Cohort
     config: PretrainConfig
     ranks: Ranks
     peers: Cohort | None = None
+    best: BestNetworks | None = None
 
     def __init__(
         self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
@@ -58,12 +63,16 @@ class Method(Protocol):
         self.ranks = ranks
 
     @classmethod
-    def images_per_class(cls, config: PretrainConfig) -> int | None:
-        """Of a batch, for the class-aware sampler; None = plain shuffling."""
-        return None
+    def sampler(cls, config: PretrainConfig, dataset: ImageDataset) -> Sampler:
+        """Which images a step takes: shuffled, and each once in an epoch.
+
+        Raises:
+            UserError: the dataset has not even a batch, or lacks labels that are needed.
+        """
+        return sampler_of(dataset, batch_size_global=config.batch_size, seed=config.seed)
 
     @classmethod
-    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+    def check(cls, config: PretrainConfig, data: TrainingData) -> None:
         """Refuse, or warn of, a config that does not go with the images.
 
         Raises:
@@ -116,6 +125,9 @@ class Method(Protocol):
             device=self.ranks.device,
         )
         return lambda untrained: monitor.measure(self.cohort, self.peers, pixels=untrained)
+
+    def measured(self, step: int, row: Mapping[str, float]) -> None:
+        """Hear, on every rank, what was measured after an epoch: figures by their names in metrics.jsonl."""
 
     def results(self, training: Any) -> dict[str, ClassificationScores]:
         """Write the result files of the end of training.

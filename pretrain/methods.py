@@ -10,7 +10,6 @@ from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import SHUFFLE_BN, permutation
-from peerlearn.data.datasets import ImageDataset
 from pretrain.cohort import (
     Cohort,
     load_named_state,
@@ -22,6 +21,7 @@ from pretrain.config import PretrainConfig
 from pretrain.key_queue import KeyQueue
 from pretrain.losses import MCLTerms, queue_terms_by_network, view_terms_by_network
 from pretrain.method import Method
+from pretrain.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ class MoCo(Method):
         self._fresh_keys: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     @classmethod
-    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+    def check(cls, config: PretrainConfig, data: TrainingData) -> None:
         """Warn of a queue in which images meet keys of their own."""
+        dataset = data.train
         if config.queue.size >= len(dataset):
             logger.warning(
                 "queue.size %d is more than the other images of %s there are (%d in all): images will meet keys of "

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset, first_images, load_dataset
-from peerlearn.data.loader import ViewLoader
+from peerlearn.data.loader import ViewLoader, sampler_of
 from peerlearn.data.published import is_split_by_class
-from peerlearn.data.unreadable import Unreadable, kinds_of
+from peerlearn.data.unreadable import Unreadable, warn_of_unreadable
 from peerlearn.errors import UserError
 from peerlearn.evaluation.data import warn_of_missing_classes
 from peerlearn.evaluation.features import eval_mode, extract_features
@@ -86,12 +86,13 @@ class Monitor:
         self.image_size = image_size
         self.device = device
         self.train, self.test = _labelled_splits(config, dataset, data_root)
+        probed = first_images(dataset, min(_PROBE_IMAGES, len(dataset)))
         self._probe = ViewLoader(
-            first_images(dataset, min(_PROBE_IMAGES, len(dataset))),
+            probed,
             augmentation,
+            sampler=sampler_of(probed, batch_size_global=min(64, len(probed)), seed=config.seed),
             backend=backend,
             image_size=image_size,
-            batch_size_global=min(64, len(dataset)),
             seed=config.seed,
             device=device,
             workers=config.data.workers,
@@ -159,16 +160,7 @@ class Monitor:
         )
         readable = torch.ones(len(dataset), dtype=torch.bool)
         readable[[image.index for image in unreadable]] = False
-        if unreadable:
-            logger.warning(
-                "%d of %d images of %s %s cannot be read and are left out of the monitor: %s; the first is %s",
-                len(unreadable),
-                len(dataset),
-                dataset.title,
-                dataset.split,
-                kinds_of(unreadable),
-                unreadable[0].path,
-            )
+        warn_of_unreadable(dataset, unreadable, "are left out of the monitor")
         labels = None if dataset.labels is None else dataset.labels[readable]
         features = [rows[readable.to(rows.device)] for rows in encoded]
         return dict(zip(networks, features, strict=True)), labels

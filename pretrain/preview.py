@@ -17,12 +17,11 @@ from peerlearn.compute.dist import Ranks
 from peerlearn.compute.optimizers import build_optimizer, bytes_to_come
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.downloads import NotHereError, without_downloads
-from peerlearn.data.loader import check_batches
 from peerlearn.data.published import PUBLISHED
 from peerlearn.errors import UserError
 from peerlearn.export import check_classifier
 from pretrain.cohort import Cohort, build_networks
-from pretrain.config import DataConfig, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.method import Method, build_method, method_class
 from pretrain.state import check_share
 from pretrain.training_data import (
@@ -56,7 +55,7 @@ def preview(config: PretrainConfig) -> list[str]:
     kind = method_class(config.method)
     images = _images(config, kind)
     size = config.data.image_size or images.size
-    num_classes = images.classes if kind.needs_labels else 0
+    num_classes = images.classes if kind.labels == "classified" else 0
     # Each part that batch norm normalises apart needs two images.
     tried = 2 * config.cohort.batch_norm_splits
     with torch.device("meta"):
@@ -69,14 +68,14 @@ def preview(config: PretrainConfig) -> list[str]:
         activations = _activation_bytes(
             cohort, torch.zeros(tried, images.channels, size, size), config
         )
-    steps = images.number // config.batch_size
+    steps = config.steps_per_epoch(images.number)
     own = [sum(p.numel() for p in backbone.parameters()) for backbone in cohort.backbones]
     trained = sum(p.numel() for p in cohort.parameters())
     each = Counter(zip(config.cohort.architectures(), own, strict=True))
     return [
         f"images: {images.number:,} of {images.said}, views of {size} pixels",
         f"steps: {steps:,} in each of {config.epochs:,} epochs, {steps * config.epochs:,} in all, of "
-        f"{config.batch_size:,} images",
+        f"{config.images_per_step:,} images",
         f"parameters: {trained:,} in all; "
         + ", ".join(f"{times} x {name} of {count:,}" for (name, count), times in each.items()),
         _memory(config, method, activations, images),
@@ -92,18 +91,12 @@ def _images(config: PretrainConfig, kind: type[Method]) -> _Images:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), without_downloads():
-            data = load_training_data(
-                config, Ranks(torch.device("cpu")), needs_labels=kind.needs_labels
-            )
+            data = load_training_data(config, Ranks(torch.device("cpu")), kind.labels)
     except NotHereError as error:
-        return _published(config.data, config.batch_size, error)
+        return _published(config, error)
     dataset = data.train
-    check_batches(
-        dataset,
-        batch_size_global=config.batch_size,
-        images_per_class=kind.images_per_class(config),
-    )
-    kind.check(config, dataset)
+    kind.sampler(config, dataset)
+    kind.check(config, data)
     note = f" ({' '.join(said.getvalue().split())})" if said.getvalue() else ""
     return _Images(
         number=len(dataset),
@@ -123,15 +116,16 @@ def _held_bytes(dataset: ImageDataset, data: TrainingData) -> int:
     return dataset.channels * native_size(dataset) ** 2 * len(dataset)
 
 
-def _published(data: DataConfig, batch_size: int, error: NotHereError) -> _Images:
+def _published(config: PretrainConfig, error: NotHereError) -> _Images:
     """A data set that is not on this machine, as its publishers describe it."""
+    data = config.data
     known = PUBLISHED[data.name]
     if known is None or data.split not in known.images:
         raise error
     count = min(known.images[data.split], data.limit or known.images[data.split])
-    if count < batch_size:
+    if not config.draws_episodes and count < config.batch_size:
         raise UserError(
-            f"{count} images are fewer than one batch: lower batch_size ({batch_size}) or raise data.limit"
+            f"{count} images are fewer than one batch: lower batch_size ({config.batch_size}) or raise data.limit"
         )
     instead = f", or trains on {data.fallback} where that fails" if data.fallback else ""
     return _Images(
@@ -172,7 +166,7 @@ def _memory(config: PretrainConfig, method: Method, activations: int, images: _I
     own = sum(t.nbytes for group in method.state_tensors().values() for t in group.values())
     # Momentum networks encode a view without gradients, unless both views are queries in turn.
     with_gradient = method.views - (method.peers is not None and not config.symmetric)
-    at_once = config.batch_size // config.accumulation_steps
+    at_once = config.images_per_step // config.accumulation_steps
     parts = {
         "weights, gradients and optimiser": 2 * weights + optimizer,
         "activations": activations * with_gradient * at_once,

@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from peerlearn.export import check_classifier, is_whole
 from peerlearn.runs.deadline import deadline
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
-from peerlearn.runs.step_folders import step_folder, write_latest
+from peerlearn.runs.step_folders import step_folder, write_best, write_latest
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
 from pretrain.config import PretrainConfig
 from pretrain.exports import TrainingImages, export_cohort
@@ -153,29 +153,26 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     device = ranks.device
     check_share(config, ranks.world_size)
     kind = method_class(config.method)
-    data = ranks.main_first(
-        lambda: load_training_data(config, ranks, needs_labels=kind.needs_labels)
-    )
+    data = ranks.main_first(lambda: load_training_data(config, ranks, kind.labels))
     dataset = data.train
     augmentation = augmentation_of(config.data)
     image_size = data.image_size
-    num_classes = dataset.num_classes if kind.needs_labels else 0
+    num_classes = dataset.num_classes if kind.labels == "classified" else 0
     loader = ViewLoader(
         dataset,
         augmentation,
+        sampler=kind.sampler(config, dataset),
         backend=data.backend,
         image_size=image_size,
-        batch_size_global=config.batch_size,
         seed=config.seed,
         device=device,
         views=kind.views,
-        images_per_class=kind.images_per_class(config),
         rank=ranks.rank,
         world_size=ranks.world_size,
         workers=config.data.workers,
         max_unreadable_percent=config.data.max_unreadable_percent,
     )
-    kind.check(config, dataset)
+    kind.check(config, data)
     cohort = build_networks(
         config,
         in_chans=dataset.channels,
@@ -214,25 +211,34 @@ def check_share(config: PretrainConfig, processes: int) -> None:
         UserError: it does not.
     """
     parts = processes * config.accumulation_steps
-    if config.batch_size % parts or config.batch_size // parts < 2:
+    images = config.images_per_step
+    if images % parts or images // parts < 2:
         raise UserError(
-            f"batch_size {config.batch_size} must divide into {processes} processes x accumulation_steps "
+            f"{config.step_in_words} must divide into {processes} processes x accumulation_steps "
             f"{config.accumulation_steps} = {parts} parts of at least 2 images"
         )
 
 
 def export_last_again(training: Training) -> None:
-    """Where a run that was killed, or tampered with, lacks the exports of its last step, or they are damaged."""
-    folder = training.run.exports / step_folder(training.step)
-    networks = range(training.config.cohort.networks)
-    if not all(is_whole(folder / network_folder(str(m))) for m in networks):
+    """Where a run that was killed, or tampered with, lacks exports of its last or best step, or they are damaged."""
+    best = training.method.best
+    steps = [training.step, *([best.step] if best and best.step else [])]
+    if not all(_is_exported(training, step) for step in steps):
         export(training, must=True)
+
+
+def _is_exported(training: Training, step: int) -> bool:
+    folder = training.run.exports / step_folder(step)
+    networks = range(training.config.cohort.networks)
+    return all(is_whole(folder / network_folder(str(m))) for m in networks)
 
 
 def export(training: Training, *, must: bool) -> None:
     """Write every network's backbone as a folder that timm loads, then ``export/latest``.
 
-    A disk that does not take it costs this export, unless there ``must`` be one; a line and an event say so.
+    Where the method chooses by validation, the networks of the best epoch so far are written too, then
+    ``export/best``. A disk that does not take it costs this export, unless there ``must`` be one; a line and an event
+    say so.
 
     Raises:
         NonFiniteError: a network holds NaN or Inf.
@@ -242,21 +248,19 @@ def export(training: Training, *, must: bool) -> None:
     run, config = training.run, training.config
     run.check_there()
     folder = run.exports / step_folder(training.step)
-    groups = {"": training.cohort}
-    if config.checkpoint.export_key_networks and training.method.peers is not None:
-        groups[KEY_PREFIX] = training.method.peers
+    best, peers = training.method.best, training.method.peers
+    write = partial(export_cohort, config=config, images=training.images)
     try:
         with deadline(config.checkpoint.max_seconds, f"{folder}: the export"):
-            for prefix, cohort in groups.items():
-                export_cohort(
-                    cohort,
-                    folder,
-                    config=config,
-                    images=training.images,
-                    step=training.step,
-                    prefix=prefix,
-                )
+            write(training.cohort, folder, step=training.step)
+            if config.checkpoint.export_key_networks and peers is not None:
+                write(peers, folder, step=training.step, prefix=KEY_PREFIX)
             write_latest(folder)
+            if best is not None and best.step:
+                chosen = run.exports / step_folder(best.step)
+                if not _is_exported(training, best.step):
+                    write(best.cohort, chosen, step=best.step)
+                write_best(chosen)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         message = f"{folder} could not be written ({error.strerror})"

@@ -1,6 +1,6 @@
 """The table at the end of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -11,6 +11,11 @@ from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.output import show
 from peerlearn.runs.score_names import (
     ENSEMBLE,
+    EPISODE_COUNT,
+    EPISODE_QUERIES,
+    EPISODE_SHOTS,
+    EPISODE_TOP1,
+    EPISODE_WAYS,
     KNN_K,
     KNN_TEMPERATURE,
     KNN_TEST_IMAGES,
@@ -20,6 +25,7 @@ from peerlearn.runs.score_names import (
     parse_score_name,
     score_name,
 )
+from peerlearn.runs.step_folders import best_step
 from pretrain.rows import LABEL_FREE
 
 
@@ -52,7 +58,10 @@ def _accuracies(dataset: str, accuracies: Mapping[str, ClassificationScores]) ->
 
 
 def _monitored(run: RunDirectory, dataset: str) -> Table | None:
-    """What was watched before and after training: kNN accuracy or, without labels, what features tell alone."""
+    """What was watched before and after training: accuracy or, without labels, what features tell alone."""
+    episodes = [row for row in run.metric_rows() if score_name(0, EPISODE_TOP1) in row]
+    if episodes:
+        return _episodes(episodes, best_step(run.exports), dataset)
     rows = [row for row in run.metric_rows() if score_name(0, "rankme") in row]
     if not rows:
         return None
@@ -63,8 +72,7 @@ def _monitored(run: RunDirectory, dataset: str) -> Table | None:
 def _label_free(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Table:
     table = Table(title=Text(f"features on {dataset}, without labels"))
     table.add_column("figure")
-    table.add_column("untrained", justify="right")
-    table.add_column(f"epoch {last['epoch']:.0f}", justify="right")
+    _add_moments(table, first, last)
     for figure, (shown, decimals) in LABEL_FREE.items():
         for key, name in ((key, parse_score_name(key)) for key in last):
             if name is not None and name.figure == figure:
@@ -83,13 +91,43 @@ def _knn(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Table:
         f"n {last[KNN_TEST_IMAGES]:,}",
     )
     table.add_column("features of")
-    table.add_column("untrained", justify="right")
-    table.add_column(f"epoch {last['epoch']:.0f}", justify="right")
+    _add_moments(table, first, last)
     if (pixels := score_name(PIXELS, KNN_TOP1)) in first:
         table.add_row("raw pixels", f"{first[pixels]:.2f}", "")
-    names = {key: name for key in last if (name := parse_score_name(key))}
-    for key, (network, figure) in names.items():
-        if figure == KNN_TOP1:
-            label = network if network in (ENSEMBLE, PIXELS) else f"network {network}"
-            table.add_row(label, f"{first[key]:.2f}", f"{last[key]:.2f}")
+    _add_scores(table, [first, last], KNN_TOP1)
     return table
+
+
+def _episodes(rows: Sequence[dict[str, Any]], best: int | None, dataset: str) -> Table:
+    last = rows[-1]
+    chosen = [row for row in rows if row["step"] == best]
+    table = Table(
+        title=Text(f"few-shot accuracy (%) on the validation classes of {dataset}"),
+        caption=f"{last[EPISODE_WAYS]}-way {last[EPISODE_SHOTS]}-shot, {last[EPISODE_QUERIES]} queries, "
+        f"{last[EPISODE_COUNT]:,} episodes",
+    )
+    table.add_column("network")
+    _add_moments(table, rows[0], last)
+    for row in chosen:
+        table.add_column(f"export/best, epoch {row['epoch']:.0f}", justify="right")
+    _add_scores(table, [rows[0], last, *chosen], EPISODE_TOP1)
+    return table
+
+
+def _add_moments(table: Table, first: dict[str, Any], last: dict[str, Any]) -> None:
+    for title in (
+        "untrained" if first["step"] == 0 else f"epoch {first['epoch']:.0f}",
+        f"epoch {last['epoch']:.0f}",
+    ):
+        table.add_column(title, justify="right")
+
+
+def _add_scores(table: Table, rows: Sequence[dict[str, Any]], figure: str) -> None:
+    """A row of every network that has the figure, with its value at each of these moments."""
+    names = {key: name for key in rows[-1] if (name := parse_score_name(key))}
+    for key, name in names.items():
+        if name.figure == figure:
+            label = (
+                name.network if name.network in (ENSEMBLE, PIXELS) else f"network {name.network}"
+            )
+            table.add_row(label, *(f"{row[key]:.2f}" for row in rows))

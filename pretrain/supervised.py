@@ -13,6 +13,8 @@ from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import NUM_NEGATIVES, random_bits
 from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.loader import sampler_of
+from peerlearn.data.sampler import Sampler
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.runs.directory import RunDirectory
@@ -52,7 +54,7 @@ class Supervised(Method):
     """
 
     views = 1
-    needs_labels = True
+    labels = "classified"
 
     def __init__(
         self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
@@ -67,21 +69,26 @@ class Supervised(Method):
         self._step = 0
 
     @classmethod
-    def images_per_class(cls, config: PretrainConfig) -> int | None:
-        """Of a batch, drawn by the class-aware sampler (the paper, section 3.3)."""
-        return config.supervised.images_per_class
+    def sampler(cls, config: PretrainConfig, dataset: ImageDataset) -> Sampler:
+        """Batches of the class-aware sampler (the paper, section 3.3), unless the config has them shuffled."""
+        return sampler_of(
+            dataset,
+            batch_size_global=config.batch_size,
+            seed=config.seed,
+            images_per_class=config.supervised.images_per_class,
+        )
 
     @classmethod
-    def check(cls, config: PretrainConfig, dataset: ImageDataset) -> None:
+    def check(cls, config: PretrainConfig, data: TrainingData) -> None:
         """Make sure that every anchor has as many negatives as are to be drawn.
 
         Raises:
             UserError: it has not.
         """
         asked, m = config.supervised.num_negatives, config.supervised.images_per_class
-        if asked is None or m is None or dataset.labels is None:
+        if asked is None or m is None or data.train.labels is None:
             return
-        classes = len(dataset.labels.unique())
+        classes = len(data.train.labels.unique())
         largest = m * math.ceil(config.batch_size / m / classes)
         if asked > config.batch_size - largest:
             raise UserError(

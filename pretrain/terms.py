@@ -24,11 +24,24 @@ class SupervisedTerms(NamedTuple):
     teaching: Tensor
 
 
-Terms = MCLTerms | SupervisedTerms
+class PrototypicalTerms(NamedTuple):
+    """The terms of few-shot training: (M,) vectors, or (0,) where the config leaves a term out.
+
+    The first four are those of `MCLTerms`. ``prototypical`` is each network's own loss of the episode's queries.
+    """
+
+    scl_hard: Tensor
+    scl_soft: Tensor
+    icl_hard: Tensor
+    icl_soft: Tensor
+    prototypical: Tensor
+
+
+Terms = MCLTerms | SupervisedTerms | PrototypicalTerms
 
 
 def objective(terms: Terms, config: PretrainConfig) -> Tensor:
-    """Eq. 6 over the terms that ``config.terms`` switches on and, supervised, Eq. 10: from (M,) vectors one scalar."""
+    """Eq. 6 over the terms that ``config.terms`` switches on, and the other terms: from (M,) vectors one scalar."""
     total = _contrastive(terms, config).sum()
     return total + sum((term.sum() for term in terms[4:]), start=torch.zeros_like(total))
 

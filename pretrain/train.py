@@ -149,7 +149,7 @@ def _log(attempt: Attempt[Training], done: StepDone) -> None:
         row = {"lr": done.lr, "skipped_steps": training.guard.skipped} | training.method.metrics()
         if not done.skipped:
             losses = loss_row(_mean(done.terms, training.ranks), training.config)
-            rate = log.images_per_second(training.step, training.config.batch_size)
+            rate = log.images_per_second(training.step, training.config.images_per_step)
             row = {"loss": losses.pop("loss"), "images_per_second": rate, **losses} | row
             row |= gradient_norms(training.cohort) | training.precision.metrics()
         if training.dataset.has_files:
@@ -203,6 +203,8 @@ def _measure(attempt: Attempt[Training], *, untrained: bool) -> dict[str, float]
 
     with attempt.report.pause():
         row = attempt.watch(measure)
+    if not untrained:
+        training.method.measured(training.step, row)
     if training.ranks.main:
         warn_of_collapse(training.run, training.step, row)
     return row

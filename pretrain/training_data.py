@@ -4,20 +4,32 @@ import dataclasses
 import logging
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import AUGMENTATIONS, Augmentation
-from peerlearn.data.datasets import ImageDataset, load_dataset, select_images
+from peerlearn.data.class_splits import check_disjoint
+from peerlearn.data.datasets import (
+    DATASET_NAMES,
+    ImageDataset,
+    has_split,
+    load_dataset,
+    select_images,
+)
 from peerlearn.data.downloads import NotHereError
 from peerlearn.data.image_folders import image_extent
 from peerlearn.data.published import is_split_by_class
 from peerlearn.data.subsets import few_shots, hold_out
 from peerlearn.errors import UserError
 from pretrain.config import Backend, DataConfig, PretrainConfig
+
+# What a method needs labels for: nothing; to train classifiers of the classes that the test split has too; or to train
+# on some classes, choose an epoch by others, and be tested on others again.
+LabelUse = Literal["unused", "classified", "split_by_class"]
 
 # The largest side of the views of image files, unless the config says otherwise.
 IMAGE_FILE_SIZE = 224
@@ -36,7 +48,7 @@ class TrainingData(NamedTuple):
     root: where the data lies; None = the usual places.
     backend: where their crops are cut: the config's choice, or what suits the images.
     image_size: side of their views in pixels, likewise.
-    validation: those held out of training; None if none are.
+    validation: those held out of training, or those of the validation classes; None if there are none.
     test: the labelled test split; None where accuracy is not measured.
     """
 
@@ -48,18 +60,17 @@ class TrainingData(NamedTuple):
     test: ImageDataset | None = None
 
 
-def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bool) -> TrainingData:
+def load_training_data(config: PretrainConfig, ranks: Ranks, use: LabelUse) -> TrainingData:
     """The dataset of the config, or its fallback with a line that says so, without what is held out.
 
     Raises:
-        UserError: neither can be had; or labels, a test split or images to hold out are asked for and missing.
+        UserError: neither can be had; or labels, a test split or images to hold out are asked for and missing; or
+            splits that must be of different classes are not, or the other way round.
     """
-    if needs_labels:
-        _check_one_set_of_classes(config)
-    train, root = _load(config.data, ranks)
     settings = config.data
+    train, root = _load(settings, ranks, own_classes=use == "split_by_class")
     for key, asked in (
-        (f"method {config.method}", needs_labels),
+        (f"method {config.method}", use != "unused"),
         ("data.validation_percent", settings.validation_percent > 0),
         ("data.shots", settings.shots is not None),
     ):
@@ -68,11 +79,12 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
                 f"{key} needs a label for every image, which {train.title} {train.split} has not{_because(train)}: "
                 "choose another data.name or data.split"
             )
+    test = validation = None
     # Read before anything is trained: the end of the run needs it.
-    test = load_dataset(train.name, "test", root=root) if needs_labels else None
-    if test is not None and not _labelled(test):
-        raise UserError(f"{test.title} test has no labels to measure accuracy by{_because(test)}")
-    validation = None
+    if use == "classified":
+        test = _test_split(config, train, root)
+    elif use == "split_by_class":
+        validation = _validation_classes(train, root)
     if settings.validation_percent and train.labels is not None:
         kept, held_out = hold_out(train.labels, settings.validation_percent, seed=config.seed)
         if not len(held_out):
@@ -85,7 +97,8 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
         train = select_images(train, few_shots(train.labels, settings.shots, seed=config.seed))
     backend, image_size = chosen_backend(settings, train), settings.image_size or native_size(train)
     if ranks.main:
-        for remark in dict.fromkeys((*train.remarks, *(test.remarks if test else ()))):
+        others = [remark for split in (validation, test) if split for remark in split.remarks]
+        for remark in dict.fromkeys((*train.remarks, *others)):
             logger.warning("%s", remark)
         if train.has_files and None in (settings.backend, settings.image_size):
             place = (
@@ -100,18 +113,37 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, *, needs_labels: bo
     return TrainingData(train, root, backend, image_size, validation, test)
 
 
-def _check_one_set_of_classes(config: PretrainConfig) -> None:
-    """Refuse splits of different classes for a classifier: it is trained on some, and asked for others.
+def _test_split(config: PretrainConfig, train: ImageDataset, root: str | None) -> ImageDataset:
+    """The test images of the classes that are trained."""
+    if is_split_by_class(train.name):
+        raise UserError(
+            f"method {config.method} needs test images of the classes that it trains, and the splits of {train.title} "
+            "are of different classes: choose another data.name, or method prototypical"
+        )
+    test = load_dataset(train.name, "test", root=root)
+    if not _labelled(test):
+        raise UserError(f"{test.title} test has no labels to measure accuracy by{_because(test)}")
+    return test
 
-    Raises:
-        UserError: the data set, or the one in its place, has such splits.
-    """
-    for key, name in (("data.name", config.data.name), ("data.fallback", config.data.fallback)):
-        if name is not None and is_split_by_class(name):
-            raise UserError(
-                f"method {config.method} needs test images of the classes that it trains on, and {name} is split by "
-                f"class: choose another {key}, or a method that needs none"
-            )
+
+def _validation_classes(train: ImageDataset, root: str | None) -> ImageDataset:
+    """The validation split, after a look at all three: no class and no image may stand in two of them."""
+    if not has_split(train.name, "validation"):
+        fitting = [name for name in DATASET_NAMES if has_split(name, "validation")]
+        raise UserError(
+            f"method prototypical needs train, validation and test images of different classes, and {train.title} is "
+            f"not split so: choose data.name from {', '.join(fitting)}"
+        )
+    validation, test = (
+        load_dataset(train.name, split, root=root, own_classes=True)
+        for split in ("validation", "test")
+    )
+    if not _labelled(validation):
+        raise UserError(
+            f"{validation.title} validation has no labels to choose an epoch by{_because(validation)}"
+        )
+    check_disjoint([train, validation, test])
+    return validation
 
 
 def _because(dataset: ImageDataset) -> str:
@@ -123,16 +155,17 @@ def _labelled(dataset: ImageDataset) -> bool:
     return dataset.labels is not None and int(dataset.labels.min()) >= 0
 
 
-def _load(data: DataConfig, ranks: Ranks) -> tuple[ImageDataset, str | None]:
+def _load(data: DataConfig, ranks: Ranks, *, own_classes: bool) -> tuple[ImageDataset, str | None]:
+    load = partial(load_dataset, limit=data.limit, own_classes=own_classes)
     try:
-        return load_dataset(data.name, data.split, root=data.root, limit=data.limit), data.root
+        return load(data.name, data.split, root=data.root), data.root
     except UserError as error:
         # A root is where the user says that the images are: others would not be what was asked for.
         if data.fallback is None or data.root is not None or isinstance(error, NotHereError):
             raise
         if ranks.main:
             print(f"{data.name} cannot be had ({error}): training on {data.fallback} instead")
-        return load_dataset(data.fallback, data.split, limit=data.limit), None
+        return load(data.fallback, data.split), None
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:

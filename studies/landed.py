@@ -79,9 +79,11 @@ def _steps_per_epoch(run: Path) -> int:
         UserError: the files of the run do not tell it.
     """
     try:
-        images = TrainingFacts.read(RunDirectory(run).env).images
+        facts = TrainingFacts.read(RunDirectory(run).env)
+        if facts.steps_per_epoch is not None:
+            return max(1, int(facts.steps_per_epoch))
         batch = yaml.safe_load(RunDirectory(run).config.read_text(encoding="utf-8"))["batch_size"]
-        return max(1, int(images) // int(batch))
+        return max(1, int(facts.images) // int(batch))
     except (
         UserError,
         OSError,

@@ -34,6 +34,7 @@ class Augmentation:
         crop_ratio: range of the crop's width divided by its height.
         crop_padding: largest shift of the crop in pixels of the image. Where it is positive, the crop is as large as
             the image, ``crop_scale`` and ``crop_ratio`` do not count, and what lies outside the image is black.
+        centred: whether the crop is the largest centred square, and the other keys of the crop do not count.
         flip_probability: probability of a horizontal flip.
         jitter: strengths of brightness, contrast, saturation and hue, with the meaning of torchvision's ColorJitter.
         jitter_probability: probability of the jitter.
@@ -49,6 +50,7 @@ class Augmentation:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: int = 0
+    centred: bool = False
     flip_probability: float = 0.5
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     jitter_probability: float = 0.0
@@ -104,6 +106,8 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "supervised_cifar": Augmentation(crop_padding=4),
     # pytorch/examples imagenet/main.py: RandomResizedCrop(224), RandomHorizontalFlip.
     "supervised_imagenet": Augmentation(crop_scale=(0.08, 1.0)),
+    # yinboc/prototypical-network-pytorch mini_imagenet.py: Resize(84), CenterCrop(84).
+    "none": Augmentation(centred=True, flip_probability=0.0),
 }
 
 
@@ -202,6 +206,10 @@ def _draw_boxes(
     batch = draws.shape[0]
     heights = torch.as_tensor(height).expand(batch).to(torch.float64)
     widths = torch.as_tensor(width).expand(batch).to(torch.float64)
+    if augmentation.centred:
+        side = torch.minimum(heights, widths)
+        top, left = ((extent - side).div(2).floor() for extent in (heights, widths))
+        return torch.stack((top, left, side, side), dim=1).to(torch.int64)
     if augmentation.crop_padding:
         padding = augmentation.crop_padding
         top, left = ((draws[:, -2:] * (2 * padding + 1)).floor() - padding).unbind(1)

@@ -197,6 +197,11 @@ def load_dataset(
     return dataset if limit is None else first_images(dataset, limit)
 
 
+def has_split(name: str, split: str) -> bool:
+    """Whether a data set of this name may have the split."""
+    return split in _SOURCES[name].splits
+
+
 def first_images(dataset: ImageDataset, limit: int) -> ImageDataset:
     """The first ``limit`` images of the dataset, or all if it has fewer."""
     images, labels = dataset.images[:limit], dataset.labels

@@ -31,7 +31,7 @@ from peerlearn.data.augment import (
 )
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.held_images import HeldImages, held_in_memory
-from peerlearn.data.sampler import EpochOrder, check_class_aware, class_aware, shuffled
+from peerlearn.data.sampler import Sampler, check_class_aware, class_aware, shuffled
 from peerlearn.data.unreadable import Decoded, Unreadable, decode_images, read_substitute
 from peerlearn.data.workers import Jobs, results, worker_pool
 from peerlearn.errors import UserError
@@ -57,31 +57,42 @@ class ViewBatch(NamedTuple):
     unreadable: tuple[Unreadable, ...]
 
 
-def check_batches(
-    dataset: ImageDataset, *, batch_size_global: int, images_per_class: int | None
-) -> None:
-    """Make sure that the dataset has at least a batch, and the labels that groups of a class need.
+def sampler_of(
+    dataset: ImageDataset, *, batch_size_global: int, seed: int, images_per_class: int | None = None
+) -> Sampler:
+    """Batches of the dataset's images, shuffled or, with ``images_per_class``, class-aware.
 
     Raises:
-        UserError: it has not.
+        UserError: the dataset has not even a batch, or not the labels that groups of a class need.
     """
+    if batch_size_global < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size_global}")
     if len(dataset) < batch_size_global:
         raise UserError(
             f"{dataset.title} {dataset.split} has {len(dataset)} images, fewer than one batch: "
             f"lower batch_size ({batch_size_global}) or raise data.limit"
         )
-    if images_per_class is not None:
-        check_class_aware(
-            _labels(dataset), batch_size=batch_size_global, images_per_class=images_per_class
-        )
+    steps = len(dataset) // batch_size_global
+    if images_per_class is None:
+        order = partial(shuffled, len(dataset), batch_size=batch_size_global, seed=seed)
+        return Sampler(batch_size_global, steps, lambda epoch: order(epoch=epoch))
+    labels = _labels(dataset)
+    check_class_aware(labels, batch_size=batch_size_global, images_per_class=images_per_class)
+    grouped = partial(
+        class_aware,
+        labels,
+        batch_size=batch_size_global,
+        images_per_class=images_per_class,
+        seed=seed,
+    )
+    return Sampler(batch_size_global, steps, lambda epoch: grouped(epoch=epoch))
 
 
 class ViewLoader:
     """Random views of a dataset, epoch by epoch, for one rank.
 
-    An epoch has len(dataset) // ``batch_size_global`` global batches. ``peerlearn.data.sampler``
-    chooses their images. Rank r takes the r-th contiguous block of each batch, which may cut a
-    group. Views follow ``draw_view_parameters``, so an image that an epoch draws again gets other
+    The sampler chooses the images of the global batches. Rank r takes the r-th contiguous block of each batch, which
+    may cut a group. Views follow ``draw_view_parameters``, so an image that an epoch draws again gets other
     views. The views of a substitute are drawn by the number of the image it stands for, so that its
     two uses differ. Its label is its own, so a group with a substitute may have two classes.
 
@@ -94,10 +105,10 @@ class ViewLoader:
     Args:
         dataset: images to view.
         augmentation: recipe of the views.
+        sampler: images of every batch, over all ranks.
         backend: memory or folder, as above.
         image_size: height and width of the views in pixels.
-        batch_size_global: images per step over all ranks.
-        seed: seed of the order and of the views.
+        seed: seed of the views.
         device: device of the views.
         views: number of views of each image.
         rank: number of this rank.
@@ -105,7 +116,6 @@ class ViewLoader:
         workers: number of processes that decode images; 0 = this one.
         max_unreadable_percent: largest share of images that memory may fail to decode. With folder
             the caller counts, over an epoch and all ranks, and calls ``check_unreadable_rate``.
-        images_per_class: images of one class in each group of a batch; None = plain shuffling.
 
     Attributes:
         steps_per_epoch: number of batches in an epoch.
@@ -113,10 +123,8 @@ class ViewLoader:
             folder, each batch tells its own.
 
     Raises:
-        UserError: the ranks cannot share ``batch_size_global`` evenly, the dataset is smaller than
-            that, ``images_per_class`` finds no labels or no whole number of groups, or memory finds
-            images of several sizes or too many unreadable ones. While an epoch runs, folder raises
-            it for an image of which no substitute can be decoded.
+        UserError: the ranks cannot share a batch evenly, or memory finds images of several sizes or too many
+            unreadable ones. While an epoch runs, folder raises it for an image of which no substitute can be decoded.
     """
 
     def __init__(
@@ -124,9 +132,9 @@ class ViewLoader:
         dataset: ImageDataset,
         augmentation: Augmentation,
         *,
+        sampler: Sampler,
         backend: Literal["memory", "folder"],
         image_size: int,
-        batch_size_global: int,
         seed: int,
         device: torch.device,
         views: int = 2,
@@ -134,21 +142,16 @@ class ViewLoader:
         world_size: int = 1,
         workers: int = 0,
         max_unreadable_percent: float = 1.0,
-        images_per_class: int | None = None,
     ) -> None:
-        if batch_size_global < 1 or batch_size_global % world_size:
+        if sampler.batch_size % world_size:
             raise UserError(
-                f"batch_size {batch_size_global} cannot be shared by {world_size} ranks: "
+                f"batch_size {sampler.batch_size} cannot be shared by {world_size} ranks: "
                 f"make it a multiple of {world_size}"
             )
-        check_batches(
-            dataset, batch_size_global=batch_size_global, images_per_class=images_per_class
-        )
-        self.steps_per_epoch = len(dataset) // batch_size_global
-        self._images_per_class = images_per_class
+        self.steps_per_epoch = sampler.steps
+        self._sampler = sampler
         self._dataset = dataset
         self._device = device
-        self._batch_size_global = batch_size_global
         self._rank, self._world_size = rank, world_size
         self._recipe = _Recipe(
             augmentation=augmentation, views=views, image_size=image_size, seed=seed
@@ -191,23 +194,11 @@ class ViewLoader:
         return labels[batch.source].to(self._device, non_blocking=True)
 
     def _draws(self, epoch: int, start_step: int) -> Iterator["_Draws"]:
-        order = self._order(epoch)
-        per_rank = self._batch_size_global // self._world_size
+        order = self._sampler.order(epoch)
+        per_rank = self._sampler.batch_size // self._world_size
         block = slice(self._rank * per_rank, (self._rank + 1) * per_rank)
         for step in range(start_step, self.steps_per_epoch):
             yield _Draws(epoch=epoch, index=order.index[step, block], draw=order.draw[step, block])
-
-    def _order(self, epoch: int) -> EpochOrder:
-        batch_size, seed = self._batch_size_global, self._recipe.seed
-        if self._images_per_class is None:
-            return shuffled(len(self._dataset), batch_size=batch_size, seed=seed, epoch=epoch)
-        return class_aware(
-            _labels(self._dataset),
-            batch_size=batch_size,
-            images_per_class=self._images_per_class,
-            seed=seed,
-            epoch=epoch,
-        )
 
 
 def _labels(dataset: ImageDataset) -> Tensor:

@@ -6,6 +6,8 @@ training can resume at any step, and any number of ranks can share a batch.
 Dimensions: N images, B global batch, C classes that have images, P groups per batch, m images per group.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,21 @@ class EpochOrder(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # not tuple.index
     draw: Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which images the global batches of every epoch take.
+
+    Attributes:
+        batch_size: number of images in a global batch, B.
+        steps: number of batches in an epoch.
+        order: images of an epoch, by its number.
+    """
+
+    batch_size: int
+    steps: int
+    order: Callable[[int], EpochOrder]
 
 
 class Coverage(NamedTuple):
@@ -123,7 +140,12 @@ def class_aware(
     index = _walked(
         groups.flatten(), members, sizes, images_per_class=images_per_class, seed=seed, epoch=epoch
     )
-    return EpochOrder(index.view(-1, batch_size), _times_before(index).view(-1, batch_size))
+    return counted(index.view(-1, batch_size))
+
+
+def counted(index: Tensor) -> EpochOrder:
+    """The order of an epoch that takes these images, int64 (steps, B), some of them perhaps several times."""
+    return EpochOrder(index, _times_before(index.flatten()).view_as(index))
 
 
 def coverage(order: EpochOrder, labels: Tensor) -> Coverage:

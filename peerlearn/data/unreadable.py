@@ -1,10 +1,11 @@
 """Image files that cannot be decoded: their substitutes in training, and the largest share that is accepted."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from torch import Tensor
 from peerlearn.counter_random import SUBSTITUTE, random_bits
 from peerlearn.data.image_folders import DecodeError, decode_image
 from peerlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from peerlearn.data.datasets import ImageDataset
+
+logger = logging.getLogger(__name__)
 
 # If half of a dataset is unreadable, one search in 2**100 fails.
 _ATTEMPTS = 100
@@ -111,3 +117,13 @@ def check_unreadable_rate(
         f"{count} of {images} images ({100 * count / images:.3g} %) cannot be decoded: {named}{more}: "
         f"restore or remove them, or raise data.max_unreadable_percent ({max_percent:g})"
     )
+
+
+def warn_of_unreadable(dataset: "ImageDataset", images: Sequence[Unreadable], fate: str) -> None:
+    """Say that some images of a dataset cannot be read, and what becomes of them; nothing where all can."""
+    if images:
+        logger.warning(
+            "%d of %d images of %s %s cannot be read and %s: %s; the first is %s",
+            *(len(images), len(dataset), dataset.title, dataset.split, fate),
+            *(kinds_of(images), images[0].path),
+        )

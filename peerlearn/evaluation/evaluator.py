@@ -38,8 +38,8 @@ class EvaluatorConfig:
     """The keys that every evaluator has.
 
     Attributes:
-        checkpoint: a run (its latest exports), RUN/export/step-N, or one export; several, say one per seed: their
-            scores are averaged.
+        checkpoint: a run (its latest exports, or those that its validation chose), RUN/export/step-N, or one export;
+            several, say one per seed: their scores are averaged.
         network: the networks to score: 0, 1, ..., key-0, ..., all, or ensemble.
         device: the device to compute on: auto (a GPU where there is one), cpu, cuda, ...
         results: folder of the result files; null = the run's results/, or results/ here for a lone export.
@@ -135,6 +135,9 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
     from peerlearn.compute.dist import joined_ranks
 
     with joined_ranks(config.device) as ranks:
+        for chosen in selections if ranks.main else []:
+            if chosen.chosen_by_validation:
+                print(f"{chosen.run}: networks of step {chosen.step}, which validation chose")
         files = [_evaluate(evaluator, config, selection, ranks) for selection in selections]
         if ranks.main:
             report_scores(

@@ -9,7 +9,7 @@ from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import exported_networks, is_export, is_key_network, network_in
 from peerlearn.runs.score_names import ENSEMBLE as ENSEMBLE
-from peerlearn.runs.step_folders import latest_step, step_folders, step_of
+from peerlearn.runs.step_folders import best_step, latest_step, step_folders, step_of
 from peerlearn.runs.training_facts import TrainingFacts
 
 
@@ -24,6 +24,7 @@ class Selection:
         exports: the folder that holds them.
         run: the run directory they come from, None for an export that stands alone.
         step: the training step they were exported at, 0 if unknown.
+        chosen_by_validation: whether they are those of the epoch that the run's validation chose, not the latest.
     """
 
     folders: dict[str, Path]
@@ -32,6 +33,7 @@ class Selection:
     exports: Path
     run: Path | None
     step: int
+    chosen_by_validation: bool = False
 
     def wants(self, name: str) -> bool:
         """Whether a score of that name is asked for: one network's, or that of several together."""
@@ -54,7 +56,8 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
     """Resolve a run, a step's exports or one export, and a network's name.
 
     Args:
-        checkpoint: RUN (its latest exports), RUN/export/step-N, or the folder of one export.
+        checkpoint: RUN (its best exports where validation chose some, else its latest), RUN/export/step-N, or the
+            folder of one export.
         network: 0, 1, ..., key-0, ..., all (each query network, and their ensemble if there are several), or
             ensemble.
         ensembles: whether networks can be scored together; where they cannot, `all` is each network alone.
@@ -67,9 +70,10 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
     checkpoint = checkpoint.resolve()
     if is_export(checkpoint):
         return _select_export(checkpoint, network)
-    exports = checkpoint
+    exports, best = checkpoint, None
     if RunDirectory(checkpoint).begun:
-        exports = _latest(checkpoint)
+        best = _best(checkpoint)
+        exports = best or _latest(checkpoint)
     everything = exported_networks(exports)
     if not everything:
         raise UserError(
@@ -87,6 +91,7 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
         exports=exports,
         run=_run_of(exports),
         step=step_of(exports.name) or 0,
+        chosen_by_validation=best is not None,
     )
 
 
@@ -168,6 +173,13 @@ def _select_export(folder: Path, network: str) -> Selection:
 def _run_of(exports: Path) -> Path | None:
     run = exports.parent.parent
     return run if RunDirectory(run).begun else None
+
+
+def _best(run: Path) -> Path | None:
+    """The folder that `best` names; None where there is none."""
+    exports = RunDirectory(run).exports
+    named = best_step(exports)
+    return next((folder for step, folder in step_folders(exports) if step == named), None)
 
 
 def _latest(run: Path) -> Path:

@@ -3,7 +3,7 @@
     net/0/FIGURE  net/key-0/FIGURE                a network, and its momentum network
     ensemble/FIGURE  weighted_ensemble/FIGURE     all networks together
     pixels/FIGURE                                 the raw images, which a network has to beat
-    knn/k ...                                     the protocol of the kNN figures
+    knn/k ...  episode/ways ...                   the protocol of the kNN figures, and of few-shot episodes
     cohort/FIGURE                                 how far the networks agree
 
 Figures that end in _top1 are accuracies in percent.
@@ -17,6 +17,9 @@ TOP1 = "_top1"
 KNN_TOP1 = "knn" + TOP1
 KNN_K, KNN_TEMPERATURE = "knn/k", "knn/temperature"
 KNN_TRAIN_IMAGES, KNN_TEST_IMAGES = "knn/train_images", "knn/test_images"
+EPISODE_TOP1 = "episode" + TOP1
+EPISODE_WAYS, EPISODE_SHOTS = "episode/ways", "episode/shots"
+EPISODE_QUERIES, EPISODE_COUNT = "episode/queries", "episode/episodes"
 # Of the kNN's answers; and, without labels, of nearest neighbours.
 AGREEMENT, NEIGHBOUR_AGREEMENT = "cohort/agreement", "cohort/neighbour_agreement"
 

@@ -1,6 +1,6 @@
 """Folders of training steps, with the same names under checkpoints/ and export/. A file beside them names the newest.
 
-ROOT/  step-00001000/   step-00002000/   latest (text: step-00002000)
+ROOT/  step-00001000/   step-00002000/   latest (text: step-00002000)   best (text: the step that validation chose)
 """
 
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from peerlearn.runs.files import write_text
 
 LATEST_FILE = "latest"
+BEST_FILE = "best"
 _PATTERN = re.compile(r"step-(\d+)")
 
 
@@ -39,9 +40,27 @@ def write_latest(folder: Path) -> None:
     write_text(folder.parent / LATEST_FILE, folder.name + "\n")
 
 
+def write_best(folder: Path) -> None:
+    """Write `best`, which names a finished folder as that of the step which validation chose.
+
+    Raises:
+        OSError: the disk does not take the file.
+    """
+    write_text(folder.parent / BEST_FILE, folder.name + "\n")
+
+
 def latest_step(root: Path) -> int | None:
     """The step that `latest` names; None if the file is missing or damaged."""
+    return _named_step(root / LATEST_FILE)
+
+
+def best_step(root: Path) -> int | None:
+    """The step that `best` names; None if the file is missing or damaged."""
+    return _named_step(root / BEST_FILE)
+
+
+def _named_step(file: Path) -> int | None:
     try:
-        return step_of((root / LATEST_FILE).read_text().strip())
+        return step_of(file.read_text().strip())
     except (OSError, ValueError):
         return None

@@ -1,7 +1,7 @@
 """env.json: the environment and the verb of a training, and facts for those who use its networks later."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from peerlearn.errors import UserError
@@ -22,6 +22,7 @@ class TrainingFacts:
         seed: seed of the run.
         lr: learning rate, scaled from the config's base_lr.
         processes: number of processes that train together.
+        steps_per_epoch: number of optimiser steps in an epoch; None in files that do not tell it.
     """
 
     dataset: str
@@ -30,6 +31,7 @@ class TrainingFacts:
     seed: int
     lr: float
     processes: int
+    steps_per_epoch: int | None = None
 
     @classmethod
     def read(cls, file: Path) -> "TrainingFacts":
@@ -43,10 +45,14 @@ class TrainingFacts:
             content = dict(json.loads(file.read_text())[_PART])
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{file} does not tell the run's {', '.join(names)}") from error
-        missing = [name for name in names if name not in content]
+        missing = [
+            field.name
+            for field in fields(cls)
+            if field.default is MISSING and field.name not in content
+        ]
         if missing:
             raise UserError(f"{file} does not tell the run's {', '.join(missing)}")
-        return cls(**{name: content[name] for name in names})
+        return cls(**{name: content[name] for name in names if name in content})
 
 
 def write_env(file: Path, verb: str, facts: TrainingFacts | None) -> None:

@@ -29,6 +29,7 @@ from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
+from tests.view_loaders import view_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -87,7 +88,7 @@ def make(dataset: ImageDataset, backend: str, **changes: object) -> ViewLoader:
         "seed": SEED,
         "device": CPU,
     }
-    return ViewLoader(dataset, **{**arguments, **changes})
+    return view_loader(dataset, **{**arguments, **changes})
 
 
 def indices(batches: Iterator[ViewBatch] | list[ViewBatch]) -> list[int]:

@@ -244,7 +244,7 @@ def test_a_validation_split_is_watched_and_gives_the_weights(tmp_path):
     assert len(watched) == 3
     assert not any("test_top1" in key for row in rows(run) for key in row)
     config = load_config(PretrainConfig, run / "config.yaml")
-    data = load_training_data(config, Ranks(torch.device("cpu")), needs_labels=True)
+    data = load_training_data(config, Ranks(torch.device("cpu")), "classified")
     assert data.validation is not None
     assert len(data.train) == 120
     assert torch.bincount(data.train.labels).tolist() == [12] * 10

@@ -25,7 +25,7 @@ def write(root: Path, *sizes: tuple[int, int]) -> Path:
 
 def load(root: Path, *, method: str = "moco", **data: object) -> TrainingData:
     config = PretrainConfig(method=method, data=DataConfig(name="folder", root=str(root), **data))
-    return load_training_data(config, RANKS, needs_labels=method == "supervised")
+    return load_training_data(config, RANKS, "classified" if method == "supervised" else "unused")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_files_that_cannot_be_read_decide_nothing(tmp_path):
 
 def test_digits_keep_their_size_in_memory():
     config = PretrainConfig(data=DataConfig(name="digits"))
-    data = load_training_data(config, RANKS, needs_labels=False)
+    data = load_training_data(config, RANKS, "unused")
     assert (data.backend, data.image_size) == ("memory", 8)
 
 

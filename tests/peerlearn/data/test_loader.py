@@ -30,6 +30,7 @@ from peerlearn.data.sampler import class_aware
 from peerlearn.data.workers import results, worker_pool
 from peerlearn.errors import CrashError, UserError
 from peerlearn.runs.heartbeat import process_exists
+from tests.view_loaders import view_loader
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def make(dataset: ImageDataset, **changes: object) -> ViewLoader:
         "seed": 0,
         "device": CPU,
     }
-    return ViewLoader(dataset, **{**arguments, **changes})
+    return view_loader(dataset, **{**arguments, **changes})
 
 
 def image_folder(folder: Path, *sizes: tuple[int, int]) -> ImageDataset:
@@ -190,7 +191,7 @@ import time
 import torch
 from peerlearn.data.augment import AUGMENTATIONS
 from peerlearn.data.datasets import ImageDataset
-from peerlearn.data.loader import ViewLoader
+from peerlearn.data.loader import ViewLoader, sampler_of
 
 if __name__ == "__main__":
     dataset = ImageDataset(
@@ -199,7 +200,8 @@ if __name__ == "__main__":
     )
     loader = ViewLoader(
         dataset, AUGMENTATIONS["crop_flip"], backend="folder", image_size=8,
-        batch_size_global=16, seed=0, device=torch.device("cpu"), workers=2,
+        sampler=sampler_of(dataset, batch_size_global=16, seed=0), seed=0,
+        device=torch.device("cpu"), workers=2,
     )
     epoch = loader.epoch(0)
     next(epoch)

@@ -14,6 +14,7 @@ from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.errors import UserError
+from tests.view_loaders import view_loader
 
 BACKENDS = st.sampled_from(["memory", "folder"])
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -82,7 +83,7 @@ def make(dataset: ImageDataset, batch_size_global: int, **changes: object) -> Vi
         "seed": 0,
         "device": torch.device("cpu"),
     }
-    return ViewLoader(dataset, **{**arguments, **changes})
+    return view_loader(dataset, **{**arguments, **changes})
 
 
 def grey_levels(view: torch.Tensor) -> list[int]:
@@ -213,10 +214,12 @@ def test_every_seed_and_epoch_has_an_order_of_its_own(pairs):
 def test_batches_that_cannot_be_had_are_refused_and_all_others_are_not(
     length, batch_size, world_size
 ):
-    if batch_size < 1 or batch_size % world_size:
-        refusal = rf"batch_size {batch_size} .* {world_size} ranks: make it a multiple of"
+    if batch_size < 1:
+        refusal = rf"batch_size must be at least 1, got {batch_size}"
     elif batch_size > length:
         refusal = rf"has {length} images, .*lower batch_size \({batch_size}\) or raise data.limit"
+    elif batch_size % world_size:
+        refusal = rf"batch_size {batch_size} .* {world_size} ranks: make it a multiple of"
     else:
         loader = make(numbered(length), batch_size, world_size=world_size)
         assert loader.steps_per_epoch == length // batch_size

@@ -38,6 +38,7 @@ from peerlearn.data.unreadable import (
 )
 from peerlearn.errors import UserError
 from peerlearn.evaluation.features import extract_features
+from tests.view_loaders import view_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -84,7 +85,7 @@ def make(dataset: ImageDataset, backend: str, **changes: object) -> ViewLoader:
         "device": CPU,
         "max_unreadable_percent": 100,
     }
-    return ViewLoader(dataset, **{**arguments, **changes})
+    return view_loader(dataset, **{**arguments, **changes})
 
 
 def labels_by_index(batches: list[ViewBatch]) -> dict[int, int]:
@@ -369,11 +370,11 @@ def test_memory_tells_all_at_once_and_refuses_more_than_the_rate(workers: int, t
 def test_one_percent_is_allowed_unless_told_otherwise(tmp_path: Path):
     dataset = empty(image_dataset(tmp_path, 100), 7)
     arguments = {"image_size": 8, "batch_size_global": 4, "seed": 0, "device": CPU}
-    loader = ViewLoader(dataset, CROP_FLIP, backend="memory", **arguments)
+    loader = view_loader(dataset, augmentation=CROP_FLIP, backend="memory", **arguments)
     assert len(loader.unreadable) == 1
     empty(dataset, 8)
     with pytest.raises(UserError, match=r"2 of 100 images \(2 %\)"):
-        ViewLoader(dataset, CROP_FLIP, backend="memory", **arguments)
+        view_loader(dataset, augmentation=CROP_FLIP, backend="memory", **arguments)
 
 
 @pytest.mark.parametrize(
