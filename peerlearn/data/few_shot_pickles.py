@@ -142,7 +142,7 @@ def _tiered_png(path: Path, split: str) -> PickledSplit:
 def _png_files(files: Sequence[Any], path: Path) -> Iterator[bytes]:
     for index, file in enumerate(files):
         values = array_in(file)
-        content = file if values is None else values.astype(np.uint8, copy=False).tobytes()
+        content = values.tobytes() if values is not None and values.dtype == np.uint8 else file
         if not isinstance(content, bytes) or not content.startswith(b"\x89PNG"):
             raise UserError(f"{path}: image {index} is no PNG file: {_FETCH}")
         yield content
@@ -162,14 +162,11 @@ def _stream(path: Path) -> Iterator[np.ndarray]:
         for index in range(shape[0]):
             try:
                 content = file.read(size)
-            except _ZIP_ERRORS as error:
-                raise UserError(f"cannot read {path} ({error}): {_FETCH}") from error
+            except Exception as error:
+                raise _damaged(path, error) from error
             if len(content) < size:
                 raise UserError(f"{path} ends within image {index}: {_FETCH}")
             yield np.frombuffer(content, dtype=np.uint8).reshape(shape[1:])
-
-
-_ZIP_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 
 
 @contextmanager
@@ -186,12 +183,17 @@ def _npz_images(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
                 else np.lib.format.read_array_header_2_0
             )
             shape, by_columns, dtype = read_header(file)
-        except _ZIP_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"cannot read {path} ({reason}): {_FETCH}") from error
+        except Exception as error:
+            raise _damaged(path, error) from error
         if by_columns or not _is_pictures(shape, dtype):
             raise UserError(f"{path} holds no {_PICTURES} as images: {_FETCH}")
         yield shape, file
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    """What damaged bytes make the readers of archives raise, which may be anything, as one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"cannot read {path} ({reason}): {_FETCH}")
 
 
 def _tiered_labels(path: Path, split: str, images: int) -> tuple[tuple[int, ...], dict[int, str]]:

@@ -269,6 +269,8 @@ def test_damaged_pictures_of_tieredimagenet(source: Path, capsys):
         ([], "holds no list of images"),
         (whole[:2], "holds 3 labels for 2 images"),
         ([*whole[:2], np.zeros(9, dtype=np.uint8)], "image 2 is no PNG file"),
+        ([*whole[:2], np.array([whole], dtype=object)], "image 2 is no PNG file"),
+        ([*whole[:2], 3], "image 2 is no PNG file"),
         ([*whole[:2], whole[2][:60]], "image 2 cannot be decoded ("),
     ):
         path.write_bytes(pickle.dumps(files))
@@ -280,6 +282,11 @@ def test_damaged_archives_of_tieredimagenet(source: Path, capsys):
     path = source / "val_images.npz"
     intact = path.read_bytes()
     path.write_bytes(intact[:200])
+    assert f"cannot read {path} (" in refusal(source, capsys)
+    np.savez_compressed(path, images=pixels("val"))
+    packed = bytearray(path.read_bytes())
+    packed[len(packed) // 2] ^= 255
+    path.write_bytes(packed)
     assert f"cannot read {path} (" in refusal(source, capsys)
     np.savez(path, other=pixels("val"))
     assert f"cannot read {path} (" in refusal(source, capsys)
