@@ -134,7 +134,11 @@ def _write_split(split: "PickledSplit", name: str, folder: Path, split_of: dict[
 
 def folder_names(names: dict[int, str]) -> dict[int, str]:
     """A folder's name for each class, which leads nowhere else and is not hidden; two are never the same."""
-    plain = {label: file_name_part(name).strip("._") or "class" for label, name in names.items()}
+    # With a plus it could be lost+found, which readers pass over as they do hidden folders.
+    plain = {
+        label: file_name_part(name).replace("+", "_").strip("._") or "class"
+        for label, name in names.items()
+    }
     if len({name.lower() for name in plain.values()}) < len(plain):
         return {label: f"{name}-{label:03d}" for label, name in plain.items()}
     return plain

@@ -165,12 +165,12 @@ def test_without_names_classes_are_numbered_by_split(source: Path):
 
 
 def test_names_become_folders_of_their_split_and_no_others():
-    assert folder_names({0: "../../etc", 1: "a/b", 2: ".hidden", 3: "..", 4: "n01"}) == {
+    assert folder_names({0: "../../etc", 1: "a/b", 2: ".hidden", 3: "..", 4: "lost+found"}) == {
         0: "etc",
         1: "a_b",
         2: "hidden",
         3: "class",
-        4: "n01",
+        4: "lost_found",
     }
     assert folder_names({3: "a/b", 4: "a b", 5: "c"}) == {3: "a_b-003", 4: "a_b-004", 5: "c-005"}
 

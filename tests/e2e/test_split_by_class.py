@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peerlearn.cli import main
-from tests.e2e.runs import pretrain, rows
+from tests.e2e.runs import pretrain, rows, write_noise
 
 CLASSES = [
     *("--data.name", "fashion_mnist_classes", "--data.limit", "64", "--data.image_size", "28"),
@@ -70,3 +70,25 @@ def test_a_base_split_of_the_novel_classes_is_refused(run: Path, capsys):
     assert fewshot(run, *words) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "the class 'Ankle boot', and 2 more are in the test split and in the test split" in said
+
+
+def test_a_tree_of_other_classes_in_each_split(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folders = {"train": "abc", "val": "de", "test": "fgh"}
+    tree = tmp_path / "birds"
+    write_noise(tree, {f"{split}/{name}": 8 for split, names in folders.items() for name in names})
+    mine = ["--data.name", "folder", "--data.root", str(tree), "--data.image_size", "16"]
+    run = tmp_path / "run"
+    assert pretrain(run, *mine, "--epochs", "1", "--batch_size", "8", "--queue.size", "8") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "kNN is off: " in said
+    assert "use peerlearn fewshot" in said
+    assert rows(run)[-1]["net/0/rankme"] > 1
+    words = ["--queries", "3", "--data.name", "folder", "--data.root", str(tree)]
+    assert fewshot(run, *words) == 0
+    assert fewshot(run, *words, "--ways", "2", "--data.split", "validation") == 0
+    centred = ["--features", "cl2n", "--data.base_split", "train"]
+    assert fewshot(run, *words, *centred) == 0
+    (tree / "test/f").rename(tree / "test/a")
+    assert fewshot(run, *words, *centred) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "birds: the class 'a' is in the train split and in the test split" in said

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageOps
 
 from peerlearn.data.class_splits import check_disjoint
@@ -352,6 +353,24 @@ def test_omniglot_in_folders_within_folders_of_their_names(tmp_path: Path):
         (tmp_path / top).mkdir()
         (tmp_path / "once" / top).rename(tmp_path / top / top)
     check_omniglot(load("omniglot", tmp_path, "validation"), turned("Korean/character01"), written)
+
+
+def test_torchvision_reads_the_same_drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_omniglot(tmp_path / "omniglot-py")
+    # Its MD5s are those of the real archives.
+    monkeypatch.setattr("torchvision.datasets.omniglot.check_integrity", lambda *args: True)
+    oracle = torchvision.datasets.Omniglot(tmp_path, background=False)
+    ours = load("omniglot", tmp_path, "test")
+    # It reads in the order of the disk.
+    theirs = {
+        (f"{oracle._characters[label]}/rot000", expected(drawing, 0).tobytes())
+        for drawing, label in oracle
+    }
+    upright = [i for i, label in enumerate(ours.labels.tolist()) if label % 4 == 0]
+    assert len(theirs) == len(upright) == 6
+    assert theirs == {
+        (ours.class_names[ours.labels[i]], ours.images[i].numpy().tobytes()) for i in upright
+    }
 
 
 def test_of_thirty_alphabets_five_are_the_validation_split(tmp_path: Path):
