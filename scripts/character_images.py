@@ -6,6 +6,7 @@
 
 Writes two data sets of PNG files: ``60`` with all classes and ``10`` with A to J alone. Every font family draws either
 training or test images. Characters that mirror another one (b and d, brackets) are left out: supervised training flips.
+The data set `characters` needs no files; it has other characters, in four styles, and splits them by class.
 """
 
 import argparse
@@ -16,16 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
+from peerlearn.data.characters import EM_PIXELS, FONTS, draw, font_files
 from peerlearn.runs.progress import progress
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "aefghikmnrty" + "23456789" + "!#$%&*+-:;=?@~"
 FEW = 10
-PIXELS = 32
-# Shares of the image's side: the size of an em, and the height of the baseline.
-_EM = 0.75
-_BASELINE = 0.75
 _TEST_SHARE = 0.4
 
 
@@ -37,28 +35,16 @@ class Font(NamedTuple):
     images: list[Image.Image]
 
 
-def draw(font: ImageFont.FreeTypeFont) -> list[Image.Image] | None:
-    """Images of all characters, white on black and centred; None if two characters look the same in the font."""
-    images = []
-    for character in CHARACTERS:
-        image = Image.new("L", (PIXELS, PIXELS))
-        where = (PIXELS / 2, _BASELINE * PIXELS)
-        ImageDraw.Draw(image).text(where, character, fill=255, font=font, anchor="ms")
-        images.append(image)
-    distinct = {image.tobytes() for image in images}
-    return images if len(distinct) == len(CHARACTERS) else None
-
-
 def read_fonts(folder: Path) -> list[Font]:
     """The fonts below ``folder`` that have all characters."""
-    files = sorted([*folder.rglob("*.ttf"), *folder.rglob("*.otf")], key=lambda file: file.name)
+    files = font_files(folder)
     fonts = []
     with progress(len(files), "fonts", name="reading") as report:
         for file in files:
             report.advance()
             try:
-                opened = ImageFont.truetype(file, round(_EM * PIXELS))
-                images = draw(opened)
+                opened = ImageFont.truetype(file, EM_PIXELS)
+                images = draw(opened, CHARACTERS)
             except (OSError, ValueError):  # A font that Pillow cannot read or draw.
                 continue
             if images is not None:
@@ -97,7 +83,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="is created")
-    parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
+    parser.add_argument("--fonts", type=Path, default=FONTS)
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} is there already: name another folder")

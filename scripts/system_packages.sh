@@ -4,13 +4,13 @@
 #   sh scripts/system_packages.sh slurm    also those of the tests that start a real SLURM (a database among them)
 set -eu
 
-packages="dataset-fashion-mnist"
+packages="dataset-fashion-mnist fonts-dejavu fonts-freefont-ttf fonts-aenigma"
 [ "${1:-}" != slurm ] || packages="$packages slurm-wlm munge slurmdbd mariadb-server"
 # Debian's python3 comes without the means to make a virtual environment; other builds of Python have them.
 "${PYTHON:-python3}" -c "import ensurepip" 2>/dev/null || packages="$packages python3-venv"
 
 command -v dpkg-query >/dev/null || {
-    echo "not a Debian system: Fashion-MNIST will be downloaded instead"
+    echo "not a Debian system: Fashion-MNIST will be downloaded instead, and the data set characters needs fonts of your own"
     exit 0
 }
 

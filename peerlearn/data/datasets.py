@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from peerlearn.config import nearest
-from peerlearn.data import few_shot_sets, image_folders, packed_datasets
+from peerlearn.data import characters, few_shot_sets, image_folders, packed_datasets
 from peerlearn.data.downloads import cache_folder
 from peerlearn.data.files import Content
 from peerlearn.data.image_folders import decode_image
@@ -38,6 +38,7 @@ class ImageDataset:
         title: name of the data set for people, see ``peerlearn.data.titles``; "" = its name.
         why_unlabelled: why a split of a folder has no labels, with the first file that is in the way; "" if it has.
         remarks: lines for the user about the folder: what was skipped there, and which folders were passed over.
+        sources: names and SHA-256 of the files that the images are drawn from; () if they are stored as images.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ImageDataset:
     title: str = ""
     why_unlabelled: str = ""
     remarks: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)
@@ -83,7 +85,7 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """A SHA-256 in hex that is the same wherever the same data lies.
 
-        It covers order, labels and class names. Of images in memory it covers the pixels. Of image
+        It covers order, labels, class names and sources. Of images in memory it covers the pixels. Of image
         files it covers their sizes and their names below the common folder, and if all files
         together have at most 256 MiB, their bytes too.
         """
@@ -102,6 +104,8 @@ class ImageDataset:
                     digest.update(_content(path))
         if self.labels is not None:
             digest.update(self.labels.numpy().astype("<i8").tobytes())
+        if self.sources:
+            digest.update(repr(self.sources).encode())
         return digest.hexdigest()
 
 
@@ -152,12 +156,15 @@ def load_dataset(
     imagenet       train/WNID/*; test is val/WNID/*
     miniimagenet, tieredimagenet, cifar_fs, omniglot  split by class into train, validation and test: see
                    ``peerlearn.data.few_shot_sets``
+    characters     characters in four styles, drawn in the fonts below root: see
+                   ``peerlearn.data.characters``; split by class: 28 characters train, 12 validation, 12 test
     folder         any images: see ``peerlearn.data.image_folders.any_folder``; ImageNet's statistics
 
-    imagenet and folder need a root. The others are looked for in
-    ``peerlearn.data.downloads.cache_folder()`` without one. Fashion-MNIST is next looked for in
-    Debian's package. A data set that is still missing is downloaded into the root, except imagenet,
-    folder and the few-shot sets. Folders are read in sorted order, whatever the file system says.
+    imagenet and folder need a root, and characters takes /usr/share/fonts without one. The others are
+    looked for in ``peerlearn.data.downloads.cache_folder()`` without one. Fashion-MNIST is next looked
+    for in Debian's package. A data set that is still missing is downloaded into the root, except
+    imagenet, folder, characters and the four few-shot sets above. Folders are read in sorted order,
+    whatever the file system says.
 
     Args:
         name: name of the data set, from the list above.
@@ -181,7 +188,7 @@ def load_dataset(
     if root is None and source.root_holds is not None:
         raise UserError(f"{name} needs data.root: the folder that holds {source.root_holds}")
     read = (own_classes and source.read_own_classes) or source.read
-    content = read(split, cache_folder() if root is None else _existing(root))
+    content = read(split, source.usual_root() if root is None else _existing(root))
     dataset = ImageDataset(
         name=name,
         split=split,
@@ -193,6 +200,7 @@ def load_dataset(
         title=dataset_title(name, root),
         why_unlabelled=content.why_unlabelled,
         remarks=content.remarks,
+        sources=content.sources,
     )
     return dataset if limit is None else first_images(dataset, limit)
 
@@ -241,6 +249,8 @@ class _Source(NamedTuple):
     root_holds: str | None = None
     # Set where a split may have other classes than the train split.
     read_own_classes: Callable[[str, Path], Content] | None = None
+    # Where the data is looked for if the user names no root.
+    usual_root: Callable[[], Path] = cache_folder
 
 
 # Of data sets whose splits are of different classes.
@@ -281,6 +291,13 @@ _SOURCES = {
     "cifar_fs": _Source(few_shot_sets.cifar_fs, _CIFAR100_MEAN, _CIFAR100_STD, CLASS_SPLITS),
     # Of the black and white drawings of 105 pixels. Resizing keeps the mean and lowers the deviation a little.
     "omniglot": _Source(few_shot_sets.omniglot, (0.0787,), (0.2693,), CLASS_SPLITS),
+    "characters": _Source(
+        characters.characters,
+        (0.0874,),
+        (0.2498,),
+        CLASS_SPLITS,
+        usual_root=lambda: characters.FONTS,
+    ),
     FOLDER: _Source(
         image_folders.any_folder,
         _IMAGENET_MEAN,

@@ -17,6 +17,7 @@ class Content(NamedTuple):
     class_names: tuple[str, ...]
     why_unlabelled: str = ""
     remarks: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 def folder_with(marker: str, *folders: Path) -> Path | None:

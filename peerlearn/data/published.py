@@ -49,6 +49,10 @@ PUBLISHED: dict[str, Published | None] = {
     "omniglot": Published(
         {"train": 65_040, "validation": 12_080, "test": 52_720}, 3252, 1, 28, split_by_class=True
     ),
+    # In Debian 12's fonts-dejavu, fonts-freefont-ttf and fonts-aenigma: the fonts decide how many images there are.
+    "characters": Published(
+        {"train": 39_699, "validation": 17_024, "test": 17_112}, 112, 1, 32, split_by_class=True
+    ),
     "folder": None,
 }
 DATASET_NAMES = tuple(PUBLISHED)
