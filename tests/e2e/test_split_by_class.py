@@ -52,6 +52,13 @@ def test_evaluators_of_one_set_of_classes_refuse_it(run: Path, verb: list, capsy
     assert "use peerlearn fewshot" in said
 
 
+@pytest.mark.parametrize("verb", [["knn"], ["linear", "logistic_regression"]])
+def test_so_does_a_dry_run_before_the_networks_are_there(verb: list, tmp_path: Path, capsys):
+    words = ["--checkpoint", str(tmp_path / "none"), "--data.name", "fashion_mnist_classes"]
+    assert main([*verb, *words, "--dry_run"]) == 1
+    assert "is split by class: train and test have" in " ".join(capsys.readouterr().err.split())
+
+
 def fewshot(run: Path, *words: str) -> int:
     few = ["--ways", "3", "--shots", "1", "--episodes", "5", "--network", "0", "--device", "cpu"]
     return main(["fewshot", "--checkpoint", str(run), *few, "--cache", "false", *words])
