@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fewshot.config import FewShotConfig
 from peerlearn.compute.dist import Ranks
+from peerlearn.data.class_splits import check_disjoint
 from peerlearn.data.datasets import ImageDataset
+from peerlearn.data.published import is_split_by_class
 from peerlearn.evaluation.data import find_dataset, load_split
 from peerlearn.evaluation.episodes import (
     Distance,
@@ -120,7 +122,11 @@ def _load(config: FewShotConfig, selection: Selection) -> tuple[ImageDataset, Im
     images = load_split(place, config.data.split, config.data.limit, own_classes=True)
     if config.data.base_split is None:
         return images, None
-    return images, load_split(place, config.data.base_split, config.data.limit, own_classes=True)
+    base = load_split(place, config.data.base_split, config.data.limit, own_classes=True)
+    # Splits of the same classes, as most data sets have them, are what they are: no class is new to anyone there.
+    if is_split_by_class(place.name) or set(base.class_names) != set(images.class_names):
+        check_disjoint([base, images])
+    return images, base
 
 
 def _episodes(config: FewShotConfig, images: ImageDataset, ranks: Ranks) -> dict[int, Episodes]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset, first_images, load_dataset
 from peerlearn.data.loader import ViewLoader, sampler_of
+from peerlearn.data.published import is_split_by_class
 from peerlearn.data.unreadable import Unreadable, warn_of_unreadable
 from peerlearn.errors import UserError
 from peerlearn.evaluation.data import warn_of_missing_classes
@@ -256,6 +257,9 @@ def _labelled_splits(
 ) -> tuple[ImageDataset | None, ImageDataset]:
     """The images that vote and those that are asked; without labels, none vote and training's are looked at."""
     limits = config.monitor
+    if is_split_by_class(dataset.name):
+        logger.warning("kNN is off: the splits of %s are of different classes", dataset.title)
+        return None, _unlabelled(dataset)
 
     def load(split: str, limit: int | None) -> ImageDataset:
         return load_dataset(dataset.name, split, root=data_root, limit=limit)
@@ -275,5 +279,11 @@ def _labelled_splits(
         split = train if train.labels is None else test
         why = f" ({split.why_unlabelled})" if split.why_unlabelled else ""
         logger.warning("kNN is off: %s %s has no labels%s", split.title, split.split, why)
-    unlabelled = dataclasses.replace(dataset, labels=None)
-    return None, first_images(unlabelled, min(_RANKME_IMAGES, len(dataset)))
+    return None, _unlabelled(dataset)
+
+
+def _unlabelled(dataset: ImageDataset) -> ImageDataset:
+    """The images that label-free figures are measured on."""
+    return first_images(
+        dataclasses.replace(dataset, labels=None), min(_RANKME_IMAGES, len(dataset))
+    )

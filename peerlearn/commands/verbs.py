@@ -79,6 +79,9 @@ VERBS = {
     "import": Verb(
         "peerlearn.exchange.import_command", "main", "read another program's checkpoint"
     ),
+    "data": Verb(
+        "peerlearn.commands.data_command", "main", "turn pickled data sets into folders of images"
+    ),
     "configs": Verb("peerlearn.commands.configs_command", "main", "list the shipped configs"),
     "doctor": Verb(
         "peerlearn.commands.doctor", "main", "check what is installed and what is missing"

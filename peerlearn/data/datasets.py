@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from peerlearn.config import nearest
-from peerlearn.data import characters, image_folders, packed_datasets
+from peerlearn.data import characters, few_shot_sets, image_folders, packed_datasets
 from peerlearn.data.downloads import cache_folder
 from peerlearn.data.files import Content
 from peerlearn.data.image_folders import decode_image
@@ -154,14 +154,17 @@ def load_dataset(
     tinyimagenet   root or root/tiny-imagenet-200: train/WNID/images/*, words.txt; test is the
                    published val/images with val_annotations.txt (the test labels are not public)
     imagenet       train/WNID/*; test is val/WNID/*
+    miniimagenet, tieredimagenet, cifar_fs, omniglot  split by class into train, validation and test: see
+                   ``peerlearn.data.few_shot_sets``
     characters     characters in four styles, drawn in the fonts below root: see
                    ``peerlearn.data.characters``; split by class: 28 characters train, 12 validation, 12 test
     folder         any images: see ``peerlearn.data.image_folders.any_folder``; ImageNet's statistics
 
     imagenet and folder need a root, and characters takes /usr/share/fonts without one. The others are
     looked for in ``peerlearn.data.downloads.cache_folder()`` without one. Fashion-MNIST is next looked
-    for in Debian's package. A data set that is still missing, except imagenet, characters and folder, is
-    downloaded into the root. Folders are read in sorted order, whatever the file system says.
+    for in Debian's package. A data set that is still missing is downloaded into the root, except
+    imagenet, folder, characters and the four few-shot sets above. Folders are read in sorted order,
+    whatever the file system says.
 
     Args:
         name: name of the data set, from the list above.
@@ -253,6 +256,7 @@ class _Source(NamedTuple):
 # Of data sets whose splits are of different classes.
 CLASS_SPLITS = ("train", "validation", "test")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CIFAR100_MEAN, _CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 _SOURCES = {
     "digits": _Source(packed_datasets.digits, (0.3054,), (0.3753,)),
@@ -261,9 +265,7 @@ _SOURCES = {
         packed_datasets.fashion_mnist_classes, (0.2860,), (0.3530,), CLASS_SPLITS
     ),
     "cifar10": _Source(packed_datasets.cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": _Source(
-        packed_datasets.cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    ),
+    "cifar100": _Source(packed_datasets.cifar100, _CIFAR100_MEAN, _CIFAR100_STD),
     "stl10": _Source(
         packed_datasets.stl10,
         (0.4467, 0.4398, 0.4066),
@@ -280,6 +282,15 @@ _SOURCES = {
         root_holds="train/WNID/*.JPEG and val/WNID/*.JPEG",
         read_own_classes=partial(image_folders.imagenet, own_classes=True),
     ),
+    "miniimagenet": _Source(
+        few_shot_sets.miniimagenet, _IMAGENET_MEAN, _IMAGENET_STD, CLASS_SPLITS
+    ),
+    "tieredimagenet": _Source(
+        few_shot_sets.tieredimagenet, _IMAGENET_MEAN, _IMAGENET_STD, CLASS_SPLITS
+    ),
+    "cifar_fs": _Source(few_shot_sets.cifar_fs, _CIFAR100_MEAN, _CIFAR100_STD, CLASS_SPLITS),
+    # Of the black and white drawings of 105 pixels. Resizing keeps the mean and lowers the deviation a little.
+    "omniglot": _Source(few_shot_sets.omniglot, (0.0787,), (0.2693,), CLASS_SPLITS),
     "characters": _Source(
         characters.characters,
         (0.0874,),
@@ -291,6 +302,7 @@ _SOURCES = {
         image_folders.any_folder,
         _IMAGENET_MEAN,
         _IMAGENET_STD,
+        ("train", "test", "validation"),
         root_holds="images",
         read_own_classes=partial(image_folders.any_folder, own_classes=True),
     ),

@@ -193,6 +193,7 @@ def imagenet(split: str, root: Path, *, own_classes: bool = False) -> Content:
 # The names that a split's folder may have, in any case; the first one that is there counts.
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
     "test": ("test", "testing", "val", "valid", "validation"),
 }
 
@@ -202,15 +203,16 @@ def any_folder(split: str, root: Path, *, own_classes: bool = False) -> Content:
 
     If root holds a folder train, the train split is in it, and the test split is in root/test, or else in root/val
     (`_SPLIT_FOLDERS` has the other names that are known). A test folder whose images lie in no class folders is passed
-    over if a later one has them. If root holds none of these folders, it is the train split itself, and there is no
-    test split.
+    over if a later one has them. The validation split is in root/val, whether or not that is the test split too. If
+    root holds none of these folders, it is the train split itself, and there is no other.
 
     A split is labelled if each of its images lies in a folder of its class; there must be two classes or more. In
     root/train and its like a class may have folders within, as for torchvision; in root itself such a tree may as well
-    be one of years and months, and is unlabelled. The test split numbers classes by their names as train/ does, unless
-    it has ``own_classes``.
+    be one of years and months, and is unlabelled. The other splits number classes by their names as train/ does, unless
+    they have ``own_classes``.
     """
-    trained, held_out = (_split_folders(root, part) for part in ("train", "test"))
+    part = "test" if split == "train" else split
+    trained, held_out = _split_folders(root, "train"), _split_folders(root, part)
     if split == "train":
         if held_out and not trained:
             raise UserError(
@@ -221,8 +223,9 @@ def any_folder(split: str, root: Path, *, own_classes: bool = False) -> Content:
         why = _why_unlabelled(found, nested=bool(trained))
         return _unlabelled(found, why) if why else _class_folders(found, split, found.folder)
     if not held_out:
+        names = "test or val" if split == "test" else "val"
         raise UserError(
-            f"{root} holds no test split: it needs a folder named test or val beside train"
+            f"{root} holds no {split} split: it needs a folder named {names} beside train"
         )
     by_train = bool(trained) and not own_classes
     passed_over: list[str] = []
@@ -296,8 +299,11 @@ def _folder_labels(
             if len(stray.parts) > depth + 1
             else "beside the class folders"
         )
+        advice = "move, rename or remove it"
+        if max(labels) < 0:
+            advice = "give both the same classes; or, if they are to have different ones, use peerlearn fewshot"
         raise UserError(
             f"{stray} ({split} split, {where}) belongs to none of the {len(class_names)} classes of the train "
-            f"split ({listed(class_names)}): move, rename or remove it"
+            f"split ({listed(class_names)}): {advice}"
         )
     return torch.tensor(labels)

@@ -36,6 +36,19 @@ PUBLISHED: dict[str, Published | None] = {
     ),
     "tinyimagenet": Published({"train": 100_000}, 200, 3, 64),
     "imagenet": Published({"train": 1_281_167}, 1000, 3, None),
+    "miniimagenet": Published(
+        {"train": 38_400, "validation": 9_600, "test": 12_000}, 64, 3, 84, split_by_class=True
+    ),
+    "tieredimagenet": Published(
+        {"train": 448_695, "validation": 124_261, "test": 206_209}, 351, 3, 84, split_by_class=True
+    ),
+    "cifar_fs": Published(
+        {"train": 38_400, "validation": 9_600, "test": 12_000}, 64, 3, 32, split_by_class=True
+    ),
+    # Every character in four turns; without Vinyals's lists.
+    "omniglot": Published(
+        {"train": 65_040, "validation": 12_080, "test": 52_720}, 3252, 1, 28, split_by_class=True
+    ),
     # In Debian 12's fonts-dejavu, fonts-freefont-ttf and fonts-aenigma: the fonts decide how many images there are.
     "characters": Published(
         {"train": 39_699, "validation": 17_024, "test": 17_112}, 112, 1, 32, split_by_class=True

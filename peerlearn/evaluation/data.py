@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from peerlearn.config import changeable, require
-from peerlearn.data.published import DatasetName
+from peerlearn.data.published import DatasetName, is_split_by_class
 from peerlearn.errors import UserError
 from peerlearn.evaluation.selection import Selection, run_setting
 from peerlearn.runs.text import listed
@@ -132,14 +132,11 @@ def load_splits(
     All ranks call it together; the main one comes first, lest several download the same, and warns of missing classes.
 
     Raises:
-        UserError: as `find_dataset` and `load_split` do; or the splits have different numbers of classes.
+        UserError: as `find_dataset` and `load_labelled` do.
     """
 
     def load() -> tuple["ImageDataset", "ImageDataset"]:
-        place = find_dataset(data, selection)
-        train = load_split(place, "train", data.train_limit or data.limit)
-        test = load_split(place, "test", data.test_limit or data.limit)
-        check_same_classes(train, test)
+        train, test = load_labelled(data, find_dataset(data, selection))
         return _subset(train, data), test
 
     train, test = ranks.main_first(load)
@@ -147,6 +144,25 @@ def load_splits(
         for remark in dict.fromkeys((*train.remarks, *test.remarks)):
             logger.warning("%s", remark)
         warn_of_missing_classes(train, test)
+    return train, test
+
+
+def load_labelled(
+    data: EvaluationDataConfig, place: DatasetPlace
+) -> tuple["ImageDataset", "ImageDataset"]:
+    """The train and the test split, with their limits.
+
+    Raises:
+        UserError: as `load_split` does; or the splits are of different classes.
+    """
+    if is_split_by_class(place.name):
+        raise UserError(
+            f"{place.name} is split by class: train and test have different classes; use peerlearn fewshot, or choose "
+            "another by --data.name"
+        )
+    train = load_split(place, "train", data.train_limit or data.limit)
+    test = load_split(place, "test", data.test_limit or data.limit)
+    check_same_classes(train, test)
     return train, test
 
 

@@ -10,7 +10,7 @@ from peerlearn.evaluation.data import (
     DatasetPlace,
     EvaluationDataConfig,
     find_dataset,
-    load_split,
+    load_labelled,
     load_splits,
 )
 from peerlearn.evaluation.selection import Selection, select_runs
@@ -82,5 +82,4 @@ def _check_splits(data: EvaluationDataConfig, place: DatasetPlace) -> None:
     from peerlearn.data.downloads import NotHereError, without_downloads
 
     with without_downloads(), contextlib.suppress(NotHereError):
-        load_split(place, "train", data.train_limit or data.limit)
-        load_split(place, "test", data.test_limit or data.limit)
+        load_labelled(data, place)

@@ -357,7 +357,10 @@ def test_other_names_are_refused(content: bytes, tmp_path: Path):
         b"c_codecs\nencode\n(I3\nVlatin1\ntR.",
         b"c_codecs\nencode\n(Vabc\nVlatin1\nVignore\ntR.",
         b"cnumpy\nndarray\n(I9\ntR.",
-        b"cnumpy\ndtype\n(VO8\nI0\nI1\ntR.",
+        b"cnumpy\ndtype\n(VV8\nI0\nI1\ntR.",
+        # State is set of a function: what it holds, and what it takes where nothing is given.
+        b"cnumpy\ndtype\n(dVcode\nVu1\nsb.",
+        b"c_codecs\nencode\n(N(dV__defaults__\n(Vlatin1\ntstb.",
         b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I1\ntNNI5\ntb.",
         b"Ppersistent\n.",
         b"\x80\x02\x82\x01.",

@@ -196,3 +196,28 @@ def test_a_folder_that_was_renamed_holds_the_same_images(tmp_path):
     after = load(tmp_path / "two")
     assert (before.title, after.title) == ("one", "two")
     assert after.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
+def test_with_three_folders_validation_is_val_and_test_is_test(name: str, tmp_path):
+    write_noise(tmp_path, {"train/a": 1, "train/b": 1, f"{name}/c": 1, f"{name}/d": 2})
+    write_noise(tmp_path, {"test/e": 2, "test/f": 2})
+    validation = load(tmp_path, "validation", own_classes=True)
+    assert (validation.class_names, validation.labels.tolist()) == (("c", "d"), [0, 1, 1])
+    assert load(tmp_path, "test", own_classes=True).class_names == ("e", "f")
+    with pytest.raises(UserError, match=r"\(validation split, the class 'c'\) belongs to none of"):
+        load(tmp_path, "validation")
+
+
+def test_a_validation_split_may_have_the_classes_of_train(tmp_path):
+    write_noise(tmp_path, {"train/a": 1, "train/b": 1, "val/b": 2, "test/a": 1})
+    assert load(tmp_path, "validation").labels.tolist() == [1, 1]
+
+
+def test_without_a_folder_for_it_the_validation_split_is_missed(tmp_path):
+    write_noise(tmp_path, {"train/a": 1, "train/b": 1, "test/a": 2, "test/b": 2})
+    with pytest.raises(UserError) as error:
+        load(tmp_path, "validation", own_classes=True)
+    assert str(error.value) == (
+        f"{tmp_path} holds no validation split: it needs a folder named val beside train"
+    )

@@ -69,8 +69,11 @@ def test_splits_may_have_classes_of_their_own(dataset: str, held_out: str, tmp_p
     class_folders(tmp_path, "train", ["ant", "bee", "cat"])
     class_folders(tmp_path, held_out, ["dog", "eel"])
     place = DatasetPlace(dataset, str(tmp_path))
-    with pytest.raises(UserError, match="belongs to none of the 3 classes of the train split"):
+    with pytest.raises(
+        UserError, match="belongs to none of the 3 classes of the train split"
+    ) as error:
         load_split(place, "test", None)
+    assert str(error.value).endswith("if they are to have different ones, use peerlearn fewshot")
     novel = load_split(place, "test", None, own_classes=True)
     assert novel.class_names == ("dog", "eel")
     assert novel.labels is not None
@@ -99,3 +102,14 @@ def test_both_splits_come_with_their_limits_and_the_subset(run: Path):
     assert train.labels is not None
     assert train.labels.bincount().tolist() == [4] * 10
     assert (len(test), test.split) == (30, "test")
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_splits_of_different_classes_are_no_evaluation_of_one_classifier(run: Path, limit):
+    data = EvaluationDataConfig(name="fashion_mnist_classes", limit=limit)
+    with pytest.raises(UserError) as error:
+        load_splits(data, selection(run), RANKS)
+    assert str(error.value) == (
+        "fashion_mnist_classes is split by class: train and test have different classes; use peerlearn fewshot, or "
+        "choose another by --data.name"
+    )
