@@ -168,7 +168,7 @@ class PrototypicalConfig:
         ways: number of classes of a training episode.
         shots: number of support images of each class of a training episode.
         queries: number of query images of each class of a training episode.
-        episodes_per_epoch: number of training episodes in an epoch.
+        steps_per_epoch: number of training episodes, or of plain labelled batches, in an epoch.
         distance: distance of a query from a prototype: sqeuclidean or cosine.
         distance_temperature: temperature of the softmax over prototypes; of cosine usually 0.1 or less.
         images_per_class: number of images of one class in a group of a plain labelled batch.
@@ -182,7 +182,7 @@ class PrototypicalConfig:
     ways: int = 30
     shots: int = 1
     queries: int = 15
-    episodes_per_epoch: int = 100
+    steps_per_epoch: int = 100
     distance: Literal["sqeuclidean", "cosine"] = "sqeuclidean"
     distance_temperature: float = 1.0
     images_per_class: int = 8
@@ -196,7 +196,7 @@ class PrototypicalConfig:
             value = getattr(self, name)
             require(value >= 2, f"prototypical.{name} must be at least 2, got {value}")
         for name in (
-            *("shots", "queries", "episodes_per_epoch", "validation_shots", "validation_queries"),
+            *("shots", "queries", "steps_per_epoch", "validation_shots", "validation_queries"),
             "validation_episodes",
         ):
             value = getattr(self, name)
@@ -556,9 +556,11 @@ class PretrainConfig:
 
     def steps_per_epoch(self, images: int) -> int:
         """Number of optimiser steps in an epoch of so many training images."""
+        own = self.prototypical.steps_per_epoch
         if self.draws_episodes:
-            return self.prototypical.episodes_per_epoch
-        return images // self.batch_size
+            return own
+        batches = images // self.batch_size
+        return min(own, batches) if self.method == "prototypical" else batches
 
     @property
     def contrastive(self) -> bool:

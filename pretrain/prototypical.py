@@ -4,6 +4,7 @@ Dimensions: M networks, B batch, W ways, S shots, Q queries of a class, F featur
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
@@ -60,12 +61,13 @@ class Prototypical(Method):
         settings = config.prototypical
         if config.draws_episodes:
             return episode_sampler(dataset, settings, seed=config.seed)
-        return sampler_of(
+        plain = sampler_of(
             dataset,
             batch_size_global=config.batch_size,
             seed=config.seed,
             images_per_class=settings.images_per_class,
         )
+        return replace(plain, steps=config.steps_per_epoch(len(dataset)))
 
     @classmethod
     def check(cls, config: PretrainConfig, data: TrainingData) -> None:
@@ -159,13 +161,13 @@ def episode_sampler(dataset: ImageDataset, settings: PrototypicalConfig, *, seed
 
     def order(epoch: int) -> EpochOrder:
         drawn = draw(
-            episodes=settings.episodes_per_epoch,
+            episodes=settings.steps_per_epoch,
             seed=int(random_bits(TRAINING_EPISODES, seed, epoch)),
         )
         images = torch.cat([drawn.support, drawn.query], dim=2)
         return counted(images.transpose(1, 2).flatten(1))
 
-    return Sampler(settings.images_per_episode, settings.episodes_per_epoch, order)
+    return Sampler(settings.images_per_episode, settings.steps_per_epoch, order)
 
 
 def prototypical_loss(

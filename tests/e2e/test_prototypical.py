@@ -34,7 +34,7 @@ DATA = [
 ]
 EPISODES = [
     *("--prototypical.ways", "3", "--prototypical.queries", "5"),
-    *("--prototypical.episodes_per_epoch", "4", "--prototypical.validation_ways", "3"),
+    *("--prototypical.steps_per_epoch", "4", "--prototypical.validation_ways", "3"),
     *("--prototypical.validation_queries", "5", "--prototypical.validation_episodes", "20"),
 ]
 WORDS = [
