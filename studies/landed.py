@@ -11,7 +11,7 @@ import yaml
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import network_folder, read_seal
-from peerlearn.runs.step_folders import latest_step, step_folders
+from peerlearn.runs.step_folders import best_step, latest_step, step_folders
 from peerlearn.runs.training_facts import TrainingFacts
 
 Training = Literal["none", "live", "done", "dead"]
@@ -47,8 +47,8 @@ def landed_exports(run: Path, *, training: Training, every_epochs: int | None) -
     if every_epochs is None or not found:
         return found
     steps = every_epochs * _steps_per_epoch(run)
-    last = found[-1] if training == "done" else None
-    return [export for export in found if export is last or export.step % steps == 0]
+    kept = {found[-1].step, best_step(exports)} if training == "done" else set()
+    return [export for export in found if export.step in kept or export.step % steps == 0]
 
 
 def _networks(run: Path) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 from peerlearn.errors import UserError
 from peerlearn.evaluation.results import read_result
 from peerlearn.evaluation.uncertainty import spread_over_runs
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.step_folders import best_step
 from slurm.jobs import job_key
 from studies.ledger import Entry
 from studies.pipeline import Pipeline, PlannedRun
@@ -25,6 +27,7 @@ from studies.watch import (
 )
 
 _FIELDS = ("task", "dataset", "network", "step", "protocol", "metrics")
+_CHOSEN = "chosen"
 Result = dict[str, Any]
 
 
@@ -38,7 +41,9 @@ class Score:
         task: name of the task in the result files.
         dataset: data set of the score.
         network: name of the network: 0, 1, ..., key-0, ..., ensemble.
-        step: step of the checkpoint.
+        variant: what tells the scores of one network in an evaluation apart, "5-way 1-shot" say; "" for a single one.
+        step: step of the checkpoint; the last of the seeds' where validation chose it.
+        chosen: whether validation chose every seed's step.
         metric: name of the metric in the result files.
         mean: mean over the seeds.
         std: sample standard deviation over the seeds; None for one seed.
@@ -53,7 +58,9 @@ class Score:
     task: str
     dataset: str
     network: str
+    variant: str
     step: int
+    chosen: bool
     metric: str
     mean: float
     std: float | None
@@ -91,11 +98,16 @@ class Summary:
     problems: list[Problem]
 
     def latest(self) -> list[Score]:
-        """The main metric of each pretraining's last evaluated step."""
-        last: dict[str, int] = {}
+        """The main metric of the steps that validation chose, or of each pretraining's last evaluated step."""
+        last: dict[str, tuple[bool, int]] = {}
         for score in self.scores:
-            last[score.pretrain] = max(score.step, last.get(score.pretrain, 0))
-        return [score for score in self.main() if score.step == last[score.pretrain]]
+            moment = (score.chosen, 0 if score.chosen else score.step)
+            last[score.pretrain] = max(moment, last.get(score.pretrain, moment))
+        return [
+            score
+            for score in self.main()
+            if last[score.pretrain] == (score.chosen, 0 if score.chosen else score.step)
+        ]
 
     def main(self) -> list[Score]:
         """The first metric of each score, at every step."""
@@ -104,7 +116,8 @@ class Summary:
 
 def _identity(score: Score) -> tuple[Any, ...]:
     protocol = json.dumps(score.protocol, sort_keys=True)
-    return score.pretrain, score.evaluation, score.dataset, score.network, score.step, protocol
+    moment = "chosen" if score.chosen else score.step
+    return score.pretrain, score.evaluation, score.dataset, score.network, moment, protocol
 
 
 def sum_up(pipeline: Pipeline) -> Summary:
@@ -126,13 +139,22 @@ def sum_up(pipeline: Pipeline) -> Summary:
     groups: dict[tuple[str, ...], dict[int, Result]] = defaultdict(dict)
     problems: list[Problem] = []
     for run in pipeline.runs:
+        best = best_step(RunDirectory(run.folder).exports)
         for line, result in _results(pipeline, run, survey, problems):
-            names = [str(result[name]) for name in ("task", "dataset", "network", "step")]
+            names = [str(result[name]) for name in ("task", "dataset", "network")]
             protocol = json.dumps(result["protocol"], sort_keys=True)
-            groups[(run.line, line, *names, protocol)][run.seed] = result
-    scores = [s for key, group in groups.items() for s in _scores(key[0], key[1], group)]
+            moments = [str(result["step"]), *([_CHOSEN] if result["step"] == best else [])]
+            for moment in moments:
+                groups[(moment, run.line, line, *names, protocol)][run.seed] = result
+    scores = [
+        score
+        for (moment, pretrain, line, *_), group in groups.items()
+        for score in _scores(pretrain, line, group, chosen=moment == _CHOSEN)
+    ]
     lines, evaluations = pipeline.config.pretrain, [e.line for e in pipeline.evaluations]
-    scores.sort(key=lambda s: (lines.index(s.pretrain), evaluations.index(s.evaluation), s.step))
+    scores.sort(
+        key=lambda s: (lines.index(s.pretrain), evaluations.index(s.evaluation), s.chosen, s.step)
+    )
     return Summary(scores=scores, problems=problems)
 
 
@@ -165,7 +187,8 @@ def _results(
 def _read(path: Path, run: PlannedRun, problems: list[Problem]) -> Result | None:
     try:
         result = read_result(path)
-        return {name: result[name] for name in _FIELDS}
+        # Files of earlier versions have no variant.
+        return {name: result[name] for name in _FIELDS} | {"variant": result.get("variant", "")}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
@@ -189,7 +212,9 @@ def _shortcoming(entry: Entry | None) -> str:
     return "" if entry.results else "it left no result"
 
 
-def _scores(pretrain: str, evaluation: str, by_seed: dict[int, Result]) -> Iterator[Score]:
+def _scores(
+    pretrain: str, evaluation: str, by_seed: dict[int, Result], *, chosen: bool
+) -> Iterator[Score]:
     first = next(iter(by_seed.values()))
     for metric, value in first["metrics"].items():
         if not isinstance(value, float):
@@ -206,7 +231,9 @@ def _scores(pretrain: str, evaluation: str, by_seed: dict[int, Result]) -> Itera
             task=first["task"],
             dataset=first["dataset"],
             network=first["network"],
-            step=first["step"],
+            variant=first["variant"],
+            step=max(result["step"] for result in by_seed.values()),
+            chosen=chosen,
             metric=metric,
             mean=spread.mean,
             std=spread.std if spread.runs > 1 else None,

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _COLUMNS = (
-    *("pretrain", "evaluation", "task", "dataset", "network", "step", "metric"),
+    *("pretrain", "evaluation", "task", "dataset", "network", "variant", "step", "chosen"),
+    "metric",
     *("mean", "std", "ci95", "seeds", "values", "n", "protocol"),
 )
 
@@ -57,7 +58,8 @@ def summarise(pipeline: Pipeline) -> None:
         write_text(pipeline.root / "summary.csv", _as_csv(summary.scores))
         write_text(pipeline.root / "summary.json", _as_json(summary))
         if summary.scores:
-            draw(partial(_plot, summary.main()), pipeline.root / "summary.png")
+            by_step = [score for score in summary.main() if not score.chosen]
+            draw(partial(_plot, by_step), pipeline.root / "summary.png")
     except OSError as error:
         raise UserError(f"{pipeline.root}: cannot be written ({error.strerror})") from error
     _print(pipeline, summary)
@@ -96,15 +98,16 @@ def _print(pipeline: Pipeline, summary: Summary) -> None:
 
 
 def _table(scores: Sequence[Score], *, seeds: int) -> "Table":
-    """The table of one evaluation of every pretraining's last step. A score of a single seed has no spread."""
+    """The table of one evaluation of every pretraining's last or chosen step. A single seed has no spread."""
     from rich.table import Table
     from rich.text import Text
 
     first = scores[0]
     n = "" if first.n is None else f"n {first.n:,}; "
     table = Table(
-        title=Text(f"{first.evaluation} on {first.dataset}: {first.metric}"),
-        caption=f"{n}mean +- std over seeds, 95 % interval of the mean",
+        title=Text(_title(first)),
+        caption=f"{n}mean +- std over seeds, 95 % interval of the mean"
+        + ("; best: the step that validation chose" if first.chosen else ""),
     )
     for heading in ("pretraining", "step", "network"):
         table.add_column(heading, overflow="fold")
@@ -116,19 +119,28 @@ def _table(scores: Sequence[Score], *, seeds: int) -> "Table":
             spread = f" +- {score.std:.2f}"
             interval = f"{score.mean - score.ci95:.2f} .. {score.mean + score.ci95:.2f}"
         table.add_row(
-            *map(Text, (name_of(score.pretrain), str(score.step), score.network)),
+            *map(Text, (name_of(score.pretrain), _shown_step(score), score.network)),
             *(f"{score.mean:.2f}{spread}", interval, f"{len(score.values)} of {seeds}"),
         )
     return table
 
 
-def _panels(scores: Sequence[Score]) -> list[tuple[str, str, str]]:
+def _panels(scores: Sequence[Score]) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(map(_panel, scores)))
 
 
-def _panel(score: Score) -> tuple[str, str, str]:
+def _panel(score: Score) -> tuple[str, ...]:
     """The key of a panel of the picture. Scores with the same key are compared."""
-    return score.evaluation, score.dataset, score.metric
+    return score.evaluation, score.dataset, score.metric, score.variant
+
+
+def _shown_step(score: Score) -> str:
+    return "best" if score.chosen else str(score.step)
+
+
+def _title(score: Score) -> str:
+    variant = f", {score.variant}" if score.variant else ""
+    return f"{score.evaluation} on {score.dataset}: {score.metric}{variant}"
 
 
 @plain_text()
@@ -151,6 +163,6 @@ def _plot(scores: Sequence[Score], file: Path) -> None:
                 capsize=3,
                 label=f"{name_of(pretrain)}, {network}",
             )
-        axes.set(title=f"{panel[0]} on {panel[1]}", xlabel="step", ylabel=panel[2])
+        axes.set(title=_title(chosen[0]), xlabel="step", ylabel=panel[2])
         axes.legend(fontsize="x-small")
     figure.savefig(file, dpi=100)

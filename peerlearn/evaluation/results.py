@@ -60,6 +60,7 @@ def write_result(
     export_hash: Any,
     seed: Any,
     seconds: float,
+    variant: str = "",
 ) -> Path:
     """Write ``<task>-<dataset>-<step>-<network>-<hash>.json``.
 
@@ -68,6 +69,7 @@ def write_result(
     Args:
         export_hash: of the network; by its name for several networks, a list for several runs.
         seed: of the run or the evaluation; a list for several.
+        variant: what tells the scores of one network apart for people; "" where it has a single one.
 
     Raises:
         UserError: the folder cannot be written.
@@ -84,6 +86,7 @@ def write_result(
         "dataset": dataset,
         "step": step,
         "network": network,
+        "variant": variant,
         "metrics": metrics,
         **identity,
         "versions": env.pop("versions"),
@@ -136,6 +139,7 @@ def write_score(
         export_hash=hashes.get(score.network, dict(hashes)),
         seed=seed,
         seconds=round(seconds, 3),
+        variant=score.variant,
     )
     if score.picture is not None:
         draw(score.picture, file.with_suffix(".png"))

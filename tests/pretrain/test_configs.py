@@ -19,7 +19,15 @@ from pretrain.config import (
 )
 
 CONFIGS = sorted(SHIPPED.glob("*.yaml"))
-IMAGES = {"imagenet": (3, 224), "cifar10": (3, 32), "cifar100": (3, 32), "fashion_mnist": (1, 28)}
+IMAGES = {
+    "imagenet": (3, 224),
+    "cifar10": (3, 32),
+    "cifar100": (3, 32),
+    "fashion_mnist": (1, 28),
+    "fashion_mnist_classes": (1, 28),
+    "characters": (1, 32),
+    "miniimagenet": (3, 84),
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -29,6 +37,9 @@ def test_parses_and_builds_its_networks(path):
     cohort = build_cohort(config.cohort, in_chans=channels, image_size=size, seed=0)
     assert len(cohort.backbones) == config.cohort.networks
     expected = f"x{config.cohort.networks}" if config.cohort.networks > 1 else "moco"
+    if config.method == "prototypical":
+        assert "prototypical_" in path.stem
+        return
     if config.method == "supervised":
         assert path.stem == f"supervised_{config.data.name}"
     elif path.stem != "mcl_fashion_mnist_demo":
@@ -70,6 +81,37 @@ def test_the_papers_supervised_settings():
     assert (imagenet.schedule.name, imagenet.schedule.milestones_epochs) == ("step", [30, 60, 90])
     assert imagenet.data.augmentation == "supervised_imagenet"
     assert imagenet.supervised.num_negatives == 126
+
+
+def test_the_published_few_shot_settings():
+    """yinboc/prototypical-network-pytorch, train.py and mini_imagenet.py; Snell et al. 2017, section 3.2."""
+    plain, snell, mcl = (
+        shipped(name)
+        for name in (
+            "prototypical_miniimagenet",
+            "prototypical_miniimagenet_snell",
+            "mcl_x2_prototypical_miniimagenet",
+        )
+    )
+    for config in (plain, snell, mcl):
+        episode = config.prototypical
+        assert (episode.ways, episode.shots, episode.queries) == (30, 1, 15)
+        assert config.epochs * episode.steps_per_epoch == 20_000
+        assert (episode.validation_ways, episode.validation_episodes) == (5, 400)
+        assert episode.distance == "sqeuclidean"
+        assert (config.lr, config.optimizer.name, config.optimizer.weight_decay) == (
+            *(0.001, "adamw", 0.0),
+        )
+        halved = config.schedule
+        assert (halved.name, halved.gamma) == ("step", 0.5)
+        assert halved.milestones_epochs == list(range(20, 200, 20))
+        assert config.data.augmentation == "none"
+        assert (config.cohort.backbones, config.data.image_size) == ("conv4", 84)
+    assert plain.cohort.batch_norm_init == mcl.cohort.batch_norm_init == "uniform"
+    assert snell.cohort.batch_norm_init == "ones"
+    for config in (plain, snell):
+        assert (config.alpha, config.beta, config.cohort.networks) == (0, 0, 1)
+    assert (mcl.alpha, mcl.beta, mcl.cohort.networks) == (0.5, 0.1, 2)
 
 
 def test_the_published_settings():

@@ -290,6 +290,10 @@ def test_every_epochs_counts_epochs_and_always_the_last(run: Path):
     assert steps(2, "dead") == [12, 24]
     assert steps(7, "done") == [30]
     assert steps(1, "live") == [6, 12, 18, 24, 30]
+    # Of a run whose validation chooses, the step that it chose in the end.
+    (run / "export" / "best").write_text("step-00000018\n")
+    assert steps(2, "live") == [12, 24]
+    assert steps(2, "done") == [12, 18, 24, 30]
 
 
 @pytest.mark.slow(15)
