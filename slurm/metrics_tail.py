@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from peerlearn.runs.score_names import (
     ENSEMBLE,
+    EPISODE_SHOTS,
+    EPISODE_TOP1,
+    EPISODE_WAYS,
     KNN_K,
     KNN_TEMPERATURE,
     KNN_TOP1,
@@ -27,7 +30,7 @@ Row = dict[str, Any]
 
 
 class MetricsTail(NamedTuple):
-    """The end of metrics.jsonl. ``scores`` holds the fields of RunStatus for kNN and classifiers."""
+    """The end of metrics.jsonl. ``scores`` holds the fields of RunStatus for every kind of score."""
 
     step: int | None
     attempt: int | None
@@ -40,6 +43,8 @@ _UNSCORED: dict[str, Any] = dict.fromkeys(
     (
         *("knn_top1", "knn_network", "knn_epoch", "knn_k", "knn_temperature"),
         *("classifier_top1", "classifier_network", "classifier_epoch", "classifier_split"),
+        *("few_shot_top1", "few_shot_network", "few_shot_epoch", "few_shot_ways"),
+        "few_shot_shots",
     )
 )
 
@@ -94,7 +99,7 @@ def _pace(rows: Sequence[Row]) -> float | None:
 
 
 def _scores(row: Row) -> dict[str, Any]:
-    """The accuracy of the ensemble, or of a single network: by kNN, or by the classifiers of a supervised run."""
+    """The accuracy of the ensemble, or of a single network: by kNN, over episodes, or of a supervised run."""
     for network in (ENSEMBLE, "0"):
         epoch = number(row.get("epoch"))
         if (score := number(row.get(score_name(network, KNN_TOP1)))) is not None:
@@ -104,6 +109,14 @@ def _scores(row: Row) -> dict[str, Any]:
                 "knn_epoch": epoch,
                 "knn_k": integer(row.get(KNN_K)),
                 "knn_temperature": number(row.get(KNN_TEMPERATURE)),
+            }
+        if (score := number(row.get(score_name(network, EPISODE_TOP1)))) is not None:
+            return _UNSCORED | {
+                "few_shot_top1": score,
+                "few_shot_network": measured_part(network),
+                "few_shot_epoch": epoch,
+                "few_shot_ways": integer(row.get(EPISODE_WAYS)),
+                "few_shot_shots": integer(row.get(EPISODE_SHOTS)),
             }
         for split in ("test", "validation"):
             if (score := number(row.get(score_name(network, split + TOP1)))) is not None:

@@ -74,6 +74,11 @@ class RunStatus:
         classifier_network: network of that accuracy: ensemble (mean of logits), or net/0 of a single network.
         classifier_epoch: epoch of that accuracy.
         classifier_split: images of that accuracy: test, or validation if some were held out.
+        few_shot_top1: newest accuracy over validation episodes in percent.
+        few_shot_network: network of that accuracy: ensemble, or net/0 of a single network.
+        few_shot_epoch: epoch of that accuracy.
+        few_shot_ways: number of classes of its episodes.
+        few_shot_shots: number of support images of each class of its episodes.
         heartbeat_age_seconds: age in seconds of the oldest heartbeat of a rank; only while running.
         evaluations_pending: number of jobs that wait to evaluate the run.
         evaluations_running: number of jobs that evaluate the run now.
@@ -98,6 +103,11 @@ class RunStatus:
     classifier_network: str | None
     classifier_epoch: float | None
     classifier_split: str | None
+    few_shot_top1: float | None
+    few_shot_network: str | None
+    few_shot_epoch: float | None
+    few_shot_ways: int | None
+    few_shot_shots: int | None
     heartbeat_age_seconds: float | None
     evaluations_pending: int
     evaluations_running: int

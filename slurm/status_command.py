@@ -57,6 +57,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "live (whether it goes on by itself), job, restarts, step, total_steps, images_per_second, seconds_left, "
         "knn_top1 (percent), knn_network, knn_epoch, knn_k, knn_temperature, "
         "classifier_top1 (percent, of a supervised run), classifier_network, classifier_epoch, classifier_split, "
+        "few_shot_top1 (percent, over validation episodes), few_shot_network, few_shot_epoch, few_shot_ways, "
+        "few_shot_shots, "
         "heartbeat_age_seconds, evaluations_pending, evaluations_running.",
     )
     parser.add_argument(
@@ -151,13 +153,15 @@ def _table(statuses: Sequence[RunStatus]) -> "Group":
         if evaluated:
             cells.append(Text(_evaluations(status)))
         table.add_row(*cells)
-    return Group(table, *map(Text, (*_knn_protocol(statuses), *_classifier_protocol(statuses))))
+    protocols = (_knn_protocol, _classifier_protocol, _few_shot_protocol)
+    return Group(table, *(Text(line) for of in protocols for line in of(statuses)))
 
 
 def _score_heading(statuses: Sequence[RunStatus]) -> str:
     kinds = {
         "kNN": any(status.knn_top1 is not None for status in statuses),
         "classifier": any(status.classifier_top1 is not None for status in statuses),
+        "few-shot": any(status.few_shot_top1 is not None for status in statuses),
     }
     return f"{'/'.join(kind for kind, shown in kinds.items() if shown) or 'top-1'} (epoch)"
 
@@ -167,9 +171,8 @@ def _numbers(status: RunStatus) -> list[str]:
     step = "-" if status.step is None else f"{status.step:,}"
     total = "" if status.total_steps is None else f"/{status.total_steps:,}"
     rate, left, beat = status.images_per_second, status.seconds_left, status.heartbeat_age_seconds
-    score, scored_epoch = status.knn_top1, status.knn_epoch
-    if score is None:
-        score, scored_epoch = status.classifier_top1, status.classifier_epoch
+    score = _first(status.knn_top1, status.classifier_top1, status.few_shot_top1)
+    scored_epoch = _first(status.knn_epoch, status.classifier_epoch, status.few_shot_epoch)
     accuracy = "-" if score is None else f"{score:.2f}"
     epoch = "" if scored_epoch is None else f" ({scored_epoch:g})"
     return [
@@ -179,6 +182,10 @@ def _numbers(status: RunStatus) -> list[str]:
         f"{accuracy}{epoch}",
         "-" if beat is None else f"{beat:.0f} s ago",
     ]
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _evaluations(status: RunStatus) -> str:
@@ -212,3 +219,20 @@ def _classifier_protocol(statuses: Sequence[RunStatus]) -> list[str]:
         return ["classifier: top-1 in %; --json names network and split"]
     network, split = protocols.pop()
     return [f"classifier: top-1 in % on the {split} images, {network}"]
+
+
+def _few_shot_protocol(statuses: Sequence[RunStatus]) -> list[str]:
+    """The protocol of accuracies over validation episodes in one line; no line if there are none."""
+    protocols = {
+        (s.few_shot_network, s.few_shot_ways, s.few_shot_shots)
+        for s in statuses
+        if s.few_shot_top1 is not None
+    }
+    if not protocols:
+        return []
+    if len(protocols) > 1:
+        return [
+            "few-shot: accuracy in % over validation episodes; --json names network, ways and shots"
+        ]
+    network, ways, shots = protocols.pop()
+    return [f"few-shot: accuracy in % over {ways}-way {shots}-shot validation episodes, {network}"]

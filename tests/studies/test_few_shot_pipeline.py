@@ -11,7 +11,7 @@ import yaml
 
 from peerlearn.runs.step_folders import best_step
 from studies.ledger import Entry
-from tests.e2e.runs import command, environment
+from tests.e2e.runs import command, environment, rows
 from tests.e2e.test_prototypical import WORDS
 from tests.slurm.cluster import Cluster
 from tests.studies.test_pipeline import jobs, wait_for
@@ -61,7 +61,12 @@ def test_a_few_shot_pipeline_on_the_real_cluster(cluster: Cluster, tmp_path: Pat
     assert cluster.wait_for_state(summary().job["job"], "COMPLETED", "FAILED") == "COMPLETED"
     runs = [root / "runs" / f"mcl-seed-{seed}" for seed in (0, 1)]
     shown = peerlearn("status", *map(str, runs))
-    print(shown)
+    assert "few-shot (epoch)" in shown
+    assert "few-shot: accuracy in % over 3-way 1-shot validation episodes, ensemble" in shown
+    for status in json.loads(peerlearn("status", "--json", *map(str, runs))):
+        (*_, row) = rows(Path(status["run"]))
+        assert (status["state"], status["few_shot_epoch"]) == ("done", 4)
+        assert status["few_shot_top1"] == row["ensemble/episode_top1"]
 
     printed = " ".join(peerlearn("summary", str(root)).split())
     scores = json.loads((root / "summary.json").read_text())["scores"]
