@@ -21,6 +21,7 @@ from peerlearn.evaluation.episodes import (
     FewShotResult,
     Scorer,
     draw_episodes,
+    draw_from,
     logistic_regression,
     nearest_centroid,
     read_episodes,
@@ -131,8 +132,6 @@ def _load(config: FewShotConfig, selection: Selection) -> tuple[ImageDataset, Im
 
 def _episodes(config: FewShotConfig, images: ImageDataset, ranks: Ranks) -> dict[int, Episodes]:
     """By their shots: those of the file, where it is there, else drawn, and written to it."""
-    labels = images.labels
-    assert labels is not None
     size = {"ways": config.ways, "queries": config.queries, "episodes": config.episodes}
     file = None if config.episodes_file is None else Path(config.episodes_file)
     if file is not None and ranks.from_main(file.exists):
@@ -144,7 +143,7 @@ def _episodes(config: FewShotConfig, images: ImageDataset, ranks: Ranks) -> dict
             fingerprint=images.fingerprint(),
         )
     drawn = {
-        shots: draw_episodes(labels, shots=shots, seed=config.seed, **size)
+        shots: draw_from(images, shots=shots, seed=config.seed, **size)
         for shots in config.shot_numbers()
     }
     if file is not None:

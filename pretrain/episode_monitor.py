@@ -9,7 +9,7 @@ from peerlearn.data.datasets import select_images
 from peerlearn.data.unreadable import Unreadable, warn_of_unreadable
 from peerlearn.evaluation.episodes import (
     Episodes,
-    draw_episodes,
+    draw_from,
     nearest_centroid,
     score_episodes,
 )
@@ -36,10 +36,9 @@ def validation_episodes(config: PretrainConfig, data: TrainingData, *, episodes:
         UserError: there are fewer classes than ways, or one has too few images.
     """
     assert data.validation is not None
-    assert data.validation.labels is not None
     settings = config.prototypical
-    return draw_episodes(
-        data.validation.labels,
+    return draw_from(
+        data.validation,
         ways=settings.validation_ways,
         shots=settings.validation_shots or settings.shots,
         queries=settings.validation_queries,

@@ -19,7 +19,7 @@ from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import sampler_of
 from peerlearn.data.sampler import EpochOrder, Sampler, counted
-from peerlearn.evaluation.episodes import Distance, draw_episodes
+from peerlearn.evaluation.episodes import Distance, draw_from
 from peerlearn.runs.score_names import EPISODE_TOP1, score_name
 from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort
@@ -149,10 +149,9 @@ def episode_sampler(dataset: ImageDataset, settings: PrototypicalConfig, *, seed
     Raises:
         UserError: there are fewer classes than ways, or a class has too few images.
     """
-    assert dataset.labels is not None
     draw = partial(
-        draw_episodes,
-        dataset.labels,
+        draw_from,
+        dataset,
         ways=settings.ways,
         shots=settings.shots,
         queries=settings.queries,

@@ -84,7 +84,7 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, use: LabelUse) -> T
     if use == "classified":
         test = _test_split(config, train, root)
     elif use == "split_by_class":
-        validation = _validation_classes(train, root)
+        validation = _validation_classes(train, root, ranks)
     if settings.validation_percent and train.labels is not None:
         kept, held_out = hold_out(train.labels, settings.validation_percent, seed=config.seed)
         if not len(held_out):
@@ -126,7 +126,7 @@ def _test_split(config: PretrainConfig, train: ImageDataset, root: str | None) -
     return test
 
 
-def _validation_classes(train: ImageDataset, root: str | None) -> ImageDataset:
+def _validation_classes(train: ImageDataset, root: str | None, ranks: Ranks) -> ImageDataset:
     """The validation split, after a look at all three: no class and no image may stand in two of them."""
     if not has_split(train.name, "validation"):
         fitting = [name for name in DATASET_NAMES if has_split(name, "validation")]
@@ -142,7 +142,8 @@ def _validation_classes(train: ImageDataset, root: str | None) -> ImageDataset:
         raise UserError(
             f"{validation.title} validation has no labels to choose an epoch by{_because(validation)}"
         )
-    check_disjoint([train, validation, test])
+    if ranks.main:
+        check_disjoint([train, validation, test])
     return validation
 
 

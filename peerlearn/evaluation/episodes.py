@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from peerlearn.counter_random import EPISODE_CLASSES, EPISODE_IMAGES, random_bits
+from peerlearn.data.datasets import ImageDataset
 from peerlearn.errors import UserError
 from peerlearn.evaluation.uncertainty import interval_of_mean
 from peerlearn.knn import unit_rows
 from peerlearn.runs.files import write_text
+from peerlearn.runs.text import printable
 
 Distance = Literal["sqeuclidean", "cosine"]
 # Scores (e, W Q, W) of the queries of some episodes, from the numbers of support (e, W, S) and query (e, W Q).
@@ -63,8 +65,38 @@ class FewShotResult(NamedTuple):
     accuracies: Tensor
 
 
+def draw_from(
+    dataset: ImageDataset, *, ways: int, shots: int, queries: int, episodes: int, seed: int
+) -> Episodes:
+    """`draw_episodes` of a labelled dataset.
+
+    Raises:
+        UserError: as it does; the message names the dataset, its split and the class.
+    """
+    assert dataset.labels is not None
+    try:
+        return draw_episodes(
+            dataset.labels,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            episodes=episodes,
+            seed=seed,
+            class_names=dataset.class_names,
+        )
+    except UserError as error:
+        raise UserError(f"{dataset.title} {dataset.split}: {error}") from error
+
+
 def draw_episodes(
-    labels: Tensor, *, ways: int, shots: int, queries: int, episodes: int, seed: int
+    labels: Tensor,
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
+    episodes: int,
+    seed: int,
+    class_names: Sequence[str] = (),
 ) -> Episodes:
     """Episodes by counters: episode e is a pure function of (seed, e), the same for every network and machine.
 
@@ -74,6 +106,7 @@ def draw_episodes(
         labels: classes of the images, int64 (N,).
         ways: W, classes of an episode. shots: S. queries: Q. episodes: E.
         seed: of the draws.
+        class_names: names of the classes, for messages; () = their numbers.
 
     Raises:
         UserError: there are fewer classes than ways, or a class has fewer than S + Q images.
@@ -87,9 +120,11 @@ def draw_episodes(
     needed = shots + queries
     if (short := counts < needed).any():
         first = int(short.nonzero()[0])
+        number, count = int(classes[first]), int(counts[first])
+        name = printable(class_names[number]) if class_names else number
         raise UserError(
-            f"an episode takes {shots} shots and {queries} queries of a class, and class {int(classes[first])} has "
-            f"{int(counts[first])} images: lower shots or queries, or leave that class out"
+            f"an episode takes {shots} shots and {queries} queries of a class, and class {name} has {count} "
+            f"{'image' if count == 1 else 'images'}: lower shots or queries, or leave that class out"
         )
     # Row c: the images of class c, in order, and then nothing.
     members = torch.full((len(classes), int(counts.max())), -1, dtype=torch.long)

@@ -309,9 +309,9 @@ def test_all_classes_are_drawn_alike():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ([9, 9], "episodes of 3 ways need as many classes, and there are 2"),
-        ([9, 5, 9, 9], "takes 2 shots and 4 queries of a class, and class 1 has 5 images"),
-        ([9, 9, 9, 1], "class 3 has 1 images"),
+        ([9, 9], "made train: episodes of 3 ways need as many classes, and there are 2"),
+        ([9, 5, 9, 9], "takes 2 shots and 4 queries of a class, and class train-1 has 5 images"),
+        ([9, 9, 9, 1], "made train: .* class train-3 has 1 image: lower shots or queries"),
     ],
 )
 def test_too_few_classes_or_images_are_refused_at_once(counts, message):

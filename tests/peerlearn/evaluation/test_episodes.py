@@ -82,7 +82,7 @@ class TestDraw:
         labels = torch.tensor([0, 0, 0, 1, 1, 5])
         with pytest.raises(UserError, match=r"of 4 ways need as many classes, and there are 3"):
             draw_episodes(labels, ways=4, shots=1, queries=1, episodes=1, seed=0)
-        with pytest.raises(UserError, match=r"1 shots and 1 queries .* class 5 has 1 images"):
+        with pytest.raises(UserError, match=r"1 shots and 1 queries .* class 5 has 1 image:"):
             draw_episodes(labels, ways=2, shots=1, queries=1, episodes=1, seed=0)
 
 
