@@ -124,8 +124,12 @@ def differences(selections: Sequence[Selection]) -> list[str]:
 
     Exports that belong to no run are compared by their steps alone.
     """
-    facts = [
-        {"step": each.step, **(_training_config(each.run) if each.run else {})}
+    facts: list[dict[str, Any]] = [
+        {
+            # Validation may well choose another step for every seed.
+            **({} if each.chosen_by_validation else {"step": each.step}),
+            **(_training_config(each.run) if each.run else {}),
+        }
         for each in selections
     ]
     differing = []

@@ -126,10 +126,10 @@ def test_exports_that_are_lost_come_back(lost, undisturbed, tmp_path):
     assert exported_files(run) == expected
 
 
-def fewshot(run: Path, results: Path, *more: str) -> list[dict]:
-    words = ["fewshot", "--checkpoint", str(run), "--results", str(results), "--device", "cpu"]
-    more = ("--ways", "3", "--shots", "1", "--episodes", "5", "--cache", "false", *more)
-    assert main([*words, *more]) == 0
+def fewshot(run: Path, results: Path, *others: str) -> list[dict]:
+    words = ["fewshot", "--checkpoint", str(run), *others, "--results", str(results)]
+    small = ("--ways", "3", "--shots", "1", "--episodes", "5", "--cache", "false")
+    assert main([*words, *small, "--device", "cpu"]) == 0
     return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
 
 
@@ -147,6 +147,23 @@ def test_evaluators_take_the_best_and_say_so(undisturbed, tmp_path, capsys):
     assert "chose" not in capsys.readouterr().out
     (run / "export/best").write_text("nonsense")
     assert {result["step"] for result in fewshot(run, tmp_path / "c")} == {STEPS}
+
+
+def test_steps_that_validation_chose_may_differ_between_the_runs_of_a_mean(
+    undisturbed, tmp_path, capsys, caplog
+):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for run in (one, other):
+        shutil.copytree(undisturbed, run)
+    step = next(s for s in (12, STEPS) if s != best_of(undisturbed))
+    (other / "export/best").write_text(f"step-{step:08d}\n")
+    fewshot(one, tmp_path / "results", str(other))
+    assert "differ" not in caplog.text + capsys.readouterr().err
+    (other / "export/best").unlink()
+    (one / "export/best").unlink()
+    (one / "export/latest").write_text("step-00000012\n")
+    fewshot(one, tmp_path / "results", str(other))
+    assert f"step (12, {STEPS})" in caplog.text + capsys.readouterr().err
 
 
 @pytest.mark.ddp
