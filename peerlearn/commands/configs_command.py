@@ -23,6 +23,7 @@ UNMEASURED = "unmeasured"
 _TASKS = {
     "pretrain": "pretraining without labels",
     "supervised": "training with labels",
+    "prototypical": "few-shot training",
     "linear": "evaluating features",
     "pipeline": "pretraining and evaluation, several seeds",
     "sweep": "comparing configs, several seeds",
@@ -87,7 +88,7 @@ def print_recipes(verb: str) -> None:
     print(
         f"peerlearn {verb} CONFIG: choose a recipe by the size of the data and the time there is\n"
     )
-    for task in (verb, "supervised"):
+    for task in (verb, "supervised", "prototypical"):
         print(f"{_TASKS[task]}:")
         _print_rows([each for each in recipes() if each.task == task])
         print()
@@ -120,7 +121,7 @@ def _recipe(verb: str, path: Path) -> Recipe:
     data = pretraining.get("data", {})
     return Recipe(
         name=path.stem,
-        task="supervised" if method == "supervised" else verb,
+        task=method if method in _TASKS else verb,
         data=data.get("name", ""),
         images=_count(data),
         header=read_header(path),
@@ -153,7 +154,7 @@ def _print_rows(rows: Sequence[Recipe]) -> None:
             print(f"  {row.name:<34} {row.header[PURPOSE].partition('. ')[0].rstrip('.')}")
         else:
             images = f"{row.images:>9,} images of {row.data}" if row.images else "the run's images"
-            print(f"  {row.name:<34} {images:<34} {row.place}")
+            print(f"  {row.name:<34} {images:<39} {row.place}")
 
 
 def _find(name: str) -> Path:
