@@ -344,7 +344,8 @@ def _print(
     for remark in remarks:
         print(printable(remark))
     total = sum(map(len, faults.values()))
-    print(f"\n{total:,} faults" if total else "\nnothing wrong was found")
+    found = f"{total:,} fault{'s' if total > 1 else ''}" if total else "nothing wrong was found"
+    print(f"\n{found}")
 
 
 def _print_table(corner: str, rows: dict[str, dict[str, Any]]) -> None:

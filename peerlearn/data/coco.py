@@ -111,7 +111,10 @@ class _Reader:
         for place, entry in enumerate(entries):
             key, name = _id(entry, "id"), _field(entry, "name")
             if key is None or not isinstance(name, str) or not name:
-                self._fault(Kind.MALFORMED, f"category {place} has no 'id' or no 'name': add them")
+                self._fault(
+                    Kind.MALFORMED,
+                    f"the category at place {place} has no 'id' or no 'name': add them",
+                )
             elif key in number or name in names:
                 twice = f"id {key!r}" if key in number else f"name {printable(name)!r}"
                 self._fault(Kind.LISTED_TWICE, f"two categories have the {twice}: rename one")
@@ -128,7 +131,8 @@ class _Reader:
             key, name = _id(entry, "id"), _field(entry, "file_name")
             if key is None or not isinstance(name, str) or not name or "\0" in name:
                 self._fault(
-                    Kind.MALFORMED, f"image {place} has no 'id' or no 'file_name': add them"
+                    Kind.MALFORMED,
+                    f"the image at place {place} has no 'id' or no 'file_name': add them",
                 )
                 continue
             file = self._folder / name
@@ -150,7 +154,7 @@ class _Reader:
         seen: set[Any] = set()
         for place, entry in enumerate(entries):
             own = _id(entry, "id")
-            where = f"annotation {place}" if own is None else f"annotation {own!r}"
+            where = f"the annotation at place {place}" if own is None else f"annotation {own!r}"
             if own is not None and own in seen:
                 self._fault(Kind.LISTED_TWICE, f"two annotations have the id {own!r}: remove one")
                 continue

@@ -164,7 +164,7 @@ def _read(
             if path not in read:
                 read[path] = _objects(path, image, number, report)
             if not os.path.isfile(image):
-                line = f"{image} is missing, and {split} lists it: restore it or remove it from the list"
+                line = f"{image} is missing: restore it, or remove {name} from the lists"
                 report(Fault(Kind.MISSING_IMAGE, (image,), line))
                 continue
             objects = read[path]

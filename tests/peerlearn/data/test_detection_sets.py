@@ -210,7 +210,9 @@ def test_a_fault_of_an_annotation_is_one_line(said: str, devkit: Path):
 def test_faults_of_lists_and_images_are_one_line(devkit: Path):
     lists, images = devkit / "VOC2007/ImageSets/Main", devkit / "VOC2007/JPEGImages"
     (images / "000001.jpg").unlink()
-    with pytest.raises(UserError, match=r"000001.jpg is missing, and train2007 lists it: restore"):
+    with pytest.raises(
+        UserError, match=r"000001.jpg is missing: restore it, or remove 000001 from the lists"
+    ):
         voc("train2007", devkit)
     (lists / "val.txt").write_text("000002\n000002\n")
     with pytest.raises(UserError, match=r"val.txt lists 000002 twice: remove one of the lines"):
@@ -300,9 +302,9 @@ COCO_FAULTS: dict[str, Callable[[dict], object]] = {
     "two categories have the id 90": entry("categories", 1, id=90),
     "two categories have the name 'screw'": entry("categories", 1, name="screw"),
     "two annotations have the id 1": entry("annotations", 1, id=1),
-    "image 1 has no 'id' or no 'file_name'": entry("images", 1, id=[1]),
-    "image 2 has no 'id' or no 'file_name'": entry("images", 2, file_name=None),
-    "category 0 has no 'id' or no 'name'": entry("categories", 0, name=""),
+    "the image at place 1 has no 'id' or no 'file_name'": entry("images", 1, id=[1]),
+    "the image at place 2 has no 'id' or no 'file_name'": entry("images", 2, file_name=None),
+    "the category at place 0 has no 'id' or no 'name'": entry("categories", 0, name=""),
     "annotation 2 has category 91, none of 90, 2": entry("annotations", 1, category_id=91),
     "annotation 2 is of image 8, which is not listed": entry("annotations", 1, image_id=8),
     f"annotation 1 {NEEDS}": entry("annotations", 0, bbox=[1, 2, 3]),
