@@ -21,11 +21,10 @@ def write_jpeg(path: Path, seed: int, size: tuple[int, int] = (60, 40)) -> None:
 def voc_xml(objects: Sequence[VocObject], size: tuple[int, int] = (60, 40), file: str = "") -> str:
     """An annotation as published, with a part that has a name and a box of its own in every object."""
     parts = [
-        f"<object><name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated>"
+        "<object><part><name>head</name><bndbox><xmin>7</xmin><ymin>7</ymin><xmax>8</xmax><ymax>8</ymax></bndbox></part>"
+        f"<name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated>"
         f"<difficult>{difficult}</difficult><bndbox><xmax>{xmax}</xmax><xmin>{xmin}</xmin>"
-        f"<ymax>{ymax}</ymax><ymin>{ymin}</ymin></bndbox>"
-        "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-        "</object>"
+        f"<ymax>{ymax}</ymax><ymin>{ymin}</ymin></bndbox></object>"
         for name, xmin, ymin, xmax, ymax, difficult, truncated in objects
     ]
     return (

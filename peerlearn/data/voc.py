@@ -224,7 +224,6 @@ def _objects(path: Path, image: Path, number: Mapping[str, int], report: Report)
         report(Fault(Kind.MALFORMED, (path,), malformed.format(error.strerror)))
         return no_objects()
     objects = no_objects(size)
-    # Of the direct children alone: the parts of a person have boxes too.
     for place, element in enumerate(root.findall("object"), 1):
         try:
             _add(objects, element, path, place, number, report)
@@ -262,6 +261,7 @@ def _add(
     report: Report,
 ) -> None:
     """Add an object of the file ``path``, the ``place``-th there."""
+    # Of the direct children alone: the parts of a person have names and boxes too.
     name = _text(element, "name")
     xmin, ymin, xmax, ymax = (
         _number(element, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")

@@ -121,6 +121,12 @@ def test_close_hashes_are_those_of_all_pairs():
     assert {tuple(sorted(pair)) for pair in _close_hashes(every)} == all_pairs
 
 
+@pytest.mark.parametrize("equal", range(5))
+def test_one_equal_band_of_five_is_enough(equal: int):
+    other = sum(1 << 13 * band + 5 for band in range(5) if band != equal)
+    assert list(_close_hashes(np.array([0, other], np.uint64))) == [(0, other)]
+
+
 @pytest.mark.parametrize("alike", [False, True])
 def test_many_images_take_seconds(alike: bool):
     noise = np.random.default_rng(0)
