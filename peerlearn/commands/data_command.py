@@ -1,6 +1,7 @@
 """`peerlearn data`: what is done to data sets before anything is trained on them.
 
 convert: pickles of few-shot data sets become folders of PNG files.
+verify: what is wrong with detection data or a folder of images.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peerlearn.commands.data_verify import add_verify
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
 from peerlearn.runs.files import sync
@@ -21,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn data convert SOURCE --output DIR`.
+    """`peerlearn data convert SOURCE --output DIR` and `peerlearn data verify SOURCE`.
 
     Returns:
         The exit code.
     """
-    parser = ArgumentParser(prog="peerlearn data", description="Prepare data sets.")
+    parser = ArgumentParser(prog="peerlearn data", description="Prepare and check data sets.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     about = "turn the pickles of a few-shot data set into folders of PNG files"
     convert = actions.add_parser(
@@ -44,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         "--output", type=Path, required=True, metavar="DIR", help="folder to write, which must not be there yet"
     )  # fmt: skip
     convert.set_defaults(run=_convert)
+    add_verify(actions)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)

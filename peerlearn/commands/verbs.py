@@ -80,7 +80,7 @@ VERBS = {
         "peerlearn.exchange.import_command", "main", "read another program's checkpoint"
     ),
     "data": Verb(
-        "peerlearn.commands.data_command", "main", "turn pickled data sets into folders of images"
+        "peerlearn.commands.data_command", "main", "check data sets, turn pickled ones into folders"
     ),
     "configs": Verb("peerlearn.commands.configs_command", "main", "list the shipped configs"),
     "doctor": Verb(

@@ -5,7 +5,7 @@ Images are uint8 (channels, height, width) throughout.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,14 +94,7 @@ class ImageDataset:
             digest.update(repr(tuple(self.images.shape)).encode())
             digest.update(self.images.contiguous().numpy().data)
         else:
-            base = os.path.commonpath([path.parent for path in self.images])
-            names = (path.relative_to(base).as_posix() for path in self.images)
-            digest.update("\0".join(names).encode(errors="surrogateescape"))
-            sizes = [_size(path) for path in self.images]
-            digest.update(repr(sizes).encode())
-            if sum(sizes) <= _HASHED_BYTES:
-                for path in self.images:
-                    digest.update(_content(path))
+            hash_files(digest, self.images)
         if self.labels is not None:
             digest.update(self.labels.numpy().astype("<i8").tobytes())
         if self.sources:
@@ -111,6 +104,18 @@ class ImageDataset:
 
 # Up to this many bytes of image files are read for the fingerprint. Larger sets count by names and sizes.
 _HASHED_BYTES = 2**28
+
+
+def hash_files(digest: "hashlib._Hash", files: Sequence[Path]) -> None:
+    """Add image files to a hash: their names below the common folder, their sizes, and the bytes of a small set."""
+    base = os.path.commonpath([path.parent for path in files])
+    names = (path.relative_to(base).as_posix() for path in files)
+    digest.update("\0".join(names).encode(errors="surrogateescape"))
+    sizes = [_size(path) for path in files]
+    digest.update(repr(sizes).encode())
+    if sum(sizes) <= _HASHED_BYTES:
+        for path in files:
+            digest.update(_content(path))
 
 
 def _size(path: Path) -> int:

@@ -191,7 +191,7 @@ def imagenet(split: str, root: Path, *, own_classes: bool = False) -> Content:
 
 
 # The names that a split's folder may have, in any case; the first one that is there counts.
-_SPLIT_FOLDERS = {
+SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing", "val", "valid", "validation"),
@@ -202,7 +202,7 @@ def any_folder(split: str, root: Path, *, own_classes: bool = False) -> Content:
     """Any folder of images.
 
     If root holds a folder train, the train split is in it, and the test split is in root/test, or else in root/val
-    (`_SPLIT_FOLDERS` has the other names that are known). A test folder whose images lie in no class folders is passed
+    (`SPLIT_FOLDERS` has the other names that are known). A test folder whose images lie in no class folders is passed
     over if a later one has them. The validation split is in root/val, whether or not that is the test split too. If
     root holds none of these folders, it is the train split itself, and there is no other.
 
@@ -247,7 +247,7 @@ def _split_folders(root: Path, split: str) -> list[Path]:
     """The folders that may hold a split, the first choice first."""
     # In sorted order, so that of Train and train the latter counts.
     present = {name.lower(): root / name for name in subfolders(root)}
-    return [present[name] for name in _SPLIT_FOLDERS[split] if name in present]
+    return [present[name] for name in SPLIT_FOLDERS[split] if name in present]
 
 
 def _why_unlabelled(found: FoundFiles, *, nested: bool, fewest: int = 2) -> str:
