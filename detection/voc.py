@@ -72,7 +72,7 @@ def evaluate(
 
     Args:
         detections: of each image, {boxes (n, 4), scores (n,), labels (n,)}, tensors of any real dtype; boxes are
-            (x1, y1, x2, y2).
+            (x1, y1, x2, y2), from the same origin as the targets' (the devkit's first pixel is 1).
         targets: of each image in the same order, {boxes (n, 4), labels (n,), difficult (n,)}.
         num_classes: number of classes C; labels are 0 .. C - 1.
         rule: voc07, voc10 or coco.
