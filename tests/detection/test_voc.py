@@ -168,6 +168,15 @@ class TestClosedForms:
             result = evaluate(images, [there, elsewhere], num_classes=2, rule=rule)
             assert result.per_class_ap50.tolist() == [0, 0]
 
+    def test_a_miss_in_one_image_leaves_the_objects_of_another_as_they_are(self):
+        # Right, wrong, wrong, right of three objects: precision 1 up to recall 1/3, then 1/2 up to 2/3.
+        images = [found([A, A, B], [0.9, 0.8, 0.6]), found([C], [0.7])]
+        objects = [target([A, B]), target([A])]
+        expected = ((4 + 3 / 2) / 11, (1 + 1 / 2) / 3, (34 + 33 / 2) / 101)
+        for rule, ap in zip(RULES, expected, strict=True):
+            result = evaluate(images, objects, num_classes=1, rule=rule)
+            assert result.ap50 == pytest.approx(100 * ap)
+
     def test_the_rule_is_voc07_unless_told(self):
         result = evaluate([found([A], [0.9])], [target([A, B])], num_classes=1)
         assert result.ap == pytest.approx(100 * 6 / 11)
