@@ -7,6 +7,7 @@ import pytest
 
 # The functions that users meet first.
 EXAMPLES = (
+    "detection.voc.evaluate",
     "fewshot.evaluate.evaluate_features",
     "peerlearn.backbones.create_backbone",
     "peerlearn.export.load_export",

@@ -32,7 +32,7 @@ LADDER = (
     ("peerlearn.export", "peerlearn.knn"),
     ("peerlearn.exchange", "peerlearn.commands", "peerlearn.evaluation"),
     ("peerlearn.cli",),
-    ("pretrain", "linear_eval", "fewshot", "slurm"),
+    ("pretrain", "linear_eval", "fewshot", "detection", "slurm"),
     ("studies",),
 )
 RUNG = {room: rung for rung, rooms in enumerate(LADDER) for room in rooms}
