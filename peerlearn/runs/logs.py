@@ -55,7 +55,12 @@ class _Terminal(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that loses lines without a message if the disk is full, because the run itself goes on."""
+    """A log file that loses lines without a message if it cannot be written, because the run itself goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A library that configures logging closes every file, which is then opened again for the next line.
+        with contextlib.suppress(OSError):
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         return

@@ -170,7 +170,10 @@ def test_the_config_of_a_saved_run_passes_the_same_check(digits_run, tmp_path, c
         assert message in capsys.readouterr().err
     (run / "config.yaml").write_text(text.replace("method: moco\n", "method:\n"))
     assert main(["resume", str(run), "--epochs", "2"]) == 2
-    assert "method: expected one of moco, simclr, supervised, got null" in capsys.readouterr().err
+    assert (
+        "method: expected one of moco, simclr, supervised, prototypical, got null"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_that_a_job_will_make_is_not_asked_for_and_the_rest_is(tmp_path, capsys):
