@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageFont
+from PIL import Image
 
-from peerlearn.data.characters import EM_PIXELS, FONTS, draw, font_files
+from peerlearn.data.characters import FONTS, draw, font_files, open_font
 from peerlearn.runs.progress import progress
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "aefghikmnrty" + "23456789" + "!#$%&*+-:;=?@~"
@@ -43,7 +43,7 @@ def read_fonts(folder: Path) -> list[Font]:
         for file in files:
             report.advance()
             try:
-                opened = ImageFont.truetype(file, EM_PIXELS)
+                opened = open_font(file)
                 images = draw(opened, CHARACTERS)
             except (OSError, ValueError):  # A font that Pillow cannot read or draw.
                 continue

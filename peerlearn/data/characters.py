@@ -7,9 +7,11 @@ other pixels.
 Dimensions: C characters, S styles; H = W = `PIXELS`.
 """
 
+import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +30,7 @@ PIXELS = 32
 # Shares of the image's side: the size of an em, and the height of the baseline.
 _EM = 0.75
 _BASELINE = 0.75
-EM_PIXELS = round(_EM * PIXELS)
+_EM_PIXELS = round(_EM * PIXELS)
 
 # Drawn by lot from capitals, digits and signs. Left out are small letters, which many fonts draw as capitals; mirror
 # images of others (3 of E, 5 of 2, brackets), because training flips; and - and ., which look the same leaning.
@@ -53,6 +55,17 @@ def font_files(folder: Path) -> list[Path]:
     files = (path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".otf"))
     # A pipe would keep its reader waiting for ever.
     return sorted(filter(os.path.isfile, files), key=lambda file: (file.name, file))
+
+
+def open_font(file: Path, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
+    """The font in a file.
+
+    Raises:
+        OSError: the file cannot be read, or holds no font.
+    """
+    # By its content: for a damaged file Pillow would take an installed font of the same file name.
+    content = io.BytesIO(file.read_bytes())
+    return ImageFont.truetype(content, _EM_PIXELS, layout_engine=layout)
 
 
 def draw(font: ImageFont.FreeTypeFont, characters: str) -> list[Image.Image] | None:
@@ -181,10 +194,25 @@ class _Fonts(NamedTuple):
 
 def _read_fonts(folder: Path) -> _Fonts:
     """Fonts in the order of their hashes, so that the first ones are of all kinds, and the same on every machine."""
+    files, damaged = [], []
+    for file in font_files(folder):
+        try:
+            status = file.stat()
+            files.append((file, status.st_size, status.st_mtime_ns))
+        except OSError:
+            damaged.append(file.name)
+    drawn = _drawn(tuple(files))
+    return drawn._replace(damaged=[*damaged, *drawn.damaged])
+
+
+# Drawing takes seconds, and a run asks for three splits of the same fonts.
+@lru_cache(maxsize=1)
+def _drawn(files: tuple[tuple[Path, int, int], ...]) -> _Fonts:
+    """The fonts of some files, each with its size and time, by which a changed one is drawn anew."""
     glyphs: dict[str, Images] = {}
     sources, damaged = [], []
     hashed = []
-    for file in font_files(folder):
+    for file, *_ in files:
         try:
             hashed.append((file_sha256(file), file))
         except OSError:
@@ -192,7 +220,7 @@ def _read_fonts(folder: Path) -> _Fonts:
     for digest, file in sorted(hashed, key=lambda entry: (entry[0], entry[1].name)):
         try:
             # Pillow's own layout: whether the other one is there depends on the machine.
-            font = ImageFont.truetype(file, EM_PIXELS, layout_engine=ImageFont.Layout.BASIC)
+            font = open_font(file, ImageFont.Layout.BASIC)
             images = draw(font, CHARACTERS + _LACKING) if len(glyphs) < _MOST_FONTS else None
         except (OSError, ValueError):
             damaged.append(file.name)

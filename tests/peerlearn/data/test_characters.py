@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +16,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fewshot.evaluate import evaluate_features
 from peerlearn.data import characters
-from peerlearn.data.characters import CHARACTERS, FONTS, PIXELS, SPLITS, STYLES, unique_images
+from peerlearn.data.characters import (
+    CHARACTERS,
+    FONTS,
+    PIXELS,
+    SPLITS,
+    STYLES,
+    draw,
+    unique_images,
+)
 from peerlearn.data.datasets import CLASS_SPLITS, ImageDataset, first_images, load_dataset
 from peerlearn.data.published import PUBLISHED, is_split_by_class
 from peerlearn.errors import UserError
@@ -34,6 +43,14 @@ def folder_of_fonts(folder: Path, fonts: list[Path] = PLAIN) -> Path:
 @pytest.fixture(scope="module")
 def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of_fonts(tmp_path_factory.mktemp("fonts") / "plain")
+
+
+@pytest.fixture(autouse=True)
+def drawn_anew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """No test takes an earlier drawing, but the one that is about that, by the function which this returns."""
+    kept = characters._drawn
+    monkeypatch.setattr(characters, "_drawn", kept.__wrapped__)
+    return kept
 
 
 def load(root: Path, split: str = "test") -> ImageDataset:
@@ -198,6 +215,32 @@ def test_the_same_fonts_give_the_same_bytes_wherever_they_lie_and_however_they_a
     assert found.fingerprint() == expected.fingerprint()
 
 
+def test_fonts_are_drawn_once_for_all_splits_and_anew_when_a_file_changes(
+    drawn_anew, tmp_path, monkeypatch
+):
+    drawings = []
+
+    def counted(font: ImageFont.FreeTypeFont, letters: str) -> object:
+        drawings.append(font)
+        return draw(font, letters)
+
+    monkeypatch.setattr(characters, "_drawn", drawn_anew)
+    monkeypatch.setattr(characters, "draw", counted)
+    root = tmp_path / "fonts"
+    root.mkdir()
+    for font in PLAIN:
+        shutil.copy(font, root)
+    first = [load(root, split).fingerprint() for split in CLASS_SPLITS]
+    assert len(drawings) == len(PLAIN)
+    assert [load(root, split).fingerprint() for split in CLASS_SPLITS] == first
+    assert len(drawings) == len(PLAIN)
+    (root / PLAIN[0].name).write_bytes(PLAIN[0].read_bytes()[:5000])
+    changed = load(root)
+    assert len(changed.sources) == len(PLAIN) - 1
+    assert changed.remarks
+    assert len(drawings) == 2 * len(PLAIN) - 1
+
+
 def test_the_fingerprint_changes_with_the_list_of_fonts_even_where_the_images_stay(fonts, tmp_path):
     whole = load(fonts)
     assert len(whole.sources) == len(PLAIN)
@@ -251,6 +294,15 @@ def test_damaged_fonts_are_skipped_and_told(fonts, tmp_path):
     assert found.remarks == (
         f"{root}: skipped 2 font files that cannot be read or drawn, cut.ttf first",
     )
+
+
+def test_a_damaged_font_is_not_replaced_by_an_installed_one_of_its_name(fonts, tmp_path):
+    root = folder_of_fonts(tmp_path / "fonts", PLAIN[1:])
+    expected = load(root)
+    (root / PLAIN[0].name).write_bytes(PLAIN[0].read_bytes()[:5000])
+    found = load(root)
+    assert found.fingerprint() == expected.fingerprint()
+    assert f"{PLAIN[0].name} first" in found.remarks[0]
 
 
 def test_no_fonts_and_too_few_are_one_line_with_the_packages(tmp_path, monkeypatch):
