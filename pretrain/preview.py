@@ -123,7 +123,7 @@ def _published(config: PretrainConfig, error: NotHereError) -> _Images:
     if known is None or data.split not in known.images:
         raise error
     count = min(known.images[data.split], data.limit or known.images[data.split])
-    if not config.draws_episodes and count < config.batch_size:
+    if not config.steps_per_epoch(count):
         raise UserError(
             f"{count} images are fewer than one batch: lower batch_size ({config.batch_size}) or raise data.limit"
         )

@@ -134,16 +134,14 @@ def _validation_classes(train: ImageDataset, root: str | None, ranks: Ranks) -> 
             f"method prototypical needs train, validation and test images of different classes, and {train.title} is "
             f"not split so: choose data.name from {', '.join(fitting)}"
         )
-    validation, test = (
-        load_dataset(train.name, split, root=root, own_classes=True)
-        for split in ("validation", "test")
-    )
+    load = partial(load_dataset, train.name, root=root, own_classes=True)
+    validation = load("validation")
     if not _labelled(validation):
         raise UserError(
             f"{validation.title} validation has no labels to choose an epoch by{_because(validation)}"
         )
     if ranks.main:
-        check_disjoint([train, validation, test])
+        check_disjoint([train, validation, load("test")])
     return validation
 
 

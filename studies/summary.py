@@ -69,6 +69,11 @@ class Score:
     n: int | None
     protocol: dict[str, Any]
 
+    @property
+    def moment(self) -> tuple[bool, int]:
+        """Its place among the steps of a pretraining; that of what validation chose is one, after all of them."""
+        return self.chosen, 0 if self.chosen else self.step
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -101,13 +106,8 @@ class Summary:
         """The main metric of the steps that validation chose, or of each pretraining's last evaluated step."""
         last: dict[str, tuple[bool, int]] = {}
         for score in self.scores:
-            moment = (score.chosen, 0 if score.chosen else score.step)
-            last[score.pretrain] = max(moment, last.get(score.pretrain, moment))
-        return [
-            score
-            for score in self.main()
-            if last[score.pretrain] == (score.chosen, 0 if score.chosen else score.step)
-        ]
+            last[score.pretrain] = max(score.moment, last.get(score.pretrain, score.moment))
+        return [score for score in self.main() if score.moment == last[score.pretrain]]
 
     def main(self) -> list[Score]:
         """The first metric of each score, at every step."""
@@ -116,8 +116,7 @@ class Summary:
 
 def _identity(score: Score) -> tuple[Any, ...]:
     protocol = json.dumps(score.protocol, sort_keys=True)
-    moment = "chosen" if score.chosen else score.step
-    return score.pretrain, score.evaluation, score.dataset, score.network, moment, protocol
+    return score.pretrain, score.evaluation, score.dataset, score.network, score.moment, protocol
 
 
 def sum_up(pipeline: Pipeline) -> Summary:
@@ -152,9 +151,7 @@ def sum_up(pipeline: Pipeline) -> Summary:
         for score in _scores(pretrain, line, group, chosen=moment == _CHOSEN)
     ]
     lines, evaluations = pipeline.config.pretrain, [e.line for e in pipeline.evaluations]
-    scores.sort(
-        key=lambda s: (lines.index(s.pretrain), evaluations.index(s.evaluation), s.chosen, s.step)
-    )
+    scores.sort(key=lambda s: (lines.index(s.pretrain), evaluations.index(s.evaluation), s.moment))
     return Summary(scores=scores, problems=problems)
 
 
