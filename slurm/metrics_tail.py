@@ -3,7 +3,7 @@
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,14 +39,48 @@ class MetricsTail(NamedTuple):
     scores: dict[str, Any]
 
 
-_UNSCORED: dict[str, Any] = dict.fromkeys(
-    (
-        *("knn_top1", "knn_network", "knn_epoch", "knn_k", "knn_temperature"),
-        *("classifier_top1", "classifier_network", "classifier_epoch", "classifier_split"),
-        *("few_shot_top1", "few_shot_network", "few_shot_epoch", "few_shot_ways"),
-        "few_shot_shots",
-    )
+def integer(value: object) -> int | None:
+    """The value if it is a whole number, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def number(value: object) -> float | None:
+    """The value if it is a number, else None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+class _Kind(NamedTuple):
+    """A kind of score, whose fields of RunStatus begin with its name.
+
+    Attributes:
+        name: beginning of the fields: NAME_top1, NAME_network, NAME_epoch, and those of its protocol.
+        figure: figure of a network in metrics.jsonl.
+        logged: fields of the protocol that stand in the row: their names there, and how they are read.
+        fixed: fields of the protocol that the figure tells.
+    """
+
+    name: str
+    figure: str
+    logged: dict[str, tuple[str, Callable[[object], float | None]]]
+    fixed: dict[str, str]
+
+
+_KINDS = (
+    _Kind("knn", KNN_TOP1, {"k": (KNN_K, integer), "temperature": (KNN_TEMPERATURE, number)}, {}),
+    _Kind(
+        "few_shot",
+        EPISODE_TOP1,
+        {"ways": (EPISODE_WAYS, integer), "shots": (EPISODE_SHOTS, integer)},
+        {},
+    ),
+    _Kind("classifier", "test" + TOP1, {}, {"split": "test"}),
+    _Kind("classifier", "validation" + TOP1, {}, {"split": "validation"}),
 )
+_UNSCORED: dict[str, Any] = {
+    f"{kind.name}_{field}": None
+    for kind in _KINDS
+    for field in ("top1", "network", "epoch", *kind.logged, *kind.fixed)
+}
 
 
 def read_tail(file: Path) -> MetricsTail:
@@ -101,31 +135,17 @@ def _pace(rows: Sequence[Row]) -> float | None:
 def _scores(row: Row) -> dict[str, Any]:
     """The accuracy of the ensemble, or of a single network: by kNN, over episodes, or of a supervised run."""
     for network in (ENSEMBLE, "0"):
-        epoch = number(row.get("epoch"))
-        if (score := number(row.get(score_name(network, KNN_TOP1)))) is not None:
-            return _UNSCORED | {
-                "knn_top1": score,
-                "knn_network": measured_part(network),
-                "knn_epoch": epoch,
-                "knn_k": integer(row.get(KNN_K)),
-                "knn_temperature": number(row.get(KNN_TEMPERATURE)),
-            }
-        if (score := number(row.get(score_name(network, EPISODE_TOP1)))) is not None:
-            return _UNSCORED | {
-                "few_shot_top1": score,
-                "few_shot_network": measured_part(network),
-                "few_shot_epoch": epoch,
-                "few_shot_ways": integer(row.get(EPISODE_WAYS)),
-                "few_shot_shots": integer(row.get(EPISODE_SHOTS)),
-            }
-        for split in ("test", "validation"):
-            if (score := number(row.get(score_name(network, split + TOP1)))) is not None:
-                return _UNSCORED | {
-                    "classifier_top1": score,
-                    "classifier_network": measured_part(network),
-                    "classifier_epoch": epoch,
-                    "classifier_split": split,
+        for kind in _KINDS:
+            score = number(row.get(score_name(network, kind.figure)))
+            if score is not None:
+                found = {
+                    "top1": score,
+                    "network": measured_part(network),
+                    "epoch": number(row.get("epoch")),
+                    **{field: read(row.get(name)) for field, (name, read) in kind.logged.items()},
+                    **kind.fixed,
                 }
+                return _UNSCORED | {f"{kind.name}_{field}": value for field, value in found.items()}
     return _UNSCORED
 
 
@@ -154,13 +174,3 @@ def _lines_backwards(file: Path) -> Iterator[bytes]:
             yield from (line for line in reversed(lines) if line)
         if rest:
             yield rest
-
-
-def integer(value: object) -> int | None:
-    """The value if it is a whole number, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def number(value: object) -> float | None:
-    """The value if it is a number, else None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UsageError
@@ -21,6 +21,53 @@ if TYPE_CHECKING:
 _STYLES = {"running": "cyan", "done": "green", "failed": "red", "dead": "red", "pending": "yellow"}
 # Width of the table in a file or a pipe: one line for each run, however long.
 _PLAIN_WIDTH = 10_000
+
+
+class _Kind(NamedTuple):
+    """A kind of accuracy.
+
+    Attributes:
+        name: what tables call it.
+        fields: beginning of its fields of RunStatus.
+        protocol: fields of its protocol, without that beginning.
+        one: line that tells the protocol, with these fields.
+        several: line that stands for several protocols.
+    """
+
+    name: str
+    fields: str
+    protocol: tuple[str, ...]
+    one: str
+    several: str
+
+    def of(self, status: RunStatus, field: str) -> Any:
+        """The run's field; None where it has no accuracy of this kind."""
+        return getattr(status, f"{self.fields}_{field}")
+
+
+_KINDS = (
+    _Kind(
+        "kNN",
+        "knn",
+        ("network", "k", "temperature"),
+        "the monitor's top-1 in %, {network}, k {k}, temperature {temperature}",
+        "the monitor's top-1 in %; --json names network, k and temperature",
+    ),
+    _Kind(
+        "classifier",
+        "classifier",
+        ("network", "split"),
+        "top-1 in % on the {split} images, {network}",
+        "top-1 in %; --json names network and split",
+    ),
+    _Kind(
+        "few-shot",
+        "few_shot",
+        ("network", "ways", "shots"),
+        "accuracy in % over {ways}-way {shots}-shot validation episodes, {network}",
+        "accuracy in % over validation episodes; --json names network, ways and shots",
+    ),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -153,17 +200,29 @@ def _table(statuses: Sequence[RunStatus]) -> "Group":
         if evaluated:
             cells.append(Text(_evaluations(status)))
         table.add_row(*cells)
-    protocols = (_knn_protocol, _classifier_protocol, _few_shot_protocol)
-    return Group(table, *(Text(line) for of in protocols for line in of(statuses)))
+    return Group(table, *(Text(line) for kind in _KINDS for line in _protocol(kind, statuses)))
+
+
+def _protocol(kind: _Kind, statuses: Sequence[RunStatus]) -> list[str]:
+    """The protocol of the accuracies of a kind in one line; no line if there are none."""
+    protocols = {
+        tuple(kind.of(status, field) for field in kind.protocol)
+        for status in statuses
+        if kind.of(status, "top1") is not None
+    }
+    if not protocols:
+        return []
+    one = kind.one.format(**dict(zip(kind.protocol, next(iter(protocols)), strict=True)))
+    return [f"{kind.name}: {one if len(protocols) == 1 else kind.several}"]
 
 
 def _score_heading(statuses: Sequence[RunStatus]) -> str:
-    kinds = {
-        "kNN": any(status.knn_top1 is not None for status in statuses),
-        "classifier": any(status.classifier_top1 is not None for status in statuses),
-        "few-shot": any(status.few_shot_top1 is not None for status in statuses),
-    }
-    return f"{'/'.join(kind for kind, shown in kinds.items() if shown) or 'top-1'} (epoch)"
+    shown = [
+        kind.name
+        for kind in _KINDS
+        if any(kind.of(status, "top1") is not None for status in statuses)
+    ]
+    return f"{'/'.join(shown) or 'top-1'} (epoch)"
 
 
 def _numbers(status: RunStatus) -> list[str]:
@@ -171,68 +230,23 @@ def _numbers(status: RunStatus) -> list[str]:
     step = "-" if status.step is None else f"{status.step:,}"
     total = "" if status.total_steps is None else f"/{status.total_steps:,}"
     rate, left, beat = status.images_per_second, status.seconds_left, status.heartbeat_age_seconds
-    score = _first(status.knn_top1, status.classifier_top1, status.few_shot_top1)
-    scored_epoch = _first(status.knn_epoch, status.classifier_epoch, status.few_shot_epoch)
-    accuracy = "-" if score is None else f"{score:.2f}"
-    epoch = "" if scored_epoch is None else f" ({scored_epoch:g})"
     return [
         f"{step}{total}",
         "-" if rate is None else f"{rate:,.0f}",
         "-" if left is None else time_text(left),
-        f"{accuracy}{epoch}",
+        _accuracy(status),
         "-" if beat is None else f"{beat:.0f} s ago",
     ]
 
 
-def _first(*values: float | None) -> float | None:
-    return next((value for value in values if value is not None), None)
+def _accuracy(status: RunStatus) -> str:
+    for kind in _KINDS:
+        score, epoch = kind.of(status, "top1"), kind.of(status, "epoch")
+        if score is not None:
+            return f"{score:.2f}" + ("" if epoch is None else f" ({epoch:g})")
+    return "-"
 
 
 def _evaluations(status: RunStatus) -> str:
     counts = {"running": status.evaluations_running, "pending": status.evaluations_pending}
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-
-
-def _knn_protocol(statuses: Sequence[RunStatus]) -> list[str]:
-    """The protocol of the kNN scores in one line; no line if there are no such scores."""
-    protocols = {
-        (s.knn_network, s.knn_k, s.knn_temperature) for s in statuses if s.knn_top1 is not None
-    }
-    if not protocols:
-        return []
-    if len(protocols) > 1:
-        return ["kNN: the monitor's top-1 in %; --json names network, k and temperature"]
-    network, k, temperature = protocols.pop()
-    return [f"kNN: the monitor's top-1 in %, {network}, k {k}, temperature {temperature}"]
-
-
-def _classifier_protocol(statuses: Sequence[RunStatus]) -> list[str]:
-    """The protocol of supervised runs' accuracies in one line; no line if there are none."""
-    protocols = {
-        (s.classifier_network, s.classifier_split)
-        for s in statuses
-        if s.classifier_top1 is not None
-    }
-    if not protocols:
-        return []
-    if len(protocols) > 1:
-        return ["classifier: top-1 in %; --json names network and split"]
-    network, split = protocols.pop()
-    return [f"classifier: top-1 in % on the {split} images, {network}"]
-
-
-def _few_shot_protocol(statuses: Sequence[RunStatus]) -> list[str]:
-    """The protocol of accuracies over validation episodes in one line; no line if there are none."""
-    protocols = {
-        (s.few_shot_network, s.few_shot_ways, s.few_shot_shots)
-        for s in statuses
-        if s.few_shot_top1 is not None
-    }
-    if not protocols:
-        return []
-    if len(protocols) > 1:
-        return [
-            "few-shot: accuracy in % over validation episodes; --json names network, ways and shots"
-        ]
-    network, ways, shots = protocols.pop()
-    return [f"few-shot: accuracy in % over {ways}-way {shots}-shot validation episodes, {network}"]
