@@ -1,7 +1,7 @@
 """Average precision of detections: batched, against a loop over boxes (the VOC rules) and pycocotools (the COCO rule).
 
     pip install -e '.[benchmarks]'
-    python -m benchmarks.detection_metric [--rounds 3] [--images 200] [--detections 100] [--alone]
+    python benchmarks/detection_metric.py [--rounds 3] [--images 200] [--detections 100] [--alone]
 
 Both sides take the same boxes and alternate within one run. Times are CPU seconds of one thread. Ratios are those of
 medians. The figures in brackets are AP of either.
@@ -11,14 +11,13 @@ import argparse
 import platform
 import resource
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
 import numpy as np
 import torch
 
+from benchmarks.timing import alternate
 from detection.voc import Rule, evaluate
 from tests.detection.oracles import plain_devkit, pycocotools
 
@@ -53,14 +52,8 @@ def _batched(detections: list, targets: list, rule: str) -> float:
 
 def _rival(detections: list, targets: list, rule: str) -> float:
     if rule == "coco":
-        return float(pycocotools(detections, targets, CLASSES).mean())
-    return float(plain_devkit(detections, targets, CLASSES, rule).mean())
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
+        return float(np.nanmean(pycocotools(detections, targets, CLASSES)))
+    return float(np.nanmean(plain_devkit(detections, targets, CLASSES, rule)))
 
 
 def main() -> None:
@@ -82,10 +75,8 @@ def main() -> None:
         if not options.alone:
             sides["rival"] = partial(_rival, detections, targets, rule)
         found = {name: run() for name, run in sides.items()}
-        rounds = [
-            {name: _seconds(run) for name, run in sides.items()} for _ in range(options.rounds)
-        ]
-        medians = {name: statistics.median(each[name] for each in rounds) for name in sides}
+        seconds = alternate(sides, options.rounds)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
         told = ", ".join(
             f"{name} {medians[name]:.2f} s ({medians[name] / medians['batched']:.1f} times; {found[name]:.6f} %)"
             for name in sides

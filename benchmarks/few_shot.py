@@ -10,13 +10,13 @@ are those of medians. Without easyfsl, the loop alone is compared.
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import alternate, cpu_seconds
 from peerlearn.evaluation.episodes import Episodes, draw_episodes, nearest_centroid, score_episodes
 
 try:
@@ -55,12 +55,6 @@ def _looped(
     return 100 * statistics.fmean(shares)
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def main() -> None:
     """Print a line per number of shots and dimensions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,7 +64,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{platform.machine()}, one thread, torch {torch.__version__}, {options.rounds} rounds")
     labels = torch.arange(CLASSES).repeat_interleave(OF_EACH)
-    drawing = _seconds(
+    drawing = cpu_seconds(
         lambda: draw_episodes(
             labels, ways=WAYS, shots=5, queries=QUERIES, episodes=options.episodes, seed=0
         )
@@ -90,10 +84,8 @@ def main() -> None:
         if PrototypicalNetworks is not None:
             rivals["easyfsl"] = partial(_looped, _predict_with_easyfsl, features, episodes)
         means = {name: run() for name, run in rivals.items()}
-        rounds = [
-            {name: _seconds(run) for name, run in rivals.items()} for _ in range(options.rounds)
-        ]
-        medians = {name: statistics.median(each[name] for each in rounds) for name in rivals}
+        seconds = alternate(rivals, options.rounds)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
         told = ", ".join(
             f"{name} {medians[name]:.2f} s"
             f" ({medians[name] / medians['batched']:.1f} times; {means[name]:.2f} %)"

@@ -9,7 +9,6 @@ is the share of queries that float32 left in doubt. The last two figures are top
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
@@ -18,6 +17,7 @@ import faiss
 import torch
 from torch import Tensor
 
+from benchmarks.timing import alternate
 from peerlearn import knn
 from peerlearn.knn import knn_scores, knn_top1
 
@@ -48,12 +48,6 @@ def _features(n: int, d: int, *, offset: float, within: float) -> tuple[Tensor, 
     return offset * common + centres + within * torch.randn(n, d, generator=generator), labels
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def _share_searched_again(run: Callable[[], Tensor]) -> float:
     with mock.patch.object(knn, "_search_in_float64", side_effect=knn._search_in_float64) as again:
         queries = len(run())
@@ -82,9 +76,9 @@ def main() -> None:
             plain, ours = partial(_plain, *problem), partial(_ours, *problem)
             again = _share_searched_again(ours)
             top1 = ", ".join(f"{knn_top1(run(), labels[n:]):.2f}" for run in (plain, ours))
-            pairs = [(_seconds(plain), _seconds(ours)) for _ in range(options.rounds)]
-            first, second = (statistics.median(side) for side in zip(*pairs, strict=True))
-            ratios = [b / a for a, b in pairs]
+            sides = alternate({"plain": plain, "ours": ours}, options.rounds).values()
+            first, second = (statistics.median(side) for side in sides)
+            ratios = [b / a for a, b in zip(*sides, strict=True)]
             print(
                 f"{kind:14} N {n:6,} Q {q:6,} D {d:5,}: plain {first:.2f} s, ours {second:.2f} s, ratio "
                 f"{second / first:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), searched again {100 * again:.1f} %, "

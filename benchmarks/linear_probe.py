@@ -9,7 +9,6 @@ import argparse
 import platform
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ import sklearn
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks.timing import alternate
 from linear_eval.classifiers import Batches, Problem, classify_by_sgd, kept_batches
 from linear_eval.config import LinearConfig
 from linear_eval.logistic import fit_logistic
@@ -35,17 +35,13 @@ IMAGES, FEATURES, CLASSES = 60_000, 512, 10
 GRID = [1e-4, 1e-3, 1e-2, 1e-1]
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def _compare(first: Callable[[], object], second: Callable[[], object], rounds: int) -> str:
     """Print the medians of a pair and their ratio, after one round to warm up."""
-    both = [(_seconds(first), _seconds(second)) for _ in range(rounds + 1)][1:]
-    one, other = (statistics.median(side) for side in zip(*both, strict=True))
-    spread = [b / a for a, b in both]
+    rivals = {"first": first, "second": second}
+    alternate(rivals, 1)
+    sides = alternate(rivals, rounds).values()
+    one, other = (statistics.median(side) for side in sides)
+    spread = [b / a for a, b in zip(*sides, strict=True)]
     return f"{one:.2f} s and {other:.2f} s, ratio {other / one:.2f} ({min(spread):.2f} .. {max(spread):.2f})"
 
 
