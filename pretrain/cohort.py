@@ -132,7 +132,7 @@ def build_cohort(
         seed: of the initial weights.
         projects: whether networks have projection heads.
         num_classes: C, of the networks' classifiers; 0 = they have none.
-        teaching: of `pretrain.config.SupervisedConfig`, some of which learn a gate.
+        teaching: of `pretrain.method_config.SupervisedConfig`, some of which learn a gate.
         ranks: the processes that train it together, over which batch norms are split or synchronised; None = this
             one alone.
 

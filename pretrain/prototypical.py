@@ -23,11 +23,12 @@ from peerlearn.evaluation.episodes import Distance, draw_from
 from peerlearn.runs.score_names import EPISODE_TOP1, score_name
 from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort
-from pretrain.config import PretrainConfig, PrototypicalConfig
+from pretrain.config import PretrainConfig
 from pretrain.episode_monitor import EpisodeMonitor, validation_episodes
 from pretrain.finite import require_finite
 from pretrain.losses import MCLTerms, batch_terms_by_network, widen
 from pretrain.method import Method, Watch
+from pretrain.method_config import PrototypicalConfig
 from pretrain.terms import PrototypicalTerms
 from pretrain.training_data import TrainingData
 

@@ -14,9 +14,8 @@ from pretrain.config import (
     DataConfig,
     MonitorConfig,
     PretrainConfig,
-    QueueConfig,
-    SupervisedConfig,
 )
+from pretrain.method_config import QueueConfig, SupervisedConfig
 
 CONFIGS = sorted(SHIPPED.glob("*.yaml"))
 IMAGES = {

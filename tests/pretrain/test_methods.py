@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from peerlearn.compute.dist import Ranks
 from pretrain.cohort import Cohort
-from pretrain.config import CohortConfig, PretrainConfig, QueueConfig
+from pretrain.config import CohortConfig, PretrainConfig
 from pretrain.losses import MCLTerms, queue_terms, view_terms
 from pretrain.method import build_method
+from pretrain.method_config import QueueConfig
 from pretrain.methods import MoCo, SimCLR
 from pretrain.terms import objective
 

@@ -18,10 +18,11 @@ from peerlearn.errors import UserError
 from peerlearn.runs.score_names import EPISODE_TOP1, score_name
 from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort, build_cohort
-from pretrain.config import CohortConfig, DataConfig, PretrainConfig, PrototypicalConfig
+from pretrain.config import CohortConfig, DataConfig, PretrainConfig
 from pretrain.episode_monitor import EpisodeMonitor
 from pretrain.losses import batch_terms
 from pretrain.method import build_method
+from pretrain.method_config import PrototypicalConfig
 from pretrain.prototypical import Prototypical, episode_sampler, prototypical_loss
 from pretrain.terms import objective
 from pretrain.training_data import TrainingData

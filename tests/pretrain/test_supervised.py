@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from peerlearn.compute.dist import Ranks
 from peerlearn.errors import UserError
 from pretrain.cohort import Cohort, build_cohort
-from pretrain.config import CohortConfig, PretrainConfig, SupervisedConfig
+from pretrain.config import CohortConfig, PretrainConfig
 from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import batch_terms
 from pretrain.method import build_method
+from pretrain.method_config import SupervisedConfig
 from pretrain.supervised import Supervised
 from pretrain.terms import SupervisedTerms, objective
 
