@@ -3,72 +3,41 @@
 import json
 import shlex
 import statistics
-import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from peerlearn.runs.step_folders import best_step
-from studies.ledger import Entry
-from tests.e2e.runs import command, environment, rows
+from tests.e2e.runs import rows
 from tests.e2e.test_prototypical import WORDS
 from tests.slurm.cluster import Cluster
-from tests.studies.test_pipeline import jobs, wait_for
-from tests.warm import run as run_process
+from tests.studies.test_pipeline import peerlearn, summed_up, write_config, write_profile
 
 FEW_SHOT = "fewshot --ways 3 --shots 1 5 --episodes 30 --device cpu"
 
 
 @pytest.mark.slow(60)
 def test_a_few_shot_pipeline_on_the_real_cluster(cluster: Cluster, tmp_path: Path):
-    profile = tmp_path / "profile.yaml"
-    profile.write_text(
-        "executor: slurm\npartition: main\ntime_minutes: 10\n"
-        "environment: [GLOO_SOCKET_IFNAME=lo, OMP_NUM_THREADS=1]\n"
-    )
     root = tmp_path / "p"
-    content = {
-        "folder": str(root),
-        "cluster": str(profile),
-        "watch": "here",
-        "seeds": [0, 1],
-        "pretrain": [f"mcl = {shlex.join(WORDS[1:])}"],
-        "evaluate": [FEW_SHOT],
-        "interval_seconds": 0.5,
-    }
-    file = tmp_path / "file.yaml"
-    file.write_text(yaml.safe_dump(content))
-
-    def peerlearn(*words: str) -> str:
-        found = run_process(
-            command(*words),
-            env=environment(PYTHONPATH=str(Path(__file__).parents[2]), **cluster.environment),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=600,
-        )
-        assert found.returncode == 0, found.stderr
-        return found.stdout
-
-    peerlearn("pipeline", str(file))
-
-    def summary() -> Entry | None:
-        return next((e for key, e in jobs(root).items() if key.startswith("summary ")), None)
-
-    wait_for(lambda: summary() and summary().job, "summary job")
-    assert cluster.wait_for_state(summary().job["job"], "COMPLETED", "FAILED") == "COMPLETED"
+    file = write_config(
+        tmp_path,
+        cluster=write_profile(tmp_path),
+        watch="here",
+        pretrain=[f"mcl = {shlex.join(WORDS[1:])}"],
+        evaluate=[FEW_SHOT],
+    )
+    peerlearn("pipeline", str(file), **cluster.environment)
+    summed_up(root, cluster)
     runs = [root / "runs" / f"mcl-seed-{seed}" for seed in (0, 1)]
-    shown = peerlearn("status", *map(str, runs))
+    shown = peerlearn("status", *map(str, runs), **cluster.environment)
     assert "few-shot (epoch)" in shown
     assert "few-shot: accuracy in % over 3-way 1-shot validation episodes, ensemble" in shown
-    for status in json.loads(peerlearn("status", "--json", *map(str, runs))):
+    for status in json.loads(peerlearn("status", "--json", *map(str, runs), **cluster.environment)):
         (*_, row) = rows(Path(status["run"]))
         assert (status["state"], status["few_shot_epoch"]) == ("done", 4)
         assert status["few_shot_top1"] == row["ensemble/episode_top1"]
 
-    printed = " ".join(peerlearn("summary", str(root)).split())
+    printed = " ".join(peerlearn("summary", str(root), **cluster.environment).split())
     scores = json.loads((root / "summary.json").read_text())["scores"]
     chosen = [s for s in scores if s["chosen"] and s["metric"] == "accuracy"]
     assert {(s["network"], s["variant"]) for s in chosen} == {

@@ -54,6 +54,27 @@ def write_config(folder: Path, **keys: object) -> Path:
     return file
 
 
+def write_profile(folder: Path) -> str:
+    """The file of a profile for the real cluster."""
+    file = folder / "profile.yaml"
+    file.write_text(
+        "executor: slurm\npartition: main\ntime_minutes: 10\n"
+        "environment: [GLOO_SOCKET_IFNAME=lo, OMP_NUM_THREADS=1]\n"
+    )
+    return str(file)
+
+
+def summed_up(root: Path, cluster: Cluster) -> Entry:
+    """The summary's job, once it has come to a good end."""
+
+    def summary() -> Entry | None:
+        return next((e for key, e in jobs(root).items() if key.startswith("summary ")), None)
+
+    wait_for(lambda: summary() and summary().job, "summary job")
+    assert cluster.wait_for_state(summary().job["job"], "COMPLETED", "FAILED") == "COMPLETED"
+    return summary()
+
+
 def peerlearn(*words: str, driver: tuple[str, ...] = (), **variables: str) -> str:
     """What the command prints, which is to end well, or to be killed by its driver."""
     start = [str(DRIVER), *driver] if driver else ["-m", "peerlearn"]
@@ -405,24 +426,14 @@ def test_a_new_evaluator_needs_nothing_here(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow(90)
 def test_on_slurm_with_the_watch_as_a_job_that_is_requeued(cluster: Cluster, tmp_path: Path):
-    profile = tmp_path / "profile.yaml"
-    profile.write_text(
-        "executor: slurm\npartition: main\ntime_minutes: 10\n"
-        "environment: [GLOO_SOCKET_IFNAME=lo, OMP_NUM_THREADS=1]\n"
-    )
     root = tmp_path / "p"
-    file = write_config(tmp_path, cluster=str(profile), evaluate=[KNN, REFUSED])
+    file = write_config(tmp_path, cluster=write_profile(tmp_path), evaluate=[KNN, REFUSED])
     printed = peerlearn("pipeline", str(file), **cluster.environment)
     assert printed.count("job ") == 3
     wait_for(lambda: any(evaluations(root, seed) for seed in (0, 1)), "evaluation")
     watch = jobs(root)["watch"].job["job"]
     cluster.call("scontrol", "requeue", watch)
-
-    def summary() -> Entry | None:
-        return next((e for key, e in jobs(root).items() if key.startswith("summary ")), None)
-
-    wait_for(lambda: summary() and summary().job, "summary job")
-    assert cluster.wait_for_state(summary().job["job"], "COMPLETED", "FAILED") == "COMPLETED"
+    summary = summed_up(root, cluster)
     assert cluster.wait_for_state(watch, "COMPLETED", "FAILED") == "COMPLETED"
     assert cluster.restarts(watch) == 1
     for seed in (0, 1):
@@ -441,7 +452,7 @@ def test_on_slurm_with_the_watch_as_a_job_that_is_requeued(cluster: Cluster, tmp
     found = summary_of(root)
     assert {tuple(score["values"]) for score in found["scores"]} == {("0", "1")}
     assert {problem["what"] for problem in found["problems"]} == {f"{REFUSED}, step {STEP}"}
-    submission = json.loads((summary().folder / "submission.json").read_text())
+    submission = json.loads((summary.folder / "submission.json").read_text())
     after = submission["config"]["dependency"]
     ended_before = {e.job["job"] for s in (0, 1) for e in evaluations(root, s).values()}
     assert after is None or set(after.removeprefix("afterany:").split(":")) <= ended_before
