@@ -96,21 +96,27 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, use: LabelUse) -> T
     if settings.shots is not None and train.labels is not None:
         train = select_images(train, few_shots(train.labels, settings.shots, seed=config.seed))
     backend, image_size = chosen_backend(settings, train), settings.image_size or native_size(train)
+    data = TrainingData(train, root, backend, image_size, validation, test)
     if ranks.main:
-        others = [remark for split in (validation, test) if split for remark in split.remarks]
-        for remark in dict.fromkeys((*train.remarks, *others)):
-            logger.warning("%s", remark)
-        if train.has_files and None in (settings.backend, settings.image_size):
-            place = (
-                "images decoded once into memory"
-                if backend == "memory"
-                else "files that workers decode"
-            )
-            print(
-                f"{train.title}: views of {image_size} pixels, cut from {place} (data.image_size and data.backend "
-                "set others)"
-            )
-    return TrainingData(train, root, backend, image_size, validation, test)
+        _tell(data, settings)
+    return data
+
+
+def _tell(data: TrainingData, settings: DataConfig) -> None:
+    """Say what was passed over, and what was chosen for image files where the config leaves it open."""
+    splits = [split for split in (data.train, data.validation, data.test) if split]
+    for remark in dict.fromkeys(remark for split in splits for remark in split.remarks):
+        logger.warning("%s", remark)
+    if data.train.has_files and None in (settings.backend, settings.image_size):
+        place = (
+            "images decoded once into memory"
+            if data.backend == "memory"
+            else "files that workers decode"
+        )
+        print(
+            f"{data.train.title}: views of {data.image_size} pixels, cut from {place} (data.image_size and "
+            "data.backend set others)"
+        )
 
 
 def _test_split(config: PretrainConfig, train: ImageDataset, root: str | None) -> ImageDataset:
