@@ -1,11 +1,10 @@
-"""Batch norm over parts of one device's batch, or over the batches of all ranks."""
+"""Batch norm over parts of one device's batch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerlearn.compute.dist import Ranks
-from pretrain.losses import widen
+from peerlearn.compute.sync_batch_norm import turn_batch_norm
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -47,76 +46,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the global batch of all ranks, on any device (torch's own needs GPUs).
-
-    Ranks must bring batches of one size. In eval mode, and for a single rank, it is plain batch norm, with the same
-    parameters and buffers.
-    """
-
-    ranks: Ranks
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, channels, H, W) -> the same."""
-        if not self.training or self.ranks.world_size == 1:
-            return super().forward(input)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        count = self.ranks.world_size * input.numel() // input.shape[1]
-        with torch.autocast(input.device.type, enabled=False):
-            wide = widen(input)
-            # Two passes, for E[x^2] - E[x]^2 loses the digits of a small variance.
-            mean = self._sum_over_ranks(wide) / count
-            centred = wide - mean.view(1, -1, 1, 1)
-            variance = self._sum_over_ranks(centred.square()) / count
-            scale = torch.rsqrt(variance + self.eps)
-            if self.weight is not None:
-                scale = scale * self.weight
-            output = centred * scale.view(1, -1, 1, 1)
-            if self.bias is not None:
-                output = output + self.bias.view(1, -1, 1, 1)
-        with torch.no_grad():
-            momentum = self.momentum or 0.0
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), momentum)
-            self.num_batches_tracked += 1
-        return output.to(input.dtype)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        parts = self.ranks.gather_with_gradient(values.sum((0, 2, 3)).unsqueeze(0))
-        return parts.sum(0)
-
-
 def split_batch_norm(module: nn.Module, splits: int) -> None:
     """Turn every batch norm of images in ``module`` into a `SplitBatchNorm2d`, in place.
 
     Raises:
         ValueError: a batch norm is of a kind that cannot be turned.
     """
-    for child in _turn(module, SplitBatchNorm2d):
+    for child in turn_batch_norm(module, SplitBatchNorm2d):
         child.splits = splits  # type: ignore[assignment]
-
-
-def sync_batch_norm(module: nn.Module, ranks: Ranks) -> None:
-    """Turn every batch norm of images in ``module`` into a `SyncBatchNorm2d`, in place.
-
-    Raises:
-        ValueError: a batch norm is of a kind that cannot be turned.
-    """
-    for child in _turn(module, SyncBatchNorm2d):
-        child.ranks = ranks  # type: ignore[assignment]
-
-
-def _turn(module: nn.Module, kind: type[nn.BatchNorm2d]) -> list[nn.Module]:
-    """timm fuses batch norm and activation in subclasses of ``BatchNorm2d``; their forward is not plain batch norm."""
-    turned: list[nn.Module] = []
-    for name, child in module.named_modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = kind
-            turned.append(child)
-        elif isinstance(child, nn.BatchNorm2d) and type(child) is not kind:
-            raise ValueError(
-                f"{name} is a {type(child).__name__}, which cannot be split or synchronised"
-            )
-    return turned

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peerlearn.backbones import create_backbone, patch_pixels
 from peerlearn.compute.dist import Ranks
+from peerlearn.compute.sync_batch_norm import sync_batch_norm
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.errors import UserError
 from peerlearn.evaluation.features import eval_mode
@@ -22,7 +23,7 @@ from peerlearn.networks.shared_stages import (
     run_trunk,
     share_low_stages,
 )
-from pretrain.batch_norm import split_batch_norm, sync_batch_norm
+from pretrain.batch_norm import split_batch_norm
 from pretrain.config import CohortConfig, PretrainConfig
 from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import widen
