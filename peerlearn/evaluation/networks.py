@@ -49,13 +49,22 @@ def load_backbone(folder: Path, channels: int, *, images: str) -> nn.Module:
     return cast(nn.Module, backbone)
 
 
-def load_stages(folder: Path, channels: int, *, images: str) -> nn.Module:
+def load_stages(
+    folder: Path,
+    channels: int,
+    *,
+    images: str,
+    stages: tuple[int, ...] | None = None,
+    trained: bool = True,
+) -> nn.Module:
     """The network of an export as one that shows its stages, for a feature pyramid; in eval mode on the CPU.
 
     Args:
         folder: the export.
         channels: channels of the images that the network is to see.
         images: name of those images' dataset.
+        stages: numbers of the stages that it shows, as timm counts them; None = all.
+        trained: whether it has the exported weights, or new ones from torch's global generator.
 
     Returns:
         A module from images (B, channels, H, W) to a list of feature maps (B, C_i, H / R_i, W / R_i), finest first.
@@ -68,13 +77,15 @@ def load_stages(folder: Path, channels: int, *, images: str) -> nn.Module:
     # First, because timm would load a damaged file in silence.
     backbone: Any = load_backbone(folder, channels, images=images)
     config = backbone.pretrained_cfg
+    shown: Any = {} if stages is None else {"out_indices": stages}
     try:
         network = timm.create_model(
             config["architecture"],
-            pretrained=True,
+            pretrained=trained,
             pretrained_cfg={**config, "file": str(folder / WEIGHTS_FILE)},
             features_only=True,
             in_chans=channels,
+            **shown,
             **size_arguments(config["architecture"], config["input_size"][1]),
         )
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
