@@ -1,19 +1,16 @@
 """`peerlearn linear`: linear classifiers on exported networks, and fine-tuning."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linear_eval.config import LinearConfig
-from peerlearn.config import without
-from peerlearn.errors import DONE
+from peerlearn.evaluation import training_run
 from peerlearn.evaluation.evaluator import Evaluator, run
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.score_table import ACCURACY_COLUMNS, metric_column
 from peerlearn.evaluation.selection import Selection
-from peerlearn.runs.directory import RunDirectory
-from peerlearn.runs.step_folders import step_folders
 
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
@@ -49,15 +46,4 @@ LINEAR = Evaluator(
     shipped=SHIPPED,
 )
 main = partial(run, LINEAR)
-
-
-def resume(argv: Sequence[str]) -> int:
-    """`peerlearn resume RUN [--key value ...]` of a fine-tuning. Returns the exit code."""
-    place = RunDirectory(Path(argv[0]))
-    place.check_exists()
-    if place.done and not step_folders(place.checkpoints):
-        print(f"{place.root} is done already; its results are in {place.root.parent}")
-        return DONE
-    # A folder of results that was named relatively may have been so from elsewhere.
-    results = ["--results", str(place.root.resolve().parent)]
-    return main([str(place.config), *without(results, argv[1:]), *argv[1:]])
+resume = partial(training_run.resume, LINEAR)

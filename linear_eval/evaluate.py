@@ -17,7 +17,6 @@ from linear_eval.classifiers import (
 )
 from linear_eval.config import LinearConfig
 from linear_eval.finetune import finetune
-from linear_eval.finetuning_run import finetuning_run, own_config
 from linear_eval.streams import streamed_batches
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import EVALUATION_VIEW
@@ -32,6 +31,7 @@ from peerlearn.evaluation.networks import frozen, load_backbones
 from peerlearn.evaluation.plots import plot_confusion
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.selection import ENSEMBLE, Selection
+from peerlearn.evaluation.training_run import own_config, training_run
 
 # The mean of the networks' logits, beside ENSEMBLE, one classifier on the features of all.
 ENSEMBLE_LOGITS = "ensemble-logits"
@@ -90,7 +90,8 @@ def _classify(
 ) -> dict[str, Classified]:
     load = partial(load_backbones, selection.folders, train.channels, images=train.name)
     if config.method == "finetune":
-        place = finetuning_run(config, selection, protocol, ranks)
+        prefix = f"finetune-{selection.step:08d}"
+        place = training_run("linear", config, selection, protocol, ranks, prefix=prefix)
         return finetune(own_config(config, selection), place, load(), train, test, ranks)
     how = Extraction(
         ranks=ranks,

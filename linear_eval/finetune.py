@@ -1,6 +1,5 @@
 """Fine-tuning: the whole network learns the classes, from the exported weights on. It goes on after any stop."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -19,19 +18,19 @@ from peerlearn.compute.optimizers import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from peerlearn.compute.program import Program, run_training
+from peerlearn.compute.program import Program
 from peerlearn.compute.resumable import Resumable
 from peerlearn.compute.schedules import learning_rate
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewBatch
-from peerlearn.errors import SavedError, UserError
+from peerlearn.errors import UserError
 from peerlearn.evaluation.features import extract_features
 from peerlearn.evaluation.networks import by_input, seen_by
+from peerlearn.evaluation.training_run import TrainingRun, trained
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.save_config import SaveConfig
 from peerlearn.runs.score_names import score_name
-from peerlearn.runs.stop import STOP_SIGNALS, StoppedError, stop_signals
 
 _MAX_SKIPPED_STEPS = 3
 _LOG_EVERY_STEPS = 10
@@ -39,7 +38,7 @@ _LOG_EVERY_STEPS = 10
 
 def finetune(
     config: LinearConfig,
-    run: RunDirectory,
+    place: TrainingRun,
     backbones: Mapping[str, nn.Module],
     train: ImageDataset,
     test: ImageDataset,
@@ -51,7 +50,7 @@ def finetune(
 
     Args:
         config: config of these networks.
-        run: directory in which the training saves; if it is there already, the training in it is continued.
+        place: directory in which the training saves; if it is there already, the training in it is continued.
         backbones: exported networks by name.
         train: training images.
         test: test images.
@@ -62,38 +61,11 @@ def finetune(
         UserError: a network has diverged.
     """
     program = Program(build=partial(FineTuning, backbones=backbones, train=train), train=_train)
-    saved = SavedError(f"saved in {run.root}: the same command continues")
-    try:
-        with stop_signals(STOP_SIGNALS, "saving after this step") as stop:
-            training = run_training(
-                program,
-                verb="linear",
-                config=config,
-                run=run,
-                ranks=ranks,
-                stop=stop,
-                resumes=ranks.from_main(run.config.exists),
-            )
-            if training is None:
-                raise saved
-            models = training.models
-            with stop.at_once():
-                classified = {
-                    name: _classify(config, name, models[name], backbones[name], test, ranks)
-                    for name in models
-                }
-    except StoppedError as stopped:
-        raise saved from stopped
-    # What is left tells how it went; the saves would only take room.
-    ranks.from_main(lambda: _drop_saves(run))
-    return classified
-
-
-def _drop_saves(run: RunDirectory) -> None:
-    """All of them at once: what a kill leaves of them is not taken for a damaged run."""
-    dropped = run.checkpoints.with_name(f".{run.checkpoints.name}")
-    run.checkpoints.rename(dropped)
-    shutil.rmtree(dropped, ignore_errors=True)
+    with trained(place, program, config, ranks, keeps_saves=False) as training:
+        return {
+            name: _classify(config, name, model, backbones[name], test, ranks)
+            for name, model in training.models.items()
+        }
 
 
 class FineTuning(Resumable):

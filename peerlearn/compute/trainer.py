@@ -90,10 +90,7 @@ def resume(trainer: Trainer, argv: Sequence[str]) -> int:
         raise UsageError(f"RUN comes before {words[0]}: peerlearn resume RUN {' '.join(words)}")
     run = RunDirectory(Path(words.pop(0)))
     run.check_exists()
-    if any(word.split("=")[0] == "--run" for word in words):
-        raise UsageError(
-            "--run: a run goes on where it lies; for a run of its own copy the folder, then resume the copy"
-        )
+    check_stays(words)
     check_complete(trainer.config_class, run.config)
     allow_elastic = _ALLOW_ELASTIC in words
     config, dry_run = parse_config(
@@ -111,6 +108,18 @@ def resume(trainer: Trainer, argv: Sequence[str]) -> int:
             print(f"{run.root} is done already; more epochs: --epochs N")
         return DONE
     return _train(trainer, config, run, may_resume=True, allow_elastic=allow_elastic)
+
+
+def check_stays(words: Sequence[str]) -> None:
+    """Refuse to resume a run in another folder.
+
+    Raises:
+        UsageError: the words name one.
+    """
+    if any(word.split("=")[0] == "--run" for word in words):
+        raise UsageError(
+            "--run: a run goes on where it lies; for a run of its own copy the folder, then resume the copy"
+        )
 
 
 def _show(trainer: Trainer, config: Any) -> int:

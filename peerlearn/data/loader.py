@@ -31,7 +31,7 @@ from peerlearn.data.augment import (
 )
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.held_images import HeldImages, held_in_memory
-from peerlearn.data.sampler import Sampler, check_class_aware, class_aware, shuffled
+from peerlearn.data.sampler import Sampler, block_of, check_class_aware, class_aware, shuffled
 from peerlearn.data.unreadable import Decoded, Unreadable, decode_images, read_substitute
 from peerlearn.data.workers import Jobs, results, worker_pool
 from peerlearn.errors import UserError
@@ -143,16 +143,11 @@ class ViewLoader:
         workers: int = 0,
         max_unreadable_percent: float = 1.0,
     ) -> None:
-        if sampler.batch_size % world_size:
-            raise UserError(
-                f"batch_size {sampler.batch_size} cannot be shared by {world_size} ranks: "
-                f"make it a multiple of {world_size}"
-            )
+        self._block = block_of(rank, world_size, batch_size=sampler.batch_size)
         self.steps_per_epoch = sampler.steps
         self._sampler = sampler
         self._dataset = dataset
         self._device = device
-        self._rank, self._world_size = rank, world_size
         self._recipe = _Recipe(
             augmentation=augmentation, views=views, image_size=image_size, seed=seed
         )
@@ -195,10 +190,12 @@ class ViewLoader:
 
     def _draws(self, epoch: int, start_step: int) -> Iterator["_Draws"]:
         order = self._sampler.order(epoch)
-        per_rank = self._sampler.batch_size // self._world_size
-        block = slice(self._rank * per_rank, (self._rank + 1) * per_rank)
         for step in range(start_step, self.steps_per_epoch):
-            yield _Draws(epoch=epoch, index=order.index[step, block], draw=order.draw[step, block])
+            yield _Draws(
+                epoch=epoch,
+                index=order.index[step, self._block],
+                draw=order.draw[step, self._block],
+            )
 
 
 def _labels(dataset: ImageDataset) -> Tensor:

@@ -67,6 +67,21 @@ class Coverage(NamedTuple):
     most_of_class: int
 
 
+def block_of(rank: int, world_size: int, *, batch_size: int) -> slice:
+    """The part of every global batch that a rank takes.
+
+    Raises:
+        UserError: the ranks cannot share a batch evenly.
+    """
+    per_rank, left = divmod(batch_size, world_size)
+    if left:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared by {world_size} ranks: "
+            f"make it a multiple of {world_size}"
+        )
+    return slice(rank * per_rank, (rank + 1) * per_rank)
+
+
 def shuffled(images: int, *, batch_size: int, seed: int, epoch: int) -> EpochOrder:
     """Images 0 .. images - 1 in a random order, each at most once. The last incomplete batch is dropped."""
     steps = images // batch_size

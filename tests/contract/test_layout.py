@@ -145,12 +145,14 @@ def test_a_stray_file_that_would_win_is_named(tmp_path, monkeypatch):
 def test_help_answers_without_torch():
     code = (
         "import sys; from peerlearn.cli import main; main(['--help']); main(['pretrain', '--help']);"
+        "main(['linear', '--help']);"
         "sys.exit('torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for verb in VERBS:
         assert f"  {verb} " in found.stdout
     assert "--cohort.networks" in found.stdout
+    assert "--penalties_c" in found.stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
