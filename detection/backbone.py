@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from peerlearn.backbones import create_backbone
 from peerlearn.errors import UserError
-from peerlearn.evaluation.networks import load_backbone, load_stages
+from peerlearn.evaluation.networks import load_stages, new_stages
 from peerlearn.export import load_export
-from peerlearn.networks.shared_stages import stage_names
 from peerlearn.runs.export_folders import WEIGHTS_FILE
 
 _MOST_LEVELS = 4
 _CHANNELS = (1, 3)
 _PROBE_SIDE = 64
+# The stem and the first three stages of a ResNet, as timm counts them.
+_C4_STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class Body:
         mean: mean of the images that it was trained on, in [0, 1].
         std: standard deviation of these images.
         architecture: name of the network.
+        image_size: side of these images in pixels.
         res5: last stage of a ResNet, where ``network`` ends before it; None where it does not.
         res5_channels: channels of that stage's map; 0 without.
     """
@@ -44,6 +48,7 @@ class Body:
     mean: Sequence[float]
     std: Sequence[float]
     architecture: str
+    image_size: int
     res5: nn.Module | None = None
     res5_channels: int = 0
 
@@ -63,30 +68,75 @@ def load_body(export: Path, *, images: str, c4: bool, trained: bool) -> Body:
     """
     whole: Any = load_export(export)
     config = whole.pretrained_cfg
-    channels = config["input_size"][0]
+    channels, image_size, _ = config["input_size"]
     if channels not in _CHANNELS:
         raise UserError(
             f"{export} takes images of {channels} channels, a detector here takes 3 (colour) or 1 (grey): "
             "choose another network"
         )
-    architecture = config["architecture"]
-    if c4 and (stage_names(whole) or ())[-1:] != ("layer4",):
-        raise UserError(
-            f"{export}: network {architecture} is no ResNet of four stages, which model.detector d2_c4 needs: "
-            "choose d2_fpn"
+    if not trained:
+        return new_body(
+            config["architecture"],
+            channels=channels,
+            image_size=image_size,
+            mean=config["mean"],
+            std=config["std"],
+            c4=c4,
         )
-    network: Any = load_stages(
-        export, channels, images=images, stages=tuple(range(4)) if c4 else None, trained=trained
-    )
+    network = load_stages(export, channels, images=images, stages=_C4_STAGES if c4 else None)
+    body = _body(network, whole, c4=c4)
+    _check_loaded(export, [network, *([nn.ModuleDict({"layer4": body.res5})] if body.res5 else [])])
+    return body
+
+
+def new_body(
+    architecture: str,
+    *,
+    channels: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    c4: bool,
+) -> Body:
+    """The same as `load_body`, with new weights from torch's global generator.
+
+    Args:
+        architecture: name of the network.
+        channels: channels of its images.
+        image_size: side of the images that it was made for, in pixels.
+        mean: mean of these images, in [0, 1].
+        std: standard deviation of these images.
+        c4: as for `load_body`.
+
+    Raises:
+        UserError: no detector can stand on the network.
+    """
+    whole: Any = create_backbone(architecture, in_chans=channels, image_size=image_size)
+    whole.pretrained_cfg = {
+        **whole.pretrained_cfg,
+        "architecture": architecture,
+        "input_size": (channels, image_size, image_size),
+        "mean": mean,
+        "std": std,
+    }
+    network = new_stages(whole.pretrained_cfg, stages=_C4_STAGES if c4 else None)
+    return _body(network, whole, c4=c4)
+
+
+def _body(network: Any, whole: Any, *, c4: bool) -> Body:
+    """What a detector needs of a network that shows its stages, and of the same network as a whole."""
+    config = whole.pretrained_cfg
+    architecture, (channels, image_size, _) = config["architecture"], config["input_size"]
+    if c4 and not isinstance(whole, ResNet):
+        raise UserError(
+            f"network {architecture} is no ResNet of timm, which model.detector d2_c4 needs: choose d2_fpn"
+        )
     widths, strides = network.feature_info.channels(), network.feature_info.reduction()
     used = 1 if c4 else _levels(strides)
-    _check_maps(export, architecture, network, channels, widths, strides, used)
-    res5 = None
-    if c4:
-        res5 = (whole if trained else _new(load_backbone(export, channels, images=images))).layer4
-    if trained:
-        parts = [network] if res5 is None else [network, nn.ModuleDict({"layer4": res5})]
-        _check_loaded(export, parts)
+    if problem := _problem(network, channels, widths[-used:], strides[-used:], used):
+        raise UserError(
+            f"no detector can stand on network {architecture}: {problem}: choose a ResNet, say"
+        )
     return Body(
         network=network,
         channels=widths[-used:],
@@ -95,18 +145,10 @@ def load_body(export: Path, *, images: str, c4: bool, trained: bool) -> Body:
         mean=config["mean"],
         std=config["std"],
         architecture=architecture,
-        res5=res5,
+        image_size=image_size,
+        res5=whole.layer4 if c4 else None,
         res5_channels=whole.num_features if c4 else 0,
     )
-
-
-def _new(network: Any) -> Any:
-    """The same network with new weights, as timm draws them."""
-    network.init_weights()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-    return network
 
 
 def _levels(strides: Sequence[int]) -> int:
@@ -117,35 +159,26 @@ def _levels(strides: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def _check_maps(
-    export: Path,
-    architecture: str,
-    network: nn.Module,
-    channels: int,
-    widths: Sequence[int],
-    strides: Sequence[int],
-    used: int,
-) -> None:
-    """Refuse a network whose maps are not (B, channels, H / stride, W / stride) for images of any size."""
+def _problem(
+    network: nn.Module, channels: int, widths: Sequence[int], strides: Sequence[int], used: int
+) -> str:
+    """Why the last maps of a network are not (B, channels, H / stride, W / stride) for images of any size; "" if so."""
+    if not used:
+        return "its stages do not halve their maps"
     side = max(_PROBE_SIDE, strides[-1])
-    problem = "" if used else "its stages do not halve their maps"
-    if used:
-        try:
-            maps = network(torch.zeros(1, channels, side, 2 * side))
-        except (AssertionError, RuntimeError, ValueError):
-            problem = "it takes images of one size alone"
-        else:
-            shapes = [tuple(each.shape[1:]) for each in maps[-used:]]
-            expected = [
-                (width, side // stride, 2 * side // stride)
-                for width, stride in zip(widths[-used:], strides[-used:], strict=True)
-            ]
-            if shapes != expected:
-                problem = f"its maps are {shapes}, not (channels, height, width) {expected}"
-    if problem:
-        raise UserError(
-            f"{export}: no detector can stand on network {architecture}: {problem}: choose a ResNet, say"
-        )
+    training = network.training
+    try:
+        maps = network.eval()(torch.zeros(1, channels, side, 2 * side))[-used:]
+    except (AssertionError, RuntimeError, ValueError):
+        return "it takes images of one size alone"
+    finally:
+        network.train(training)
+    shapes = [tuple(each.shape[1:]) for each in maps]
+    expected = [
+        (width, side // stride, 2 * side // stride)
+        for width, stride in zip(widths, strides, strict=True)
+    ]
+    return "" if shapes == expected else f"its maps are {shapes}, not {expected}"
 
 
 def _check_loaded(export: Path, parts: Sequence[nn.Module]) -> None:

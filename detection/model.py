@@ -28,7 +28,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from detection.backbone import Body
 from detection.config import ModelConfig
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.sync_batch_norm import sync_batch_norm
 from peerlearn.counter_random import DETECTION_ANCHORS, DETECTION_REGIONS, random_bits
+from peerlearn.errors import UserError
 
 _RATIOS = (0.5, 1.0, 2.0)
 _REGION_SIDE, _C4_REGION_SIDE = 7, 14
@@ -370,7 +373,29 @@ def draw_heads(head: nn.Module, predictor: FastRCNNPredictor) -> None:
         nn.init.zeros_(last.bias)
 
 
-def freeze_norm(module: nn.Module) -> None:
+def prepare_norms(
+    config: ModelConfig, detector: GeneralizedRCNN, ranks: Ranks | None = None
+) -> None:
+    """Make a new detector's norm layers of the kind that the config asks for, and fix its low stages, in place.
+
+    Args:
+        config: config of the detector.
+        detector: what `build_detector` made.
+        ranks: processes that share statistics in training; None where the detector is not trained.
+
+    Raises:
+        UserError: low stages of another network than a ResNet cannot be fixed.
+    """
+    body = detector.backbone.body
+    _freeze_stages(body, config.trainable_stages)
+    if config.norm == "frozen":
+        _freeze_norm(body)
+        _freeze_norm(detector.roi_heads.box_head)
+    elif config.norm == "sync" and ranks is not None:
+        sync_batch_norm(detector, ranks)
+
+
+def _freeze_norm(module: nn.Module) -> None:
     """Turn every batch norm below ``module`` into a fixed scale and shift, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -378,24 +403,27 @@ def freeze_norm(module: nn.Module) -> None:
             frozen.load_state_dict(child.state_dict(), strict=False)
             setattr(module, name, frozen)
         else:
-            freeze_norm(child)
+            _freeze_norm(child)
 
 
-def freeze_stages(body: nn.Module, trained: int) -> None:
-    """Fix the stem (stage 5 from the end) and the low stages of a ResNet, and their norm, but for the last ``trained``.
+def _freeze_stages(body: nn.Module, trained: int) -> None:
+    """Fix the stem and the low stages of a ResNet with their norms, but for the last ``trained`` of five.
 
     Detectron2's FREEZE_AT 2 trains 3 stages, FREEZE_AT 0 all 5.
     """
-    of_stage = {"conv1": 5, "bn1": 5, **{f"layer{number}": 5 - number for number in range(1, 5)}}
-    for name, child in body.named_children():
-        if of_stage.get(name, 0) > trained:
-            child.requires_grad_(False)
-            if isinstance(child, nn.BatchNorm2d):
-                frozen = nn.Sequential(child)
-                freeze_norm(frozen)
-                setattr(body, name, frozen[0])
-            else:
-                freeze_norm(child)
+    if trained == 5:
+        return
+    stages = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][: 5 - trained]
+    for name in (name for names in stages for name in names):
+        child = getattr(body, name, None)
+        if child is None:
+            raise UserError(
+                f"model.trainable_stages {trained} needs a ResNet, whose stages have names: set it to 5"
+            )
+        child.requires_grad_(False)
+        holder = nn.ModuleDict({name: child})
+        _freeze_norm(holder)
+        setattr(body, name, holder[name])
 
 
 def parameter_groups(

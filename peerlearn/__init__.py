@@ -11,13 +11,13 @@ HOME = Path(__file__).resolve().parent.parent
 
 
 def __getattr__(name: str) -> tuple[str, ...]:
-    """PACKAGES: this project's packages: peerlearn, detection, which has no verb, and those that a verb lives in."""
+    """PACKAGES: this project's packages: peerlearn and those that a verb lives in."""
     if name != "PACKAGES":
         raise AttributeError(f"module 'peerlearn' has no attribute {name!r}")
     from peerlearn.commands.verbs import VERBS
 
     lived_in = (verb.module.partition(".")[0] for verb in VERBS.values())
-    return tuple(dict.fromkeys(["peerlearn", "detection", *lived_in]))
+    return tuple(dict.fromkeys(["peerlearn", *lived_in]))
 
 
 @wrapt.when_imported("timm")

@@ -44,6 +44,13 @@ VERBS = {
     "fewshot": Verb(
         "fewshot.command", "main", "score exported networks by few-shot episodes", True
     ),
+    "detect": Verb(
+        "detection.command",
+        "main",
+        "train detectors on exported networks and score them",
+        True,
+        "configs",
+    ),
     "submit": Verb(
         "slurm.submit_command",
         "main",

@@ -55,7 +55,6 @@ def load_stages(
     *,
     images: str,
     stages: tuple[int, ...] | None = None,
-    trained: bool = True,
 ) -> nn.Module:
     """The network of an export as one that shows its stages, for a feature pyramid; in eval mode on the CPU.
 
@@ -64,7 +63,6 @@ def load_stages(
         channels: channels of the images that the network is to see.
         images: name of those images' dataset.
         stages: numbers of the stages that it shows, as timm counts them; None = all.
-        trained: whether it has the exported weights, or new ones from torch's global generator.
 
     Returns:
         A module from images (B, channels, H, W) to a list of feature maps (B, C_i, H / R_i, W / R_i), finest first.
@@ -76,22 +74,43 @@ def load_stages(
     """
     # First, because timm would load a damaged file in silence.
     backbone: Any = load_backbone(folder, channels, images=images)
-    config = backbone.pretrained_cfg
+    config = {**backbone.pretrained_cfg, "file": str(folder / WEIGHTS_FILE)}
+    try:
+        return _stages(config, stages, pretrained=True)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def new_stages(
+    pretrained_cfg: Mapping[str, Any], *, stages: tuple[int, ...] | None = None
+) -> nn.Module:
+    """As `load_stages` of an export with this config, but with new weights from torch's global generator.
+
+    Raises:
+        UserError: the network has no stages to show.
+    """
+    return _stages(pretrained_cfg, stages, pretrained=False)
+
+
+def _stages(
+    config: Mapping[str, Any], stages: tuple[int, ...] | None, *, pretrained: bool
+) -> nn.Module:
+    architecture, (channels, image_size, _) = config["architecture"], config["input_size"]
     shown: Any = {} if stages is None else {"out_indices": stages}
     try:
         network = timm.create_model(
-            config["architecture"],
-            pretrained=trained,
-            pretrained_cfg={**config, "file": str(folder / WEIGHTS_FILE)},
+            architecture,
+            pretrained=pretrained,
+            pretrained_cfg=dict(config),
             features_only=True,
             in_chans=channels,
             **shown,
-            **size_arguments(config["architecture"], config["input_size"][1]),
+            **size_arguments(architecture, image_size),
         )
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{folder}: network {config['architecture']} does not show its stages ({reason}): choose another network"
+            f"network {architecture} does not show its stages ({reason}): choose another network"
         ) from error
     return network.eval()
 

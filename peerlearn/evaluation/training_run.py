@@ -61,11 +61,12 @@ def training_run(
     *,
     prefix: str,
     folder: str | None = None,
+    begins_anew: bool = True,
 ) -> TrainingRun:
     """The run directory of a training: ``<prefix>-<hash>`` in the folder of the result files, or the folder asked for.
 
-    The hash is of all that decides what is learned and of every key that may not change on the way. A training that
-    came to its end, and has dropped its saves, is begun anew. All ranks call it together.
+    The hash is of all that decides what is learned and of every key that may not change on the way. All ranks call it
+    together.
 
     Args:
         verb: verb of the evaluator.
@@ -75,6 +76,7 @@ def training_run(
         ranks: processes that train together.
         prefix: begin of the folder's name.
         folder: folder that the user asks for by --run.
+        begins_anew: whether a training that came to its end, and has dropped its saves, is removed.
 
     Raises:
         UserError: the folder asked for holds another training, or something else.
@@ -94,7 +96,7 @@ def training_run(
         else:
             results = results_folder(config.results, selection)
             run = RunDirectory(results / f"{prefix}-{short_hash(identity)}")
-            if run.done and not step_folders(run.checkpoints):
+            if begins_anew and run.done and not step_folders(run.checkpoints):
                 shutil.rmtree(run.root)
         return str(run.root), identity
 

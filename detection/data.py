@@ -1,0 +1,91 @@
+"""The images with boxes that a config names."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from detection.config import DetectDataConfig
+from peerlearn.compute.dist import Ranks
+from peerlearn.data.coco import coco
+from peerlearn.data.detection_sets import DetectionDataset
+from peerlearn.data.mini_voc import mini_voc
+from peerlearn.data.voc import VOC_CLASSES, voc
+from peerlearn.errors import UserError
+
+
+class Data(NamedTuple):
+    """Images with boxes.
+
+    Attributes:
+        train: images to learn from.
+        test: images to score on.
+        validation: images by which the best detector is chosen; None without.
+    """
+
+    train: DetectionDataset
+    test: DetectionDataset
+    validation: DetectionDataset | None
+
+
+def load_data(config: DetectDataConfig, ranks: Ranks) -> Data:
+    """The splits as they are in the data. All ranks call it together.
+
+    Raises:
+        UserError: a split is missing, empty or faulty, or has other classes than the training split.
+    """
+    # The main rank is the first, as the miniature may have to be written.
+    return ranks.main_first(lambda: _load(config))
+
+
+def _load(config: DetectDataConfig) -> Data:
+    train = _read(config, config.train, "trainval07+12", "train")
+    test = _read(config, config.test, "test2007", "test")
+    chosen_by = config.validation
+    validation = None if chosen_by is None else _read(config, chosen_by, chosen_by, chosen_by)
+    for other in (test, validation):
+        if other is not None and other.class_names != train.class_names:
+            unlike = sorted(set(other.class_names) ^ set(train.class_names))
+            raise UserError(
+                f"{other.title} {other.split} has other classes than {train.split}, or in another order "
+                f"({', '.join(unlike or other.class_names)[:80]}): give both the same categories"
+            )
+    return Data(train, test, validation)
+
+
+def _read(
+    config: DetectDataConfig, split: str | None, of_voc: str, of_mini_voc: str
+) -> DetectionDataset:
+    """One split, or the usual one of the format, and its first images where there is a limit."""
+    if config.name == "mini_voc":
+        dataset = mini_voc(split or of_mini_voc, config.root, seed=0)
+    elif config.root is None:
+        what = "VOCdevkit" if config.name == "voc" else "the folder of the images"
+        raise UserError(f"data.root is missing: give {what}")
+    elif config.name == "voc":
+        names = config.classes or VOC_CLASSES
+        dataset = voc(split or of_voc, Path(config.root), class_names=names)
+    elif split is None:
+        raise UserError(
+            "data.train and data.test are missing: give the JSON files of data.name coco"
+        )
+    else:
+        dataset = coco(Path(config.root), Path(split))
+    return dataset
+
+
+def training_images(config, train):
+    import dataclasses
+
+    keep = [i for i in range(len(train)) if len(train.labels[i])]
+    return dataclasses.replace(
+        train,
+        images=tuple(train.images[i] for i in keep),
+        sizes=train.sizes[keep],
+        boxes=tuple(train.boxes[i] for i in keep),
+        labels=tuple(train.labels[i] for i in keep),
+        difficult=tuple(train.difficult[i] for i in keep),
+        truncated=tuple(train.truncated[i] for i in keep),
+    )
+
+
+def leakage(config, data, ranks):
+    return {}

@@ -1,0 +1,220 @@
+"""Detectors trained on one checkpoint's networks, and their average precision on the test images."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from detection.config import DetectConfig, ModelConfig, Weights
+from detection.data import Data, leakage, load_data, training_images
+from detection.inference import Detections, detect, for_rule
+from detection.saved import LAST, is_detector, load_detector
+from detection.train import detection_program
+from detection.voc import VOCResult, evaluate
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.precision import Precision
+from peerlearn.config import fixed_values
+from peerlearn.data.detection_sets import DetectionDataset
+from peerlearn.errors import UsageError, UserError
+from peerlearn.evaluation.results import Score
+from peerlearn.evaluation.selection import Selection
+from peerlearn.evaluation.training_run import own_config, trained, training_run
+from peerlearn.evaluation.uncertainty import spread_over_runs
+
+# How an average precision is measured.
+_MEASURING = ("rule", "round_like_detectron2")
+# Each training of an evaluation has its own; a score tells them apart.
+_PER_TRAINING = ("seed", "trials", "backbone_weights", "data.train_percent", "data.subset_seed")
+
+
+class Tested(NamedTuple):
+    """A detector's detections in the test images, and its average precision."""
+
+    detections: Detections
+    result: VOCResult
+
+
+def score(config: DetectConfig, selection: Selection, ranks: Ranks) -> Iterator[Score]:
+    """Train a detector on every selected network, and score it; a detector that was trained here is only scored.
+
+    All ranks call it together; the main one yields the scores: one for each network, kind of weights and share of the
+    training images.
+
+    Raises:
+        UserError: data or an export that cannot be had, or that do not fit each other; a training that diverges.
+        SavedError: a signal asked to stop; the training is saved.
+    """
+    _check_single(config, selection)
+    data = load_data(config.data, ranks)
+    leaks = leakage(config.data, data, ranks)
+    for network, folder in selection.folders.items():
+        if is_detector(folder):
+            yield _score_again(config, network, folder, data.test, ranks)
+            continue
+        own = dataclasses.replace(selection, folders={network: folder})
+        for weights in config.weights:
+            for percent in config.data.percents:
+                yield _score_trained(config, own, data, weights, percent, leaks, ranks)
+
+
+def _check_single(config: DetectConfig, selection: Selection) -> None:
+    """Refuse to keep several trainings in the folder of one."""
+    number = (
+        len(selection.folders) * len(config.weights) * len(config.data.percents) * config.trials
+    )
+    if config.run is not None and number > 1:
+        raise UsageError(
+            f"--run is the directory of one training, and these are {number}: leave it out, or choose one by "
+            "--network, --backbone_weights, --data.train_percent and --trials 1"
+        )
+
+
+def _score_trained(
+    config: DetectConfig,
+    selection: Selection,
+    data: Data,
+    weights: Weights,
+    percent: float,
+    leaks: Mapping[str, Any],
+    ranks: Ranks,
+) -> Score:
+    """The score of one network, kind of weights and share of the training images, over all trials."""
+    (network,) = selection.folders
+    trials, images = [], 0
+    for trial in range(config.trials):
+        own = dataclasses.replace(
+            own_config(config, selection),
+            seed=config.seed + trial,
+            trials=1,
+            backbone_weights=weights,
+            data=dataclasses.replace(
+                config.data, train_percent=percent, subset_seed=config.data.subset_seed + trial
+            ),
+        )
+        train = training_images(own.data, data.train)
+        images = len(train)
+        trials.append(_train_and_test(own, selection, data._replace(train=train), ranks))
+    fixed = fixed_values(config)
+    protocol = {
+        **{key: value for key, value in fixed.items() if key not in _MEASURING},
+        **{key: fixed[key] for key in _PER_TRAINING},
+        "backbone_weights": weights,
+        "data.train_percent": percent,
+        "lr": config.lr,
+        "steps": config.steps(config.iterations),
+        "train_images": images,
+        "train_split": data.train.split,
+        "train_fingerprint": data.train.fingerprint(),
+        **leaks,
+        **_measured_by(config, data.test),
+    }
+    variant = ["random weights"] if weights == "random" else []
+    if percent < 100 or len(config.data.percents) > 1:
+        variant.append(f"{percent:g} % of the images")
+    return _to_score(network, ", ".join(variant), data.test, trials, protocol)
+
+
+def _train_and_test(config: DetectConfig, selection: Selection, data: Data, ranks: Ranks) -> Tested:
+    """One training, or the detector that it has left, on the test images."""
+    ((network, export),) = selection.folders.items()
+    place = training_run(
+        "detect",
+        config,
+        selection,
+        {"train": data.train.fingerprint()},
+        ranks,
+        prefix=f"detect-{selection.step:08d}-{network}",
+        folder=config.run,
+        begins_anew=False,
+    )
+    run = place.directory
+    if ranks.from_main(lambda: run.done and is_detector(run.root / LAST)):
+        detector, about = load_detector(run.root / LAST)
+        return _test(config, detector, about.model, about.image_channels, data.test, ranks)
+    program = detection_program(export, network, data)
+    with trained(place, program, config, ranks, keeps_saves=False) as training:
+        channels = training.body.image_channels
+        return _test(config, training.detector, config.model, channels, data.test, ranks)
+
+
+def _score_again(
+    config: DetectConfig, network: str, folder: Path, test: DetectionDataset, ranks: Ranks
+) -> Score:
+    """The score of a detector that was trained before."""
+    detector, about = load_detector(folder)
+    if list(about.class_names) != list(test.class_names):
+        raise ranks.told_once(
+            UserError(
+                f"{folder} tells apart {_named(about.class_names)}, and {test.title} {test.split} has "
+                f"{_named(test.class_names)}: choose the data that it was trained on"
+            )
+        )
+    tested = _test(config, detector, about.model, about.image_channels, test, ranks)
+    protocol = {"detector": dataclasses.asdict(about), **_measured_by(config, test)}
+    return _to_score(network, folder.name, test, [tested], protocol)
+
+
+def _named(classes: Sequence[str]) -> str:
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+
+
+def _test(
+    config: DetectConfig,
+    detector: nn.Module,
+    model: ModelConfig,
+    channels: int,
+    test: DetectionDataset,
+    ranks: Ranks,
+) -> Tested:
+    detections = detect(
+        detector.to(ranks.device),
+        test,
+        model,
+        channels=channels,
+        precision=Precision(config.precision, ranks.device),
+        workers=config.data.workers,
+        ranks=ranks,
+    )
+    rule = config.chosen_rule
+    found, targets = for_rule(detections, test, rule=rule, rounded=config.round_like_detectron2)
+    return Tested(detections, evaluate(found, targets, num_classes=test.num_classes, rule=rule))
+
+
+def _measured_by(config: DetectConfig, test: DetectionDataset) -> dict[str, Any]:
+    return {
+        "rule": config.chosen_rule,
+        "round_like_detectron2": config.round_like_detectron2,
+        "test_split": test.split,
+        "test_fingerprint": test.fingerprint(),
+    }
+
+
+def _to_score(
+    network: str,
+    variant: str,
+    test: DetectionDataset,
+    trials: Sequence[Tested],
+    protocol: Mapping[str, Any],
+) -> Score:
+    metrics: dict[str, Any] = {"n": len(test), "trials": len(trials)}
+    for name in ("ap", "ap50", "ap75"):
+        values = [getattr(each.result, name) for each in trials]
+        spread = spread_over_runs(values)
+        metrics[name] = spread.mean
+        if len(trials) > 1:
+            metrics |= {f"{name}_std": spread.std, f"{name}_trials": values}
+    per_class = zip(*(each.result.per_class_ap50.tolist() for each in trials), strict=True)
+    metrics["per_class_ap50"] = {
+        name: _number(sum(values) / len(values))
+        for name, values in zip(test.class_names, per_class, strict=True)
+    }
+    return Score(
+        network=network, dataset=test.title, metrics=metrics, protocol=protocol, variant=variant
+    )
+
+
+def _number(value: float) -> float | None:
+    """NaN, of a class without objects, is none that JSON knows."""
+    return None if value != value else value

@@ -1,0 +1,147 @@
+"""Detectors on disk: a folder with model.safetensors (torchvision's names) and config.json (what it takes to build it).
+
+RUN/detector/   the last one    RUN/detector-best/   the best one of a validation split
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from detection.backbone import Body, new_body
+from detection.config import ModelConfig
+from detection.model import build_detector, prepare_norms
+from peerlearn.errors import UserError
+from peerlearn.export import state_misfits, write_folder
+from peerlearn.runs.export_folders import CONFIG_FILE, WEIGHTS_FILE
+
+LAST, BEST = "detector", "detector-best"
+_KIND = "detector"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a detector is, beside its weights.
+
+    Attributes:
+        model: config of the detector.
+        architecture: name of the network that it stands on.
+        image_channels: number of channels of its images.
+        image_size: side of the images that the network was pretrained on, in pixels.
+        mean: mean by which images in [0, 1] are normalised.
+        std: standard deviation by which they are divided.
+        class_names: names of the classes, without the background.
+        network: name of the network in the run that pretrained it.
+        weights: weights that the network started from: export or random.
+        dataset: name of the data that it was trained on.
+        step: number of steps of its training.
+    """
+
+    model: ModelConfig
+    architecture: str
+    image_channels: int
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    class_names: Sequence[str]
+    network: str
+    weights: str
+    dataset: str
+    step: int
+
+
+def describe(
+    body: Body,
+    model: ModelConfig,
+    class_names: Sequence[str],
+    *,
+    network: str,
+    weights: str,
+    dataset: str,
+    step: int,
+) -> Description:
+    """The description of a detector on a network."""
+    return Description(
+        model=model,
+        architecture=body.architecture,
+        image_channels=body.image_channels,
+        image_size=body.image_size,
+        mean=body.mean,
+        std=body.std,
+        class_names=class_names,
+        network=network,
+        weights=weights,
+        dataset=dataset,
+        step=step,
+    )
+
+
+def save_detector(folder: Path, detector: GeneralizedRCNN, description: Description) -> None:
+    """Write a detector's folder, at once; one that is there is replaced."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
+    content = {_KIND: description.model.detector, **dataclasses.asdict(description)}
+    files = {
+        WEIGHTS_FILE: save(tensors),
+        CONFIG_FILE: (json.dumps(content, indent=2) + "\n").encode(),
+    }
+    write_folder(folder, files)
+
+
+def is_detector(folder: Path) -> bool:
+    """Whether the folder holds a detector of this program."""
+    try:
+        return _KIND in json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def load_detector(folder: Path) -> tuple[GeneralizedRCNN, Description]:
+    """A detector in eval mode on the CPU.
+
+    Raises:
+        UserError: the folder does not hold a whole detector.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        del content[_KIND]
+        description = Description(**{**content, "model": ModelConfig(**content["model"])})
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}): a detector has {WEIGHTS_FILE} and {CONFIG_FILE}"
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file} is not the config of a detector ({error}): train it again"
+        ) from error
+    body = new_body(
+        description.architecture,
+        channels=description.image_channels,
+        image_size=description.image_size,
+        mean=description.mean,
+        std=description.std,
+        c4=description.model.detector == "d2_c4",
+    )
+    detector = build_detector(description.model, body, len(description.class_names))
+    prepare_norms(description.model, detector)
+    weights = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights} cannot be read ({error}): train the detector again") from error
+    if misfits := state_misfits(detector.state_dict(), tensors):
+        raise UserError(
+            f"{weights} does not fit the detector of {CONFIG_FILE}: {misfits[0]}: train it again"
+        )
+    detector.load_state_dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{weights}: {name} holds NaN or Inf: train the detector again")
+    return detector.eval(), description

@@ -1,0 +1,388 @@
+"""Training of a detector on one exported network.
+
+A step: a batch of images with boxes -> four losses -> gradients, their mean over the ranks -> SGD.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detection.backbone import Body, load_body
+from detection.config import DetectConfig, learning_rate
+from detection.data import Data
+from detection.inference import detect, for_rule, view_of
+from detection.model import build_detector, parameter_groups, prepare_norms, set_draws
+from detection.precise_bn import measure_batch_norm
+from detection.saved import BEST, LAST, describe, save_detector
+from detection.voc import evaluate
+from peerlearn.compute.attempt import Attempt
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.guards import StepGuard, all_finite, gradients
+from peerlearn.compute.optimizers import (
+    bytes_to_come,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from peerlearn.compute.precision import Precision
+from peerlearn.compute.program import Program
+from peerlearn.compute.resumable import Resumable
+from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
+from peerlearn.data.detection_loader import DetectionBatch, DetectionLoader
+from peerlearn.data.unreadable import Unreadable
+from peerlearn.errors import UserError
+from peerlearn.evaluation.features import eval_mode
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.save_config import SaveConfig
+from peerlearn.runs.training_facts import TrainingFacts
+
+_LOG_EVERY_STEPS = 20
+_PROBED_IMAGES = 4
+# Moco's issue 40: frozen norm layers and self-supervised weights end in NaN at this rate.
+_FROZEN_LIMIT = 0.02
+
+# Images in [0, 1] and their targets: what the detector is called with.
+Part = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+logger = logging.getLogger(__name__)
+
+
+class Detection(Resumable):
+    """The training of one detector."""
+
+    def __init__(
+        self,
+        config: DetectConfig,
+        run: RunDirectory,
+        ranks: Ranks,
+        *,
+        export: Path,
+        network: str,
+        data: Data,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.ranks = ranks
+        self.step = 0
+        self.network = network
+        self.data = data
+        (self.weights,) = config.weights
+        _check_shares(config, ranks)
+        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, config.seed)))
+        self.body: Body = load_body(
+            export,
+            images=data.train.name,
+            c4=config.model.detector == "d2_c4",
+            trained=self.weights == "export",
+        )
+        _warn_of_frozen_norm(config, self.weights)
+        self.detector = build_detector(config.model, self.body, data.train.num_classes)
+        prepare_norms(config.model, self.detector, ranks)
+        self.detector.to(ranks.device).train()
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(
+                self.detector,
+                weight_decay=config.weight_decay,
+                norm_weight_decay=config.norm_weight_decay,
+            ),
+            lr=config.lr,
+            momentum=config.momentum,
+        )
+        self.guard = StepGuard([self.detector], max_skipped_in_a_row=config.max_skipped_steps)
+        self.precision = Precision(config.precision, ranks.device)
+        self.best = _Best()
+        self._unreadable: set[str] = set()
+
+    @property
+    def saves(self) -> SaveConfig:
+        return SaveConfig(every_steps=self.config.save_every)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(len(self.data.train) // self.config.batch_size, 1)
+
+    @property
+    def total_steps(self) -> int:
+        return max(self.config.steps(self.config.iterations), 1)
+
+    @property
+    def fingerprint(self) -> str:
+        chosen_by = self.data.validation
+        return self.data.train.fingerprint() + (chosen_by.fingerprint() if chosen_by else "")
+
+    @property
+    def dataset_name(self) -> str:
+        return self.data.train.title
+
+    def headline(self) -> str:
+        config = self.config
+        return (
+            f"{config.model.detector} on network {self.network} ({self.body.architecture}, {self.weights} weights), "
+            f"{len(self.data.train):,} images of {self.dataset_name}, "
+            f"lr {config.lr:g} (base_lr {config.base_lr:g} x {config.batch_size}/{config.base_batch_size}), "
+            f"{self.total_steps:,} steps ({config.iterations:,} iterations of {config.base_batch_size} images)"
+        )
+
+    def trained(self) -> nn.Module:
+        detector: nn.Module = self.detector
+        return detector
+
+    def bytes_to_come(self) -> int:
+        return bytes_to_come(self.optimizer)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "detector": dict(self.detector.state_dict()),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"best": dataclasses.asdict(self.best)}
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        try:
+            self.detector.load_state_dict(tensors["detector"])
+        except RuntimeError as error:
+            raise ValueError(f"the detector does not fit: {error}") from error
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        self.best = _Best(**state["best"])
+
+    def batches(self, start: int, stop: int) -> Iterator[list[Part]]:
+        """The batches of steps start .. stop - 1 of this rank, each in its parts."""
+        loader = DetectionLoader(
+            self.data.train,
+            view_of(self.config.model, training=True),
+            batch_size_global=self.config.batch_size,
+            seed=self.config.seed,
+            channels=self.body.image_channels,
+            device=self.ranks.device,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            workers=self.config.data.workers,
+        )
+        for batch in loader.batches(start, stop):
+            self._note(batch.unreadable)
+            yield list(_parts(batch, self.config.accumulation_steps))
+
+    def losses(self, part: Part, step: int, number: int) -> dict[str, Tensor]:
+        """The losses of the ``number``-th part of a step's batch, float32 () each.
+
+        The samplers draw by seed, step and place of the image in the global batch.
+        """
+        images = len(part[0])
+        first = self.ranks.rank * (self.config.batch_size // self.ranks.world_size)
+        places = range(first + number * images, first + (number + 1) * images)
+        set_draws(self.detector, [(self.config.seed, step, place) for place in places])
+        with self.precision.autocast():
+            losses: dict[str, Tensor] = self.detector(*part)
+        return losses
+
+    def measure_norms(self) -> None:
+        """PreciseBN, over the batches that training would take next. All ranks call it together."""
+        number = self.config.precise_bn_iterations
+        batches = self.batches(self.step, self.step + number)
+        passes = (
+            partial(self.losses, part, step, place)
+            for step, parts in enumerate(batches, self.step)
+            for place, part in enumerate(parts)
+        )
+        if number:
+            measure_batch_norm(self.detector, passes, self.ranks)
+
+    def save_as(self, name: str) -> None:
+        """Write the detector as it is into the run's folder."""
+        description = describe(
+            self.body,
+            self.config.model,
+            self.data.train.class_names,
+            network=self.network,
+            weights=self.weights,
+            dataset=self.dataset_name,
+            step=self.step,
+        )
+        save_detector(self.run.root / name, self.detector, description)
+
+    def _note(self, unreadable: tuple[Unreadable, ...]) -> None:
+        for image in unreadable:
+            if image.path not in self._unreadable:
+                self._unreadable.add(image.path)
+                logger.warning(
+                    "%s cannot be read (%s): another image takes its place",
+                    image.path,
+                    image.reason,
+                )
+
+
+@dataclasses.dataclass
+class _Best:
+    """The average precision of the best detector so far on the validation split, and its step."""
+
+    ap: float = -1.0
+    step: int = 0
+
+
+def detection_program(export: Path, network: str, data: Data) -> Program[Detection]:
+    """The functions that train a detector on an exported network."""
+    return Program(
+        build=partial(Detection, export=export, network=network, data=data),
+        train=_train,
+        facts=_facts,
+        finish=_finish,
+    )
+
+
+def _facts(training: Detection) -> TrainingFacts:
+    config, train = training.config, training.data.train
+    return TrainingFacts(
+        dataset=train.name,
+        data_root=config.data.root,
+        images=len(train),
+        seed=config.seed,
+        lr=config.lr,
+        processes=training.ranks.world_size,
+        steps_per_epoch=training.steps_per_epoch,
+    )
+
+
+def _train(attempt: Attempt[Detection]) -> bool:
+    """Train to the end (True), or to the first step after a signal has asked to stop (False)."""
+    training = attempt.training
+    if training.step == 0:
+        attempt.report.say(_activations(training))
+    steps = training.batches(training.step, training.total_steps)
+    for parts in attempt.batches(steps):
+        attempt.begin_step()
+        lr, losses = _step(attempt, parts)
+        training.step += 1
+        ended = training.step == training.total_steps
+        row: dict[str, float] = {}
+        if training.step % _LOG_EVERY_STEPS == 0 or ended:
+            each = {name: float(loss) for name, loss in losses.items()}
+            rate = attempt.log.images_per_second(training.step, training.config.batch_size)
+            row = {"loss": sum(each.values()), "images_per_second": rate, "lr": lr, **each}
+        if training.data.validation and (
+            ended or training.step % training.config.validate_every == 0
+        ):
+            row |= _validate(attempt)
+        if row:
+            attempt.log.write(training.step, row)
+        attempt.report.advance(1, attempt.log.text)
+        if attempt.save_if_due():
+            return False
+    # Not saved: a training that goes on from its last save measures them again, and finds the same.
+    training.measure_norms()
+    return True
+
+
+def _step(attempt: Attempt[Detection], parts: list[Part]) -> tuple[float, dict[str, Tensor]]:
+    """One step; its learning rate, and the mean losses over parts and ranks. One with NaN or Inf is left out."""
+    training, ranks = attempt.training, attempt.training.ranks
+    lr = learning_rate(training.step, training.config)
+    for group in training.optimizer.param_groups:
+        group["lr"] = lr
+    training.optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        losses = training.losses(part, training.step, number)
+        torch.stack(list(losses.values())).sum().div(len(parts)).backward()  # type: ignore[no-untyped-call]
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
+    own = gradients(training.detector.parameters())
+    ranks.average_(own)
+    ranks.average_(list(sums.values()))
+    (fault,) = attempt.agree(~all_finite([*sums.values(), *own]).view(1))
+    if fault:
+        bad = [name for name, loss in sums.items() if not bool(loss.isfinite())]
+        attempt.skip(f"not finite: {', '.join(bad) or 'the gradients'}")
+        return lr, sums
+    training.optimizer.step()
+    if training.config.model.norm == "batch":
+        ranks.average_([b for b in training.detector.buffers() if b.is_floating_point()])
+    training.guard.passed()
+    return lr, sums
+
+
+def _parts(batch: DetectionBatch, number: int) -> Iterator[Part]:
+    """A batch in so many parts of one size, in the form that the detector takes."""
+    images = [image.float() / 255 for image in batch.images]
+    # Class 0 is the background.
+    targets = [
+        {"boxes": boxes, "labels": labels + 1}
+        for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+    ]
+    size = len(images) // number
+    for first in range(0, len(images), size):
+        yield images[first : first + size], targets[first : first + size]
+
+
+def _finish(training: Detection) -> None:
+    training.save_as(LAST)
+
+
+def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
+    """Score the detector on the validation split, and keep it if it is the best so far. All ranks call it together."""
+    training, ranks = attempt.training, attempt.training.ranks
+    config, images = training.config, training.data.validation
+    assert images is not None
+    buffers = {name: buffer.clone() for name, buffer in training.detector.named_buffers()}
+    with attempt.report.pause():
+        training.measure_norms()
+        detections = detect(
+            training.detector,
+            images,
+            config.model,
+            channels=training.body.image_channels,
+            precision=training.precision,
+            workers=config.data.workers,
+            ranks=ranks,
+        )
+    rule = config.chosen_rule
+    found, targets = for_rule(detections, images, rule=rule, rounded=config.round_like_detectron2)
+    result = evaluate(found, targets, num_classes=images.num_classes, rule=rule)
+    row = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75}
+    if result.ap > training.best.ap:
+        training.best = _Best(result.ap, training.step)
+        ranks.from_main(lambda: training.save_as(BEST))
+    for name, buffer in training.detector.named_buffers():
+        buffer.copy_(buffers[name])
+    attempt.report.say(
+        f"step {training.step:,}: validation AP {result.ap:.2f}, AP50 {result.ap50:.2f}"
+    )
+    return row
+
+
+@torch.no_grad()
+def _activations(training: Detection) -> str:
+    """How large the activations of the network are. Weights that did not come along show here first."""
+    (parts,) = training.batches(0, 1)
+    images = parts[0][0][:_PROBED_IMAGES]
+    batch, _ = training.detector.transform(images)
+    with eval_mode([training.detector]):
+        maps = training.detector.backbone.body(batch.tensors)
+    scales = ", ".join(f"{float(each.square().mean().sqrt()):.3g}" for each in maps)
+    return f"activations of the network, stage by stage (root mean square): {scales}"
+
+
+def _check_shares(config: DetectConfig, ranks: Ranks) -> None:
+    shares = ranks.world_size * config.accumulation_steps
+    if config.batch_size % shares:
+        raise ranks.told_once(
+            UserError(
+                f"batch_size {config.batch_size} cannot be shared by {ranks.world_size} processes in "
+                f"accumulation_steps {config.accumulation_steps} parts: make it a multiple of {shares}"
+            )
+        )
+
+
+def _warn_of_frozen_norm(config: DetectConfig, weights: str) -> None:
+    if config.model.norm == "frozen" and config.lr >= _FROZEN_LIMIT:
+        logger.warning(
+            "model.norm frozen and lr %g often end in NaN, with self-supervised weights above all: set model.norm "
+            "sync, or base_lr below %g",
+            *(config.lr, _FROZEN_LIMIT * config.base_batch_size / config.batch_size),
+        )
