@@ -1,4 +1,4 @@
-"""Average precision of detected boxes, by the rules of Pascal VOC and of COCO.
+"""Average precision of detected boxes, and the curves behind it, by the rules of Pascal VOC and of COCO.
 
 Each rule gives the numbers of the program that published scores come from: the VOC rules those of Detectron2's
 `PascalVOCDetectionEvaluator`, which is the devkit's MATLAB code in Python; the COCO rule those of pycocotools.
@@ -20,12 +20,18 @@ Rule = Literal["voc07", "voc10", "coco"]
 # which decides where a recall or an IoU equals it.
 _VOC_THRESHOLDS = np.arange(50, 100, 5) / 100
 _VOC_RECALLS = np.arange(0, 1.1, 0.1)
-_COCO_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _COCO_RECALLS = np.linspace(0, 1, 101)
+_THRESHOLDS = {
+    "voc07": _VOC_THRESHOLDS,
+    "voc10": _VOC_THRESHOLDS,
+    "coco": np.linspace(0.5, 0.95, 10),
+}
 _COCO_DETECTIONS = 100
 _AT_50, _AT_75 = 0, 5
+_ALL, _ONLY_50 = slice(None), slice(1)
 
-_WRONG, _RIGHT, _IGNORED = 0, 1, 2
+# What becomes of a detection.
+WRONG, RIGHT, IGNORED = 0, 1, 2
 
 
 class VOCResult(NamedTuple):
@@ -94,6 +100,148 @@ def evaluate(
         >>> result.ap, result.per_class_ap50.tolist()
         (100.0, [100.0, nan])
     """
+    judged = _judge_classes(detections, targets, num_classes, rule)
+    percent = np.full((num_classes, len(_THRESHOLDS[rule])), np.nan)
+    for label, of_class in judged.items():
+        percent[label] = 100 * _average_precision(rule, of_class)
+    per_class = torch.from_numpy(percent)
+    means = per_class.nanmean(dim=0)
+    return VOCResult(
+        float(means.mean()), float(means[_AT_50]), float(means[_AT_75]), per_class[:, _AT_50]
+    )
+
+
+class Curve(NamedTuple):
+    """Precision over recall of one class: a point for each detection that is right or wrong, by falling score.
+
+    recall: share of the objects that the detections up to this one find, float64 (points,).
+    precision: share of right ones among these detections, float64 (points,).
+    scores: score of this detection, float64 (points,).
+    """
+
+    recall: Tensor
+    precision: Tensor
+    scores: Tensor
+
+
+def precision_recall(
+    detections: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    *,
+    num_classes: int,
+    rule: Rule = "voc07",
+) -> list[Curve]:
+    """The curve of each class at the IoU threshold 0.50, of which `evaluate` takes the average precision.
+
+    Detections are right or wrong as there. A class without an object that counts has an empty curve.
+
+    Args:
+        detections: as in `evaluate`.
+        targets: as in `evaluate`.
+        num_classes: number of classes C.
+        rule: voc07, voc10 or coco.
+
+    Returns:
+        A curve for each of the C classes.
+
+    Raises:
+        ValueError: as `evaluate` does.
+    """
+    judged = _judge_classes(detections, targets, num_classes, rule, _ONLY_50)
+    curves = [Curve(*torch.empty(3, 0, dtype=torch.float64)) for _ in range(num_classes)]
+    for label, of_class in judged.items():
+        recall, precision = of_class.recall_and_precision()
+        counts = of_class.outcomes[0] != IGNORED
+        points = (recall[0], precision[0], of_class.scores)
+        curves[label] = Curve(*(torch.from_numpy(values[counts]) for values in points))
+    return curves
+
+
+def outcomes_by_image(
+    detections: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    *,
+    num_classes: int,
+    rule: Rule = "voc07",
+) -> list[Tensor]:
+    """What becomes of each detection at the IoU threshold 0.50, as `evaluate` judges it.
+
+    Args:
+        detections: as in `evaluate`.
+        targets: as in `evaluate`.
+        num_classes: number of classes C.
+        rule: voc07, voc10 or coco.
+
+    Returns:
+        Of each image, `WRONG`, `RIGHT` or `IGNORED` for its detections in the order given, int8 (n,).
+
+    Raises:
+        ValueError: as `evaluate` does.
+    """
+    _, _, outcomes, order = _judge(detections, targets, num_classes, rule, _ONLY_50)
+    numbers = [len(image["scores"]) for image in detections]
+    # Those that a rule does not look at are not judged either.
+    in_order = torch.full((sum(numbers),), IGNORED, dtype=torch.int8)
+    in_order[torch.from_numpy(order)] = torch.from_numpy(outcomes[0])
+    return list(in_order.split(numbers))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What became of the detections of one class.
+
+    Attributes:
+        objects: number of objects that count.
+        scores: scores, falling, (D,).
+        outcomes: whether each detection is right, wrong or ignored, at each threshold, (T, D).
+    """
+
+    objects: int
+    scores: np.ndarray
+    outcomes: np.ndarray
+
+    def recall_and_precision(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the detections up to each, (T, D) both."""
+        right, wrong = (np.cumsum(self.outcomes == what, axis=1) for what in (RIGHT, WRONG))
+        return right / self.objects, right / np.maximum(right + wrong, 1)
+
+
+def _judge_classes(
+    detections: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    num_classes: int,
+    rule: Rule,
+    which: slice = _ALL,
+) -> dict[int, _Judged]:
+    """What became of the detections of each class that has an object that counts, at some of the thresholds."""
+    found, objects, outcomes, _ = _judge(detections, targets, num_classes, rule, which)
+    counted = np.bincount(objects.labels[objects.values == 0], minlength=num_classes)
+    ends = np.searchsorted(found.labels, np.arange(num_classes + 1))
+    judged = {}
+    for label in np.flatnonzero(counted):
+        of_class = slice(ends[label], ends[label + 1])
+        by_score = np.argsort(-found.values[of_class], kind="stable")
+        judged[int(label)] = _Judged(
+            objects=int(counted[label]),
+            scores=found.values[of_class][by_score],
+            outcomes=outcomes[:, of_class][:, by_score],
+        )
+    return judged
+
+
+def _judge(
+    detections: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    num_classes: int,
+    rule: Rule,
+    which: slice,
+) -> tuple["_Boxes", "_Boxes", np.ndarray, np.ndarray]:
+    """Compare all detections with the objects, at some of the thresholds.
+
+    Returns:
+        The detections by class, image and falling score; the objects; the outcomes of the detections, (T, D); and the
+        place that each detection has in what was given, (D,).
+    """
     if rule not in get_args(Rule):
         raise ValueError(f"rule is {rule!r}: choose {', '.join(get_args(Rule))}")
     if num_classes < 1:
@@ -104,26 +252,14 @@ def evaluate(
         )
     found = _collect(detections, "detections", "scores", num_classes)
     objects = _collect(targets, "targets", "difficult", num_classes)
-    found = found[np.lexsort((-found.values, found.groups))]
-    objects = objects[np.argsort(objects.groups, kind="stable")]
-    places = np.arange(len(found.groups)) - np.searchsorted(found.groups, found.groups)
+    order = np.lexsort((-found.values, found.groups))
+    groups = found.groups[order]
+    places = np.arange(len(groups)) - np.searchsorted(groups, groups)
     if rule == "coco":
-        found, places = found[places < _COCO_DETECTIONS], places[places < _COCO_DETECTIONS]
-    outcomes = _outcomes(rule, found, objects, places)
-
-    counted = np.bincount(objects.labels[objects.values == 0], minlength=num_classes)
-    ends = np.searchsorted(found.labels, np.arange(num_classes + 1))
-    percent = np.full((num_classes, len(_VOC_THRESHOLDS)), np.nan)
-    for label in np.flatnonzero(counted):
-        of_class = slice(ends[label], ends[label + 1])
-        by_score = np.argsort(-found.values[of_class], kind="stable")
-        curve = outcomes[:, of_class][:, by_score]
-        percent[label] = 100 * _average_precision(rule, curve, counted[label])
-    per_class = torch.from_numpy(percent)
-    means = per_class.nanmean(dim=0)
-    return VOCResult(
-        float(means.mean()), float(means[_AT_50]), float(means[_AT_75]), per_class[:, _AT_50]
-    )
+        order, places = order[places < _COCO_DETECTIONS], places[places < _COCO_DETECTIONS]
+    found = found[order]
+    objects = objects[np.argsort(objects.groups, kind="stable")]
+    return found, objects, _outcomes(rule, found, objects, places, which), order
 
 
 @dataclass(frozen=True)
@@ -194,13 +330,15 @@ def _numbers(values: Any) -> np.ndarray:
     return numbers
 
 
-def _outcomes(rule: Rule, found: _Boxes, objects: _Boxes, places: np.ndarray) -> np.ndarray:
+def _outcomes(
+    rule: Rule, found: _Boxes, objects: _Boxes, places: np.ndarray, which: slice
+) -> np.ndarray:
     """Whether each detection is right, wrong or ignored, at each threshold: (T, D)."""
-    thresholds = (_COCO_THRESHOLDS if rule == "coco" else _VOC_THRESHOLDS)[:, None]
+    thresholds = _THRESHOLDS[rule][which, None]
     at = np.arange(len(thresholds))[:, None]
     edge = 0.0 if rule == "coco" else 1.0
     difficult = objects.values != 0
-    outcomes = np.full((len(thresholds), len(places)), _WRONG, np.int8)
+    outcomes = np.full((len(thresholds), len(places)), WRONG, np.int8)
     taken = np.zeros((len(thresholds), len(difficult)), bool)
     for chosen, starts, subjects, others in _rounds(found, objects, places):
         ious = _ious(found.corners[subjects], objects.corners[others], edge)
@@ -216,9 +354,9 @@ def _outcomes(rule: Rule, found: _Boxes, objects: _Boxes, places: np.ndarray) ->
         best = np.maximum.reduceat(np.where(allowed, preference, -1), starts, axis=1)
         # A detection without such a pair looks at its first one, which keeps every group to its own objects.
         taker = others[np.where(best >= 0, order[best], starts)]
-        hit = np.where(taken[at, taker], _WRONG, _RIGHT)
-        hit[difficult[taker]] = _IGNORED
-        outcomes[:, chosen] = np.where(best >= 0, hit, _WRONG)
+        hit = np.where(taken[at, taker], WRONG, RIGHT)
+        hit[difficult[taker]] = IGNORED
+        outcomes[:, chosen] = np.where(best >= 0, hit, WRONG)
         taken[at, taker] |= best >= 0
     return outcomes
 
@@ -255,11 +393,9 @@ def _ious(one: np.ndarray, other: np.ndarray, edge: float) -> np.ndarray:
     return ious
 
 
-def _average_precision(rule: Rule, outcomes: np.ndarray, objects: int) -> np.ndarray:
-    """Of one class at each threshold, (T,), from what became of its detections by falling score, (T, D)."""
-    right, wrong = (np.cumsum(outcomes == what, axis=1) for what in (_RIGHT, _WRONG))
-    recall = right / objects
-    precision = right / np.maximum(right + wrong, 1)
+def _average_precision(rule: Rule, of_class: _Judged) -> np.ndarray:
+    """Of one class at each threshold, (T,)."""
+    recall, precision = of_class.recall_and_precision()
     best: np.ndarray = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     if rule == "voc10":
         area: np.ndarray = (np.diff(recall, axis=1, prepend=0) * best).sum(axis=1)
