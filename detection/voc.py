@@ -88,7 +88,8 @@ def evaluate(
 
     Raises:
         ValueError: the numbers of images or the shapes of an image do not fit, a key is missing, a label is no class, a
-            score or corner is not finite, a box ends before it begins, or the rule is unknown.
+            score or corner is not finite, a box ends before it begins (by more than a pixel,
+            under a VOC rule), or the rule is unknown.
 
     Example:
         >>> import torch
@@ -250,8 +251,8 @@ def _judge(
         raise ValueError(
             f"there are detections of {len(detections)} images and targets of {len(targets)}: give both of every image"
         )
-    found = _collect(detections, "detections", "scores", num_classes)
-    objects = _collect(targets, "targets", "difficult", num_classes)
+    found = _collect(detections, "detections", "scores", num_classes, rule)
+    objects = _collect(targets, "targets", "difficult", num_classes, rule)
     order = np.lexsort((-found.values, found.groups))
     groups = found.groups[order]
     places = np.arange(len(groups)) - np.searchsorted(groups, groups)
@@ -284,8 +285,13 @@ class _Boxes:
         )
 
 
+def _edge(rule: Rule) -> float:
+    """How much wider a box is than its corners lie apart, in pixels."""
+    return 0.0 if rule == "coco" else 1.0
+
+
 def _collect(
-    images: Sequence[Mapping[str, Any]], name: str, value_key: str, num_classes: int
+    images: Sequence[Mapping[str, Any]], name: str, value_key: str, num_classes: int, rule: Rule
 ) -> _Boxes:
     keys = ("boxes", "labels", value_key)
     parts: dict[str, list[np.ndarray]] = {key: [] for key in keys}
@@ -308,10 +314,11 @@ def _collect(
     corners = np.concatenate([np.empty((0, 4)), *parts["boxes"]])
     labels, values = (np.concatenate([np.empty(0), *parts[key]]) for key in keys[1:])
     image_of = np.arange(len(images)).repeat(np.array([*map(len, parts["boxes"])], int))
+    sides, less = corners[:, 2:] - corners[:, :2] + _edge(rule), "" if rule == "coco" else " - 1"
     is_class = (labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))
     for key, bad, problem in (
         ("boxes", ~np.isfinite(corners).all(axis=1), "a corner is not a finite number"),
-        ("boxes", (corners[:, 2:] < corners[:, :2]).any(axis=1), "x2 < x1 or y2 < y1"),
+        ("boxes", (sides < 0).any(axis=1), f"x2 < x1{less} or y2 < y1{less}"),
         ("labels", ~is_class, f"a label is no class of 0..{num_classes - 1}"),
         (value_key, ~np.isfinite(values), "a value is not a finite number"),
     ):
@@ -336,7 +343,7 @@ def _outcomes(
     """Whether each detection is right, wrong or ignored, at each threshold: (T, D)."""
     thresholds = _THRESHOLDS[rule][which, None]
     at = np.arange(len(thresholds))[:, None]
-    edge = 0.0 if rule == "coco" else 1.0
+    edge = _edge(rule)
     difficult = objects.values != 0
     outcomes = np.full((len(thresholds), len(places)), WRONG, np.int8)
     taken = np.zeros((len(thresholds), len(difficult)), bool)

@@ -578,8 +578,8 @@ def target_with(**changes):
         ),
         (
             detection_with(),
-            target_with(boxes=torch.tensor([[0, 0, 1, 1], [5, 0, 4, 1]])),
-            "targets of image 1: boxes[1] is [5, 0, 4, 1]: x2 < x1 or y2 < y1",
+            target_with(boxes=torch.tensor([[0, 0, 1, 1], [5, 0, 3, 1]])),
+            "targets of image 1: boxes[1] is [5, 0, 3, 1]: x2 < x1 - 1 or y2 < y1 - 1",
         ),
         (
             detection_with(),
@@ -594,6 +594,15 @@ def test_what_does_not_fit_is_named_with_its_image_and_key(detection, objects, m
             [found([A], [0.9]), detection], [target([A]), objects], num_classes=2, rule="voc10"
         )
     assert str(caught.value) == message
+
+
+def test_a_box_of_no_width_counts_under_the_pixel_convention():
+    # 0.3 pixels wide where the first pixel is 0: so are corners as Detectron2 writes them.
+    thin = [[11.0, 1.0, 10.3, 20.0]]
+    result = evaluate([found(thin, [0.9])], [target(thin)], num_classes=1, rule="voc07")
+    assert result.ap == 100
+    with pytest.raises(ValueError, match="x2 < x1 or y2 < y1"):
+        evaluate([found(thin, [0.9])], [target(thin)], num_classes=1, rule="coco")
 
 
 def test_arguments_that_do_not_fit_are_named():
