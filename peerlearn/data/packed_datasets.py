@@ -42,7 +42,7 @@ def digits(split: str, root: Path) -> Content:
     )
 
 
-_FASHION_MNIST_CLASSES = (
+FASHION_MNIST_CLASSES = (
     "T-shirt/top",
     "Trouser",
     "Pullover",
@@ -66,8 +66,8 @@ def fashion_mnist(split: str, root: Path) -> Content:
     _check_count(folder / labels_name, len(labels), len(images))
     return Content(
         images.unsqueeze(1),
-        _checked_labels(folder / labels_name, labels, len(_FASHION_MNIST_CLASSES)),
-        _FASHION_MNIST_CLASSES,
+        _checked_labels(folder / labels_name, labels, len(FASHION_MNIST_CLASSES)),
+        FASHION_MNIST_CLASSES,
     )
 
 
@@ -82,7 +82,7 @@ def fashion_mnist_classes(split: str, root: Path) -> Content:
     labels = torch.cat([part.labels for part in parts])  # type: ignore[misc]
     classes = _FASHION_MNIST_CLASS_SPLITS[split]
     chosen = (labels >= classes.start) & (labels < classes.stop)
-    names = _FASHION_MNIST_CLASSES[classes.start : classes.stop]
+    names = FASHION_MNIST_CLASSES[classes.start : classes.stop]
     return Content(images[chosen], labels[chosen] - classes.start, names)
 
 
