@@ -71,12 +71,14 @@ def _score(
             **classified.choice,
         },
         protocol=protocol,
-        picture=partial(
-            plot_confusion,
-            confusion=scores.confusion,
-            class_names=test.class_names,
-            title=f"{test.title}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
-        ),
+        pictures={
+            ".png": partial(
+                plot_confusion,
+                confusion=scores.confusion,
+                class_names=test.class_names,
+                title=f"{test.title}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
+            )
+        },
     )
 
 

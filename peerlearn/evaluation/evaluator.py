@@ -1,6 +1,6 @@
 """What evaluators have in common. An evaluator is its config, its `score` function and its columns.
 
-    words -> config -> exported networks -> score(config, networks, ranks) -> result.json, picture -> table, means
+    words -> config -> exported networks -> score(config, networks, ranks) -> result.json, pictures -> table, means
 
 `peerlearn.evaluation.knn_command` is one to start from. A new one needs a line among the verbs of `peerlearn.cli`.
 """

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Beyond so many classes neither their names nor numbers can be read.
 _MOST_NAMED = 30
 # Longer names would leave no room for the picture.
-_LONGEST_NAME = 30
-_LONGEST_TITLE = 90
+LONGEST_NAME = 30
+LONGEST_TITLE = 90
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,9 @@ def plot_confusion(
     axes = figure.add_subplot()
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, label="% of the true class")
-    axes.set(xlabel="predicted", ylabel="true", title=printable(title, _LONGEST_TITLE))
+    axes.set(xlabel="predicted", ylabel="true", title=printable(title, LONGEST_TITLE))
     if named:
-        names = [printable(name, _LONGEST_NAME) for name in class_names]
+        names = [printable(name, LONGEST_NAME) for name in class_names]
         axes.set_xticks(range(classes), names, rotation=90)
         axes.set_yticks(range(classes), names)
         for row, column in confusion.nonzero().tolist():

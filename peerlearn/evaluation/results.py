@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Score:
         metrics: figures by name; "n" is how many images, or episodes, they are of.
         protocol: all that decides the figures beside the networks. Scores of one network differ in it.
         variant: what the table adds to the network's name, where a network has several scores.
-        picture: function that draws the score into a PNG file of the given path; None draws nothing.
+        pictures: functions that draw the score into a PNG file of the given path, by what the file's name has in place
+            of the result's .json: ".png", "-curves.png".
     """
 
     network: str
@@ -40,7 +41,7 @@ class Score:
     metrics: Mapping[str, Any]
     protocol: Mapping[str, Any]
     variant: str = ""
-    picture: Callable[[Path], object] | None = None
+    pictures: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
 
     @property
     def row(self) -> str:
@@ -120,7 +121,7 @@ def write_score(
     seed: Any,
     seconds: float,
 ) -> Path:
-    """Write a score's result file, and draw its picture beside it: of the same name, but .png. Returns the file.
+    """Write a score's result file, and draw its pictures beside it. Returns the file.
 
     Args:
         hashes: export hash of every network; a score of another name is of all of them together.
@@ -141,8 +142,8 @@ def write_score(
         seconds=round(seconds, 3),
         variant=score.variant,
     )
-    if score.picture is not None:
-        draw(score.picture, file.with_suffix(".png"))
+    for ending, picture in score.pictures.items():
+        draw(picture, file.with_name(file.stem + ending))
     return file
 
 

@@ -220,28 +220,28 @@ def _detectron2_files(resnet: _ResNetExport) -> dict[str, bytes]:
             f"{resnet.folder.name}: Detectron2's ResNets have a 7x7 stem, this {resnet.name} has the "
             "small-image one; --format torchvision or timm takes it"
         )
-    if resnet.in_chans not in _IMAGE_FORMATS:
+    if resnet.in_chans not in DETECTRON2_IMAGE_FORMATS:
         raise UserError(
             f"{resnet.folder.name}: Detectron2 reads images of 1 or 3 channels, this {resnet.name} "
             f"takes {resnet.in_chans}; --format torchvision or timm takes it"
         )
     weights = {
-        _detectron2_name(name): tensor.numpy()
+        detectron2_name(name): tensor.numpy()
         for name, tensor in resnet.backbone.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
     content = {"model": weights, "__author__": "peerlearn", "matching_heuristics": True}
     return {
-        DETECTRON2_FILE: _pickle_arrays(content),
+        DETECTRON2_FILE: pickle_arrays(content),
         CARD_FILE: _detectron2_card(resnet).encode(),
     }
 
 
 # Detectron2's INPUT.FORMAT by the number of channels.
-_IMAGE_FORMATS = {1: "L", 3: "RGB"}
+DETECTRON2_IMAGE_FORMATS = {1: "L", 3: "RGB"}
 
 
-def _detectron2_name(name: str) -> str:
+def detectron2_name(name: str) -> str:
     """Detectron2's name of a tensor: conv1.weight -> stem.conv1.weight, layer1.0.bn2.bias -> res2.0.conv2.norm.bias."""
     block = re.match(r"layer(\d)\.(\d+)\.", name)
     place = f"res{int(block[1]) + 1}.{block[2]}." if block else "stem."
@@ -251,7 +251,15 @@ def _detectron2_name(name: str) -> str:
     return place + re.sub(r"^downsample\.1\.", "shortcut.norm.", layer)
 
 
-def _pickle_arrays(content: dict[str, Any]) -> bytes:
+def detectron2_resnet(shape: ResNetShape) -> dict[str, Any]:
+    """The keys of Detectron2's MODEL.RESNETS that tell the shape."""
+    common = {"DEPTH": shape.depth, "STRIDE_IN_1X1": False}
+    if shape.bottleneck:
+        return common | {"NUM_GROUPS": shape.groups, "WIDTH_PER_GROUP": shape.width_per_group}
+    return common | {"RES2_OUT_CHANNELS": 64}
+
+
+def pickle_arrays(content: dict[str, Any]) -> bytes:
     """A pickle that every numpy and every Python from 3.4 on can read."""
     buffer = io.BytesIO()
     _ArrayPickler(buffer, protocol=4).dump(content)
@@ -270,12 +278,8 @@ class _ArrayPickler(pickle.Pickler):
 
 def _detectron2_card(resnet: _ResNetExport) -> str:
     shape = RESNETS[resnet.name]
-    rows = [f"DEPTH: {shape.depth}", "STRIDE_IN_1X1: False"]
-    if shape.bottleneck:
-        rows += [f"NUM_GROUPS: {shape.groups}", f"WIDTH_PER_GROUP: {shape.width_per_group}"]
-    else:
-        rows += ["RES2_OUT_CHANNELS: 64"]
-    resnet_rows = "\n".join(f"    {row}" for row in rows)
+    rows = detectron2_resnet(shape).items()
+    resnet_rows = "\n".join(f"    {key}: {value}" for key, value in rows)
     return f"""\
 ---
 library_name: detectron2
@@ -292,7 +296,7 @@ MODEL:
   RESNETS:
 {resnet_rows}
 INPUT:
-  FORMAT: "{_IMAGE_FORMATS[resnet.in_chans]}"
+  FORMAT: "{DETECTRON2_IMAGE_FORMATS[resnet.in_chans]}"
 ```
 
 Detectron2 leaves the stem and `res2` untrained and every batch norm frozen unless told otherwise. Frozen batch norm

@@ -59,7 +59,7 @@ def score(config, selection, ranks):
         for norm in config.norms:
             found = classification_scores(-torch.cdist(asked.features[name], means, p=norm), asked.labels)
             picture = partial(plot_confusion, confusion=found.confusion, class_names=test.class_names, title=name)
-            yield Score(network=name, dataset=test.name, metrics=found.metrics(), variant=f"norm {norm}", picture=picture,
+            yield Score(network=name, dataset=test.name, metrics=found.metrics(), variant=f"norm {norm}", pictures={'.png': picture},
                         protocol={"norm": norm, **splits_protocol(train, test)})
 
 TOY = Evaluator(verb="toy", config=ToyConfig, score=score, columns=ACCURACY_COLUMNS, title=lambda _: "nearest class mean (%)",

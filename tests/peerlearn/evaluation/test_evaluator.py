@@ -65,7 +65,9 @@ def drawn_by(picture: Callable[[Path], object]) -> Evaluator[ShotsConfig]:
     """The same, with a picture of each score."""
 
     def drawn(config: ShotsConfig, selection: Selection, ranks: object) -> Iterator[Score]:
-        return (replace(each, picture=picture) for each in score(config, selection, ranks))
+        return (
+            replace(each, pictures={".png": picture}) for each in score(config, selection, ranks)
+        )
 
     return replace(FEWSHOT, score=drawn)
 
@@ -195,6 +197,21 @@ def test_a_picture_lies_beside_its_score(runs):
     assert [path.read_bytes() for path in pictures] == [b"drawn"] * 3
     jsons = sorted((runs[0] / "results").glob("*.json"))
     assert [path.with_suffix(".json") for path in pictures] == jsons
+
+
+def test_a_score_may_have_several_pictures(runs):
+    def drawn(config: ShotsConfig, selection: Selection, ranks: object) -> Iterator[Score]:
+        pictures = {
+            ".png": lambda file: file.write_bytes(b"one"),
+            "-broken.png": full_disk,
+            "-two.png": lambda file: file.write_bytes(b"two"),
+        }
+        return (replace(each, pictures=pictures) for each in score(config, selection, ranks))
+
+    assert evaluate(replace(FEWSHOT, score=drawn), "--checkpoint", runs[0], "--network", "0") == 0
+    (result,) = (runs[0] / "results").glob("*.json")
+    pictures = {path.name: path.read_bytes() for path in result.parent.glob("*.png")}
+    assert pictures == {f"{result.stem}.png": b"one", f"{result.stem}-two.png": b"two"}
 
 
 def bad_text(file: Path) -> None:
