@@ -103,8 +103,8 @@ class DetectDataConfig:
             another.
         subset_seed: seed by which train_percent draws; each trial adds its number.
         limit: number of images of each split, the first ones; null = all.
-        leakage: look for training images among the test images: near (the same image, or a copy of it), exact (the
-            same file) or none.
+        leakage: what is done where test images are training images, or look like them: warn, refuse or ignore (they
+            are not looked for); null = warn for coco, ignore for voc and mini_voc.
         workers: number of processes that read image files.
     """
 
@@ -118,7 +118,7 @@ class DetectDataConfig:
     train_percent: float | list[float] = 100.0
     subset_seed: int = 0
     limit: int | None = None
-    leakage: Literal["near", "exact", "none"] = "exact"
+    leakage: Literal["warn", "refuse", "ignore"] | None = None
     workers: int = changeable(2)
 
     def __post_init__(self) -> None:

@@ -1,15 +1,20 @@
 """The images with boxes that a config names."""
 
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detection.config import DetectDataConfig
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.coco import coco
 from peerlearn.data.detection_sets import DetectionDataset
+from peerlearn.data.detection_subsets import first_images, training_part
+from peerlearn.data.leakage import leaks
 from peerlearn.data.mini_voc import mini_voc
 from peerlearn.data.voc import VOC_CLASSES, voc
 from peerlearn.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
@@ -69,23 +74,38 @@ def _read(
         )
     else:
         dataset = coco(Path(config.root), Path(split))
-    return dataset
+    return dataset if config.limit is None else first_images(dataset, config.limit)
 
 
-def training_images(config, train):
-    import dataclasses
+def training_images(config: DetectDataConfig, train: DetectionDataset) -> DetectionDataset:
+    """What is trained on: images with objects, and of them the share that the config asks for.
 
-    keep = [i for i in range(len(train)) if len(train.labels[i])]
-    return dataclasses.replace(
-        train,
-        images=tuple(train.images[i] for i in keep),
-        sizes=train.sizes[keep],
-        boxes=tuple(train.boxes[i] for i in keep),
-        labels=tuple(train.labels[i] for i in keep),
-        difficult=tuple(train.difficult[i] for i in keep),
-        truncated=tuple(train.truncated[i] for i in keep),
-    )
+    Raises:
+        UserError: no image has an object.
+    """
+    (percent,) = config.percents
+    difficult = config.difficult or ("drop" if config.name == "coco" else "keep")
+    return training_part(train, difficult=difficult, percent=percent, seed=config.subset_seed)
 
 
-def leakage(config, data, ranks):
-    return {}
+def leakage(config: DetectDataConfig, data: Data, ranks: Ranks) -> dict[str, Any]:
+    """Look for training images among the test images, where the config asks for it: what a protocol tells of it.
+
+    All ranks call it together.
+
+    Raises:
+        UserError: there are some, and they are to be refused.
+    """
+    answer = config.leakage or ("warn" if config.name == "coco" else "ignore")
+    if answer == "ignore":
+        return {}
+
+    def look() -> dict[str, int]:
+        found = leaks(data.train, data.test)
+        if found.line() and answer == "refuse":
+            raise UserError(found.line())
+        if found.line():
+            logger.warning("%s", found.line())
+        return found.counts()
+
+    return {"leakage": ranks.from_main(look)}

@@ -8,13 +8,14 @@ res2.0.conv1, .norm, .shortcut), backbone/fpn.py (bottom_up, fpn_lateral2, fpn_o
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
+from detection.config import ModelConfig
 from peerlearn.errors import UserError
 from peerlearn.exchange.export_formats import (
     DETECTRON2_FILE,
@@ -24,8 +25,6 @@ from peerlearn.exchange.export_formats import (
     detectron2_resnet,
     pickle_arrays,
 )
-
-Norm = Literal["sync", "batch", "frozen"]
 
 _BODY = "backbone.body."
 _FPN_LAYERS = {"inner_blocks": "fpn_lateral", "layer_blocks": "fpn_output"}
@@ -103,29 +102,23 @@ def _background_last(name: str, values: Tensor, num_classes: int) -> Tensor:
 
 def detectron2_config(
     state_dict: Mapping[str, Tensor],
+    detector: ModelConfig,
     *,
     architecture: str,
     num_classes: int,
     mean: Sequence[float],
     std: Sequence[float],
-    norm: Norm,
-    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
-    short_side: int = 800,
-    longest_side: int = 1333,
     weights: str = DETECTRON2_FILE,
 ) -> str:
     """The config that builds Detectron2's model for `detectron2_file`, as YAML for `cfg.merge_from_file`.
 
     Args:
         state_dict: tensors of the detector, as for `detectron2_weights`.
+        detector: config of the detector.
         architecture: name of the backbone.
         num_classes: number of classes, without the background.
         mean: mean of images in [0, 1], for each channel.
         std: standard deviation of images in [0, 1], for each channel.
-        norm: norm layers of the detector.
-        anchor_sizes: size of the anchors of each level, p2 .. p6, in pixels.
-        short_side: length of the short side of a test image in pixels.
-        longest_side: greatest length of the long side in pixels.
         weights: path of the file of weights.
 
     Raises:
@@ -157,23 +150,23 @@ def detectron2_config(
         "RESNETS": {
             **detectron2_resnet(RESNETS[architecture]),
             "OUT_FEATURES": stages,
-            "NORM": _NORMS[norm],
+            "NORM": _NORMS[detector.norm],
         },
         "FPN": {
             "IN_FEATURES": stages,
             "OUT_CHANNELS": len(state_dict[f"{lateral}.0.weight"]),
-            "NORM": _NORMS[norm] if f"{lateral}.1.weight" in state_dict else "",
+            "NORM": _NORMS[detector.norm] if f"{lateral}.1.weight" in state_dict else "",
         },
         "ANCHOR_GENERATOR": {
-            "SIZES": [[size] for size in anchor_sizes],
+            "SIZES": [[size] for size in detector.anchor_sizes],
             "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
         },
         "RPN": {
             "IN_FEATURES": levels,
-            "PRE_NMS_TOPK_TRAIN": 2000,
-            "PRE_NMS_TOPK_TEST": 1000,
-            "POST_NMS_TOPK_TRAIN": 1000,
-            "POST_NMS_TOPK_TEST": 1000,
+            "PRE_NMS_TOPK_TRAIN": detector.rpn_candidates_train,
+            "PRE_NMS_TOPK_TEST": detector.rpn_candidates_test,
+            "POST_NMS_TOPK_TRAIN": detector.rpn_proposals_train,
+            "POST_NMS_TOPK_TEST": detector.rpn_proposals_test,
         },
         "ROI_HEADS": {
             "NAME": "StandardROIHeads",
@@ -189,8 +182,8 @@ def detectron2_config(
     }
     images = {
         "FORMAT": DETECTRON2_IMAGE_FORMATS[stem.shape[1]],
-        "MIN_SIZE_TEST": short_side,
-        "MAX_SIZE_TEST": longest_side,
+        "MIN_SIZE_TEST": detector.short_sides[-1],
+        "MAX_SIZE_TEST": detector.longest_side,
     }
     config: dict[str, Any] = {"VERSION": 2, "MODEL": model, "INPUT": images}
     return yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=100)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ from torch import nn
 from detection.config import DetectConfig, ModelConfig, Weights
 from detection.data import Data, leakage, load_data, training_images
 from detection.inference import Detections, detect, for_rule
+from detection.pictures import draw_sheet, plot_precision_recall
 from detection.saved import LAST, is_detector, load_detector
 from detection.train import detection_program
-from detection.voc import VOCResult, evaluate
+from detection.voc import Rule, VOCResult, evaluate, outcomes_by_image, precision_recall
 from peerlearn.compute.dist import Ranks
 from peerlearn.compute.precision import Precision
 from peerlearn.config import fixed_values
@@ -23,6 +25,7 @@ from peerlearn.evaluation.selection import Selection
 from peerlearn.evaluation.training_run import own_config, trained, training_run
 from peerlearn.evaluation.uncertainty import spread_over_runs
 
+_SHOWN_IMAGES = 16
 # How an average precision is measured.
 _MEASURING = ("rule", "round_like_detectron2")
 # Each training of an evaluation has its own; a score tells them apart.
@@ -30,9 +33,18 @@ _PER_TRAINING = ("seed", "trials", "backbone_weights", "data.train_percent", "da
 
 
 class Tested(NamedTuple):
-    """A detector's detections in the test images, and its average precision."""
+    """A detector's detections in the test images, and its average precision.
+
+    Attributes:
+        detections: what `detect` returned.
+        compared: detections and targets, as the rule compares them.
+        rule: rule of the average precision.
+        result: average precision.
+    """
 
     detections: Detections
+    compared: tuple[list[dict[str, Any]], list[dict[str, Any]]]
+    rule: Rule
     result: VOCResult
 
 
@@ -179,7 +191,8 @@ def _test(
     )
     rule = config.chosen_rule
     found, targets = for_rule(detections, test, rule=rule, rounded=config.round_like_detectron2)
-    return Tested(detections, evaluate(found, targets, num_classes=test.num_classes, rule=rule))
+    result = evaluate(found, targets, num_classes=test.num_classes, rule=rule)
+    return Tested(detections, (found, targets), rule, result)
 
 
 def _measured_by(config: DetectConfig, test: DetectionDataset) -> dict[str, Any]:
@@ -210,8 +223,42 @@ def _to_score(
         name: _number(sum(values) / len(values))
         for name, values in zip(test.class_names, per_class, strict=True)
     }
+    first = trials[0]
+    title = f"{test.title}, network {network}{f', {variant}' if variant else ''}: AP50 {first.result.ap50:.2f} %"
     return Score(
-        network=network, dataset=test.title, metrics=metrics, protocol=protocol, variant=variant
+        network=network,
+        dataset=test.title,
+        metrics=metrics,
+        protocol=protocol,
+        variant=variant,
+        pictures={
+            ".png": partial(_plot_curves, tested=first, test=test, title=title),
+            "-detections.png": partial(_draw_detections, tested=first, test=test, title=title),
+        },
+    )
+
+
+def _plot_curves(file: Path, *, tested: Tested, test: DetectionDataset, title: str) -> None:
+    curves = precision_recall(*tested.compared, num_classes=test.num_classes, rule=tested.rule)
+    per_class = tested.result.per_class_ap50.tolist()
+    plot_precision_recall(file, curves, test.class_names, per_class, title=title)
+
+
+def _draw_detections(file: Path, *, tested: Tested, test: DetectionDataset, title: str) -> None:
+    """The first test images that have objects."""
+    filled = [number for number, labels in enumerate(test.labels) if len(labels)]
+    numbers = filled[:_SHOWN_IMAGES]
+    outcomes = outcomes_by_image(*tested.compared, num_classes=test.num_classes, rule=tested.rule)
+    draw_sheet(
+        file,
+        [test.read(number) for number in numbers],
+        [tested.detections[number] for number in numbers],
+        test.class_names,
+        title=title,
+        targets=[
+            {"boxes": test.boxes[number], "labels": test.labels[number]} for number in numbers
+        ],
+        outcomes=[outcomes[number] for number in numbers],
     )
 
 

@@ -5,7 +5,7 @@ RUN/detector/   the last one    RUN/detector-best/   the best one of a validatio
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.backbone import Body, new_body
 from detection.config import ModelConfig
+from detection.detectron2_file import detectron2_config, detectron2_file
 from detection.model import build_detector, prepare_norms
 from peerlearn.errors import UserError
+from peerlearn.exchange.export_formats import DETECTRON2_FILE
 from peerlearn.export import state_misfits, write_folder
 from peerlearn.runs.export_folders import CONFIG_FILE, WEIGHTS_FILE
 
 LAST, BEST = "detector", "detector-best"
+DETECTRON2_CONFIG_FILE = "detectron2.yaml"
 _KIND = "detector"
 
 
@@ -91,7 +95,26 @@ def save_detector(folder: Path, detector: GeneralizedRCNN, description: Descript
         WEIGHTS_FILE: save(tensors),
         CONFIG_FILE: (json.dumps(content, indent=2) + "\n").encode(),
     }
-    write_folder(folder, files)
+    write_folder(folder, files | _detectron2_files(tensors, description))
+
+
+def _detectron2_files(tensors: Mapping[str, Tensor], about: Description) -> dict[str, bytes]:
+    """The same detector for Detectron2; nothing where Detectron2 has no such model."""
+    if about.model.detector != "d2_fpn":
+        return {}
+    try:
+        config = detectron2_config(
+            tensors,
+            about.model,
+            architecture=about.architecture,
+            num_classes=len(about.class_names),
+            mean=about.mean,
+            std=about.std,
+        )
+    except UserError:
+        return {}
+    weights = detectron2_file(tensors, num_classes=len(about.class_names))
+    return {DETECTRON2_FILE: weights, DETECTRON2_CONFIG_FILE: config.encode()}
 
 
 def is_detector(folder: Path) -> bool:
