@@ -1,6 +1,7 @@
 """A detector for Detectron2: every tensor by its name there, and the same outputs from Detectron2's structure."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from detection.detectron2_file import (
     detectron2_file,
     detectron2_weights,
 )
+from peerlearn import HOME
 from peerlearn.errors import UserError
 from tests.peerlearn.exchange.test_export_formats import Detectron2ResNet
 
@@ -283,3 +285,17 @@ def test_grey_images_have_their_format():
 def test_what_detectron2_cannot_build_is_refused(state, architecture, message):
     with pytest.raises(UserError, match=message):
         config_of(state, architecture)
+
+
+def test_the_config_in_the_docs_is_the_one_that_is_written():
+    text = (HOME / "docs/detection.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    documented = yaml.safe_load(block)
+    written = config_of(sketch())
+    assert documented["INPUT"]["FORMAT"] == written["INPUT"]["FORMAT"]
+    model = written["MODEL"]
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        assert documented["MODEL"].pop(key) == model[key]
+    assert documented["MODEL"].pop("WEIGHTS").endswith(model["WEIGHTS"])
+    for group, values in documented["MODEL"].items():
+        assert values.items() <= model[group].items()
