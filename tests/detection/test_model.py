@@ -28,7 +28,7 @@ from detection.model import (
 )
 from peerlearn.compute.dist import Ranks
 from peerlearn.compute.sync_batch_norm import SyncBatchNorm2d
-from peerlearn.config import load_config
+from peerlearn.config import parse_config
 from peerlearn.counter_random import DETECTION_ANCHORS
 from peerlearn.errors import UserError
 
@@ -189,7 +189,9 @@ class TestSampler:
 
     def test_every_candidate_is_as_likely(self):
         matched = torch.tensor([1.0] * 5 + [0.0] * 20)
-        counts = sum(torch.stack(self.draw(matched, (0, s, 0), 8, 0.25)) for s in range(2000))
+        counts = sum(
+            torch.stack(self.draw(matched, (0, step, 0), 8, 0.25)).int() for step in range(2000)
+        )
         # Of 2 of 5, and of 6 of 20: five binomial deviations.
         assert (counts[0][:5] / 2000 - 0.4).abs().max() < 5 * math.sqrt(0.4 * 0.6 / 2000)
         assert (counts[1][5:] / 2000 - 0.3).abs().max() < 5 * math.sqrt(0.3 * 0.7 / 2000)
@@ -374,7 +376,7 @@ class TestNorms:
     def test_other_networks_have_no_such_stages(self):
         config = small(trainable_stages=3, norm="batch")
         detector = build_detector(config, body(architecture="convnext_atto"), CLASSES)
-        with pytest.raises(UserError, match="trainable_stages 3 needs a ResNet.*set it to 5"):
+        with pytest.raises(UserError, match=r"trainable_stages 3 needs a ResNet.*set it to 5"):
             prepare_norms(config, detector)
 
     def test_norms_do_not_decay(self):
@@ -421,7 +423,11 @@ class TestImages:
 
 class TestRecipes:
     def recipe(self, name) -> DetectConfig:
-        return load_config(DetectConfig, SHIPPED / f"{name}.yaml", require_complete=False)
+        words = [name, "--checkpoint", "runs/a"]
+        config, _ = parse_config(
+            DetectConfig, words, verb="detect", description="", example="", shipped=SHIPPED
+        )
+        return config
 
     def test_d2_fpn(self):
         config, model = self.recipe("d2_fpn"), self.recipe("d2_fpn").model
