@@ -54,6 +54,7 @@ DETECT = Evaluator(
     shipped=SHIPPED,
     ensembles=False,
     average=partial(mean_over_runs, names=["ap", "ap50", "ap75"]),
+    preview=lambda config: [config.scaling()],
 )
 main = partial(run, DETECT)
 resume = partial(training_run.resume, DETECT)

@@ -263,6 +263,14 @@ class DetectConfig(EvaluatorConfig):
         """The number of steps of this batch size that see as many images as that many iterations."""
         return round(iterations * self.base_batch_size / self.batch_size)
 
+    def scaling(self) -> str:
+        """The learning rate and the steps that follow from the batch size, in words."""
+        return (
+            f"lr {self.lr:g} (base_lr {self.base_lr:g} x {self.batch_size}/{self.base_batch_size}), "
+            f"{self.steps(self.iterations):,} steps of {self.batch_size} images "
+            f"({self.iterations:,} iterations of {self.base_batch_size})"
+        )
+
     @property
     def chosen_rule(self) -> Literal["voc07", "voc10", "coco"]:
         """The rule of the average precision."""

@@ -6,7 +6,7 @@ A step: a batch of images with boxes -> four losses -> gradients, their mean ove
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class Detection(Resumable):
     def total_steps(self) -> int:
         return max(self.config.steps(self.config.iterations), 1)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         chosen_by = self.data.validation
         return self.data.train.fingerprint() + (chosen_by.fingerprint() if chosen_by else "")
@@ -124,8 +124,7 @@ class Detection(Resumable):
         return (
             f"{config.model.detector} on network {self.network} ({self.body.architecture}, {self.weights} weights), "
             f"{len(self.data.train):,} images of {self.dataset_name}, "
-            f"lr {config.lr:g} (base_lr {config.base_lr:g} x {config.batch_size}/{config.base_batch_size}), "
-            f"{self.total_steps:,} steps ({config.iterations:,} iterations of {config.base_batch_size} images)"
+            f"{config.scaling()}"
         )
 
     def trained(self) -> nn.Module:

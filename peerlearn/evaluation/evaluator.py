@@ -82,6 +82,7 @@ class Evaluator(Generic[Config]):
         shipped: folder of its shipped configs.
         ensembles: whether it can score several networks together.
         average: function from the metrics of several runs to those of their mean.
+        preview: function that gives further lines of --dry_run.
     """
 
     verb: str
@@ -95,6 +96,7 @@ class Evaluator(Generic[Config]):
     shipped: Path | None = None
     ensembles: bool = True
     average: Averaging = mean_over_runs
+    preview: Callable[[Config], Sequence[str]] = lambda config: ()
 
 
 def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
@@ -116,12 +118,13 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
     if dry_run:
         print(config_to_yaml(config), end="")
         data: Any = getattr(config, "data", None)
-        for line in preview(
+        lines = preview(
             config.checkpoints(),
             config.network,
             data if isinstance(data, EvaluationDataConfig) else None,
             ensembles=evaluator.ensembles,
-        ):
+        )
+        for line in (*lines, *evaluator.preview(config)):
             print(f"# {line}")
         return 0
     selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)

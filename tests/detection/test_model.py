@@ -134,6 +134,13 @@ class TestRegionPooler:
             pooled[0, 1], (y + height * bins)[:, None].expand(7, 7), rtol=0, atol=2e-3
         )
 
+    def test_a_bin_is_the_mean_of_all_its_pixels(self):
+        torch.manual_seed(0)
+        features = torch.rand(1, 3, 28, 28)
+        whole = torch.tensor([[0.0, 0, 112, 112]])
+        pooled = RegionPooler([4], 7)({"0": features}, [whole], [(112, 112)])
+        torch.testing.assert_close(pooled, nn.functional.avg_pool2d(features, 4))
+
     def test_the_level_is_that_of_the_pyramid_paper(self):
         strides = [4, 8, 16, 32]
         maps = {
