@@ -136,10 +136,10 @@ class TestRegionPooler:
 
     def test_a_bin_is_the_mean_of_all_its_pixels(self):
         torch.manual_seed(0)
-        features = torch.rand(1, 3, 28, 28)
-        whole = torch.tensor([[0.0, 0, 112, 112]])
-        pooled = RegionPooler([4], 7)({"0": features}, [whole], [(112, 112)])
-        torch.testing.assert_close(pooled, nn.functional.avg_pool2d(features, 4))
+        features = torch.rand(1, 3, 56, 56)
+        whole = torch.tensor([[0.0, 0, 224, 224]])
+        pooled = RegionPooler([4], 7)({"0": features}, [whole], [(224, 224)])
+        torch.testing.assert_close(pooled, nn.functional.avg_pool2d(features, 8))
 
     def test_the_level_is_that_of_the_pyramid_paper(self):
         strides = [4, 8, 16, 32]
@@ -271,6 +271,74 @@ def test_the_losses_are_those_of_the_regions_and_anchors_drawn(seeded):
     assert float(losses["loss_rpn_box_reg"]) == pytest.approx(float(boxes) / drawn, rel=1e-4)
     # Of new heads: nearly uniform classes.
     assert float(losses["loss_classifier"]) == pytest.approx(math.log(CLASSES + 1), rel=0.1)
+
+
+def test_a_region_learns_the_box_of_its_class(seeded):
+    images, targets = batch()
+    words = [(0, 9, 0), (0, 9, 1)]
+    seeded.train()
+    with torch.no_grad():
+        inputs, kept = seeded.transform(images, targets)
+        features = seeded.backbone(inputs.tensors)
+        proposals = [
+            torch.tensor([[10.0, 10, 42, 50], [0, 0, 20, 20]]),
+            torch.tensor([[0.0, 0, 9, 9]]),
+        ]
+        set_draws(seeded, words)
+        _, _, labels, goals = seeded.roi_heads.select_training_samples(list(proposals), kept)
+        predictor = seeded.roi_heads.box_predictor
+        before = predictor.bbox_pred.weight.clone(), predictor.bbox_pred.bias.clone()
+        predictor.bbox_pred.weight.zero_()
+        # The deltas of class c are all c / 10.
+        predictor.bbox_pred.bias.copy_(torch.arange(CLASSES + 1).repeat_interleave(4) / 10)
+        set_draws(seeded, words)
+        _, losses = seeded.roi_heads(features, list(proposals), inputs.image_sizes, kept)
+        for parameter, value in zip(
+            (predictor.bbox_pred.weight, predictor.bbox_pred.bias), before, strict=True
+        ):
+            parameter.copy_(value)
+    label, goal = torch.cat(labels), torch.cat(goals)
+    positive = label > 0
+    # Both objects are regions too, and one proposal is near the first.
+    assert sorted(label.tolist()) == [0, 0, 1, 1, 4]
+    expected = (label[positive, None] / 10 - goal[positive]).abs().sum() / len(label)
+    assert float(losses["loss_box_reg"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_detector_is_put_together_by_its_config():
+    config = small(
+        rpn_candidates_train=7, rpn_candidates_test=6, rpn_proposals_train=5, rpn_proposals_test=4
+    )
+    rpn = build_detector(config, body(), CLASSES).rpn
+    assert rpn._pre_nms_top_n == {"training": 7, "testing": 6}
+    assert rpn._post_nms_top_n == {"training": 5, "testing": 4}
+    assert rpn.anchor_generator._strides == [4, 8, 16, 32, 64]
+    assert rpn.anchor_generator.sizes == ((8,), (16,), (32,), (64,), (128,))
+    # The small-image stem keeps the first map as large as the image.
+    finer = build_detector(config, body(architecture="resnet18_small"), CLASSES)
+    assert finer.rpn.anchor_generator._strides == [1, 2, 4, 8, 16]
+    c4 = build_detector(small(detector="d2_c4", anchor_sizes=[16, 64]), body(c4=True), CLASSES)
+    assert c4.rpn.anchor_generator._strides == [16]
+    assert c4.rpn.anchor_generator.sizes == ((16, 64),)
+
+
+def test_c4_pools_14_by_14_and_its_head_ends_in_a_norm_and_a_mean():
+    torch.manual_seed(0)
+    detector = build_detector(
+        small(detector="d2_c4", anchor_sizes=[16, 64]), body(c4=True), CLASSES
+    )
+    head = detector.roi_heads.box_head.eval()
+    regions = torch.rand(3, 256, 14, 14)
+    nn.init.normal_(head.norm.weight)
+    nn.init.normal_(head.norm.running_mean)
+    with torch.no_grad():
+        deep = head.layer4(regions)
+        assert deep.shape == (3, 512, 7, 7)
+        scale = head.norm.weight / (head.norm.running_var + head.norm.eps).sqrt()
+        normed = (deep.mean((2, 3)) - head.norm.running_mean) * scale + head.norm.bias
+        torch.testing.assert_close(head(regions), normed, rtol=1e-4, atol=1e-5)
+    assert detector.roi_heads.box_roi_pool._side == 14
+    assert detector.backbone.out_channels == 256
 
 
 def _matched(anchors, boxes):
