@@ -21,7 +21,7 @@ from peerlearn.config import fixed_values
 from peerlearn.data.detection_sets import DetectionDataset
 from peerlearn.errors import UsageError, UserError
 from peerlearn.evaluation.results import Score
-from peerlearn.evaluation.selection import Selection
+from peerlearn.evaluation.selection import Selection, run_setting
 from peerlearn.evaluation.training_run import own_config, trained, training_run
 from peerlearn.evaluation.uncertainty import spread_over_runs
 
@@ -95,10 +95,13 @@ def _score_trained(
     """The score of one network, kind of weights and share of the training images, over all trials."""
     (network,) = selection.folders
     trials, images = [], 0
+    seed = config.seed
+    if seed is None:
+        seed = int(run_setting(selection.run, "seed", 0))
     for trial in range(config.trials):
         own = dataclasses.replace(
             own_config(config, selection),
-            seed=config.seed + trial,
+            seed=seed + trial,
             trials=1,
             backbone_weights=weights,
             data=dataclasses.replace(

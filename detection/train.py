@@ -72,8 +72,10 @@ class Detection(Resumable):
         self.network = network
         self.data = data
         (self.weights,) = config.weights
+        assert config.seed is not None
+        self.seed = config.seed
         _check_shares(config, ranks)
-        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, config.seed)))
+        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, self.seed)))
         self.body: Body = load_body(
             export,
             images=data.train.name,
@@ -157,7 +159,7 @@ class Detection(Resumable):
             self.data.train,
             view_of(self.config.model, training=True),
             batch_size_global=self.config.batch_size,
-            seed=self.config.seed,
+            seed=self.seed,
             channels=self.body.image_channels,
             device=self.ranks.device,
             rank=self.ranks.rank,
@@ -176,7 +178,7 @@ class Detection(Resumable):
         images = len(part[0])
         first = self.ranks.rank * (self.config.batch_size // self.ranks.world_size)
         places = range(first + number * images, first + (number + 1) * images)
-        set_draws(self.detector, [(self.config.seed, step, place) for place in places])
+        set_draws(self.detector, [(self.seed, step, place) for place in places])
         with self.precision.autocast():
             losses: dict[str, Tensor] = self.detector(*part)
         return losses
@@ -241,7 +243,7 @@ def _facts(training: Detection) -> TrainingFacts:
         dataset=train.name,
         data_root=config.data.root,
         images=len(train),
-        seed=config.seed,
+        seed=training.seed,
         lr=config.lr,
         processes=training.ranks.world_size,
         steps_per_epoch=training.steps_per_epoch,
