@@ -53,6 +53,7 @@ DETECT = Evaluator(
     ),
     shipped=SHIPPED,
     ensembles=False,
+    detectors=True,
     average=partial(mean_over_runs, names=["ap", "ap50", "ap75"]),
     preview=lambda config: [config.scaling()],
 )

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from peerlearn.backbones import create_backbone
+from peerlearn.data.voc import voc
 from peerlearn.export import save_export
 from tests.detection_trees import VocObject, voc_xml
 
@@ -49,6 +50,28 @@ def _write_image(folder: Path, name: str) -> None:
     (folder / f"Annotations/{name}.xml").write_text(voc_xml(objects, (width, height)))
 
 
+def write_coco_file(file: Path, split: str, devkit: Path) -> None:
+    """The same images and objects in COCO's format; what is difficult is a crowd there."""
+    dataset = voc(split, devkit, class_names=CLASSES)
+    images, annotations = [], []
+    for number, path in enumerate(dataset.images):
+        width, height = dataset.sizes[number].tolist()
+        images.append({"id": number, "file_name": path.name, "width": width, "height": height})
+        objects = zip(
+            dataset.boxes[number].tolist(),
+            dataset.labels[number].tolist(),
+            dataset.difficult[number].tolist(),
+            strict=True,
+        )
+        for (x1, y1, x2, y2), label, hard in objects:
+            box = [x1, y1, x2 - x1, y2 - y1]
+            entry = {"image_id": number, "category_id": label, "bbox": box, "iscrowd": int(hard)}
+            annotations.append({"id": len(annotations), **entry})
+    categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(content))
+
+
 def write_export(
     folder: Path, architecture: str = "resnet18", channels: int = 1, seed: int = 0
 ) -> None:
@@ -87,7 +110,9 @@ def words(place: Path, results: Path, *more: str, export: str = "grey") -> list[
 
 def write_all(place: Path) -> None:
     """The devkit, the same as JSON files, exports of networks for grey and for colour, a cohort of two."""
-    write_shapes(place)
+    devkit = write_shapes(place)
+    for split in SPLITS:
+        write_coco_file(place / f"{split}.json", f"{split}2007", devkit)
     write_export(place / "grey")
     write_export(place / "colour", channels=3)
     for m in (0, 1):
@@ -106,3 +131,10 @@ def scores(results: Path) -> dict[str, dict]:
     for content in files:
         del content["seconds"]
     return {f"{each['network']} {each['variant']}".strip(): each for each in files}
+
+
+def flip_a_weight(file: Path) -> None:
+    """Flip a bit of the last weight, which stays a number."""
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1
+    file.write_bytes(content)
