@@ -17,8 +17,13 @@ SPLITS = {"train": 14, "val": 5, "test": 8}
 STEPS = 6
 
 
-def write_shapes(root: Path) -> Path:
-    """VOCdevkit: squares and discs on noise, upright and lying images of several sizes, some without objects."""
+def write_shapes(root: Path, *, even: bool = False) -> Path:
+    """VOCdevkit: squares and discs on noise, upright and lying images of several sizes, some without objects.
+
+    Args:
+        root: folder above it.
+        even: whether all images are of one size.
+    """
     folder = root / "VOCdevkit/VOC2007"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
@@ -27,14 +32,15 @@ def write_shapes(root: Path) -> Path:
         names = [f"{number + place:06}" for place in range(count)]
         number += count
         for name in names:
-            _write_image(folder, name)
+            _write_image(folder, name, even=even)
         (folder / f"ImageSets/Main/{split}.txt").write_text("".join(f"{n}\n" for n in names))
     return folder.parent
 
 
-def _write_image(folder: Path, name: str) -> None:
+def _write_image(folder: Path, name: str, *, even: bool) -> None:
     random = np.random.default_rng(int(name))
-    width, height = random.permutation([int(random.integers(40, 56)), 64]).tolist()
+    shorter = int(random.integers(40, 56))
+    width, height = (64, 64) if even else random.permutation([shorter, 64]).tolist()
     noise = random.integers(0, 90, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     draw = ImageDraw.Draw(image)
@@ -113,6 +119,7 @@ def write_all(place: Path) -> None:
     devkit = write_shapes(place)
     for split in SPLITS:
         write_coco_file(place / f"{split}.json", f"{split}2007", devkit)
+    write_shapes(place / "even", even=True)
     write_export(place / "grey")
     write_export(place / "colour", channels=3)
     for m in (0, 1):
