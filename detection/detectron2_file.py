@@ -124,11 +124,11 @@ def detectron2_config(
     Raises:
         UserError: Detectron2 has no such backbone, or reads no images of so many channels.
     """
-    stem = state_dict["backbone.body.conv1.weight"]
     if architecture not in RESNETS:
         raise UserError(
             f"{architecture} cannot be had for Detectron2, only torchvision's ResNets can: {', '.join(RESNETS)}"
         )
+    stem = state_dict["backbone.body.conv1.weight"]
     if stem.shape[-1] != 7:
         raise UserError(
             f"Detectron2's ResNets have a 7x7 stem, this {architecture} has one of {stem.shape[-1]}x{stem.shape[-1]}: "
