@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from detection.config import DetectConfig, ModelConfig, Weights
@@ -236,6 +237,7 @@ def _to_score(
         name: _number(sum(values) / len(values))
         for name, values in zip(test.class_names, per_class, strict=True)
     }
+    metrics["per_class_objects"] = dict(zip(test.class_names, _counted_objects(test), strict=True))
     first = trials[0]
     title = f"{test.title}, network {network}{f', {variant}' if variant else ''}: AP50 {first.result.ap50:.2f} %"
     return Score(
@@ -273,6 +275,12 @@ def _draw_detections(file: Path, *, tested: Tested, test: DetectionDataset, titl
         ],
         outcomes=[outcomes[number] for number in numbers],
     )
+
+
+def _counted_objects(test: DetectionDataset) -> list[int]:
+    """The number of each class's objects, without the difficult ones."""
+    counted = torch.cat(test.labels)[~torch.cat(test.difficult)]
+    return counted.bincount(minlength=test.num_classes).tolist()
 
 
 def _number(value: float) -> float | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detection.voc import IGNORED, RIGHT, WRONG, Curve
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 
 # Beyond so many panels nothing can be read.
 _MOST_CLASSES = 100
-_MOST_IMAGES = 16
+MOST_IMAGES = 16
 _IMAGES_IN_A_ROW = 4
 # So many signs fit over a panel.
 _LONGEST_PANEL_NAME = 18
 # In inches, and in points of the labels' font.
 _IMAGE_INCHES, _LABEL_POINTS = 3.5, 7
+_DOTS_PER_INCH = 100
+# More pixels of an image than that are not seen.
+_SHOWN_SIDE = round(2 * _IMAGE_INCHES * _DOTS_PER_INCH)
 
 
 @plain_text()
@@ -66,7 +70,7 @@ def plot_precision_recall(
     figure.suptitle(printable(title, LONGEST_TITLE), fontsize=10)
     figure.supxlabel("recall (%), IoU 0.50", fontsize=9)
     figure.supylabel("precision (%)", fontsize=9)
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=_DOTS_PER_INCH)
 
 
 def _plot_curve(panel: "Axes", curve: Curve, name: str, ap50: float) -> None:
@@ -124,6 +128,7 @@ def draw_sheet(
     title: str,
     targets: Sequence[Mapping[str, Tensor]] | None = None,
     outcomes: Sequence[Tensor] | None = None,
+    names: Sequence[str] | None = None,
     least_score: float = 0.5,
 ) -> None:
     """Draw the first 16 images with their objects (dashed) and their detections, the right and the wrong ones marked.
@@ -137,12 +142,13 @@ def draw_sheet(
         targets: of each image, {boxes (n, 4), labels (n,)}, corners likewise; None = unknown.
         outcomes: what became of the detections of each image, as `detection.voc.outcomes_by_image` gives it; None =
             unknown.
+        names: name of each image, written above it; None = nothing is.
         least_score: score from which on a detection is drawn.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    images = images[:_MOST_IMAGES]
+    images = images[:MOST_IMAGES]
     columns = min(len(images), _IMAGES_IN_A_ROW)
     rows = math.ceil(len(images) / columns)
     figure = Figure(
@@ -152,6 +158,8 @@ def draw_sheet(
     for number, panel in enumerate(panels):
         panel.set_axis_off()
         if number < len(images):
+            if names:
+                panel.set_title(printable(names[number], LONGEST_NAME), fontsize=8)
             _draw_image(
                 panel,
                 images[number],
@@ -170,7 +178,7 @@ def draw_sheet(
         f"{printable(title, LONGEST_TITLE)}: detections of a score of {least_score:.2f} and more",
         fontsize=11,
     )
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=_DOTS_PER_INCH)
 
 
 def _from_score(detection: Mapping[str, Tensor], least_score: float) -> dict[str, Tensor]:
@@ -186,8 +194,9 @@ def _draw_image(
     target: Mapping[str, Tensor] | None,
     outcomes: Tensor | None,
 ) -> None:
-    pixels = image.permute(1, 2, 0) if len(image) == 3 else image.float().mean(0)
     _, height, width = image.shape
+    shown = _shrunk(image)
+    pixels = shown.permute(1, 2, 0) if len(shown) == 3 else shown.float().mean(0)
     # Pixels are squares between whole numbers, as the corners count them.
     panel.imshow(pixels.cpu().numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
     if target is not None:
@@ -207,6 +216,14 @@ def _draw_image(
     for look, box, label, score in zip(looks, *rows_of, strict=True):
         text = f"{_name(class_names, label)} {score:.2f}"
         _draw_box(panel, (height, width), box, look, text)
+
+
+def _shrunk(image: Tensor) -> Tensor:
+    """The image with not many more pixels than a panel shows: drawing a photo whole takes much memory."""
+    step = max(image.shape[1:]) // _SHOWN_SIDE
+    if step < 2:
+        return image
+    return F.avg_pool2d(image[None].float(), step, ceil_mode=True)[0].to(image.dtype)
 
 
 def _found_objects(

@@ -7,7 +7,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -16,7 +16,7 @@ from peerlearn.compute.device_names import require_device
 from peerlearn.config import changeable, config_to_yaml, parse_config, require
 from peerlearn.evaluation.data import EvaluationDataConfig
 from peerlearn.evaluation.preview import preview
-from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, write_score
+from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, read_result, write_score
 from peerlearn.evaluation.score_table import Column, report_scores
 from peerlearn.evaluation.selection import (
     Selection,
@@ -85,6 +85,7 @@ class Evaluator(Generic[Config]):
         detectors: whether it can score detectors too.
         average: function from the metrics of several runs to those of their mean.
         preview: function that gives further lines of --dry_run.
+        details: function that prints more of a result, which follows the table where it has a single row of one run.
     """
 
     verb: str
@@ -100,6 +101,7 @@ class Evaluator(Generic[Config]):
     detectors: bool = False
     average: Averaging = mean_over_runs
     preview: Callable[[Config], Sequence[str]] = lambda config: ()
+    details: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
@@ -156,6 +158,9 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
                 folder=Path(config.results or "results"),
                 average=evaluator.average,
             )
+            single = len(files) == 1 and len(files[0]) == 1
+            if evaluator.details and single:
+                evaluator.details(read_result(*files[0].values()))
     return 0
 
 

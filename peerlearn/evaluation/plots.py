@@ -30,7 +30,7 @@ def draw(picture: Callable[[Path], object], file: Path) -> None:
     What several pictures of one folder fail of is told once.
     """
     try:
-        with _plain_style():
+        with plain_style():
             picture(file)
     except Exception as error:  # A drawing library raises what it likes.
         # Half a picture, or that of an earlier score, would show what is not so.
@@ -47,7 +47,7 @@ def draw(picture: Callable[[Path], object], file: Path) -> None:
 
 
 @contextmanager
-def _plain_style() -> Iterator[None]:
+def plain_style() -> Iterator[None]:
     """Matplotlib as it comes, whatever the user's notebook, login script or matplotlibrc has set, and in silence."""
     # A folder for caches that cannot be written costs matplotlib time, and signs that a font lacks show as boxes.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)

@@ -286,6 +286,7 @@ def test_grey_images_have_their_format():
     ("state", "architecture", "message"),
     [
         (sketch(), "resnetv2_50", "resnetv2_50 cannot be had for Detectron2, only torchvision's"),
+        ({}, "conv4_cifar", "conv4_cifar cannot be had for Detectron2, only torchvision's"),
         (sketch(stem=(3, 3)), "resnet18", "have a 7x7 stem, this resnet18 has one of 3x3"),
         (sketch(stem=(4, 7)), "resnet18", "images of 1 or 3 channels, this resnet18 takes 4"),
     ],

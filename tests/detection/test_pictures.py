@@ -126,6 +126,26 @@ def test_a_sheet_has_at_most_16_images(tmp_path, figures):
     assert sum(bool(axes.images) for axes in figures[0].axes) == 16
 
 
+def test_a_photo_is_drawn_with_the_pixels_that_are_seen_and_a_name(tmp_path, figures):
+    photo = torch.zeros(3, 1400, 2800, dtype=torch.uint8)
+    photo[:, :700] = 200
+    draw_sheet(
+        tmp_path / "a.png",
+        [photo, photo[:, :8, :8]],
+        [found([], [])] * 2,
+        ["cat"],
+        title="t",
+        names=["$a$.jpg", "b.jpg"],
+    )
+    drawn, small = (axes.images[0] for axes in figures[0].axes[:2])
+    assert drawn.get_array().shape == (350, 700, 3)
+    assert drawn.get_array()[:175].tolist() == torch.full((175, 700, 3), 200).tolist()
+    # The pixels of the file are what corners count in.
+    assert drawn.get_extent() == [0, 2800, 1400, 0]
+    assert small.get_array().shape == (8, 8, 3)
+    assert [axes.get_title() for axes in figures[0].axes[:2]] == ["$a$.jpg", "b.jpg"]
+
+
 @pytest.mark.parametrize("look", [_OBJECT, *_LOOKS.values()])
 @pytest.mark.parametrize("box", [[0, 0, 5, 5], [95, 75, 100, 80], [0, 0, 100, 80], [-3, 78, 4, 90]])
 def test_labels_stay_in_the_image(look, box):
