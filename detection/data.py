@@ -35,7 +35,8 @@ def load_data(config: DetectDataConfig, ranks: Ranks) -> Data:
     """The splits as they are in the data. All ranks call it together.
 
     Raises:
-        UserError: a split is missing, empty or faulty, or has other classes than the training split.
+        UserError: a split is missing, empty or faulty, has nothing to be scored on, or has other classes than the
+            training split.
     """
     # The main rank is the first, as the miniature may have to be written.
     return ranks.main_first(lambda: read_data(config))
@@ -52,7 +53,14 @@ def read_data(config: DetectDataConfig) -> Data:
     chosen_by = config.validation
     validation = None if chosen_by is None else _read(config, chosen_by, chosen_by, chosen_by)
     for other in (test, validation):
-        if other is not None and other.class_names != train.class_names:
+        if other is None:
+            continue
+        if not any(bool((~difficult).any()) for difficult in other.difficult):
+            raise UserError(
+                f"{other.title} {other.split}: none of its {len(other)} images has an object that counts, so that "
+                "there is no average precision: choose another split, or raise data.limit"
+            )
+        if other.class_names != train.class_names:
             unlike = sorted(set(other.class_names) ^ set(train.class_names))
             raise UserError(
                 f"{other.title} {other.split} has other classes than {train.split}, or in another order "

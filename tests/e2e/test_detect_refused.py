@@ -169,7 +169,13 @@ WORDS = [
     (("--data.root", "null"), 1, "data.root is missing: give VOCdevkit"),
     (("--data.classes", "null"), 1, "'square' is none of the 20 classes"),
     (("--data.classes", "[disc]"), 1, "'square' is none of the 1 classes"),
-    (("--data.limit", "1"), 1, "none of its 1 images has an object"),
+    (("--data.limit", "1"), 1, "train2007: none of its 1 images has an object, and images without"),
+    (
+        ("--data.limit", "1", "--data.train", "test2007", "--data.test", "train2007"),
+        1,
+        "train2007: none of its 1 images has an object that counts, so that there is no average precision",
+    ),
+    (("--data.limit", "1", "--data.validation", "train2007"), 1, "has an object that counts"),
     (
         ("--data.name", "coco", "--data.classes", "null", "--data.train", "null"),
         1,
