@@ -196,3 +196,41 @@ def test_one_that_is_done_is_only_scored_again_and_says_so(undisturbed, tmp_path
     assert f"{run} is done already: its detector is scored" in printed
     assert len(events(run, "started")) == 1
     assert_same(results, before)
+
+
+def test_processes_that_read_images_change_nothing(place, undisturbed, tmp_path):
+    results = tmp_path / "results"
+    finish(words(place, results, *KINDS["d2_fpn"], "--data.workers", "2"))
+    assert_same(results, undisturbed("d2_fpn"))
+
+
+def test_the_same_data_in_cocos_format_is_the_same_training(place, undisturbed, tmp_path):
+    """With objects that are hard for VOC as crowds, which are trained on where that is asked for."""
+    results = tmp_path / "results"
+    coco = (
+        *("--data.name", "coco", "--data.root", str(place / "VOCdevkit/VOC2007/JPEGImages")),
+        *("--data.train", str(place / "train.json"), "--data.test", str(place / "test.json")),
+        *("--data.validation", str(place / "val.json"), "--data.classes", "null"),
+        *("--data.difficult", "keep", "--rule", "voc07"),
+    )
+    finish(words(place, results, *KINDS["d2_fpn"], *coco))
+    ours, theirs = detectors(results), detectors(undisturbed("d2_fpn"))
+    for name in ("detector/model.safetensors", "detector-best/model.safetensors"):
+        assert ours[name] == theirs[name]
+    (score,), (expected,) = scores(results).values(), scores(undisturbed("d2_fpn")).values()
+    assert score["metrics"] == expected["metrics"]
+    assert score["protocol"]["leakage"] == {"same": 0, "near": 0, "undecodable": 0}
+
+
+def test_a_rate_that_makes_it_diverge_ends_in_one_line(place, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert main(words(place, results, "--base_lr", "1e30", "--warmup_iterations", "0")) == 1
+    error = capsys.readouterr().err
+    (line,) = (line for line in error.splitlines() if line.startswith("peerlearn:"))
+    assert "lower base_lr" in line
+    assert "Traceback" not in error
+    assert not scores(results)
+    run = training_of(results)
+    assert not (run / "detector").exists()
+    # The images of the batches that were skipped.
+    assert all(len(event["images"]) == 2 for event in events(run, "step_skipped"))
