@@ -24,9 +24,8 @@ from peerlearn.data.detection_sets import DetectionDataset
 from peerlearn.errors import UsageError, UserError
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.selection import Selection, run_setting
-from peerlearn.evaluation.training_run import drop_saves, own_config, trained, training_run
+from peerlearn.evaluation.training_run import own_config, scored_again, trained, training_run
 from peerlearn.evaluation.uncertainty import spread_over_runs
-from peerlearn.runs.terminal import say
 
 _SHOWN_IMAGES = 16
 # How an average precision is measured.
@@ -152,13 +151,9 @@ def _train_and_test(config: DetectConfig, selection: Selection, data: Data, rank
     )
     run = place.directory
     if ranks.from_main(lambda: run.done and is_detector(run.root / LAST)):
-        if ranks.main:
-            say(f"{run.root} is done already: its detector is scored")
         detector, about = ranks.main_first(lambda: load_detector(run.root / LAST))
-        tested = _test(config, detector, about.model, about.image_channels, data.test, ranks)
-        # Where it was stopped before its score, they are still there.
-        drop_saves(run, ranks)
-        return tested
+        with scored_again(place, ranks):
+            return _test(config, detector, about.model, about.image_channels, data.test, ranks)
     program = detection_program(export, network, data)
     with trained(place, program, config, ranks, keeps_saves=False) as training:
         channels = training.body.image_channels

@@ -22,6 +22,7 @@ from peerlearn.evaluation.selection import Selection, results_folder
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.step_folders import step_folders
 from peerlearn.runs.stop import STOP_SIGNALS, StoppedError, stop_signals
+from peerlearn.runs.terminal import say
 from peerlearn.runs.text import listed
 from peerlearn.runs.training_facts import training_verb
 
@@ -169,7 +170,6 @@ def trained(
         ranks.from_main(lambda: _note_identity(place))
         return program.train(attempt)
 
-    saved = SavedError(f"saved in {run.root}: the same command continues")
     try:
         with stop_signals(STOP_SIGNALS, "saving after this step") as stop:
             training = run_training(
@@ -182,13 +182,35 @@ def trained(
                 resumes=ranks.from_main(run.config.exists),
             )
             if training is None:
-                raise saved
+                raise _saved(run)
             with stop.at_once():
                 yield training
     except StoppedError as stopped:
-        raise saved from stopped
+        raise _saved(run) from stopped
     if not keeps_saves:
-        drop_saves(run, ranks)
+        _drop_saves(run, ranks)
+
+
+@contextmanager
+def scored_again(place: TrainingRun, ranks: "Ranks") -> Iterator[None]:
+    """Say that a training is done already. Then the block scores what it has left. All ranks call it together.
+
+    Raises:
+        SavedError: a signal asked to stop.
+    """
+    run = place.directory
+    if ranks.main:
+        say(f"{run.root} is done already: what it has learned is scored")
+    try:
+        yield
+    except StoppedError as stopped:
+        raise _saved(run) from stopped
+    # Where it was stopped before its first score, they are still there.
+    _drop_saves(run, ranks)
+
+
+def _saved(run: RunDirectory) -> SavedError:
+    return SavedError(f"saved in {run.root}: the same command continues")
 
 
 def _note_identity(place: TrainingRun) -> None:
@@ -197,11 +219,8 @@ def _note_identity(place: TrainingRun) -> None:
         run.event(_IDENTITY, **place.identity)
 
 
-def drop_saves(run: RunDirectory, ranks: "Ranks") -> None:
-    """Remove the saves of a training that is done and scored: what is left tells how it went, they only take room.
-
-    All ranks call it together.
-    """
+def _drop_saves(run: RunDirectory, ranks: "Ranks") -> None:
+    """Remove the saves of a training that is done and scored: what is left tells how it went, they only take room."""
 
     def drop() -> None:
         # All of them at once: what a kill leaves of them is not taken for a damaged run.

@@ -262,12 +262,30 @@ def test_classes_of_train_and_test_that_differ(place, tmp_path, capsys):
     assert not results.exists()
 
 
-def test_a_batch_that_processes_cannot_share(place, tmp_path):
-    results = tmp_path / "results"
-    (code, output), other = ends(launch(2, *words(place, results, "--batch_size", "3")))
-    assert (code, other) == (1, (1, ""))
-    assert "batch_size 3 cannot be shared by 2 processes in accumulation_steps 1 parts" in output
-    assert "make it a multiple of 2" in output
+@pytest.mark.ddp
+def test_of_several_processes_one_complains(place, exports, trained, tmp_path):
+    """Of a batch that they cannot share, of a network, of a damaged detector."""
+    results, detector = tmp_path / "results", tmp_path / "detector"
+    shutil.copytree(training_of(trained) / "detector", detector)
+    flip_a_weight(detector / "model.safetensors")
+    refusals = [
+        (
+            ("--batch_size", "3"),
+            "batch_size 3 cannot be shared by 2 processes in accumulation_steps 1 parts: make it a multiple of 2",
+        ),
+        (
+            ("--checkpoint", str(exports / "vit_tiny_patch16_224")),
+            "no detector can stand on network",
+        ),
+        (("--checkpoint", str(detector)), "model.safetensors: damaged"),
+        (("--data.limit", "1"), "none of its 1 images has an object"),
+    ]
+    for more, message in refusals:
+        (code, output), other = ends(launch(2, *words(place, results), *more))
+        assert (code, other) == (1, (1, "")), message
+        assert message in output
+        lines = [line for line in output.splitlines() if not line.startswith("#")]
+        assert len(lines) == 1
     assert not results.exists()
 
 

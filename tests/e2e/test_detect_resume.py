@@ -33,13 +33,13 @@ KINDS = {
     # Its scales and samplers draw from torch's own generator.
     "torchvision_fpn": ("--model.detector", "torchvision_fpn", "--save_every", "2"),
 }
-# Dies in the middle of what it is told to: of the last test, or of the last PreciseBN.
+# Gets a signal in the middle of the last test, or of the last PreciseBN.
 DRIVER = """
 import os, signal, sys
 import detection.evaluate, detection.train
 from peerlearn.cli import main
 def die(*arguments, **named):
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), getattr(signal, os.environ.get("BY", "SIGKILL")))
 if os.environ["DIES_IN"] == "test":
     detection.evaluate.detect = die
 else:
@@ -193,9 +193,42 @@ def test_one_that_is_done_is_only_scored_again_and_says_so(undisturbed, tmp_path
         file.unlink()
     printed = finish(words(place, results, *KINDS["d2_fpn"]))
     run = training_of(results)
-    assert f"{run} is done already: its detector is scored" in printed
+    assert f"{run} is done already: what it has learned is scored" in printed
     assert len(events(run, "started")) == 1
     assert_same(results, before)
+
+
+def test_told_to_stop_while_it_tests_it_goes_on_with_the_test(place, undisturbed, tmp_path, capsys):
+    results = tmp_path / "results"
+    given = words(place, results, *KINDS["torchvision_fpn"])
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    # At first after the training, then where the training is done already.
+    for _ in range(2):
+        stopped = run_process(
+            command(*given, driver=driver),
+            env=environment(DIES_IN="test", BY="SIGTERM"),
+            stdout=PIPE,
+            stderr=STDOUT,
+            text=True,
+        )
+        run = training_of(results)
+        assert stopped.returncode == 75, stopped.stdout
+        assert stopped.stdout.count(f"saved in {run}: the same command continues") == 1
+        assert "Traceback" not in stopped.stdout
+        assert RunDirectory(run).done
+        assert not scores(results)
+    assert main(["resume", str(run)]) == 0
+    assert "what it has learned is scored" in capsys.readouterr().out
+    assert len(events(run, "started")) == 1
+    assert_same(results, undisturbed("torchvision_fpn"))
+
+
+def test_a_validation_on_the_way_changes_nothing(place, undisturbed, tmp_path):
+    results = tmp_path / "results"
+    finish(words(place, results))
+    weights = "detector/model.safetensors"
+    assert detectors(results)[weights] == detectors(undisturbed("d2_fpn"))[weights]
 
 
 def test_processes_that_read_images_change_nothing(place, undisturbed, tmp_path):
