@@ -69,6 +69,7 @@ DETECT = Evaluator(
     ensembles=False,
     average=partial(mean_over_runs, names=["ap", "ap50", "ap75"]),
     details=_show_classes,
+    preview=lambda config: [config.scaling()],
 )
 resume = partial(training_run.resume, DETECT)
 

@@ -162,7 +162,8 @@ class DetectConfig(EvaluatorConfig):
         network: the networks to train a detector on, one after another: 0, 1, ..., key-0, ..., or all.
         run: directory of the training; null = a folder beside the results, named by its settings. For a single
             training.
-        seed: seed of initial weights, order, views and samplers; each trial adds its number.
+        seed: seed of initial weights, order, views and samplers, to which each trial adds its number; null = that of
+            the run that pretrained the network, or 0.
         trials: number of trainings of each network with seeds of their own, of which mean and deviation are told.
         backbone_weights: weights that the network starts from: export, or random (the same network anew); both are
             trained one after the other.
@@ -192,7 +193,7 @@ class DetectConfig(EvaluatorConfig):
     """
 
     run: str | None = changeable(None)
-    seed: int = 0
+    seed: int | None = None
     trials: int = 1
     backbone_weights: Weights | list[Weights] = "export"
     iterations: int = 18_000
@@ -226,7 +227,10 @@ class DetectConfig(EvaluatorConfig):
         for name in ("warmup_iterations", "precise_bn_iterations"):
             value = getattr(self, name)
             require(value >= 0, f"{name} must be at least 0, got {value}")
-        require(-(2**63) <= self.seed < 2**62, f"seed must fit 64 bits, got {self.seed}")
+        require(
+            self.seed is None or -(2**63) <= self.seed < 2**62,
+            f"seed must fit 64 bits, got {self.seed}",
+        )
         weights = self.weights
         require(
             bool(weights) and len(set(weights)) == len(weights),
@@ -262,6 +266,14 @@ class DetectConfig(EvaluatorConfig):
     def steps(self, iterations: int) -> int:
         """The number of steps of this batch size that see as many images as that many iterations."""
         return round(iterations * self.base_batch_size / self.batch_size)
+
+    def scaling(self) -> str:
+        """The learning rate and the steps that follow from the batch size, in words."""
+        return (
+            f"lr {self.lr:g} (base_lr {self.base_lr:g} x {self.batch_size}/{self.base_batch_size}), "
+            f"{self.steps(self.iterations):,} steps of {self.batch_size} images "
+            f"({self.iterations:,} iterations of {self.base_batch_size})"
+        )
 
     @property
     def chosen_rule(self) -> Literal["voc07", "voc10", "coco"]:

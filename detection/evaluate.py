@@ -22,9 +22,10 @@ from peerlearn.config import fixed_values
 from peerlearn.data.detection_sets import DetectionDataset
 from peerlearn.errors import UsageError, UserError
 from peerlearn.evaluation.results import Score
-from peerlearn.evaluation.selection import Selection
-from peerlearn.evaluation.training_run import own_config, trained, training_run
+from peerlearn.evaluation.selection import Selection, run_setting
+from peerlearn.evaluation.training_run import drop_saves, own_config, trained, training_run
 from peerlearn.evaluation.uncertainty import spread_over_runs
+from peerlearn.runs.terminal import say
 
 _SHOWN_IMAGES = 16
 # How an average precision is measured.
@@ -96,10 +97,13 @@ def _score_trained(
     """The score of one network, kind of weights and share of the training images, over all trials."""
     (network,) = selection.folders
     trials, images = [], 0
+    seed = config.seed
+    if seed is None:
+        seed = int(run_setting(selection.run, "seed", 0))
     for trial in range(config.trials):
         own = dataclasses.replace(
             own_config(config, selection),
-            seed=config.seed + trial,
+            seed=seed + trial,
             trials=1,
             backbone_weights=weights,
             data=dataclasses.replace(
@@ -144,8 +148,13 @@ def _train_and_test(config: DetectConfig, selection: Selection, data: Data, rank
     )
     run = place.directory
     if ranks.from_main(lambda: run.done and is_detector(run.root / LAST)):
+        if ranks.main:
+            say(f"{run.root} is done already: its detector is scored")
         detector, about = load_detector(run.root / LAST)
-        return _test(config, detector, about.model, about.image_channels, data.test, ranks)
+        tested = _test(config, detector, about.model, about.image_channels, data.test, ranks)
+        # Where it was stopped before its score, they are still there.
+        drop_saves(run, ranks)
+        return tested
     program = detection_program(export, network, data)
     with trained(place, program, config, ranks, keeps_saves=False) as training:
         channels = training.body.image_channels

@@ -6,7 +6,7 @@ A step: a batch of images with boxes -> four losses -> gradients, their mean ove
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,10 @@ class Detection(Resumable):
         self.network = network
         self.data = data
         (self.weights,) = config.weights
+        assert config.seed is not None
+        self.seed = config.seed
         _check_shares(config, ranks)
-        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, config.seed)))
+        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, self.seed)))
         self.body: Body = load_body(
             export,
             images=data.train.name,
@@ -110,7 +112,7 @@ class Detection(Resumable):
     def total_steps(self) -> int:
         return max(self.config.steps(self.config.iterations), 1)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         chosen_by = self.data.validation
         return self.data.train.fingerprint() + (chosen_by.fingerprint() if chosen_by else "")
@@ -124,8 +126,7 @@ class Detection(Resumable):
         return (
             f"{config.model.detector} on network {self.network} ({self.body.architecture}, {self.weights} weights), "
             f"{len(self.data.train):,} images of {self.dataset_name}, "
-            f"lr {config.lr:g} (base_lr {config.base_lr:g} x {config.batch_size}/{config.base_batch_size}), "
-            f"{self.total_steps:,} steps ({config.iterations:,} iterations of {config.base_batch_size} images)"
+            f"{config.scaling()}"
         )
 
     def trained(self) -> nn.Module:
@@ -158,7 +159,7 @@ class Detection(Resumable):
             self.data.train,
             view_of(self.config.model, training=True),
             batch_size_global=self.config.batch_size,
-            seed=self.config.seed,
+            seed=self.seed,
             channels=self.body.image_channels,
             device=self.ranks.device,
             rank=self.ranks.rank,
@@ -177,7 +178,7 @@ class Detection(Resumable):
         images = len(part[0])
         first = self.ranks.rank * (self.config.batch_size // self.ranks.world_size)
         places = range(first + number * images, first + (number + 1) * images)
-        set_draws(self.detector, [(self.config.seed, step, place) for place in places])
+        set_draws(self.detector, [(self.seed, step, place) for place in places])
         with self.precision.autocast():
             losses: dict[str, Tensor] = self.detector(*part)
         return losses
@@ -242,7 +243,7 @@ def _facts(training: Detection) -> TrainingFacts:
         dataset=train.name,
         data_root=config.data.root,
         images=len(train),
-        seed=config.seed,
+        seed=training.seed,
         lr=config.lr,
         processes=training.ranks.world_size,
         steps_per_epoch=training.steps_per_epoch,

@@ -21,6 +21,7 @@ from typing import Any
 for name in (
     *("torch._dynamo", "torch.utils.tensorboard", "timm", "matplotlib.pyplot", "scipy.stats"),
     *("sklearn.datasets", "pretrain.command", "pretrain.train", "linear_eval.command"),
+    *("detection.command", "detection.evaluate"),
     *(
         "linear_eval.evaluate",
         "linear_eval.finetune",

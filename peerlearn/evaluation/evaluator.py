@@ -83,6 +83,7 @@ class Evaluator(Generic[Config]):
         ensembles: whether it can score several networks together.
         average: function from the metrics of several runs to those of their mean.
         details: function that prints more of a result, which follows the table where it has a single row of one run.
+        preview: function that gives further lines of --dry_run.
     """
 
     verb: str
@@ -97,6 +98,7 @@ class Evaluator(Generic[Config]):
     ensembles: bool = True
     average: Averaging = mean_over_runs
     details: Callable[[Mapping[str, Any]], None] | None = None
+    preview: Callable[[Config], Sequence[str]] = lambda config: ()
 
 
 def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
@@ -118,12 +120,13 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
     if dry_run:
         print(config_to_yaml(config), end="")
         data: Any = getattr(config, "data", None)
-        for line in preview(
+        lines = preview(
             config.checkpoints(),
             config.network,
             data if isinstance(data, EvaluationDataConfig) else None,
             ensembles=evaluator.ensembles,
-        ):
+        )
+        for line in (*lines, *evaluator.preview(config)):
             print(f"# {line}")
         return 0
     selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)

@@ -188,8 +188,7 @@ def trained(
     except StoppedError as stopped:
         raise saved from stopped
     if not keeps_saves:
-        # What is left tells how it went; the saves would only take room.
-        ranks.from_main(lambda: _drop_saves(run))
+        drop_saves(run, ranks)
 
 
 def _note_identity(place: TrainingRun) -> None:
@@ -198,11 +197,21 @@ def _note_identity(place: TrainingRun) -> None:
         run.event(_IDENTITY, **place.identity)
 
 
-def _drop_saves(run: RunDirectory) -> None:
-    """All of them at once: what a kill leaves of them is not taken for a damaged run."""
-    dropped = run.checkpoints.with_name(f".{run.checkpoints.name}")
-    run.checkpoints.rename(dropped)
-    shutil.rmtree(dropped, ignore_errors=True)
+def drop_saves(run: RunDirectory, ranks: "Ranks") -> None:
+    """Remove the saves of a training that is done and scored: what is left tells how it went, they only take room.
+
+    All ranks call it together.
+    """
+
+    def drop() -> None:
+        # All of them at once: what a kill leaves of them is not taken for a damaged run.
+        dropped = run.checkpoints.with_name(f".{run.checkpoints.name}")
+        shutil.rmtree(dropped, ignore_errors=True)
+        if run.checkpoints.exists():
+            run.checkpoints.rename(dropped)
+            shutil.rmtree(dropped, ignore_errors=True)
+
+    ranks.from_main(drop)
 
 
 def resume(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:

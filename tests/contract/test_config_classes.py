@@ -11,6 +11,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
+from detection.config import DetectConfig
+from fewshot.config import FewShotConfig
 from linear_eval.command import LINEAR
 from linear_eval.config import LinearConfig
 from peerlearn.cli import main
@@ -25,7 +27,10 @@ from pretrain.config import PretrainConfig
 from slurm.config import SubmitConfig
 from studies.pipeline_config import PipelineConfig
 
-CLASSES = (PretrainConfig, LinearConfig, KNNConfig, SubmitConfig, PipelineConfig)
+CLASSES = (
+    *(PretrainConfig, LinearConfig, KNNConfig, FewShotConfig, DetectConfig),
+    *(SubmitConfig, PipelineConfig),
+)
 PYTHON_TYPES = re.compile(
     r"\b(int|float|str|bool|dict|None|NoneType|Literal|Union)\b|list\[|<class|typing"
 )

@@ -1,6 +1,7 @@
 """A detector for Detectron2: every tensor by its name there, and the same outputs from Detectron2's structure."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from detection.config import ModelConfig
 from detection.detectron2_file import (
     _detectron2_detector_name,
     detectron2_config,
     detectron2_file,
     detectron2_weights,
 )
+from peerlearn import HOME
 from peerlearn.errors import UserError
 from tests.peerlearn.exchange.test_export_formats import Detectron2ResNet
 
@@ -131,7 +134,7 @@ def test_detectron2s_model_of_the_config_computes_the_same(name, fpn_norm):
     ours = detector(name, fpn_norm=fpn_norm)
     state = ours.state_dict()
     text = detectron2_config(
-        state, architecture=name, num_classes=CLASSES, mean=MEAN, std=STD, norm="sync"
+        state, ModelConfig(), architecture=name, num_classes=CLASSES, mean=MEAN, std=STD
     )
     theirs = Detectron2FPN(yaml.safe_load(text)).eval()
     # As Detectron2 reads it.
@@ -222,17 +225,24 @@ def sketch(*, stem: tuple[int, int] = (3, 7), width: int = 64, has_norm: bool = 
     return {**state, **({"backbone.fpn.inner_blocks.0.1.weight": 0} if has_norm else {})}
 
 
-def config_of(state: dict, architecture: str = "resnet18", **more: object) -> dict:
-    given = {"num_classes": 10, "mean": MEAN, "std": STD, "norm": "sync", **more}
-    return yaml.safe_load(detectron2_config(state, architecture=architecture, **given))
+def config_of(
+    state: dict, architecture: str = "resnet18", *, detector: dict | None = None, **more: object
+) -> dict:
+    given = {"num_classes": 10, "mean": MEAN, "std": STD, **more}
+    model = ModelConfig(**(detector or {}))
+    return yaml.safe_load(detectron2_config(state, model, architecture=architecture, **given))
 
 
 def test_the_config_holds_all_that_differs_from_detectron2s_defaults():
     config = config_of(
         sketch(),
-        anchor_sizes=(8, 16, 32, 64, 128),
-        short_side=160,
-        longest_side=320,
+        detector={
+            "anchor_sizes": [8, 16, 32, 64, 128],
+            "short_sides": [96, 160],
+            "longest_side": 320,
+            "rpn_candidates_train": 500,
+            "rpn_proposals_test": 90,
+        },
         weights="a/b.pkl",
     )
     model = config["MODEL"]
@@ -262,7 +272,7 @@ def test_the_config_holds_all_that_differs_from_detectron2s_defaults():
     ("norm", "theirs"), [("sync", "naiveSyncBN"), ("batch", "BN"), ("frozen", "FrozenBN")]
 )
 def test_norms_by_detectron2s_names(norm, theirs):
-    model = config_of(sketch(has_norm=False), norm=norm)["MODEL"]
+    model = config_of(sketch(has_norm=False), detector={"norm": norm})["MODEL"]
     assert (model["RESNETS"]["NORM"], model["FPN"]["NORM"]) == (theirs, "")
 
 
@@ -284,3 +294,17 @@ def test_grey_images_have_their_format():
 def test_what_detectron2_cannot_build_is_refused(state, architecture, message):
     with pytest.raises(UserError, match=message):
         config_of(state, architecture)
+
+
+def test_the_config_in_the_docs_is_the_one_that_is_written():
+    text = (HOME / "docs/detection.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    documented = yaml.safe_load(block)
+    written = config_of(sketch())
+    assert documented["INPUT"]["FORMAT"] == written["INPUT"]["FORMAT"]
+    model = written["MODEL"]
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        assert documented["MODEL"].pop(key) == model[key]
+    assert documented["MODEL"].pop("WEIGHTS").endswith(model["WEIGHTS"])
+    for group, values in documented["MODEL"].items():
+        assert values.items() <= model[group].items()

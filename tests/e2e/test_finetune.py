@@ -11,7 +11,16 @@ import pytest
 
 from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
-from tests.e2e.runs import command, environment, events, pretrain, rows, without_clocks
+from tests.e2e.runs import (
+    command,
+    ends,
+    environment,
+    events,
+    launch,
+    pretrain,
+    rows,
+    without_clocks,
+)
 from tests.warm import Process
 from tests.warm import run as run_process
 
@@ -159,3 +168,26 @@ def test_a_key_that_it_does_not_use_is_no_reason_to_refuse_it(stopped):
     done = run_process(more, env=environment(), stdout=PIPE, stderr=STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     assert len(list((run / "results").glob("finetune-*"))) == 2
+
+
+@pytest.mark.ddp
+def test_several_processes_stop_and_go_on_together(trained, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for _, output in ends(launch(2, *words(trained, "--results", str(whole)))):
+        assert "Traceback" not in output
+    ranks = launch(2, *words(trained, "--results", str(parts)))
+    while not list(parts.glob("finetune-*/checkpoints/latest")):
+        assert ranks[0].poll() is None
+        time.sleep(0.002)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert [code for code, _ in ends(ranks)] == [75, 75]
+    assert not list(parts.glob("linear-*.json"))
+    assert [code for code, _ in ends(launch(2, *words(trained, "--results", str(parts))))] == [0, 0]
+    (folder,) = parts.glob("finetune-*")
+    assert [event["processes"] for event in events(folder, "started")] == [2, 2]
+    metrics = [
+        {file.name: json.loads(file.read_text())["metrics"] for file in place.glob("linear-*.json")}
+        for place in (whole, parts)
+    ]
+    assert len(metrics[0]) == 3
+    assert metrics[0] == metrics[1]

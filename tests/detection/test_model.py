@@ -1,0 +1,558 @@
+"""Each way in which Detectron2's detector differs from torchvision's, one by one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d
+
+from detection.backbone import new_body
+from detection.command import SHIPPED
+from detection.config import DetectConfig, ModelConfig
+from detection.model import (
+    CounterSampler,
+    FixedAnchors,
+    RegionPooler,
+    box_loss,
+    build_detector,
+    parameter_groups,
+    prepare_norms,
+    set_draws,
+)
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.sync_batch_norm import SyncBatchNorm2d
+from peerlearn.config import parse_config
+from peerlearn.counter_random import DETECTION_ANCHORS
+from peerlearn.errors import UserError
+
+CLASSES = 4
+
+
+def body(c4: bool = False, architecture: str = "resnet18"):
+    return new_body(
+        architecture,
+        channels=3,
+        image_size=64,
+        mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225],
+        c4=c4,
+    )
+
+
+def small(**changes) -> ModelConfig:
+    return ModelConfig(
+        **{
+            "short_sides": [64],
+            "longest_side": 96,
+            "anchor_sizes": [8, 16, 32, 64, 128],
+            "fpn_channels": 16,
+            "head_features": 32,
+            "regions_per_image": 16,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def seeded():
+    torch.manual_seed(0)
+    return build_detector(small(), body(), CLASSES)
+
+
+def maps_of(strides, height, width, channels=2):
+    return [torch.zeros(1, channels, -(-height // s), -(-width // s)) for s in strides]
+
+
+def batch():
+    images = [torch.rand(3, 64, 96), torch.rand(3, 64, 80)]
+    targets = [
+        {
+            "boxes": torch.tensor([[8.0, 8, 40, 48], [30, 20, 90, 60]]),
+            "labels": torch.tensor([1, 4]),
+        },
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    return images, targets
+
+
+class TestAnchors:
+    def test_corners_are_exact_and_in_detectron2s_order(self):
+        (corners,) = FixedAnchors([(32,)], [4]).cell_anchors
+        # Detectron2: area = size ** 2, w = sqrt(area / ratio), h = ratio * w, for the ratios 0.5, 1, 2.
+        sides = [(math.sqrt(32**2 / r), r * math.sqrt(32**2 / r)) for r in (0.5, 1.0, 2.0)]
+        expected = [(-w / 2, -h / 2, w / 2, h / 2) for w, h in sides]
+        torch.testing.assert_close(corners, torch.tensor(expected), rtol=1e-6, atol=0)
+        assert corners[0].tolist() == pytest.approx(
+            [-22.6274, -11.3137, 22.6274, 11.3137], abs=1e-4
+        )
+        # torchvision rounds them.
+        (rounded,) = AnchorGenerator(((32,),), ((0.5, 1.0, 2.0),)).cell_anchors
+        assert rounded[0].tolist() == [-23, -11, 23, 11]
+
+    def test_strides_are_fixed_where_torchvision_divides_the_sides(self):
+        strides = [4, 8, 16, 32, 64]
+        maps = maps_of(strides, 800, 1088)
+        images = ImageList(torch.zeros(1, 3, 800, 1088), [(800, 1088)])
+        (ours,) = FixedAnchors([(s,) for s in (32, 64, 128, 256, 512)], strides)(images, maps)
+        theirs_of = AnchorGenerator(tuple((s,) for s in (32, 64, 128, 256, 512)), ((1.0,),) * 5)
+        (theirs,) = theirs_of(images, maps)
+        rows, columns = maps[-1].shape[-2:]
+        own = ours[-rows * columns * 3 :].view(rows, columns, 3, 4)
+        other = theirs[-rows * columns :].view(rows, columns, 4)
+        centre = (own[..., 1, :2] + own[..., 1, 2:]) / 2
+        assert centre[1, 1].tolist() == [64, 64]
+        assert ((other[1, 1, :2] + other[1, 1, 2:]) / 2).tolist() == [64, 61]
+        assert len(ours) == sum(3 * m.shape[-1] * m.shape[-2] for m in maps)
+
+    def test_c4_has_all_sizes_at_every_place(self):
+        generator = FixedAnchors([(32, 64)], [16])
+        images = ImageList(torch.zeros(1, 3, 32, 32), [(32, 32)])
+        (anchors,) = generator(images, maps_of([16], 32, 32))
+        sides = (anchors[:, 2:] - anchors[:, :2]).prod(1).sqrt().view(4, 6)
+        assert sides.round().tolist() == [[32.0] * 3 + [64.0] * 3] * 4
+
+
+class TestRegionPooler:
+    @given(st.floats(4, 40), st.floats(4, 40), st.floats(16, 60), st.floats(16, 60))
+    def test_of_a_ramp_every_bin_is_its_own_centre(self, x, y, width, height):
+        # Pixel (i, j) of the finest map has its centre at stride * (i + 0.5): that is what `aligned` means.
+        stride = 4
+        columns = stride * (torch.arange(64) + 0.5)
+        ramp = torch.stack([columns.expand(64, 64), columns[:, None].expand(64, 64)])[None]
+        box = torch.tensor([[x, y, x + width, y + height]])
+        pooled = RegionPooler([stride], 7)({"0": ramp}, [box], [(256, 256)])
+        bins = (torch.arange(7) + 0.5) / 7
+        torch.testing.assert_close(pooled[0, 0], (x + width * bins).expand(7, 7), rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            pooled[0, 1], (y + height * bins)[:, None].expand(7, 7), rtol=0, atol=2e-3
+        )
+
+    def test_a_bin_is_the_mean_of_all_its_pixels(self):
+        torch.manual_seed(0)
+        features = torch.rand(1, 3, 56, 56)
+        whole = torch.tensor([[0.0, 0, 224, 224]])
+        pooled = RegionPooler([4], 7)({"0": features}, [whole], [(224, 224)])
+        torch.testing.assert_close(pooled, nn.functional.avg_pool2d(features, 8))
+
+    def test_the_level_is_that_of_the_pyramid_paper(self):
+        strides = [4, 8, 16, 32]
+        maps = {
+            str(n): torch.full((1, 1, 512 // s, 512 // s), float(n)) for n, s in enumerate(strides)
+        }
+        sides = [16, 111.9, 112.1, 223.9, 224.1, 447.9, 448.1, 500]
+        boxes = torch.tensor([[0.0, 0, side, side] for side in sides])
+        pooled = RegionPooler(strides, 7)(maps, [boxes], [(512, 512)])
+        levels = [min(max(math.floor(4 + math.log2(side / 224)), 2), 5) - 2 for side in sides]
+        assert levels == [0, 0, 1, 1, 2, 2, 3, 3]
+        # Away from the border, where RoIAlign fades out.
+        assert pooled[:, 0, 3, 3].tolist() == levels
+
+    def test_regions_belong_to_their_images_and_p6_is_not_pooled(self):
+        maps = {name: torch.zeros(2, 1, 16 // 2**n, 16 // 2**n) for n, name in enumerate("01")}
+        maps["0"][1] = 7
+        maps["pool"] = torch.full((2, 1, 2, 2), 99.0)
+        boxes = [torch.tensor([[0.0, 0, 32, 32]]), torch.tensor([[8.0, 8, 24, 24]] * 2)]
+        pooled = RegionPooler([4, 8], 2)(maps, boxes, [(64, 64)] * 2)
+        assert pooled.amax((1, 2, 3)).tolist() == [0, 7, 7]
+
+
+class TestSampler:
+    def matched(self, seed=0):
+        return torch.from_numpy(np.random.default_rng(seed).choice([-1, 0, 0, 0, 1], 400)).float()
+
+    def draw(self, matched, words, number=64, share=0.25):
+        sampler = CounterSampler(DETECTION_ANCHORS, number, share)
+        sampler.words = [words]
+        (positive,), (negative,) = sampler([matched])
+        return positive, negative
+
+    @pytest.mark.parametrize(("number", "share"), [(64, 0.25), (256, 0.5), (1000, 0.5), (8, 0.01)])
+    def test_it_draws_as_many_of_each_kind_as_torchvisions(self, number, share):
+        matched = self.matched()
+        positive, negative = self.draw(matched, (0, 0, 0), number, share)
+        theirs = BalancedPositiveNegativeSampler(number, share)([matched])
+        assert [int(positive.sum()), int(negative.sum())] == [int(each[0].sum()) for each in theirs]
+        assert (matched[positive > 0] >= 1).all()
+        assert (matched[negative > 0] == 0).all()
+
+    def test_the_global_generator_has_no_part_in_it(self):
+        draws = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            draws.append(torch.stack(self.draw(self.matched(), (3, 5, 2))))
+        assert torch.equal(*draws)
+
+    @pytest.mark.parametrize("other", [(4, 5, 2), (3, 6, 2), (3, 5, 3)])
+    def test_seed_step_and_place_each_change_it(self, other):
+        one, two = (torch.stack(self.draw(self.matched(), w)) for w in ((3, 5, 2), other))
+        assert not torch.equal(one, two)
+
+    def test_every_candidate_is_as_likely(self):
+        matched = torch.tensor([1.0] * 5 + [0.0] * 20)
+        counts = sum(
+            torch.stack(self.draw(matched, (0, step, 0), 8, 0.25)).int() for step in range(2000)
+        )
+        # Of 2 of 5, and of 6 of 20: five binomial deviations.
+        assert (counts[0][:5] / 2000 - 0.4).abs().max() < 5 * math.sqrt(0.4 * 0.6 / 2000)
+        assert (counts[1][5:] / 2000 - 0.3).abs().max() < 5 * math.sqrt(0.3 * 0.7 / 2000)
+
+    def test_a_batch_needs_the_words_of_each_image(self, seeded):
+        images, targets = batch()
+        set_draws(seeded, [(0, 0, 0)])
+        with pytest.raises(ValueError, match="shorter"):
+            seeded.train()(images, targets)
+
+
+class TestBoxLoss:
+    def test_beta_0_is_l1_and_torchvisions_is_not(self):
+        difference = torch.tensor([[0.0, 0.05, -0.2, 3.0]])
+        zeros = torch.zeros_like(difference)
+        assert float(box_loss(difference, zeros, 0.0)) == pytest.approx(3.25)
+        beta = 1 / 9
+        expected = 0.5 * 0.05**2 / beta + (0.2 - beta / 2) + (3.0 - beta / 2)
+        assert float(box_loss(difference, zeros, beta)) == pytest.approx(expected)
+
+    def test_both_losses_of_boxes_take_it(self):
+        images, targets = batch()
+        losses = []
+        for beta in (0.0, 1 / 9):
+            torch.manual_seed(0)
+            detector = build_detector(small(box_loss_beta=beta), body(), CLASSES).train()
+            set_draws(detector, [(0, 0, 0), (0, 0, 1)])
+            losses.append({k: v.detach() for k, v in detector(images, targets).items()})
+        l1, smooth = losses
+        for name in ("loss_classifier", "loss_objectness"):
+            assert l1[name] == smooth[name]
+        for name in ("loss_box_reg", "loss_rpn_box_reg"):
+            assert l1[name] > smooth[name] > 0
+
+
+def test_the_losses_are_those_of_the_regions_and_anchors_drawn(seeded):
+    """The four losses again, from what the parts of the detector give."""
+    images, targets = batch()
+    words = [(0, 7, 0), (0, 7, 1)]
+    seeded.train()
+    set_draws(seeded, words)
+    with torch.no_grad():
+        losses = seeded(images, targets)
+        inputs, _ = seeded.transform(images)
+        features = seeded.backbone(inputs.tensors)
+        logits, deltas = seeded.rpn.head(list(features.values()))
+        anchors = seeded.rpn.anchor_generator(inputs, list(features.values()))
+        rows = [m.permute(0, 2, 3, 1).reshape(2, -1) for m in logits]
+        objectness = torch.cat(rows, 1).double()
+        offsets = torch.cat(
+            [
+                d.view(2, 3, 4, *d.shape[-2:]).permute(0, 3, 4, 1, 2).reshape(2, -1, 4)
+                for d in deltas
+            ],
+            1,
+        ).double()
+        is_object, boxes, drawn = 0.0, 0.0, 0
+        for image, target in enumerate(targets):
+            labels, matched = _matched(anchors[image].double(), target["boxes"].double())
+            seeded.rpn.fg_bg_sampler.words = [words[image]]
+            (positive,), (negative,) = seeded.rpn.fg_bg_sampler([labels])
+            chosen = (positive | negative) > 0
+            values, wanted = objectness[image][chosen], labels[chosen].double()
+            is_object += nn.functional.softplus(values).sum() - (values * wanted).sum()
+            drawn += int(chosen.sum())
+            if len(target["boxes"]):
+                goal = _encoded(matched, anchors[image].double())[positive > 0]
+                boxes += (offsets[image][positive > 0] - goal).abs().sum()
+    assert float(losses["loss_objectness"]) == pytest.approx(float(is_object) / drawn, rel=1e-4)
+    assert float(losses["loss_rpn_box_reg"]) == pytest.approx(float(boxes) / drawn, rel=1e-4)
+    # Of new heads: nearly uniform classes.
+    assert float(losses["loss_classifier"]) == pytest.approx(math.log(CLASSES + 1), rel=0.1)
+
+
+def test_a_region_learns_the_box_of_its_class(seeded):
+    images, targets = batch()
+    words = [(0, 9, 0), (0, 9, 1)]
+    seeded.train()
+    with torch.no_grad():
+        inputs, kept = seeded.transform(images, targets)
+        features = seeded.backbone(inputs.tensors)
+        proposals = [
+            torch.tensor([[10.0, 10, 42, 50], [0, 0, 20, 20]]),
+            torch.tensor([[0.0, 0, 9, 9]]),
+        ]
+        set_draws(seeded, words)
+        _, _, labels, goals = seeded.roi_heads.select_training_samples(list(proposals), kept)
+        predictor = seeded.roi_heads.box_predictor
+        before = predictor.bbox_pred.weight.clone(), predictor.bbox_pred.bias.clone()
+        predictor.bbox_pred.weight.zero_()
+        # The deltas of class c are all c / 10.
+        predictor.bbox_pred.bias.copy_(torch.arange(CLASSES + 1).repeat_interleave(4) / 10)
+        set_draws(seeded, words)
+        _, losses = seeded.roi_heads(features, list(proposals), inputs.image_sizes, kept)
+        for parameter, value in zip(
+            (predictor.bbox_pred.weight, predictor.bbox_pred.bias), before, strict=True
+        ):
+            parameter.copy_(value)
+    label, goal = torch.cat(labels), torch.cat(goals)
+    positive = label > 0
+    # Both objects are regions too, and one proposal is near the first.
+    assert sorted(label.tolist()) == [0, 0, 1, 1, 4]
+    expected = (label[positive, None] / 10 - goal[positive]).abs().sum() / len(label)
+    assert float(losses["loss_box_reg"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_detector_is_put_together_by_its_config():
+    config = small(
+        rpn_candidates_train=7, rpn_candidates_test=6, rpn_proposals_train=5, rpn_proposals_test=4
+    )
+    rpn = build_detector(config, body(), CLASSES).rpn
+    assert rpn._pre_nms_top_n == {"training": 7, "testing": 6}
+    assert rpn._post_nms_top_n == {"training": 5, "testing": 4}
+    assert rpn.anchor_generator._strides == [4, 8, 16, 32, 64]
+    assert rpn.anchor_generator.sizes == ((8,), (16,), (32,), (64,), (128,))
+    # The small-image stem keeps the first map as large as the image.
+    finer = build_detector(config, body(architecture="resnet18_small"), CLASSES)
+    assert finer.rpn.anchor_generator._strides == [1, 2, 4, 8, 16]
+    c4 = build_detector(small(detector="d2_c4", anchor_sizes=[16, 64]), body(c4=True), CLASSES)
+    assert c4.rpn.anchor_generator._strides == [16]
+    assert c4.rpn.anchor_generator.sizes == ((16, 64),)
+
+
+def test_c4_pools_14_by_14_and_its_head_ends_in_a_norm_and_a_mean():
+    torch.manual_seed(0)
+    detector = build_detector(
+        small(detector="d2_c4", anchor_sizes=[16, 64]), body(c4=True), CLASSES
+    )
+    head = detector.roi_heads.box_head.eval()
+    regions = torch.rand(3, 256, 14, 14)
+    nn.init.normal_(head.norm.weight)
+    nn.init.normal_(head.norm.running_mean)
+    with torch.no_grad():
+        deep = head.layer4(regions)
+        assert deep.shape == (3, 512, 7, 7)
+        scale = head.norm.weight / (head.norm.running_var + head.norm.eps).sqrt()
+        normed = (deep.mean((2, 3)) - head.norm.running_mean) * scale + head.norm.bias
+        torch.testing.assert_close(head(regions), normed, rtol=1e-4, atol=1e-5)
+    assert detector.roi_heads.box_roi_pool._side == 14
+    assert detector.backbone.out_channels == 256
+
+
+def _matched(anchors, boxes):
+    """RPN's rule: 1 from an IoU of 0.7 on and for the best anchors of each box, 0 below 0.3, else -1."""
+    if not len(boxes):
+        return torch.zeros(len(anchors)), torch.zeros(len(anchors), 4)
+    low = torch.maximum(anchors[:, None, :2], boxes[None, :, :2])
+    high = torch.minimum(anchors[:, None, 2:], boxes[None, :, 2:])
+    inside = (high - low).clamp_min(0).prod(2)
+    area = [(b[:, 2:] - b[:, :2]).prod(1) for b in (anchors, boxes)]
+    iou = inside / (area[0][:, None] + area[1][None] - inside)
+    best, which = iou.max(1)
+    labels = torch.full((len(anchors),), -1.0)
+    labels[best < 0.3] = 0
+    labels[best >= 0.7] = 1
+    labels[(iou >= iou.max(0).values - 1e-9).any(1)] = 1
+    return labels, boxes[which]
+
+
+def _encoded(boxes, anchors):
+    sides, own = (b[:, 2:] - b[:, :2] for b in (boxes, anchors))
+    centres, places = ((b[:, 2:] + b[:, :2]) / 2 for b in (boxes, anchors))
+    return torch.cat([(centres - places) / own, (sides / own).log()], 1)
+
+
+class TestInitialWeights:
+    def test_of_the_heads(self):
+        torch.manual_seed(1)
+        heads = build_detector(small(head_features=256, fpn_channels=32), body(), 20).roi_heads
+        for layer in (heads.box_head.fc6, heads.box_head.fc7):
+            # c2_xavier: uniform within sqrt(3 / fan_in).
+            bound = math.sqrt(3 / layer.in_features)
+            assert 0.98 * bound < float(layer.weight.abs().max()) <= bound
+            assert float(layer.weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+            assert not layer.bias.any()
+        for layer, std in (
+            (heads.box_predictor.cls_score, 0.01),
+            (heads.box_predictor.bbox_pred, 0.001),
+        ):
+            assert float(layer.weight.std()) == pytest.approx(std, rel=0.05)
+            assert not layer.bias.any()
+
+    def test_of_pyramid_and_rpn(self, seeded):
+        for layer in (*seeded.rpn.head.modules(),):
+            if isinstance(layer, nn.Conv2d):
+                assert float(layer.weight.std()) == pytest.approx(0.01, rel=0.1)
+                assert not layer.bias.any()
+        for layer in seeded.backbone.fpn.modules():
+            if isinstance(layer, nn.Conv2d):
+                fan_in = layer.in_channels * layer.kernel_size[0] ** 2
+                assert float(layer.weight.abs().max()) <= math.sqrt(3 / fan_in)
+
+
+class TestNorms:
+    def prepared(self, detector="d2_fpn", **changes):
+        sizes = {"anchor_sizes": [16, 32]} if detector == "d2_c4" else {}
+        config = small(detector=detector, **sizes, **changes)
+        made = build_detector(config, body(c4=detector == "d2_c4"), CLASSES)
+        prepare_norms(config, made, Ranks(torch.device("cpu")))
+        return made
+
+    def kinds(self, module):
+        kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
+        return {type(child) for child in module.modules() if isinstance(child, kinds)}
+
+    def test_sync_is_in_the_network_and_in_the_pyramid(self):
+        detector = self.prepared(norm="sync")
+        assert self.kinds(detector.backbone.body) == {SyncBatchNorm2d}
+        assert self.kinds(detector.backbone.fpn) == {SyncBatchNorm2d}
+        assert all(p.requires_grad for p in detector.parameters())
+        # A conv before a norm has no bias.
+        assert detector.backbone.fpn.inner_blocks[0][0].bias is None
+
+    def test_sync_is_in_res5_and_after_it(self):
+        head = self.prepared("d2_c4", norm="sync").roi_heads.box_head
+        assert self.kinds(head.layer4) == {SyncBatchNorm2d}
+        assert type(head.norm) is SyncBatchNorm2d
+
+    def test_frozen_has_none_in_the_pyramid(self):
+        detector = self.prepared(norm="frozen")
+        assert self.kinds(detector.backbone.body) == {FrozenBatchNorm2d}
+        assert self.kinds(detector.backbone.fpn) == set()
+        assert detector.backbone.fpn.inner_blocks[0][0].bias is not None
+
+    def test_frozen_computes_what_the_export_did_in_eval_mode(self):
+        torch.manual_seed(3)
+        network = body()
+        for norm in network.network.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.normal_(norm.weight)
+                nn.init.normal_(norm.running_mean)
+                nn.init.uniform_(norm.running_var, 0.5, 2)
+        images = torch.rand(2, 3, 64, 64)
+        with torch.no_grad():
+            expected = network.network.eval()(images)
+            config = small(norm="frozen")
+            detector = build_detector(config, network, CLASSES)
+            prepare_norms(config, detector)
+            for one, other in zip(detector.train().backbone.body(images), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+    def test_three_trained_stages_are_detectron2s_freeze_at_2(self):
+        network = self.prepared(trainable_stages=3).backbone.body
+        trained = {name for name, p in network.named_parameters() if p.requires_grad}
+        assert {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+        assert type(network.bn1) is FrozenBatchNorm2d
+        assert self.kinds(network.layer1) == {FrozenBatchNorm2d}
+        assert self.kinds(network.layer2) == {SyncBatchNorm2d}
+
+    def test_other_networks_have_no_such_stages(self):
+        config = small(trainable_stages=3, norm="batch")
+        detector = build_detector(config, body(architecture="convnext_atto"), CLASSES)
+        with pytest.raises(UserError, match=r"trainable_stages 3 needs a ResNet.*set it to 5"):
+            prepare_norms(config, detector)
+
+    def test_norms_do_not_decay(self):
+        detector = self.prepared()
+        decayed, others = parameter_groups(detector, weight_decay=1e-4, norm_weight_decay=0.0)
+        assert (decayed["weight_decay"], others["weight_decay"]) == (1e-4, 0.0)
+        norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert {id(p) for p in others["params"]} == {id(p) for m in norms for p in m.parameters()}
+        assert len(decayed["params"]) + len(others["params"]) == len(list(detector.parameters()))
+        # Biases of other layers decay, as in Detectron2.
+        assert any(p is detector.rpn.head.cls_logits.bias for p in decayed["params"])
+
+
+def test_what_is_equal_on_both_sides(seeded):
+    rpn, regions = seeded.rpn, seeded.roi_heads
+    assert (rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold) == (0.7, 0.3)
+    assert rpn.proposal_matcher.allow_low_quality_matches
+    assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (
+        256,
+        0.5,
+    )
+    matcher = regions.proposal_matcher
+    assert (matcher.high_threshold, matcher.low_threshold) == (0.5, 0.5)
+    assert not matcher.allow_low_quality_matches
+    assert regions.fg_bg_sampler.positive_fraction == 0.25
+    assert (rpn.nms_thresh, regions.nms_thresh) == (0.7, 0.5)
+    assert (regions.score_thresh, regions.detections_per_img) == (0.05, 100)
+    assert regions.box_coder.weights == (10.0, 10.0, 5.0, 5.0)
+    assert regions.box_predictor.bbox_pred.out_features == 4 * (CLASSES + 1)
+
+
+class TestImages:
+    def test_they_are_normalised_and_padded_with_the_mean_and_not_resized(self, seeded):
+        images, targets = batch()
+        seen, kept = seeded.transform(images, targets)
+        assert seen.tensors.shape == (2, 3, 64, 96)
+        assert seen.image_sizes == [(64, 96), (64, 80)]
+        mean, std = (torch.tensor(v)[:, None, None] for v in (body().mean, body().std))
+        torch.testing.assert_close(seen.tensors[1, :, :, :80], (images[1] - mean) / std)
+        # The mean colour is 0 after it.
+        assert not seen.tensors[1, :, :, 80:].any()
+        assert torch.equal(kept[0]["boxes"], targets[0]["boxes"])
+
+
+class TestRecipes:
+    def recipe(self, name) -> DetectConfig:
+        words = [name, "--checkpoint", "runs/a"]
+        config, _ = parse_config(
+            DetectConfig, words, verb="detect", description="", example="", shipped=SHIPPED
+        )
+        return config
+
+    def test_d2_fpn(self):
+        config, model = self.recipe("d2_fpn"), self.recipe("d2_fpn").model
+        assert (config.iterations, config.milestones) == (18_000, [12_000, 16_000])
+        assert (config.batch_size, config.base_lr, config.warmup_iterations) == (16, 0.02, 100)
+        assert (config.momentum, config.weight_decay, config.norm_weight_decay) == (0.9, 1e-4, 0)
+        assert config.precise_bn_iterations == 200
+        assert model.short_sides == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+        assert (model.longest_side, model.anchor_sizes) == (1333, [32, 64, 128, 256, 512])
+        assert (model.rpn_candidates_train, model.rpn_candidates_test) == (2000, 1000)
+        assert (model.rpn_proposals_train, model.rpn_proposals_test) == (1000, 1000)
+        assert (model.norm, model.trainable_stages, model.box_loss_beta) == ("sync", 5, 0)
+        assert (model.anchors_per_image, model.regions_per_image) == (256, 512)
+        assert (model.fpn_channels, model.head_features) == (256, 1024)
+        assert config.data.difficult == "keep"
+
+    def test_moco_c4(self):
+        config, model = self.recipe("moco_c4"), self.recipe("moco_c4").model
+        assert (config.iterations, config.milestones) == (24_000, [18_000, 22_000])
+        assert (model.detector, model.norm, model.trainable_stages) == ("d2_c4", "sync", 5)
+        assert (model.rpn_candidates_train, model.rpn_candidates_test) == (12_000, 6000)
+        assert (model.rpn_proposals_train, model.rpn_proposals_test) == (2000, 1000)
+        assert config.precise_bn_iterations == 200
+
+    def test_torchvision_fpn_is_the_library_as_it_comes(self):
+        config = self.recipe("torchvision_fpn").model
+        detector = build_detector(config, body(), CLASSES)
+        assert detector._get_name() == "FasterRCNN"
+        from torchvision.models.detection import FasterRCNN
+        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+        theirs = FasterRCNN(
+            resnet_fpn_backbone(
+                backbone_name="resnet18",
+                weights=None,
+                norm_layer=nn.BatchNorm2d,
+                trainable_layers=5,
+            ),
+            CLASSES + 1,
+        )
+        assert {n: t.shape for n, t in detector.state_dict().items()} == {
+            n: t.shape for n, t in theirs.state_dict().items()
+        }
+        for name in ("min_size", "max_size", "image_mean", "image_std", "size_divisible"):
+            assert getattr(detector.transform, name) == getattr(theirs.transform, name), name
+        for name in ("_pre_nms_top_n", "_post_nms_top_n", "nms_thresh", "score_thresh", "min_size"):
+            assert getattr(detector.rpn, name) == getattr(theirs.rpn, name), name
+        for name in ("score_thresh", "nms_thresh", "detections_per_img"):
+            assert getattr(detector.roi_heads, name) == getattr(theirs.roi_heads, name), name
+        pooler = detector.roi_heads.box_roi_pool
+        assert (pooler.output_size, pooler.sampling_ratio) == ((7, 7), 2)
+        assert type(detector.rpn.anchor_generator) is AnchorGenerator
+        assert type(detector.rpn.fg_bg_sampler) is BalancedPositiveNegativeSampler

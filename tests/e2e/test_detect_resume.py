@@ -1,0 +1,198 @@
+"""The training of a detector goes on after any stop to the same detector and the same score, bit for bit."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+
+import pytest
+
+from peerlearn.cli import main
+from peerlearn.runs.directory import RunDirectory
+from tests.e2e.detectors import STEPS, scores, training_of, words, write_all
+from tests.e2e.runs import command, environment, events, rows, wait_for, without_clocks
+from tests.warm import Process
+from tests.warm import run as run_process
+
+pytestmark = pytest.mark.slow
+VALIDATED = ("--data.validation", "val2007", "--validate_every", "3", "--save_every", "2")
+KINDS = {
+    "d2_fpn": VALIDATED,
+    "d2_c4": (
+        *(
+            "--model.detector",
+            "d2_c4",
+            "--model.regions_per_image",
+            "4",
+            "--accumulation_steps",
+            "2",
+        ),
+        *("--model.rpn_proposals_test", "10", "--precise_bn_iterations", "1"),
+    ),
+    # Its scales and samplers draw from torch's own generator.
+    "torchvision_fpn": ("--model.detector", "torchvision_fpn", "--save_every", "2"),
+}
+# Dies in the middle of what it is told to: of the last test, or of the last PreciseBN.
+DRIVER = """
+import os, signal, sys
+import detection.evaluate, detection.train
+from peerlearn.cli import main
+def die(*arguments, **named):
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["DIES_IN"] == "test":
+    detection.evaluate.detect = die
+else:
+    measure = detection.train.measure_batch_norm
+    detection.train.measure_batch_norm = lambda module, passes, ranks: measure(module, (*passes, die), ranks)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="session")
+def place(once) -> Path:
+    return once("detect-place", write_all)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(once, place):
+    """``undisturbed(kind)``: the results of a training that nothing stopped."""
+
+    def make(kind: str) -> Path:
+        def train(results: Path) -> None:
+            found = finish(words(place, results, *KINDS[kind]))
+            (results / "printed.txt").write_text(found)
+
+        return once(f"detect-{kind}", train)
+
+    return make
+
+
+def finish(given: list[str], driver: Path | None = None, **more: str) -> str:
+    done = run_process(
+        command(*given, driver=driver),
+        env=environment(**more),
+        stdout=PIPE,
+        stderr=STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def start_held(given: list[str], step: int, folder: Path) -> Process:
+    """Held at the start of a step, which it never gets past."""
+    process = Process(
+        command(*given),
+        env=environment(STEP_SECONDS="0", HOLD_STEP=str(step), HOLD_UNTIL=str(folder / "go")),
+        stdout=PIPE,
+        stderr=STDOUT,
+        text=True,
+    )
+    wait_for((folder / "go.held").exists, [process])
+    return process
+
+
+def detectors(results: Path) -> dict[str, bytes]:
+    """Every file of the detectors that a training has left."""
+    run = training_of(results)
+    files = [path for path in run.glob("detector*/*") if path.is_file()]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}
+
+
+def assert_same(results: Path, expected: Path) -> None:
+    assert detectors(results) == detectors(expected)
+    assert scores(results) == scores(expected)
+    assert [without_clocks(row) for row in rows(training_of(results))] == [
+        without_clocks(row) for row in rows(training_of(expected))
+    ]
+    assert not RunDirectory(training_of(results)).checkpoints.exists()
+
+
+def test_an_undisturbed_one_leaves_its_detectors_and_no_saves(undisturbed):
+    results = undisturbed("d2_fpn")
+    run = training_of(results)
+    assert RunDirectory(run).done
+    assert not RunDirectory(run).checkpoints.exists()
+    assert {"detector/model.safetensors", "detector-best/model.safetensors"} <= set(
+        detectors(results)
+    )
+    assert [row["step"] for row in rows(run)] == [3, STEPS]
+    last = rows(run)[-1]
+    parts = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+    assert last["loss"] == pytest.approx(sum(last[name] for name in parts))
+    assert list((run / "tb").iterdir())
+    assert json.loads((run / "env.json").read_text())["verb"] == "detect"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_kill_9_the_same_command_goes_on_to_the_same_bytes(
+    kind, place, undisturbed, tmp_path
+):
+    results = tmp_path / "results"
+    given = words(place, results, *KINDS[kind], "--save_every", "3")
+    process = start_held(given, 5, tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not scores(results)
+    finish(given)
+    assert [event["step"] for event in events(training_of(results), "started")] == [0, 3]
+    assert_same(results, undisturbed(kind))
+
+
+def test_told_to_stop_it_saves_and_resume_goes_on(place, undisturbed, tmp_path, capsys):
+    results = tmp_path / "results"
+    process = start_held(words(place, results, *KINDS["d2_fpn"]), 4, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
+    output, _ = process.communicate(timeout=120)
+    run = training_of(results)
+    assert process.returncode == 75, output
+    assert output.count(f"saved in {run}: the same command continues") == 1
+    assert "Traceback" not in output
+    (tmp_path / "elsewhere").mkdir()
+    done = run_process(
+        command("resume", str(run)),
+        env=environment(),
+        cwd=tmp_path / "elsewhere",
+        stdout=PIPE,
+        stderr=STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert [event["step"] for event in events(run, "started")] == [0, 5]
+    assert_same(results, undisturbed("d2_fpn"))
+    assert main(["resume", str(run)]) == 0
+    assert "is done already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dies_in", ["test", "precise_bn"])
+def test_killed_after_its_last_save_it_ends_alike(dies_in, place, undisturbed, tmp_path):
+    results = tmp_path / "results"
+    given = words(place, results, *KINDS["torchvision_fpn"])
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    process = Process(
+        command(*given, driver=driver), env=environment(DIES_IN=dies_in), stdout=PIPE, stderr=STDOUT
+    )
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    assert not scores(results)
+    run = RunDirectory(training_of(results))
+    assert run.done == (dies_in == "test")
+    assert run.checkpoints.exists()
+    printed = finish(given)
+    assert ("is done already" in printed) == (dies_in == "test")
+    assert_same(results, undisturbed("torchvision_fpn"))
+
+
+def test_one_that_is_done_is_only_scored_again_and_says_so(undisturbed, tmp_path, place):
+    before = undisturbed("d2_fpn")
+    results = Path(shutil.copytree(before, tmp_path / "results"))
+    for file in results.glob("detect-*.json"):
+        file.unlink()
+    printed = finish(words(place, results, *KINDS["d2_fpn"]))
+    run = training_of(results)
+    assert f"{run} is done already: its detector is scored" in printed
+    assert len(events(run, "started")) == 1
+    assert_same(results, before)
