@@ -28,6 +28,17 @@ def _score(config: DetectConfig, selection: Selection, ranks: "Ranks") -> Iterat
     return score(config, selection, ranks)
 
 
+def _preview(config: DetectConfig) -> list[str]:
+    """The scaled learning rate and steps, and the images; those of the miniature are only written by a training."""
+    if config.data.name == "mini_voc":
+        return [config.scaling()]
+    from detection.data import read_data
+
+    data = read_data(config.data)
+    images = f"{len(data.train):,} images to learn from and {len(data.test):,} to score on"
+    return [config.scaling(), f"{data.train.title}: {images}"]
+
+
 def _column(heading: str, metric: str) -> Column:
     """An average precision, with its deviation over the trials of one run or over several runs."""
     over_runs = metric_column(heading, metric)
@@ -68,8 +79,8 @@ DETECT = Evaluator(
     shipped=SHIPPED,
     ensembles=False,
     average=partial(mean_over_runs, names=["ap", "ap50", "ap75"]),
+    preview=_preview,
     details=_show_classes,
-    preview=lambda config: [config.scaling()],
 )
 resume = partial(training_run.resume, DETECT)
 

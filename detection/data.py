@@ -38,10 +38,15 @@ def load_data(config: DetectDataConfig, ranks: Ranks) -> Data:
         UserError: a split is missing, empty or faulty, or has other classes than the training split.
     """
     # The main rank is the first, as the miniature may have to be written.
-    return ranks.main_first(lambda: _load(config))
+    return ranks.main_first(lambda: read_data(config))
 
 
-def _load(config: DetectDataConfig) -> Data:
+def read_data(config: DetectDataConfig) -> Data:
+    """`load_data` in a single process.
+
+    Raises:
+        UserError: as `load_data` does.
+    """
     train = _read(config, config.train, "trainval07+12", "train")
     test = _read(config, config.test, "test2007", "test")
     chosen_by = config.validation

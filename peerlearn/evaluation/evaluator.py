@@ -82,8 +82,8 @@ class Evaluator(Generic[Config]):
         shipped: folder of its shipped configs.
         ensembles: whether it can score several networks together.
         average: function from the metrics of several runs to those of their mean.
-        details: function that prints more of a result, which follows the table where it has a single row of one run.
         preview: function that gives further lines of --dry_run.
+        details: function that prints more of a result, which follows the table where it has a single row of one run.
     """
 
     verb: str
@@ -97,8 +97,8 @@ class Evaluator(Generic[Config]):
     shipped: Path | None = None
     ensembles: bool = True
     average: Averaging = mean_over_runs
-    details: Callable[[Mapping[str, Any]], None] | None = None
     preview: Callable[[Config], Sequence[str]] = lambda config: ()
+    details: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
