@@ -52,6 +52,11 @@ def read_data(config: DetectDataConfig) -> Data:
     chosen_by = config.validation
     validation = None if chosen_by is None else _read(config, chosen_by, chosen_by, chosen_by)
     for other in (test, validation):
+        if other is not None and all(bool(each.all()) for each in other.difficult):
+            raise UserError(
+                f"{other.title} {other.split}: none of its {len(other):,} images has an object that counts, so there "
+                "is no average precision: give images with objects that are neither difficult nor crowds"
+            )
         if other is not None and other.class_names != train.class_names:
             unlike = sorted(set(other.class_names) ^ set(train.class_names))
             raise UserError(
