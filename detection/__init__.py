@@ -1,1 +1,1 @@
-"""How well boxes are found: Pascal VOC and COCO average precision of detections."""
+"""Detectors on exported networks, and how well boxes are found: average precision by Pascal VOC and COCO."""

@@ -35,8 +35,7 @@ def load_data(config: DetectDataConfig, ranks: Ranks) -> Data:
     """The splits as they are in the data. All ranks call it together.
 
     Raises:
-        UserError: a split is missing, empty or faulty, has nothing to be scored on, or has other classes than the
-            training split.
+        UserError: a split is missing, empty or faulty, or has other classes than the training split.
     """
     # The main rank is the first, as the miniature may have to be written.
     return ranks.main_first(lambda: read_data(config))
@@ -53,14 +52,12 @@ def read_data(config: DetectDataConfig) -> Data:
     chosen_by = config.validation
     validation = None if chosen_by is None else _read(config, chosen_by, chosen_by, chosen_by)
     for other in (test, validation):
-        if other is None:
-            continue
-        if not any(bool((~difficult).any()) for difficult in other.difficult):
+        if other is not None and all(bool(each.all()) for each in other.difficult):
             raise UserError(
-                f"{other.title} {other.split}: none of its {len(other)} images has an object that counts, so that "
-                "there is no average precision: choose another split, or raise data.limit"
+                f"{other.title} {other.split}: none of its {len(other):,} images has an object that counts, so there "
+                "is no average precision: give images with objects that are neither difficult nor crowds"
             )
-        if other.class_names != train.class_names:
+        if other is not None and other.class_names != train.class_names:
             unlike = sorted(set(other.class_names) ^ set(train.class_names))
             raise UserError(
                 f"{other.title} {other.split} has other classes than {train.split}, or in another order "

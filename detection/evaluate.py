@@ -100,9 +100,8 @@ def _score_trained(
     """The score of one network, kind of weights and share of the training images, over all trials."""
     (network,) = selection.folders
     trials, images = [], 0
-    seed = config.seed
-    if seed is None:
-        seed = int(run_setting(selection.run, "seed", 0))
+    usual = int(run_setting(selection.run, "seed", 0))
+    seed = usual if config.seed is None else config.seed
     for trial in range(config.trials):
         own = dataclasses.replace(
             own_config(config, selection),
@@ -120,6 +119,8 @@ def _score_trained(
     protocol = {
         **{key: value for key, value in fixed.items() if key not in _MEASURING},
         **{key: fixed[key] for key in _PER_TRAINING},
+        # A training that goes on has its seed spelled out, and its score is the same one.
+        "seed": config.seed if seed != usual or len(config.checkpoints()) > 1 else None,
         "backbone_weights": weights,
         "data.train_percent": percent,
         "lr": config.lr,

@@ -25,6 +25,7 @@ _TASKS = {
     "supervised": "training with labels",
     "prototypical": "few-shot training",
     "linear": "evaluating features",
+    "detect": "training detectors",
     "pipeline": "pretraining and evaluation, several seeds",
     "sweep": "comparing configs, several seeds",
     "submit": "cluster profiles (for --cluster)",
@@ -129,8 +130,8 @@ def _recipe(verb: str, path: Path) -> Recipe:
 
 
 def _pretraining(verb: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The config that trains: the file itself, or the first that a pipeline or a sweep names."""
-    if verb == "pretrain":
+    """The config that names the data: the file itself, or the first that a pipeline or a sweep names."""
+    if verb in ("pretrain", "detect"):
         return content
     named = content.get("pretrain", "")
     words = (named if isinstance(named, str) else named[0]).split(" = ")[-1].split()
@@ -153,7 +154,8 @@ def _print_rows(rows: Sequence[Recipe]) -> None:
         if PURPOSE in row.header:
             print(f"  {row.name:<34} {row.header[PURPOSE].partition('. ')[0].rstrip('.')}")
         else:
-            images = f"{row.images:>9,} images of {row.data}" if row.images else "the run's images"
+            images = f"{row.images:>9,} images of {row.data}" if row.images else row.data
+            images = images or "the run's images"
             print(f"  {row.name:<34} {images:<39} {row.place}")
 
 

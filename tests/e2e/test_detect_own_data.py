@@ -124,3 +124,28 @@ def test_a_single_score_has_a_table_of_its_classes(
         ["screw", "1", f"{ap50['screw']:.2f}"],
         ["nut", "2", f"{ap50['nut']:.2f}"],
     ]
+
+
+@pytest.mark.parametrize("annotations", ["none", "crowds"])
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_images_without_an_object_that_counts_are_refused_before_the_training(
+    annotations: str,
+    split: str,
+    runs: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.chdir(tmp_path)
+    write_own_data(tmp_path)
+    content = json.loads(Path("test.json").read_text())
+    for each in content["annotations"]:
+        each["iscrowd"] = 1
+    kept = content["annotations"] if annotations == "crowds" else []
+    Path("empty.json").write_text(json.dumps({**content, "annotations": kept}))
+    words = ["detect", "own_data", *SMALL, "--checkpoint", str(runs[0]), "--results", "found"]
+    words += ["--data.root", "photos", "--data.train", "train.json", "--data.test", "test.json"]
+    assert main([*words, f"--data.{split}", "empty.json"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("peerlearn: empty empty: none of its 4 images has an object that count")
+    assert not Path("found").exists()

@@ -173,7 +173,7 @@ WORDS = [
     (
         ("--data.limit", "1", "--data.train", "test2007", "--data.test", "train2007"),
         1,
-        "train2007: none of its 1 images has an object that counts, so that there is no average precision",
+        "train2007: none of its 1 images has an object that counts, so there is no average precision",
     ),
     (("--data.limit", "1", "--data.validation", "train2007"), 1, "has an object that counts"),
     (

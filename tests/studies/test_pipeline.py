@@ -24,6 +24,7 @@ from studies.ledger import EVALUATIONS, PIPELINE, Entry, Ledger
 from studies.pipeline import load_pipeline, name_of
 from studies.pipeline_command import SHIPPED
 from studies.watch import resolve_evaluation
+from tests.detection_trees import write_jpeg
 from tests.e2e.runs import SMALL, command, environment
 from tests.slurm.cluster import Cluster
 from tests.warm import run as run_process
@@ -409,12 +410,23 @@ def test_resume_of_anything_else_is_that_of_a_run(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_pipelines_are_whole(file: Path, capsys: pytest.CaptureFixture, tmp_path: Path):
+def test_shipped_pipelines_are_whole(
+    file: Path, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    # A small ImageNet, of no fewer images than a batch.
+    write_jpeg(Path("image.JPEG"), 0)
+    for split, number in (("train", 128), ("val", 1)):
+        for wnid in ("n01", "n02"):
+            folder = Path("data/imagenet") / split / wnid
+            folder.mkdir(parents=True)
+            for each in range(number):
+                (folder / f"{each}.JPEG").hardlink_to("image.JPEG")
     assert main(["pipeline", file.stem, "--folder", str(tmp_path / "p"), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     content = yaml.safe_load(file.read_text())
     runs = len(content["seeds"]) * len(content["pretrain"])
-    assert printed.count("# peerlearn pretrain") == runs >= 6
+    assert printed.count("# peerlearn pretrain") == runs >= 3
     assert set(read_header(file)) == {"source", "command", "hardware", "hours", "expected metric"}
 
 
