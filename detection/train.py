@@ -361,8 +361,8 @@ def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
     training, ranks = attempt.training, attempt.training.ranks
     config, images = training.config, training.data.validation
     assert images is not None
-    buffers = {name: buffer.clone() for name, buffer in training.detector.named_buffers()}
     with attempt.report.pause():
+        # Training goes on with the statistics of each batch, so that these need not be put back.
         training.measure_norms()
         detections = detect(
             training.detector,
@@ -380,8 +380,6 @@ def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
     if result.ap > training.best.ap:
         training.best = _Best(result.ap, training.step)
         ranks.from_main(lambda: training.save_as(BEST))
-    for name, buffer in training.detector.named_buffers():
-        buffer.copy_(buffers[name])
     attempt.report.say(
         f"step {training.step:,}: validation AP {result.ap:.2f}, AP50 {result.ap50:.2f}"
     )
