@@ -78,6 +78,7 @@ DETECT = Evaluator(
     ),
     shipped=SHIPPED,
     ensembles=False,
+    detectors=True,
     average=partial(mean_over_runs, names=["ap", "ap50", "ap75"]),
     preview=_preview,
     details=_show_classes,

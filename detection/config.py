@@ -105,6 +105,8 @@ class DetectDataConfig:
         limit: number of images of each split, the first ones; null = all.
         leakage: what is done where test images are training images, or look like them: warn, refuse or ignore (they
             are not looked for); null = warn for coco, ignore for voc and mini_voc.
+        max_unreadable_percent: largest percentage of the training images that may be unreadable before the training
+            stops. Another image takes the place of an unreadable one, and events.jsonl lists it.
         workers: number of processes that read image files.
     """
 
@@ -119,6 +121,7 @@ class DetectDataConfig:
     subset_seed: int = 0
     limit: int | None = None
     leakage: Literal["warn", "refuse", "ignore"] | None = None
+    max_unreadable_percent: float = changeable(1.0)
     workers: int = changeable(2)
 
     def __post_init__(self) -> None:
@@ -134,6 +137,10 @@ class DetectDataConfig:
         require(
             self.limit is None or self.limit >= 1,
             f"data.limit must be at least 1, got {self.limit}",
+        )
+        require(
+            0 <= self.max_unreadable_percent <= 100,
+            f"data.max_unreadable_percent must be within 0..100, got {self.max_unreadable_percent}",
         )
         require(self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
         require(

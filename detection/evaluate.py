@@ -1,6 +1,7 @@
 """Detectors trained on one checkpoint's networks, and their average precision on the test images."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,13 +76,16 @@ def score(config: DetectConfig, selection: Selection, ranks: Ranks) -> Iterator[
 
 def _check_single(config: DetectConfig, selection: Selection) -> None:
     """Refuse to keep several trainings in the folder of one."""
-    number = (
-        len(selection.folders) * len(config.weights) * len(config.data.percents) * config.trials
+    number = math.prod(
+        [
+            *(len(config.checkpoints()), len(selection.folders), len(config.weights)),
+            *(len(config.data.percents), config.trials),
+        ]
     )
     if config.run is not None and number > 1:
         raise UsageError(
             f"--run is the directory of one training, and these are {number}: leave it out, or choose one by "
-            "--network, --backbone_weights, --data.train_percent and --trials 1"
+            "--checkpoint, --network, --backbone_weights, --data.train_percent and --trials 1"
         )
 
 
@@ -110,7 +114,7 @@ def _score_trained(
                 config.data, train_percent=percent, subset_seed=config.data.subset_seed + trial
             ),
         )
-        train = training_images(own.data, data.train)
+        train = ranks.main_first(partial(training_images, own.data, data.train))
         images = len(train)
         trials.append(_train_and_test(own, selection, data._replace(train=train), ranks))
     fixed = fixed_values(config)
@@ -150,7 +154,7 @@ def _train_and_test(config: DetectConfig, selection: Selection, data: Data, rank
     if ranks.from_main(lambda: run.done and is_detector(run.root / LAST)):
         if ranks.main:
             say(f"{run.root} is done already: its detector is scored")
-        detector, about = load_detector(run.root / LAST)
+        detector, about = ranks.main_first(lambda: load_detector(run.root / LAST))
         tested = _test(config, detector, about.model, about.image_channels, data.test, ranks)
         # Where it was stopped before its score, they are still there.
         drop_saves(run, ranks)
@@ -165,7 +169,7 @@ def _score_again(
     config: DetectConfig, network: str, folder: Path, test: DetectionDataset, ranks: Ranks
 ) -> Score:
     """The score of a detector that was trained before."""
-    detector, about = load_detector(folder)
+    detector, about = ranks.main_first(lambda: load_detector(folder))
     if list(about.class_names) != list(test.class_names):
         raise ranks.told_once(
             UserError(

@@ -51,7 +51,12 @@ def build_detector(config: ModelConfig, body: Body, classes: int) -> Generalized
         config: kind of the detector, and its sizes.
         body: the network.
         classes: number of classes without the background, which becomes class 0.
+
+    Raises:
+        UserError: there are not as many sizes of anchors as the pyramid has maps.
     """
+    if config.detector != "d2_c4":
+        _check_anchors(config, body)
     if config.detector == "torchvision_fpn":
         return _torchvision_fpn(config, body, classes)
     c4 = config.detector == "d2_c4"
@@ -69,6 +74,15 @@ def build_detector(config: ModelConfig, body: Body, classes: int) -> Generalized
     regions = _Regions(config, RegionPooler(body.strides, side), head, predictor)
     draw_heads(head, predictor)
     return GeneralizedRCNN(backbone, rpn, regions, _Batched(body))
+
+
+def _check_anchors(config: ModelConfig, body: Body) -> None:
+    strides = [*body.strides, 2 * body.strides[-1]]
+    if len(config.anchor_sizes) != len(strides):
+        raise UserError(
+            f"model.anchor_sizes has {len(config.anchor_sizes)} sizes, and the pyramid on network {body.architecture} "
+            f"has {len(strides)} maps, of strides {', '.join(map(str, strides))}: give one size for each"
+        )
 
 
 def _torchvision_fpn(config: ModelConfig, body: Body, classes: int) -> FasterRCNN:
@@ -384,7 +398,8 @@ def prepare_norms(
         ranks: processes that share statistics in training; None where the detector is not trained.
 
     Raises:
-        UserError: low stages of another network than a ResNet cannot be fixed.
+        UserError: low stages of another network than a ResNet cannot be fixed, or its batch norm cannot be of that
+            kind.
     """
     body = detector.backbone.body
     _freeze_stages(body, config.trainable_stages)
@@ -392,13 +407,22 @@ def prepare_norms(
         _freeze_norm(body)
         _freeze_norm(detector.roi_heads.box_head)
     elif config.norm == "sync" and ranks is not None:
-        sync_batch_norm(detector, ranks)
+        try:
+            sync_batch_norm(detector, ranks)
+        except ValueError as error:
+            raise UserError(f"model.norm sync: {error}: set model.norm batch") from error
 
 
 def _freeze_norm(module: nn.Module) -> None:
     """Turn every batch norm below ``module`` into a fixed scale and shift, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
+            if type(child) is not nn.BatchNorm2d:
+                # It holds its activation too, which would be lost.
+                raise UserError(
+                    f"the network's {name} is a {type(child).__name__}, which cannot be fixed: set model.norm batch "
+                    "and model.trainable_stages 5"
+                )
             frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
             frozen.load_state_dict(child.state_dict(), strict=False)
             setattr(module, name, frozen)

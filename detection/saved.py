@@ -22,12 +22,12 @@ from detection.detectron2_file import detectron2_config, detectron2_file
 from detection.model import build_detector, prepare_norms
 from peerlearn.errors import UserError
 from peerlearn.exchange.export_formats import DETECTRON2_FILE
-from peerlearn.export import state_misfits, write_folder
-from peerlearn.runs.export_folders import CONFIG_FILE, WEIGHTS_FILE
+from peerlearn.export import check_seal, sealed, state_misfits, write_folder
+from peerlearn.runs.export_folders import CONFIG_FILE, DETECTOR_KEY, SEAL, WEIGHTS_FILE
+from peerlearn.runs.export_folders import is_detector as is_detector
 
 LAST, BEST = "detector", "detector-best"
 DETECTRON2_CONFIG_FILE = "detectron2.yaml"
-_KIND = "detector"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,11 @@ def describe(
 def save_detector(folder: Path, detector: GeneralizedRCNN, description: Description) -> None:
     """Write a detector's folder, at once; one that is there is replaced."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
-    content = {_KIND: description.model.detector, **dataclasses.asdict(description)}
+    content = {DETECTOR_KEY: description.model.detector, **dataclasses.asdict(description)}
+    weights = save(tensors)
     files = {
-        WEIGHTS_FILE: save(tensors),
-        CONFIG_FILE: (json.dumps(content, indent=2) + "\n").encode(),
+        WEIGHTS_FILE: weights,
+        CONFIG_FILE: (json.dumps(sealed(content, weights), indent=2) + "\n").encode(),
     }
     write_folder(folder, files | _detectron2_files(tensors, description))
 
@@ -117,14 +118,6 @@ def _detectron2_files(tensors: Mapping[str, Tensor], about: Description) -> dict
     return {DETECTRON2_FILE: weights, DETECTRON2_CONFIG_FILE: config.encode()}
 
 
-def is_detector(folder: Path) -> bool:
-    """Whether the folder holds a detector of this program."""
-    try:
-        return _KIND in json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 def load_detector(folder: Path) -> tuple[GeneralizedRCNN, Description]:
     """A detector in eval mode on the CPU.
 
@@ -134,13 +127,13 @@ def load_detector(folder: Path) -> tuple[GeneralizedRCNN, Description]:
     file = folder / CONFIG_FILE
     try:
         content: dict[str, Any] = json.loads(file.read_text())
-        del content[_KIND]
-        description = Description(**{**content, "model": ModelConfig(**content["model"])})
+        facts = {key: content[key] for key in content.keys() - {DETECTOR_KEY, SEAL}}
+        description = Description(**{**facts, "model": ModelConfig(**facts["model"])})
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror}): a detector has {WEIGHTS_FILE} and {CONFIG_FILE}"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
             f"{file} is not the config of a detector ({error}): train it again"
         ) from error
@@ -163,6 +156,8 @@ def load_detector(folder: Path) -> tuple[GeneralizedRCNN, Description]:
         raise UserError(
             f"{weights} does not fit the detector of {CONFIG_FILE}: {misfits[0]}: train it again"
         )
+    # Comes late: the messages above say more plainly what does not fit.
+    check_seal(folder, content, remedy="train the detector again")
     detector.load_state_dict(tensors)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

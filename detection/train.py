@@ -5,13 +5,14 @@ A step: a batch of images with boxes -> four losses -> gradients, their mean ove
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detection.backbone import Body, load_body
 from detection.config import DetectConfig, learning_rate
@@ -33,6 +34,7 @@ from peerlearn.compute.precision import Precision
 from peerlearn.compute.program import Program
 from peerlearn.compute.resumable import Resumable
 from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
+from peerlearn.data.bad_images import UnreadableImages
 from peerlearn.data.detection_loader import DetectionBatch, DetectionLoader
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
@@ -48,6 +50,21 @@ _FROZEN_LIMIT = 0.02
 
 # Images in [0, 1] and their targets: what the detector is called with.
 Part = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+
+class Batch(NamedTuple):
+    """The batch of one rank in one step.
+
+    Attributes:
+        images: numbers of its images.
+        parts: parts that are computed one after another.
+        unreadable: images in whose place another one stands.
+    """
+
+    images: list[int]
+    parts: list[Part]
+    unreadable: tuple[Unreadable, ...]
+
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +92,8 @@ class Detection(Resumable):
         assert config.seed is not None
         self.seed = config.seed
         _check_shares(config, ranks)
-        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, self.seed)))
-        self.body: Body = load_body(
-            export,
-            images=data.train.name,
-            c4=config.model.detector == "d2_c4",
-            trained=self.weights == "export",
-        )
+        self.body, self.detector = ranks.main_first(lambda: self._build(export))
         _warn_of_frozen_norm(config, self.weights)
-        self.detector = build_detector(config.model, self.body, data.train.num_classes)
-        prepare_norms(config.model, self.detector, ranks)
         self.detector.to(ranks.device).train()
         self.optimizer = torch.optim.SGD(
             parameter_groups(
@@ -98,7 +107,20 @@ class Detection(Resumable):
         self.guard = StepGuard([self.detector], max_skipped_in_a_row=config.max_skipped_steps)
         self.precision = Precision(config.precision, ranks.device)
         self.best = _Best()
-        self._unreadable: set[str] = set()
+        self.unreadable = UnreadableImages(len(data.train), config.data.max_unreadable_percent)
+
+    def _build(self, export: Path) -> tuple[Body, GeneralizedRCNN]:
+        model, train = self.config.model, self.data.train
+        torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, self.seed)))
+        body = load_body(
+            export,
+            images=train.name,
+            c4=model.detector == "d2_c4",
+            trained=self.weights == "export",
+        )
+        detector = build_detector(model, body, train.num_classes)
+        prepare_norms(model, detector, self.ranks)
+        return body, detector
 
     @property
     def saves(self) -> SaveConfig:
@@ -143,7 +165,7 @@ class Detection(Resumable):
         }
 
     def state(self) -> dict[str, Any]:
-        return {"best": dataclasses.asdict(self.best)}
+        return {"best": dataclasses.asdict(self.best), "unreadable": self.unreadable.state()}
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         try:
@@ -152,9 +174,10 @@ class Detection(Resumable):
             raise ValueError(f"the detector does not fit: {error}") from error
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.best = _Best(**state["best"])
+        self.unreadable.load_state(state["unreadable"])
 
-    def batches(self, start: int, stop: int) -> Iterator[list[Part]]:
-        """The batches of steps start .. stop - 1 of this rank, each in its parts."""
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start .. stop - 1 of this rank."""
         loader = DetectionLoader(
             self.data.train,
             view_of(self.config.model, training=True),
@@ -167,8 +190,8 @@ class Detection(Resumable):
             workers=self.config.data.workers,
         )
         for batch in loader.batches(start, stop):
-            self._note(batch.unreadable)
-            yield list(_parts(batch, self.config.accumulation_steps))
+            parts = list(_parts(batch, self.config.accumulation_steps))
+            yield Batch(batch.index.tolist(), parts, batch.unreadable)
 
     def losses(self, part: Part, step: int, number: int) -> dict[str, Tensor]:
         """The losses of the ``number``-th part of a step's batch, float32 () each.
@@ -189,8 +212,8 @@ class Detection(Resumable):
         batches = self.batches(self.step, self.step + number)
         passes = (
             partial(self.losses, part, step, place)
-            for step, parts in enumerate(batches, self.step)
-            for place, part in enumerate(parts)
+            for step, batch in enumerate(batches, self.step)
+            for place, part in enumerate(batch.parts)
         )
         if number:
             measure_batch_norm(self.detector, passes, self.ranks)
@@ -208,15 +231,19 @@ class Detection(Resumable):
         )
         save_detector(self.run.root / name, self.detector, description)
 
-    def _note(self, unreadable: tuple[Unreadable, ...]) -> None:
-        for image in unreadable:
-            if image.path not in self._unreadable:
-                self._unreadable.add(image.path)
-                logger.warning(
-                    "%s cannot be read (%s): another image takes its place",
-                    image.path,
-                    image.reason,
-                )
+    def note_unreadable(self, found: Sequence[Unreadable]) -> None:
+        """Record the unreadable images of a step, and tell of the first. All ranks call it together.
+
+        Raises:
+            UserError: too many of the training images cannot be read.
+        """
+        known = self.unreadable.in_epoch
+        self.unreadable.note(found, ranks=self.ranks, run=self.run)
+        if self.ranks.main and not known:
+            logger.warning(
+                "some training images cannot be read, and others take their places: %s lists them",
+                self.run.event_log,
+            )
 
 
 @dataclasses.dataclass
@@ -256,9 +283,9 @@ def _train(attempt: Attempt[Detection]) -> bool:
     if training.step == 0:
         attempt.report.say(_activations(training))
     steps = training.batches(training.step, training.total_steps)
-    for parts in attempt.batches(steps):
+    for batch in attempt.batches(steps):
         attempt.begin_step()
-        lr, losses = _step(attempt, parts)
+        lr, losses = _step(attempt, batch)
         training.step += 1
         ended = training.step == training.total_steps
         row: dict[str, float] = {}
@@ -280,7 +307,7 @@ def _train(attempt: Attempt[Detection]) -> bool:
     return True
 
 
-def _step(attempt: Attempt[Detection], parts: list[Part]) -> tuple[float, dict[str, Tensor]]:
+def _step(attempt: Attempt[Detection], batch: Batch) -> tuple[float, dict[str, Tensor]]:
     """One step; its learning rate, and the mean losses over parts and ranks. One with NaN or Inf is left out."""
     training, ranks = attempt.training, attempt.training.ranks
     lr = learning_rate(training.step, training.config)
@@ -288,18 +315,22 @@ def _step(attempt: Attempt[Detection], parts: list[Part]) -> tuple[float, dict[s
         group["lr"] = lr
     training.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    for number, part in enumerate(parts):
+    for number, part in enumerate(batch.parts):
         losses = training.losses(part, training.step, number)
-        torch.stack(list(losses.values())).sum().div(len(parts)).backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().div(len(batch.parts)).backward()  # type: ignore[no-untyped-call]
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
+            sums[name] = sums.get(name, 0) + loss.detach() / len(batch.parts)
     own = gradients(training.detector.parameters())
     ranks.average_(own)
     ranks.average_(list(sums.values()))
-    (fault,) = attempt.agree(~all_finite([*sums.values(), *own]).view(1))
+    fault, unreadable = attempt.agree(
+        ~all_finite([*sums.values(), *own]).view(1), bool(batch.unreadable)
+    )
+    if unreadable:
+        training.note_unreadable(batch.unreadable)
     if fault:
         bad = [name for name, loss in sums.items() if not bool(loss.isfinite())]
-        attempt.skip(f"not finite: {', '.join(bad) or 'the gradients'}")
+        attempt.skip(f"not finite: {', '.join(bad) or 'the gradients'}", images=batch.images)
         return lr, sums
     training.optimizer.step()
     if training.config.model.norm == "batch":
@@ -360,11 +391,11 @@ def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
 @torch.no_grad()
 def _activations(training: Detection) -> str:
     """How large the activations of the network are. Weights that did not come along show here first."""
-    (parts,) = training.batches(0, 1)
-    images = parts[0][0][:_PROBED_IMAGES]
-    batch, _ = training.detector.transform(images)
+    (batch,) = training.batches(0, 1)
+    images = batch.parts[0][0][:_PROBED_IMAGES]
+    padded, _ = training.detector.transform(images)
     with eval_mode([training.detector]):
-        maps = training.detector.backbone.body(batch.tensors)
+        maps = training.detector.backbone.body(padded.tensors)
     scales = ", ".join(f"{float(each.square().mean().sqrt()):.3g}" for each in maps)
     return f"activations of the network, stage by stage (root mean square): {scales}"
 

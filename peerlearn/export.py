@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from peerlearn.backbones import TIMM_NETWORKS, create_backbone, size_arguments
 from peerlearn.data.augment import resized_side
 from peerlearn.errors import UserError
-from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, SEAL, WEIGHTS_FILE
+from peerlearn.runs.export_folders import (
+    CARD_FILE,
+    CONFIG_FILE,
+    SEAL,
+    WEIGHTS_FILE,
+    refuse_detector,
+)
 from peerlearn.runs.files import file_sha256, load_tensors, replace_folder
 from peerlearn.runs.text import markdown_cell
 
@@ -95,7 +101,7 @@ def save_export(
         folder,
         {
             WEIGHTS_FILE: weights,
-            CONFIG_FILE: (json.dumps(_sealed(config, weights), indent=2) + "\n").encode(),
+            CONFIG_FILE: (json.dumps(sealed(config, weights), indent=2) + "\n").encode(),
             CARD_FILE: card.encode(),
         },
     )
@@ -176,7 +182,8 @@ def load_export(folder: Path | str) -> nn.Module:
     """The network of an export in eval mode, with `.num_features` and timm's `.pretrained_cfg`.
 
     Raises:
-        UserError: a file is missing or damaged, or the weights do not fit the network that config.json names.
+        UserError: a file is missing or damaged, the weights do not fit the network that config.json names, or the
+            folder holds a detector.
 
     Example:
         >>> import tempfile, torch
@@ -193,6 +200,7 @@ def load_export(folder: Path | str) -> nn.Module:
         torch.Size([2, 64])
     """
     folder = Path(folder)
+    refuse_detector(folder)
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
         config = json.loads(config_file.read_text())
@@ -231,7 +239,7 @@ def load_export(folder: Path | str) -> nn.Module:
                 f"{config_file}: its {name} is {values!r}, not {in_chans} numbers; export the network again"
             )
     # The hashes come last: the messages above say more plainly what does not fit.
-    _check_seal(folder, config)
+    check_seal(folder, config)
     backbone.load_state_dict(weights)
     backbone.pretrained_cfg = {  # type: ignore[assignment]
         **pretrained_cfg,
@@ -240,14 +248,21 @@ def load_export(folder: Path | str) -> nn.Module:
     return backbone.eval()
 
 
-def _sealed(config: dict[str, Any], weights: bytes) -> dict[str, Any]:
+def sealed(config: dict[str, Any], weights: bytes) -> dict[str, Any]:
     """The config with the SHA-256 of the weights and of the config itself."""
     hashes = {WEIGHTS_FILE: hashlib.sha256(weights).hexdigest(), CONFIG_FILE: _digest(config)}
     return {**config, SEAL: hashes}
 
 
-def _check_seal(folder: Path, config: dict[str, Any]) -> None:
+def check_seal(
+    folder: Path, config: dict[str, Any], *, remedy: str = "export the network again"
+) -> None:
     """Make sure that both files are as they were written. Exports by other programs have no hashes to compare.
+
+    Args:
+        folder: folder of the two files.
+        config: content of config.json.
+        remedy: what the message says is to be done with a damaged one.
 
     Raises:
         UserError: a file has changed since it was written.
@@ -258,12 +273,12 @@ def _check_seal(folder: Path, config: dict[str, Any]) -> None:
     rest = {key: value for key, value in config.items() if key != SEAL}
     if hashes.get(CONFIG_FILE) != _digest(rest):
         raise UserError(
-            f"{folder / CONFIG_FILE}: its SHA-256 is not the one it was written with: export the network again, or "
+            f"{folder / CONFIG_FILE}: its SHA-256 is not the one it was written with: {remedy}, or "
             f"remove {SEAL!r} from it if the change is meant"
         )
     if hashes.get(WEIGHTS_FILE) != _sha256_in_export(folder / WEIGHTS_FILE):
         raise UserError(
-            f"{folder / WEIGHTS_FILE}: damaged, its SHA-256 is not that of {CONFIG_FILE}: export the network again"
+            f"{folder / WEIGHTS_FILE}: damaged, its SHA-256 is not that of {CONFIG_FILE}: {remedy}"
         )
 
 
@@ -271,7 +286,7 @@ def is_whole(folder: Path) -> bool:
     """Whether the folder holds an export of this project with the bytes that were written."""
     try:
         config = dict(json.loads((folder / CONFIG_FILE).read_text()))
-        _check_seal(folder, config)
+        check_seal(folder, config)
     except (OSError, ValueError, TypeError, UserError):
         return False
     return SEAL in config

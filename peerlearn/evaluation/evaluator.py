@@ -26,6 +26,7 @@ from peerlearn.evaluation.selection import (
     run_setting,
     select_runs,
 )
+from peerlearn.runs.export_folders import refuse_detector
 
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
@@ -81,6 +82,7 @@ class Evaluator(Generic[Config]):
         essential: keys that `--help` explains; the others are for `--help all`.
         shipped: folder of its shipped configs.
         ensembles: whether it can score several networks together.
+        detectors: whether it can score detectors too.
         average: function from the metrics of several runs to those of their mean.
         preview: function that gives further lines of --dry_run.
         details: function that prints more of a result, which follows the table where it has a single row of one run.
@@ -96,6 +98,7 @@ class Evaluator(Generic[Config]):
     essential: Sequence[str] = ()
     shipped: Path | None = None
     ensembles: bool = True
+    detectors: bool = False
     average: Averaging = mean_over_runs
     preview: Callable[[Config], Sequence[str]] = lambda config: ()
     details: Callable[[Mapping[str, Any]], None] | None = None
@@ -130,6 +133,9 @@ def run(evaluator: Evaluator[Config], argv: Sequence[str]) -> int:
             print(f"# {line}")
         return 0
     selections = select_runs(config.checkpoints(), config.network, ensembles=evaluator.ensembles)
+    if not evaluator.detectors:
+        for folder in (each for chosen in selections for each in chosen.folders.values()):
+            refuse_detector(folder)
     if unlike := differences(selections):
         logger.warning(
             "the %d checkpoints are averaged though they differ in more than their seeds: %s",

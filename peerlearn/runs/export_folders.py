@@ -11,11 +11,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peerlearn.errors import UserError
+
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 # The key of config.json that holds the SHA-256 of the weights and of its own other entries.
 SEAL = "sha256"
+# The key of config.json by which a folder tells that it holds a detector.
+DETECTOR_KEY = "detector"
 # The beginning of a momentum network's name.
 KEY_PREFIX = "key-"
 
@@ -44,6 +48,26 @@ def network_order(network: str) -> tuple[bool, int, str]:
 def is_export(folder: Path) -> bool:
     """Whether the folder holds a network, whichever program wrote it."""
     return (folder / WEIGHTS_FILE).is_file()
+
+
+def is_detector(folder: Path) -> bool:
+    """Whether the folder holds a detector, which stands on a network and is more than that."""
+    try:
+        return DETECTOR_KEY in json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def refuse_detector(folder: Path) -> None:
+    """Make sure that the folder holds no detector.
+
+    Raises:
+        UserError: it does.
+    """
+    if is_detector(folder):
+        raise UserError(
+            f"{folder} holds a detector, which `peerlearn detect` scores: give a run or an export"
+        )
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:

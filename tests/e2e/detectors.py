@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from peerlearn.backbones import create_backbone
+from peerlearn.data.voc import voc
 from peerlearn.export import save_export
 from tests.detection_trees import VocObject, voc_xml
 
@@ -16,8 +17,13 @@ SPLITS = {"train": 14, "val": 5, "test": 8}
 STEPS = 6
 
 
-def write_shapes(root: Path) -> Path:
-    """VOCdevkit: squares and discs on noise, upright and lying images of several sizes, some without objects."""
+def write_shapes(root: Path, *, even: bool = False) -> Path:
+    """VOCdevkit: squares and discs on noise, upright and lying images of several sizes, some without objects.
+
+    Args:
+        root: folder above it.
+        even: whether all images are of one size.
+    """
     folder = root / "VOCdevkit/VOC2007"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
@@ -26,14 +32,15 @@ def write_shapes(root: Path) -> Path:
         names = [f"{number + place:06}" for place in range(count)]
         number += count
         for name in names:
-            _write_image(folder, name)
+            _write_image(folder, name, even=even)
         (folder / f"ImageSets/Main/{split}.txt").write_text("".join(f"{n}\n" for n in names))
     return folder.parent
 
 
-def _write_image(folder: Path, name: str) -> None:
+def _write_image(folder: Path, name: str, *, even: bool) -> None:
     random = np.random.default_rng(int(name))
-    width, height = random.permutation([int(random.integers(40, 56)), 64]).tolist()
+    shorter = int(random.integers(40, 56))
+    width, height = (64, 64) if even else random.permutation([shorter, 64]).tolist()
     noise = random.integers(0, 90, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     draw = ImageDraw.Draw(image)
@@ -47,6 +54,28 @@ def _write_image(folder: Path, name: str) -> None:
         objects.append((CLASSES[kind], x, y, x + side - 1, y + side - 1, hard, 0))
     image.save(folder / f"JPEGImages/{name}.png")
     (folder / f"Annotations/{name}.xml").write_text(voc_xml(objects, (width, height)))
+
+
+def write_coco_file(file: Path, split: str, devkit: Path) -> None:
+    """The same images and objects in COCO's format; what is difficult is a crowd there."""
+    dataset = voc(split, devkit, class_names=CLASSES)
+    images, annotations = [], []
+    for number, path in enumerate(dataset.images):
+        width, height = dataset.sizes[number].tolist()
+        images.append({"id": number, "file_name": path.name, "width": width, "height": height})
+        objects = zip(
+            dataset.boxes[number].tolist(),
+            dataset.labels[number].tolist(),
+            dataset.difficult[number].tolist(),
+            strict=True,
+        )
+        for (x1, y1, x2, y2), label, hard in objects:
+            box = [x1, y1, x2 - x1, y2 - y1]
+            entry = {"image_id": number, "category_id": label, "bbox": box, "iscrowd": int(hard)}
+            annotations.append({"id": len(annotations), **entry})
+    categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(content))
 
 
 def write_export(
@@ -87,7 +116,10 @@ def words(place: Path, results: Path, *more: str, export: str = "grey") -> list[
 
 def write_all(place: Path) -> None:
     """The devkit, the same as JSON files, exports of networks for grey and for colour, a cohort of two."""
-    write_shapes(place)
+    devkit = write_shapes(place)
+    for split in SPLITS:
+        write_coco_file(place / f"{split}.json", f"{split}2007", devkit)
+    write_shapes(place / "even", even=True)
     write_export(place / "grey")
     write_export(place / "colour", channels=3)
     for m in (0, 1):
@@ -106,3 +138,10 @@ def scores(results: Path) -> dict[str, dict]:
     for content in files:
         del content["seconds"]
     return {f"{each['network']} {each['variant']}".strip(): each for each in files}
+
+
+def flip_a_weight(file: Path) -> None:
+    """Flip a bit of the last weight, which stays a number."""
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1
+    file.write_bytes(content)
