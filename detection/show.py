@@ -89,6 +89,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default="auto",
         help="device to compute on: auto (a GPU where there is one), cpu, cuda, ... (default: auto)",
     )
+    if "--dry_run" in argv:
+        # `submit` adds it to what it is given.
+        raise UsageError("detect show is done here and now: leave out --dry_run, and submit")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.score <= 1:
         raise UsageError(f"--score must be within 0..1, got {arguments.score:g}")

@@ -141,6 +141,7 @@ def test_more_than_sixteen_images_take_several_sheets(
         (["photos", "--score", "1.5"], 2, "--score must be within 0..1, got 1.5"),
         (["photos", "--device", "gpu"], 2, "--device must be auto, cpu, mps, cuda"),
         (["photos", "--sore", "0.5"], 2, "--sore 0.5; did you mean 'score'?"),
+        (["photos", "--dry_run"], 2, "detect show is done here and now: leave out --dry_run"),
         (["photos", "--weights", "x"], 2, "here it is called 'checkpoint'"),
         (["photos/deep/b.png", "--output", "photos/deep/b.png"], 1, "is one of the images"),
         (["photos", "--json", "photos"], 1, "photos is a folder"),
