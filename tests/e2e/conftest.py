@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.e2e.detectors import write_all
 from tests.e2e.runs import pretrain
 
 
@@ -28,3 +29,9 @@ def runs(once) -> list[Path]:
 
     folder = once("two-seeds", make)
     return [folder / "0", folder / "1"]
+
+
+@pytest.fixture(scope="session")
+def place(once) -> Path:
+    """What detectors are trained on: images with boxes, in two formats, and exported networks."""
+    return once("detect-place", write_all)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from peerlearn.cli import main
-from tests.e2e.detectors import scores, training_of, words, write_all
+from tests.e2e.detectors import scores, training_of, words
 from tests.e2e.runs import (
     command,
     ends,
@@ -46,11 +46,6 @@ detection.train.Detection.measure_norms = measure_and_keep
 detection.evaluate.detect = detect_and_keep
 sys.exit(main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="session")
-def place(once) -> Path:
-    return once("detect-place", write_all)
 
 
 @pytest.fixture

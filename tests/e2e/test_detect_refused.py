@@ -15,18 +15,12 @@ from tests.e2e.detectors import (
     scores,
     training_of,
     words,
-    write_all,
     write_export,
 )
 from tests.e2e.runs import ends, events, launch
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(2)
 SHORT = ("--iterations", "2", "--milestones", "[1]", "--precise_bn_iterations", "0")
-
-
-@pytest.fixture(scope="session")
-def place(once) -> Path:
-    return once("detect-place", write_all)
 
 
 @pytest.fixture(scope="session")

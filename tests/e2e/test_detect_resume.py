@@ -10,12 +10,12 @@ import pytest
 
 from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
-from tests.e2e.detectors import STEPS, scores, training_of, words, write_all
+from tests.e2e.detectors import STEPS, scores, training_of, words
 from tests.e2e.runs import command, environment, events, rows, wait_for, without_clocks
 from tests.warm import Process
 from tests.warm import run as run_process
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(8)
 VALIDATED = ("--data.validation", "val2007", "--validate_every", "3", "--save_every", "2")
 KINDS = {
     "d2_fpn": VALIDATED,
@@ -47,11 +47,6 @@ else:
     detection.train.measure_batch_norm = lambda module, passes, ranks: measure(module, (*passes, die), ranks)
 sys.exit(main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="session")
-def place(once) -> Path:
-    return once("detect-place", write_all)
 
 
 @pytest.fixture(scope="session")

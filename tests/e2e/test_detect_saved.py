@@ -16,10 +16,10 @@ from detection.inference import detect
 from detection.saved import load_detector
 from detection.voc import evaluate
 from peerlearn.cli import main
-from tests.e2e.detectors import CLASSES, scores, training_of, words, write_all
+from tests.e2e.detectors import CLASSES, scores, training_of, words
 from tests.e2e.runs import rows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(8)
 # So that detectors of a few steps detect something.
 SLOWLY = ("--base_lr", "0.002")
 KINDS = {
@@ -34,11 +34,6 @@ KINDS = {
     ),
     "frozen": ("--model.norm", "frozen", "--model.trainable_stages", "3"),
 }
-
-
-@pytest.fixture(scope="session")
-def place(once) -> Path:
-    return once("detect-place", write_all)
 
 
 @contextmanager

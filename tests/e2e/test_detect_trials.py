@@ -7,19 +7,14 @@ import numpy as np
 import pytest
 
 from peerlearn.cli import main
-from tests.e2e.detectors import scores, training_of, words, write_all, write_export
+from tests.e2e.detectors import scores, training_of, words, write_export
 from tests.e2e.runs import events, rows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(8)
 SHORT = (
     *("--iterations", "3", "--milestones", "[2]", "--precise_bn_iterations", "1"),
     *("--base_lr", "0.002"),
 )
-
-
-@pytest.fixture(scope="session")
-def place(once) -> Path:
-    return once("detect-place", write_all)
 
 
 def trainings(results: Path) -> list[Path]:
