@@ -39,6 +39,8 @@ _SCORE_THRESHOLD, _DETECTIONS_PER_IMAGE = 0.05, 100
 # FPN's rule: a region of this side, in pixels, is pooled from the map whose stride is 2 to this power.
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4
 _LEVEL_MARGIN = 1e-8
+# The classes that timm's norm layers are of.
+_NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 def build_detector(config: ModelConfig, body: Body, classes: int) -> GeneralizedRCNN:
@@ -73,7 +75,7 @@ def build_detector(config: ModelConfig, body: Body, classes: int) -> Generalized
     side = _C4_REGION_SIDE if c4 else _REGION_SIDE
     regions = _Regions(config, RegionPooler(body.strides, side), head, predictor)
     draw_heads(head, predictor)
-    return GeneralizedRCNN(backbone, rpn, regions, _Batched(body))
+    return GeneralizedRCNN(backbone, rpn, regions, _Batched(body, side_multiple=1 if c4 else 32))
 
 
 def _check_anchors(config: ModelConfig, body: Body) -> None:
@@ -161,10 +163,13 @@ def _fpn_norm(config: ModelConfig) -> Any:
 
 
 class _Batched(GeneralizedRCNNTransform):
-    """Normalises images and pads them to one size with the mean colour. The loader has resized them."""
+    """Normalises images and pads them to one size with the mean colour. The loader has resized them.
 
-    def __init__(self, body: Body) -> None:
-        super().__init__(1, 1, list(body.mean), list(body.std), size_divisible=32)
+    Only a pyramid needs sides that are multiples of 32. As in Detectron2, no more is padded without one.
+    """
+
+    def __init__(self, body: Body, *, side_multiple: int) -> None:
+        super().__init__(1, 1, list(body.mean), list(body.std), size_divisible=side_multiple)
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         """The image and its target as they are."""
@@ -454,7 +459,7 @@ def parameter_groups(
     detector: nn.Module, *, weight_decay: float, norm_weight_decay: float
 ) -> list[dict[str, Any]]:
     """The trained parameters, those of norm layers apart, each with its weight decay."""
-    norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in detector.modules() if isinstance(module, _NORM_LAYERS)]
     of_norms = {id(p) for module in norms for p in module.parameters()}
     trained = [p for p in detector.parameters() if p.requires_grad]
     return [

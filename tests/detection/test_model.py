@@ -464,6 +464,14 @@ class TestNorms:
         # Biases of other layers decay, as in Detectron2.
         assert any(p is detector.rpn.head.cls_logits.bias for p in decayed["params"])
 
+    def test_norms_of_other_kinds_do_not_decay_either(self):
+        network = body(architecture="convnext_atto")
+        detector = build_detector(small(norm="batch"), network, CLASSES)
+        _, others = parameter_groups(detector, weight_decay=1e-4, norm_weight_decay=0.0)
+        norms = [m for m in network.network.modules() if isinstance(m, nn.LayerNorm)]
+        assert len(norms) == 16
+        assert {id(p) for m in norms for p in m.parameters()} < {id(p) for p in others["params"]}
+
 
 def test_what_is_equal_on_both_sides(seeded):
     rpn, regions = seeded.rpn, seeded.roi_heads
@@ -494,6 +502,15 @@ class TestImages:
         # The mean colour is 0 after it.
         assert not seen.tensors[1, :, :, 80:].any()
         assert torch.equal(kept[0]["boxes"], targets[0]["boxes"])
+
+    def test_sides_are_multiples_of_32_for_a_pyramid_alone(self, seeded):
+        images = [torch.rand(3, 50, 70), torch.rand(3, 60, 40)]
+        assert seeded.transform(images)[0].tensors.shape == (2, 3, 64, 96)
+        config = small(detector="d2_c4", anchor_sizes=[16, 64])
+        c4 = build_detector(config, body(c4=True), CLASSES).eval()
+        assert c4.transform(images)[0].tensors.shape == (2, 3, 60, 70)
+        # Maps are as large as it takes to hold the whole image.
+        assert c4.backbone(torch.zeros(1, 3, 60, 70))["0"].shape == (1, 256, 4, 5)
 
 
 class TestRecipes:
