@@ -93,7 +93,7 @@ class Detection(Resumable):
         self.seed = config.seed
         _check_shares(config, ranks)
         self.body, self.detector = ranks.main_first(lambda: self._build(export))
-        _warn_of_frozen_norm(config, self.weights)
+        _warn_of_frozen_norm(config)
         self.detector.to(ranks.device).train()
         self.optimizer = torch.optim.SGD(
             parameter_groups(
@@ -290,9 +290,11 @@ def _train(attempt: Attempt[Detection]) -> bool:
         ended = training.step == training.total_steps
         row: dict[str, float] = {}
         if training.step % _LOG_EVERY_STEPS == 0 or ended:
-            each = {name: float(loss) for name, loss in losses.items()}
-            rate = attempt.log.images_per_second(training.step, training.config.batch_size)
-            row = {"loss": sum(each.values()), "images_per_second": rate, "lr": lr, **each}
+            row = {"lr": lr}
+            if losses:
+                each = {name: float(loss) for name, loss in losses.items()}
+                rate = attempt.log.images_per_second(training.step, training.config.batch_size)
+                row = {"loss": sum(each.values()), "images_per_second": rate, **row, **each}
         if training.data.validation and (
             ended or training.step % training.config.validate_every == 0
         ):
@@ -308,7 +310,7 @@ def _train(attempt: Attempt[Detection]) -> bool:
 
 
 def _step(attempt: Attempt[Detection], batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    """One step; its learning rate, and the mean losses over parts and ranks. One with NaN or Inf is left out."""
+    """One step: its learning rate, and the mean losses over parts and ranks. One with NaN or Inf is skipped: {}."""
     training, ranks = attempt.training, attempt.training.ranks
     lr = learning_rate(training.step, training.config)
     for group in training.optimizer.param_groups:
@@ -322,16 +324,18 @@ def _step(attempt: Attempt[Detection], batch: Batch) -> tuple[float, dict[str, T
             sums[name] = sums.get(name, 0) + loss.detach() / len(batch.parts)
     own = gradients(training.detector.parameters())
     ranks.average_(own)
-    ranks.average_(list(sums.values()))
-    fault, unreadable = attempt.agree(
-        ~all_finite([*sums.values(), *own]).view(1), bool(batch.unreadable)
-    )
+    # Of this rank's losses: their mean would not tell whose images were at fault.
+    faults = torch.stack([~all_finite(list(sums.values())), ~all_finite(own)])
+    loss_is_bad, gradient_is_bad, unreadable = attempt.agree(faults, bool(batch.unreadable))
     if unreadable:
         training.note_unreadable(batch.unreadable)
-    if fault:
+    if loss_is_bad or gradient_is_bad:
         bad = [name for name, loss in sums.items() if not bool(loss.isfinite())]
-        attempt.skip(f"not finite: {', '.join(bad) or 'the gradients'}", images=batch.images)
-        return lr, sums
+        if not loss_is_bad:
+            bad = ["the gradients"]
+        attempt.skip(f"not finite: {', '.join(bad)}" if bad else None, images=batch.images)
+        return lr, {}
+    ranks.average_(list(sums.values()))
     training.optimizer.step()
     if training.config.model.norm == "batch":
         ranks.average_([b for b in training.detector.buffers() if b.is_floating_point()])
@@ -411,7 +415,7 @@ def _check_shares(config: DetectConfig, ranks: Ranks) -> None:
         )
 
 
-def _warn_of_frozen_norm(config: DetectConfig, weights: str) -> None:
+def _warn_of_frozen_norm(config: DetectConfig) -> None:
     if config.model.norm == "frozen" and config.lr >= _FROZEN_LIMIT:
         logger.warning(
             "model.norm frozen and lr %g often end in NaN, with self-supervised weights above all: set model.norm "

@@ -7,7 +7,9 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 
 import pytest
+import torch
 
+from detection.train import Detection
 from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
 from tests.e2e.detectors import STEPS, scores, training_of, words, write_all
@@ -196,3 +198,32 @@ def test_one_that_is_done_is_only_scored_again_and_says_so(undisturbed, tmp_path
     assert f"{run} is done already: its detector is scored" in printed
     assert len(events(run, "started")) == 1
     assert_same(results, before)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_steps_with_nan_send_it_back_to_its_save_once(
+    times, place, undisturbed, tmp_path, monkeypatch, capsys
+):
+    results = tmp_path / "results"
+    plain, seen = Detection.losses, []
+
+    def poisoned(training, part, step, number):
+        losses = plain(training, part, step, number)
+        if torch.is_grad_enabled():
+            seen.append(step)
+            if step in (2, 3, 4) and seen.count(step) <= times:
+                losses["loss_box_reg"] = losses["loss_box_reg"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(Detection, "losses", poisoned)
+    code = main(words(place, results, *KINDS["d2_fpn"], "--data.workers", "1"))
+    run = training_of(results)
+    skipped = [(event["step"], event["reason"]) for event in events(run, "step_skipped")]
+    assert skipped == [(s, "rank 0: not finite: loss_box_reg") for s in (2, 3, 4)] * times
+    assert [event["step"] for event in events(run, "rolled_back")] == [2]
+    assert code == times - 1
+    if times == 1:
+        assert_same(results, undisturbed("d2_fpn"))
+    else:
+        assert "again after going back to a save: lower base_lr" in capsys.readouterr().err
+        assert not (run / "detector").exists()
