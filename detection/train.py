@@ -24,7 +24,7 @@ from detection.saved import BEST, LAST, describe, save_detector
 from detection.voc import evaluate
 from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
-from peerlearn.compute.guards import StepGuard, all_finite, gradients
+from peerlearn.compute.guards import StepGuard, all_finite, gradients, require_finite_weights
 from peerlearn.compute.optimizers import (
     bytes_to_come,
     load_optimizer_tensors,
@@ -218,8 +218,17 @@ class Detection(Resumable):
         if number:
             measure_batch_norm(self.detector, passes, self.ranks)
 
-    def save_as(self, name: str) -> None:
-        """Write the detector as it is into the run's folder."""
+    def save_as(self, name: str, *, must: bool) -> bool:
+        """Write the detector as it is into the run's folder. A disk that does not take it costs this detector.
+
+        Returns:
+            Whether it is written.
+
+        Raises:
+            NonFiniteError: it holds NaN or Inf.
+            UserError: the disk did not take one that ``must`` be.
+        """
+        require_finite_weights(self.detector)
         description = describe(
             self.body,
             self.config.model,
@@ -229,7 +238,17 @@ class Detection(Resumable):
             dataset=self.dataset_name,
             step=self.step,
         )
-        save_detector(self.run.root / name, self.detector, description)
+        folder = self.run.root / name
+        try:
+            save_detector(folder, self.detector, description)
+        except OSError as error:
+            message = f"{folder} could not be written ({error.strerror})"
+            if must:
+                raise UserError(f"{message}: make room, then the same command writes it") from error
+            logger.warning("%s: training goes on without this detector", message)
+            self.run.event("detector_missed", step=self.step, reason=error.strerror)
+            return False
+        return True
 
     def note_unreadable(self, found: Sequence[Unreadable]) -> None:
         """Record the unreadable images of a step, and tell of the first. All ranks call it together.
@@ -248,7 +267,7 @@ class Detection(Resumable):
 
 @dataclasses.dataclass
 class _Best:
-    """The average precision of the best detector so far on the validation split, and its step."""
+    """The average precision of the best detector on disk on the validation split, and its step."""
 
     ap: float = -1.0
     step: int = 0
@@ -357,7 +376,7 @@ def _parts(batch: DetectionBatch, number: int) -> Iterator[Part]:
 
 
 def _finish(training: Detection) -> None:
-    training.save_as(LAST)
+    training.save_as(LAST, must=True)
 
 
 def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
@@ -381,9 +400,8 @@ def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
     found, targets = for_rule(detections, images, rule=rule, rounded=config.round_like_detectron2)
     result = evaluate(found, targets, num_classes=images.num_classes, rule=rule)
     row = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75}
-    if result.ap > training.best.ap:
+    if result.ap > training.best.ap and ranks.from_main(lambda: training.save_as(BEST, must=False)):
         training.best = _Best(result.ap, training.step)
-        ranks.from_main(lambda: training.save_as(BEST))
     for name, buffer in training.detector.named_buffers():
         buffer.copy_(buffers[name])
     attempt.report.say(

@@ -1,6 +1,8 @@
 """The training of a detector goes on after any stop to the same detector and the same score, bit for bit."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -227,3 +229,34 @@ def test_steps_with_nan_send_it_back_to_its_save_once(
     else:
         assert "again after going back to a save: lower base_lr" in capsys.readouterr().err
         assert not (run / "detector").exists()
+
+
+def test_a_full_disk_costs_a_best_detector_and_asks_for_room_for_the_last(
+    place, tmp_path, monkeypatch, capsys
+):
+    results, full = tmp_path / "results", [True]
+    plain = Path.write_bytes
+
+    def write(path, content):
+        # Of each detector the first file still has room.
+        if full and path.parent.name.startswith(".detector") and path.name == "config.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return plain(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    given = words(place, results, *KINDS["d2_fpn"])
+    assert main(given) == 1
+    run = training_of(results)
+    error = capsys.readouterr().err
+    assert (
+        f"{run / 'detector'} could not be written (No space left on device): make room, then the same command"
+        in " ".join(error.split())
+    )
+    assert "Traceback" not in error
+    missed = [(event["step"], event["reason"]) for event in events(run, "detector_missed")]
+    assert missed == [(3, "No space left on device"), (6, "No space left on device")]
+    assert not list(run.glob("*detector*"))
+    full.clear()
+    assert main(given) == 0
+    assert [event["step"] for event in events(run, "started")] == [0, 6]
+    assert (run / "detector/model.safetensors").exists()
