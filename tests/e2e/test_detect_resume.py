@@ -190,18 +190,6 @@ def test_killed_after_its_last_save_it_ends_alike(dies_in, place, undisturbed, t
     assert_same(results, undisturbed("torchvision_fpn"))
 
 
-def test_one_that_is_done_is_only_scored_again_and_says_so(undisturbed, tmp_path, place):
-    before = undisturbed("d2_fpn")
-    results = Path(shutil.copytree(before, tmp_path / "results"))
-    for file in results.glob("detect-*.json"):
-        file.unlink()
-    printed = finish(words(place, results, *KINDS["d2_fpn"]))
-    run = training_of(results)
-    assert f"{run} is done already: its detector is scored" in printed
-    assert len(events(run, "started")) == 1
-    assert_same(results, before)
-
-
 @pytest.mark.parametrize("times", [1, 2])
 def test_steps_with_nan_send_it_back_to_its_save_once(
     times, place, undisturbed, tmp_path, monkeypatch, capsys
@@ -260,3 +248,15 @@ def test_a_full_disk_costs_a_best_detector_and_asks_for_room_for_the_last(
     assert main(given) == 0
     assert [event["step"] for event in events(run, "started")] == [0, 6]
     assert (run / "detector/model.safetensors").exists()
+
+
+def test_one_that_is_done_is_only_scored_again_and_says_so(undisturbed, tmp_path, place):
+    before = undisturbed("d2_fpn")
+    results = Path(shutil.copytree(before, tmp_path / "results"))
+    for file in results.glob("detect-*.json"):
+        file.unlink()
+    printed = finish(words(place, results, *KINDS["d2_fpn"]))
+    run = training_of(results)
+    assert f"{run} is done already: its detector is scored" in printed
+    assert len(events(run, "started")) == 1
+    assert_same(results, before)
