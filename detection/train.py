@@ -94,6 +94,7 @@ class Detection(Resumable):
         _check_shares(config, ranks)
         self.body, self.detector = ranks.main_first(lambda: self._build(export))
         _warn_of_frozen_norm(config)
+        _warn_of_late_milestones(config)
         self.detector.to(ranks.device).train()
         self.optimizer = torch.optim.SGD(
             parameter_groups(
@@ -439,4 +440,13 @@ def _warn_of_frozen_norm(config: DetectConfig) -> None:
             "model.norm frozen and lr %g often end in NaN, with self-supervised weights above all: set model.norm "
             "sync, or base_lr below %g",
             *(config.lr, _FROZEN_LIMIT * config.base_batch_size / config.batch_size),
+        )
+
+
+def _warn_of_late_milestones(config: DetectConfig) -> None:
+    if late := [each for each in config.milestones if each >= config.iterations]:
+        logger.warning(
+            "the learning rate does not fall at milestones %s, as training ends after %s iterations: "
+            "set milestones too",
+            *(", ".join(map(str, late)), config.iterations),
         )

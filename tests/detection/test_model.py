@@ -521,6 +521,30 @@ class TestRecipes:
         )
         return config
 
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            (
+                {},
+                "lr 0.02 (base_lr 0.02 x 16/16), / 10 after steps 12,000 and 16,000, 18,000 steps of 16 images",
+            ),
+            (
+                {"batch_size": 8},
+                "lr 0.01 (base_lr 0.02 x 8/16), / 10 after steps 24,000 and 32,000, 36,000 steps of 8",
+            ),
+            (
+                {"iterations": 13_000},
+                "x 16/16), / 10 after steps 12,000, 13,000 steps of 16 images",
+            ),
+            (
+                {"iterations": 500},
+                "x 16/16), the same to the end, 500 steps of 16 images (500 iterations of 16)",
+            ),
+        ],
+    )
+    def test_what_follows_from_the_batch_size_is_told(self, changes, words):
+        assert words in DetectConfig(checkpoint="runs/a", **changes).scaling()
+
     def test_d2_fpn(self):
         config, model = self.recipe("d2_fpn"), self.recipe("d2_fpn").model
         assert (config.iterations, config.milestones) == (18_000, [12_000, 16_000])

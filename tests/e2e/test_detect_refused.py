@@ -275,6 +275,13 @@ def test_frozen_norm_at_a_high_rate_is_warned_of(place, tmp_path, capsys, caplog
     assert "model.norm" not in caplog.text + capsys.readouterr().err
 
 
+def test_milestones_after_the_end_are_warned_of(place, tmp_path, capsys, caplog):
+    late = "the learning rate does not fall at milestones 4, 5, as training ends after 2 iterations: set milestones too"
+    given = words(place, tmp_path, "--iterations", "2", "--precise_bn_iterations", "0")
+    assert main(given) == 0
+    assert late in " ".join((caplog.text + capsys.readouterr().err).split())
+
+
 def test_a_folder_of_another_training_is_refused(place, trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(training_of(trained), run)
