@@ -29,8 +29,8 @@ class ModelConfig:
         regions_per_image: number of regions of an image that train.
         rpn_candidates_train: number of best anchors of each map before non-maximum suppression, in training.
         rpn_candidates_test: number of best anchors of each map before non-maximum suppression, in tests.
-        rpn_proposals_train: number of regions of an image that the proposals keep, in training.
-        rpn_proposals_test: number of regions of an image that the proposals keep, in tests.
+        rpn_proposals_train: number of regions of an image that are left after non-maximum suppression, in training.
+        rpn_proposals_test: number of regions of an image that are left after non-maximum suppression, in tests.
         box_loss_beta: width of the quadratic middle of the box losses; 0 = L1, as in Detectron2.
     """
 

@@ -305,6 +305,38 @@ def test_a_region_learns_the_box_of_its_class(seeded):
     assert float(losses["loss_box_reg"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_without_regions_the_losses_are_no_numbers_and_the_step_can_be_skipped(seeded):
+    empty = torch.zeros(0, 4)
+    targets = [{"boxes": empty, "labels": torch.zeros(0, dtype=torch.int64)}]
+    maps = {name: torch.zeros(1, 16, 8, 8) for name in ("0", "1", "2", "3", "pool")}
+    set_draws(seeded, [(0, 0, 0)])
+    _, losses = seeded.train().roi_heads(maps, [empty], [(64, 64)], targets)
+    assert all(bool(loss.isnan()) for loss in losses.values())
+
+
+@pytest.mark.parametrize("kind", ["d2_fpn", "d2_c4", "torchvision_fpn"])
+def test_in_half_precision_losses_boxes_and_scores_stay_float32(kind):
+    torch.manual_seed(0)
+    sizes = {"anchor_sizes": [16, 64]} if kind == "d2_c4" else {}
+    sizes |= {"head_features": 1024} if kind == "torchvision_fpn" else {}
+    config = small(detector=kind, **sizes)
+    detector = build_detector(config, body(c4=kind == "d2_c4"), CLASSES)
+    detector.roi_heads.score_thresh = 0.0
+    images, targets = batch()
+    set_draws(detector, [(0, 0, 0), (0, 0, 1)])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector.train()(images, targets)
+        with torch.no_grad():
+            found = detector.eval()(images)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    for each in found:
+        assert len(each["boxes"]) > 10
+        for key in ("boxes", "scores"):
+            # Not numbers that bf16 could hold, either.
+            assert each[key].dtype == torch.float32
+            assert not torch.equal(each[key].bfloat16().float(), each[key])
+
+
 def test_the_detector_is_put_together_by_its_config():
     config = small(
         rpn_candidates_train=7, rpn_candidates_test=6, rpn_proposals_train=5, rpn_proposals_test=4
