@@ -321,6 +321,18 @@ def test_a_damaged_detector(place, trained, tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_detector_is_scored_without_its_training_images(place, trained, tmp_path, capsys):
+    detector = training_of(trained) / "detector"
+    more = ("--checkpoint", str(detector), "--data.train", "train2012")
+    given = words(place, tmp_path / "results", *more)
+    assert main([*given, "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("\n# Pascal VOC: 8 images to score on\n")
+    assert main(given) == 0
+    (score,) = scores(tmp_path / "results").values()
+    (first,) = scores(trained).values()
+    assert score["metrics"] == first["metrics"]
+
+
 def test_a_detector_of_other_classes(place, trained, tmp_path, capsys):
     detector = training_of(trained) / "detector"
     more = ("--checkpoint", str(detector), "--data.classes", f"[{','.join(reversed(CLASSES))}]")
