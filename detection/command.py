@@ -14,6 +14,7 @@ from peerlearn.evaluation.evaluator import Evaluator, run
 from peerlearn.evaluation.results import Score, mean_over_runs
 from peerlearn.evaluation.score_table import Column, Runs, metric_column
 from peerlearn.evaluation.selection import Selection
+from peerlearn.runs.export_folders import is_detector
 
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
@@ -30,13 +31,18 @@ def _score(config: DetectConfig, selection: Selection, ranks: "Ranks") -> Iterat
 
 def _preview(config: DetectConfig) -> list[str]:
     """The scaled learning rate and steps, and the images; those of the miniature are only written by a training."""
+    trains = not all(is_detector(Path(each)) for each in config.checkpoints())
+    lines = [config.scaling()] if trains else []
     if config.data.name == "mini_voc":
-        return [config.scaling()]
-    from detection.data import read_data
+        return lines
+    from detection.data import read_data, read_test_images
 
+    if not trains:
+        test = read_test_images(config.data)
+        return [f"{test.title}: {len(test):,} images to score on"]
     data = read_data(config.data)
     images = f"{len(data.train):,} images to learn from and {len(data.test):,} to score on"
-    return [config.scaling(), f"{data.train.title}: {images}"]
+    return [*lines, f"{data.train.title}: {images}"]
 
 
 def _column(heading: str, metric: str) -> Column:

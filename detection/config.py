@@ -29,8 +29,8 @@ class ModelConfig:
         regions_per_image: number of regions of an image that train.
         rpn_candidates_train: number of best anchors of each map before non-maximum suppression, in training.
         rpn_candidates_test: number of best anchors of each map before non-maximum suppression, in tests.
-        rpn_proposals_train: number of regions of an image that the proposals keep, in training.
-        rpn_proposals_test: number of regions of an image that the proposals keep, in tests.
+        rpn_proposals_train: number of regions of an image that are left after non-maximum suppression, in training.
+        rpn_proposals_test: number of regions of an image that are left after non-maximum suppression, in tests.
         box_loss_beta: width of the quadratic middle of the box losses; 0 = L1, as in Detectron2.
     """
 
@@ -276,9 +276,12 @@ class DetectConfig(EvaluatorConfig):
 
     def scaling(self) -> str:
         """The learning rate and the steps that follow from the batch size, in words."""
+        steps = self.steps(self.iterations)
+        falls = [f"{fall:,}" for fall in map(self.steps, self.milestones) if fall < steps]
+        falling = f"/ 10 after steps {' and '.join(falls)}" if falls else "the same to the end"
         return (
-            f"lr {self.lr:g} (base_lr {self.base_lr:g} x {self.batch_size}/{self.base_batch_size}), "
-            f"{self.steps(self.iterations):,} steps of {self.batch_size} images "
+            f"lr {self.lr:g} (base_lr {self.base_lr:g} x {self.batch_size}/{self.base_batch_size}), {falling}, "
+            f"{steps:,} steps of {self.batch_size} images "
             f"({self.iterations:,} iterations of {self.base_batch_size})"
         )
 

@@ -48,15 +48,12 @@ def read_data(config: DetectDataConfig) -> Data:
         UserError: as `load_data` does.
     """
     train = _read(config, config.train, "trainval07+12", "train")
-    test = _read(config, config.test, "test2007", "test")
+    test = read_test_images(config)
     chosen_by = config.validation
     validation = None if chosen_by is None else _read(config, chosen_by, chosen_by, chosen_by)
+    if validation is not None:
+        _check_objects(validation)
     for other in (test, validation):
-        if other is not None and all(bool(each.all()) for each in other.difficult):
-            raise UserError(
-                f"{other.title} {other.split}: none of its {len(other):,} images has an object that counts, so there "
-                "is no average precision: give images with objects that are neither difficult nor crowds"
-            )
         if other is not None and other.class_names != train.class_names:
             unlike = sorted(set(other.class_names) ^ set(train.class_names))
             raise UserError(
@@ -64,6 +61,26 @@ def read_data(config: DetectDataConfig) -> Data:
                 f"({', '.join(unlike or other.class_names)[:80]}): give both the same categories"
             )
     return Data(train, test, validation)
+
+
+def read_test_images(config: DetectDataConfig) -> DetectionDataset:
+    """The images to score on, which are all that a trained detector needs.
+
+    Raises:
+        UserError: the split is missing, empty or faulty, or none of its objects counts.
+    """
+    test = _read(config, config.test, "test2007", "test")
+    _check_objects(test)
+    return test
+
+
+def _check_objects(images: DetectionDataset) -> None:
+    """Make sure that there is an average precision."""
+    if all(bool(each.all()) for each in images.difficult):
+        raise UserError(
+            f"{images.title} {images.split}: none of its {len(images):,} images has an object that counts, so there "
+            "is no average precision: give images with objects that are neither difficult nor crowds"
+        )
 
 
 def _read(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from detection.config import DetectConfig, ModelConfig, Weights
-from detection.data import Data, leakage, load_data, training_images
+from detection.data import Data, leakage, load_data, read_test_images, training_images
 from detection.inference import Detections, detect, for_rule
 from detection.pictures import draw_sheet, plot_precision_recall
 from detection.saved import LAST, is_detector, load_detector
@@ -61,12 +61,14 @@ def score(config: DetectConfig, selection: Selection, ranks: Ranks) -> Iterator[
         SavedError: a signal asked to stop; the training is saved.
     """
     _check_single(config, selection)
+    ((network, folder), *others) = selection.folders.items()
+    if not others and is_detector(folder):
+        test = ranks.main_first(partial(read_test_images, config.data))
+        yield _score_again(config, network, folder, test, ranks)
+        return
     data = load_data(config.data, ranks)
     leaks = leakage(config.data, data, ranks)
     for network, folder in selection.folders.items():
-        if is_detector(folder):
-            yield _score_again(config, network, folder, data.test, ranks)
-            continue
         own = dataclasses.replace(selection, folders={network: folder})
         for weights in config.weights:
             for percent in config.data.percents:

@@ -39,6 +39,8 @@ _SCORE_THRESHOLD, _DETECTIONS_PER_IMAGE = 0.05, 100
 # FPN's rule: a region of this side, in pixels, is pooled from the map whose stride is 2 to this power.
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4
 _LEVEL_MARGIN = 1e-8
+# The classes that timm's norm layers are of.
+_NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 def build_detector(config: ModelConfig, body: Body, classes: int) -> GeneralizedRCNN:
@@ -69,11 +71,11 @@ def build_detector(config: ModelConfig, body: Body, classes: int) -> Generalized
         head: nn.Module = _Res5Head(body)
     else:
         head = TwoMLPHead(config.fpn_channels * _REGION_SIDE**2, config.head_features)
-    predictor = FastRCNNPredictor(body.res5_channels if c4 else config.head_features, classes + 1)
+    predictor = _FloatPredictor(body.res5_channels if c4 else config.head_features, classes + 1)
     side = _C4_REGION_SIDE if c4 else _REGION_SIDE
     regions = _Regions(config, RegionPooler(body.strides, side), head, predictor)
     draw_heads(head, predictor)
-    return GeneralizedRCNN(backbone, rpn, regions, _Batched(body))
+    return GeneralizedRCNN(backbone, rpn, regions, _Batched(body, side_multiple=1 if c4 else 32))
 
 
 def _check_anchors(config: ModelConfig, body: Body) -> None:
@@ -89,7 +91,6 @@ def _torchvision_fpn(config: ModelConfig, body: Body, classes: int) -> FasterRCN
     """torchvision's detector with its defaults; images are resized within it."""
     return FasterRCNN(
         _Pyramid(body, config.fpn_channels, norm=None),
-        classes + 1,
         min_size=tuple(config.short_sides),
         max_size=config.longest_side,
         image_mean=list(body.mean),
@@ -97,6 +98,8 @@ def _torchvision_fpn(config: ModelConfig, body: Body, classes: int) -> FasterRCN
         rpn_anchor_generator=AnchorGenerator(
             tuple((size,) for size in config.anchor_sizes), (_RATIOS,) * len(config.anchor_sizes)
         ),
+        rpn_head=_FloatRPNHead(config.fpn_channels, len(_RATIOS)),
+        box_predictor=_FloatPredictor(config.head_features, classes + 1),
         rpn_pre_nms_top_n_train=config.rpn_candidates_train,
         rpn_pre_nms_top_n_test=config.rpn_candidates_test,
         rpn_post_nms_top_n_train=config.rpn_proposals_train,
@@ -161,10 +164,13 @@ def _fpn_norm(config: ModelConfig) -> Any:
 
 
 class _Batched(GeneralizedRCNNTransform):
-    """Normalises images and pads them to one size with the mean colour. The loader has resized them."""
+    """Normalises images and pads them to one size with the mean colour. The loader has resized them.
 
-    def __init__(self, body: Body) -> None:
-        super().__init__(1, 1, list(body.mean), list(body.std), size_divisible=32)
+    Only a pyramid needs sides that are multiples of 32. As in Detectron2, no more is padded without one.
+    """
+
+    def __init__(self, body: Body, *, side_multiple: int) -> None:
+        super().__init__(1, 1, list(body.mean), list(body.std), size_divisible=side_multiple)
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         """The image and its target as they are."""
@@ -298,6 +304,13 @@ class _FloatRPNHead(RPNHead):
         return [each.float() for each in logits], [each.float() for each in deltas]
 
 
+class _FloatPredictor(FastRCNNPredictor):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (R, classes + 1) and box deltas (R, 4 (classes + 1)) of the regions in float32, likewise."""
+        logits, deltas = super().forward(x)
+        return logits.float(), deltas.float()
+
+
 class _RPN(RegionProposalNetwork):
     def __init__(self, config: ModelConfig, anchors: FixedAnchors, head: RPNHead) -> None:
         super().__init__(
@@ -347,26 +360,17 @@ class _Regions(RoIHeads):
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections of every image; in training none, and the losses of classes and boxes over the regions drawn."""
-        predictor = self.box_predictor
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)  # type: ignore[no-any-return]
         proposals, _, each_label, each_target = self.select_training_samples(proposals, targets)
         pooled = self.box_roi_pool(features, proposals, image_shapes)
-        logits, deltas = (each.float() for each in predictor(self.box_head(pooled)))
+        logits, deltas = self.box_predictor(self.box_head(pooled))
         labels, box_targets = torch.cat(each_label), torch.cat(each_target)
         (positive,) = torch.where(labels > 0)
         # A box of each class, of which the right one learns.
-        of_class = deltas.view(len(labels), -1, 4)[positive, labels[positive]]
+        of_class = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
         boxes = box_loss(of_class, box_targets[positive], self._beta) / len(labels)
         return [], {"loss_classifier": F.cross_entropy(logits, labels), "loss_box_reg": boxes}
-
-    def postprocess_detections(
-        self, class_logits: Tensor, box_regression: Tensor, *rest: Any
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """As torchvision's, in float32."""
-        found = super().postprocess_detections(class_logits.float(), box_regression.float(), *rest)
-        boxes, scores, labels = found
-        return boxes, scores, labels
 
 
 def box_loss(deltas: Tensor, targets: Tensor, beta: float) -> Tensor:
@@ -454,7 +458,7 @@ def parameter_groups(
     detector: nn.Module, *, weight_decay: float, norm_weight_decay: float
 ) -> list[dict[str, Any]]:
     """The trained parameters, those of norm layers apart, each with its weight decay."""
-    norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in detector.modules() if isinstance(module, _NORM_LAYERS)]
     of_norms = {id(p) for module in norms for p in module.parameters()}
     trained = [p for p in detector.parameters() if p.requires_grad]
     return [

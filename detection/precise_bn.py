@@ -18,8 +18,8 @@ def measure_batch_norm(
 ) -> None:
     """Give every batch norm the mean and the variance of its inputs over the passes of all ranks, in float64.
 
-    The passes are those of training, in which each batch is normalised by its own statistics. All ranks call it
-    together, with as many passes each.
+    The passes are those of training, in which each batch is normalised by its own statistics. Where there is no batch
+    norm, none of them is run. All ranks call it together, with as many passes each.
 
     Args:
         module: module in training mode.
@@ -27,6 +27,8 @@ def measure_batch_norm(
         ranks: processes that measure together.
     """
     norms = [module for module in module.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
     sums = [norm.running_mean.new_zeros(3, norm.num_features).double() for norm in norms]  # type: ignore[union-attr]
     handles = [_watch(norm, total) for norm, total in zip(norms, sums, strict=True)]
     counts = [int(norm.num_batches_tracked) for norm in norms]  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from detection.saved import BEST, LAST, describe, save_detector
 from detection.voc import evaluate
 from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
-from peerlearn.compute.guards import StepGuard, all_finite, gradients
+from peerlearn.compute.guards import StepGuard, all_finite, gradients, require_finite_weights
 from peerlearn.compute.optimizers import (
     bytes_to_come,
     load_optimizer_tensors,
@@ -93,7 +93,8 @@ class Detection(Resumable):
         self.seed = config.seed
         _check_shares(config, ranks)
         self.body, self.detector = ranks.main_first(lambda: self._build(export))
-        _warn_of_frozen_norm(config, self.weights)
+        _warn_of_frozen_norm(config)
+        _warn_of_late_milestones(config)
         self.detector.to(ranks.device).train()
         self.optimizer = torch.optim.SGD(
             parameter_groups(
@@ -218,8 +219,17 @@ class Detection(Resumable):
         if number:
             measure_batch_norm(self.detector, passes, self.ranks)
 
-    def save_as(self, name: str) -> None:
-        """Write the detector as it is into the run's folder."""
+    def save_as(self, name: str, *, must: bool) -> bool:
+        """Write the detector as it is into the run's folder. A disk that does not take it costs this detector.
+
+        Returns:
+            Whether it is written.
+
+        Raises:
+            NonFiniteError: it holds NaN or Inf.
+            UserError: the disk did not take one that ``must`` be.
+        """
+        require_finite_weights(self.detector)
         description = describe(
             self.body,
             self.config.model,
@@ -229,7 +239,17 @@ class Detection(Resumable):
             dataset=self.dataset_name,
             step=self.step,
         )
-        save_detector(self.run.root / name, self.detector, description)
+        folder = self.run.root / name
+        try:
+            save_detector(folder, self.detector, description)
+        except OSError as error:
+            message = f"{folder} could not be written ({error.strerror})"
+            if must:
+                raise UserError(f"{message}: make room, then the same command writes it") from error
+            logger.warning("%s: training goes on without this detector", message)
+            self.run.event("detector_missed", step=self.step, reason=error.strerror)
+            return False
+        return True
 
     def note_unreadable(self, found: Sequence[Unreadable]) -> None:
         """Record the unreadable images of a step, and tell of the first. All ranks call it together.
@@ -248,7 +268,7 @@ class Detection(Resumable):
 
 @dataclasses.dataclass
 class _Best:
-    """The average precision of the best detector so far on the validation split, and its step."""
+    """The average precision of the best detector on disk on the validation split, and its step."""
 
     ap: float = -1.0
     step: int = 0
@@ -290,9 +310,11 @@ def _train(attempt: Attempt[Detection]) -> bool:
         ended = training.step == training.total_steps
         row: dict[str, float] = {}
         if training.step % _LOG_EVERY_STEPS == 0 or ended:
-            each = {name: float(loss) for name, loss in losses.items()}
-            rate = attempt.log.images_per_second(training.step, training.config.batch_size)
-            row = {"loss": sum(each.values()), "images_per_second": rate, "lr": lr, **each}
+            row = {"lr": lr}
+            if losses:
+                each = {name: float(loss) for name, loss in losses.items()}
+                rate = attempt.log.images_per_second(training.step, training.config.batch_size)
+                row = {"loss": sum(each.values()), "images_per_second": rate, **row, **each}
         if training.data.validation and (
             ended or training.step % training.config.validate_every == 0
         ):
@@ -308,7 +330,7 @@ def _train(attempt: Attempt[Detection]) -> bool:
 
 
 def _step(attempt: Attempt[Detection], batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    """One step; its learning rate, and the mean losses over parts and ranks. One with NaN or Inf is left out."""
+    """One step: its learning rate, and the mean losses over parts and ranks. One with NaN or Inf is skipped: {}."""
     training, ranks = attempt.training, attempt.training.ranks
     lr = learning_rate(training.step, training.config)
     for group in training.optimizer.param_groups:
@@ -322,16 +344,18 @@ def _step(attempt: Attempt[Detection], batch: Batch) -> tuple[float, dict[str, T
             sums[name] = sums.get(name, 0) + loss.detach() / len(batch.parts)
     own = gradients(training.detector.parameters())
     ranks.average_(own)
-    ranks.average_(list(sums.values()))
-    fault, unreadable = attempt.agree(
-        ~all_finite([*sums.values(), *own]).view(1), bool(batch.unreadable)
-    )
+    # Of this rank's losses: their mean would not tell whose images were at fault.
+    faults = torch.stack([~all_finite(list(sums.values())), ~all_finite(own)])
+    loss_is_bad, gradient_is_bad, unreadable = attempt.agree(faults, bool(batch.unreadable))
     if unreadable:
         training.note_unreadable(batch.unreadable)
-    if fault:
+    if loss_is_bad or gradient_is_bad:
         bad = [name for name, loss in sums.items() if not bool(loss.isfinite())]
-        attempt.skip(f"not finite: {', '.join(bad) or 'the gradients'}", images=batch.images)
-        return lr, sums
+        if not loss_is_bad:
+            bad = ["the gradients"]
+        attempt.skip(f"not finite: {', '.join(bad)}" if bad else None, images=batch.images)
+        return lr, {}
+    ranks.average_(list(sums.values()))
     training.optimizer.step()
     if training.config.model.norm == "batch":
         ranks.average_([b for b in training.detector.buffers() if b.is_floating_point()])
@@ -353,7 +377,7 @@ def _parts(batch: DetectionBatch, number: int) -> Iterator[Part]:
 
 
 def _finish(training: Detection) -> None:
-    training.save_as(LAST)
+    training.save_as(LAST, must=True)
 
 
 def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
@@ -377,9 +401,8 @@ def _validate(attempt: Attempt[Detection]) -> dict[str, float]:
     found, targets = for_rule(detections, images, rule=rule, rounded=config.round_like_detectron2)
     result = evaluate(found, targets, num_classes=images.num_classes, rule=rule)
     row = {"ap": result.ap, "ap50": result.ap50, "ap75": result.ap75}
-    if result.ap > training.best.ap:
+    if result.ap > training.best.ap and ranks.from_main(lambda: training.save_as(BEST, must=False)):
         training.best = _Best(result.ap, training.step)
-        ranks.from_main(lambda: training.save_as(BEST))
     attempt.report.say(
         f"step {training.step:,}: validation AP {result.ap:.2f}, AP50 {result.ap50:.2f}"
     )
@@ -409,10 +432,19 @@ def _check_shares(config: DetectConfig, ranks: Ranks) -> None:
         )
 
 
-def _warn_of_frozen_norm(config: DetectConfig, weights: str) -> None:
+def _warn_of_frozen_norm(config: DetectConfig) -> None:
     if config.model.norm == "frozen" and config.lr >= _FROZEN_LIMIT:
         logger.warning(
             "model.norm frozen and lr %g often end in NaN, with self-supervised weights above all: set model.norm "
             "sync, or base_lr below %g",
             *(config.lr, _FROZEN_LIMIT * config.base_batch_size / config.batch_size),
+        )
+
+
+def _warn_of_late_milestones(config: DetectConfig) -> None:
+    if late := [each for each in config.milestones if each >= config.iterations]:
+        logger.warning(
+            "the learning rate does not fall at milestones %s, as training ends after %s iterations: "
+            "set milestones too",
+            *(", ".join(map(str, late)), config.iterations),
         )

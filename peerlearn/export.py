@@ -163,9 +163,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, content in files.items():
-        (temporary / name).write_bytes(content)
-    replace_folder(temporary, folder)
+    try:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        replace_folder(temporary, folder)
+    except BaseException:
+        # Half a folder would only fill a full disk.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def export_hash(folder: Path) -> str:

@@ -208,4 +208,5 @@ def write_mean_result(
         export_hash=[result["export_hash"] for result in results],
         seed=[result["seed"] for result in results],
         seconds=round(sum(result["seconds"] for result in results), 3),
+        variant=first.get("variant", ""),
     )

@@ -305,6 +305,38 @@ def test_a_region_learns_the_box_of_its_class(seeded):
     assert float(losses["loss_box_reg"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_without_regions_the_losses_are_no_numbers_and_the_step_can_be_skipped(seeded):
+    empty = torch.zeros(0, 4)
+    targets = [{"boxes": empty, "labels": torch.zeros(0, dtype=torch.int64)}]
+    maps = {name: torch.zeros(1, 16, 8, 8) for name in ("0", "1", "2", "3", "pool")}
+    set_draws(seeded, [(0, 0, 0)])
+    _, losses = seeded.train().roi_heads(maps, [empty], [(64, 64)], targets)
+    assert all(bool(loss.isnan()) for loss in losses.values())
+
+
+@pytest.mark.parametrize("kind", ["d2_fpn", "d2_c4", "torchvision_fpn"])
+def test_in_half_precision_losses_boxes_and_scores_stay_float32(kind):
+    torch.manual_seed(0)
+    sizes = {"anchor_sizes": [16, 64]} if kind == "d2_c4" else {}
+    sizes |= {"head_features": 1024} if kind == "torchvision_fpn" else {}
+    config = small(detector=kind, **sizes)
+    detector = build_detector(config, body(c4=kind == "d2_c4"), CLASSES)
+    detector.roi_heads.score_thresh = 0.0
+    images, targets = batch()
+    set_draws(detector, [(0, 0, 0), (0, 0, 1)])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector.train()(images, targets)
+        with torch.no_grad():
+            found = detector.eval()(images)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    for each in found:
+        assert len(each["boxes"]) > 10
+        for key in ("boxes", "scores"):
+            # Not numbers that bf16 could hold, either.
+            assert each[key].dtype == torch.float32
+            assert not torch.equal(each[key].bfloat16().float(), each[key])
+
+
 def test_the_detector_is_put_together_by_its_config():
     config = small(
         rpn_candidates_train=7, rpn_candidates_test=6, rpn_proposals_train=5, rpn_proposals_test=4
@@ -464,6 +496,14 @@ class TestNorms:
         # Biases of other layers decay, as in Detectron2.
         assert any(p is detector.rpn.head.cls_logits.bias for p in decayed["params"])
 
+    def test_norms_of_other_kinds_do_not_decay_either(self):
+        network = body(architecture="convnext_atto")
+        detector = build_detector(small(norm="batch"), network, CLASSES)
+        _, others = parameter_groups(detector, weight_decay=1e-4, norm_weight_decay=0.0)
+        norms = [m for m in network.network.modules() if isinstance(m, nn.LayerNorm)]
+        assert len(norms) == 16
+        assert {id(p) for m in norms for p in m.parameters()} < {id(p) for p in others["params"]}
+
 
 def test_what_is_equal_on_both_sides(seeded):
     rpn, regions = seeded.rpn, seeded.roi_heads
@@ -495,6 +535,15 @@ class TestImages:
         assert not seen.tensors[1, :, :, 80:].any()
         assert torch.equal(kept[0]["boxes"], targets[0]["boxes"])
 
+    def test_sides_are_multiples_of_32_for_a_pyramid_alone(self, seeded):
+        images = [torch.rand(3, 50, 70), torch.rand(3, 60, 40)]
+        assert seeded.transform(images)[0].tensors.shape == (2, 3, 64, 96)
+        config = small(detector="d2_c4", anchor_sizes=[16, 64])
+        c4 = build_detector(config, body(c4=True), CLASSES).eval()
+        assert c4.transform(images)[0].tensors.shape == (2, 3, 60, 70)
+        # Maps are as large as it takes to hold the whole image.
+        assert c4.backbone(torch.zeros(1, 3, 60, 70))["0"].shape == (1, 256, 4, 5)
+
 
 class TestRecipes:
     def recipe(self, name) -> DetectConfig:
@@ -503,6 +552,30 @@ class TestRecipes:
             DetectConfig, words, verb="detect", description="", example="", shipped=SHIPPED
         )
         return config
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            (
+                {},
+                "lr 0.02 (base_lr 0.02 x 16/16), / 10 after steps 12,000 and 16,000, 18,000 steps of 16 images",
+            ),
+            (
+                {"batch_size": 8},
+                "lr 0.01 (base_lr 0.02 x 8/16), / 10 after steps 24,000 and 32,000, 36,000 steps of 8",
+            ),
+            (
+                {"iterations": 13_000},
+                "x 16/16), / 10 after steps 12,000, 13,000 steps of 16 images",
+            ),
+            (
+                {"iterations": 500},
+                "x 16/16), the same to the end, 500 steps of 16 images (500 iterations of 16)",
+            ),
+        ],
+    )
+    def test_what_follows_from_the_batch_size_is_told(self, changes, words):
+        assert words in DetectConfig(checkpoint="runs/a", **changes).scaling()
 
     def test_d2_fpn(self):
         config, model = self.recipe("d2_fpn"), self.recipe("d2_fpn").model

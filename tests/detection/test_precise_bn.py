@@ -96,3 +96,10 @@ def test_statistics_of_large_means_keep_their_digits():
     measure_batch_norm(norm, [partial(norm, each) for each in images], RANKS)
     assert float(norm.running_mean) == 1000.125
     assert float(norm.running_var) == pytest.approx(0.125**2)
+
+
+def test_without_batch_norm_nothing_is_run():
+    def run() -> None:
+        raise AssertionError("it was run")
+
+    measure_batch_norm(nn.Sequential(nn.Conv2d(2, 3, 1), nn.GroupNorm(1, 3)), [run], RANKS)

@@ -47,6 +47,20 @@ detection.evaluate.detect = detect_and_keep
 sys.exit(main(sys.argv[1:]))
 """
 
+NAN_ON_RANK_1 = """
+import os, sys
+import detection.train
+from peerlearn.cli import main
+plain = detection.train.Detection.losses
+def losses(training, part, step, number):
+    found = plain(training, part, step, number)
+    if step == 5 and os.environ["RANK"] == "1":
+        found["loss_box_reg"] = found["loss_box_reg"] * float("nan")
+    return found
+detection.train.Detection.losses = losses
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def driver(tmp_path) -> Path:
@@ -181,6 +195,19 @@ def test_told_to_stop_all_ranks_save_together(place, tmp_path):
     assert [code for code, _ in found] == [75, 75], found
     assert found[0][1].count("the same command continues") == 1
     assert "the same command continues" not in found[1][1]
+
+
+def test_nan_on_one_rank_skips_the_step_on_all_and_names_its_images(place, driver, tmp_path):
+    driver.write_text(NAN_ON_RANK_1)
+    results = tmp_path / "results"
+    for code, output in ends(launch(2, *even_words(place, results), driver=driver)):
+        assert code == 0, output
+    run = training_of(results)
+    (skipped,) = events(run, "step_skipped")
+    assert (skipped["step"], skipped["reason"]) == (5, "rank 1: not finite: loss_box_reg")
+    assert len(skipped["images"]) == 3
+    # The row of the last step, which was skipped, has no losses.
+    assert [(row["step"], "lr" in row, "loss" in row) for row in rows(run)] == [(6, True, False)]
 
 
 def test_parts_of_a_batch_one_after_another_equal_the_whole(place, tmp_path):

@@ -293,6 +293,13 @@ def test_frozen_norm_at_a_high_rate_is_warned_of(place, tmp_path, capsys, caplog
     assert "model.norm" not in caplog.text + capsys.readouterr().err
 
 
+def test_milestones_after_the_end_are_warned_of(place, tmp_path, capsys, caplog):
+    late = "the learning rate does not fall at milestones 4, 5, as training ends after 2 iterations: set milestones too"
+    given = words(place, tmp_path, "--iterations", "2", "--precise_bn_iterations", "0")
+    assert main(given) == 0
+    assert late in " ".join((caplog.text + capsys.readouterr().err).split())
+
+
 def test_a_folder_of_another_training_is_refused(place, trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(training_of(trained), run)
@@ -330,6 +337,18 @@ def test_a_damaged_detector(place, trained, tmp_path, capsys):
     nonsense = damaged(lambda: edit(config, '"fpn_channels": 16', '"fpn_channels": "x"'))
     assert "config.json is not the config of a detector" in nonsense
     assert not (tmp_path / "results").exists()
+
+
+def test_a_detector_is_scored_without_its_training_images(place, trained, tmp_path, capsys):
+    detector = training_of(trained) / "detector"
+    more = ("--checkpoint", str(detector), "--data.train", "train2012")
+    given = words(place, tmp_path / "results", *more)
+    assert main([*given, "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("\n# Pascal VOC: 8 images to score on\n")
+    assert main(given) == 0
+    (score,) = scores(tmp_path / "results").values()
+    (first,) = scores(trained).values()
+    assert score["metrics"] == first["metrics"]
 
 
 def test_a_detector_of_other_classes(place, trained, tmp_path, capsys):

@@ -1,13 +1,17 @@
 """The training of a detector goes on after any stop to the same detector and the same score, bit for bit."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
 import pytest
+import torch
 
+from detection.train import Detection
 from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
 from tests.e2e.detectors import STEPS, scores, training_of, words
@@ -179,6 +183,66 @@ def test_killed_after_its_last_save_it_ends_alike(dies_in, place, undisturbed, t
     printed = finish(given)
     assert ("is done already" in printed) == (dies_in == "test")
     assert_same(results, undisturbed("torchvision_fpn"))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_steps_with_nan_send_it_back_to_its_save_once(
+    times, place, undisturbed, tmp_path, monkeypatch, capsys
+):
+    results = tmp_path / "results"
+    plain, seen = Detection.losses, []
+
+    def poisoned(training, part, step, number):
+        losses = plain(training, part, step, number)
+        if torch.is_grad_enabled():
+            seen.append(step)
+            if step in (2, 3, 4) and seen.count(step) <= times:
+                losses["loss_box_reg"] = losses["loss_box_reg"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(Detection, "losses", poisoned)
+    code = main(words(place, results, *KINDS["d2_fpn"], "--data.workers", "1"))
+    run = training_of(results)
+    skipped = [(event["step"], event["reason"]) for event in events(run, "step_skipped")]
+    assert skipped == [(s, "rank 0: not finite: loss_box_reg") for s in (2, 3, 4)] * times
+    assert [event["step"] for event in events(run, "rolled_back")] == [2]
+    assert code == times - 1
+    if times == 1:
+        assert_same(results, undisturbed("d2_fpn"))
+    else:
+        assert "again after going back to a save: lower base_lr" in capsys.readouterr().err
+        assert not (run / "detector").exists()
+
+
+def test_a_full_disk_costs_a_best_detector_and_asks_for_room_for_the_last(
+    place, tmp_path, monkeypatch, capsys
+):
+    results, full = tmp_path / "results", [True]
+    plain = Path.write_bytes
+
+    def write(path, content):
+        # Of each detector the first file still has room.
+        if full and path.parent.name.startswith(".detector") and path.name == "config.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return plain(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    given = words(place, results, *KINDS["d2_fpn"])
+    assert main(given) == 1
+    run = training_of(results)
+    error = capsys.readouterr().err
+    assert (
+        f"{run / 'detector'} could not be written (No space left on device): make room, then the same command"
+        in " ".join(error.split())
+    )
+    assert "Traceback" not in error
+    missed = [(event["step"], event["reason"]) for event in events(run, "detector_missed")]
+    assert missed == [(3, "No space left on device"), (6, "No space left on device")]
+    assert not list(run.glob("*detector*"))
+    full.clear()
+    assert main(given) == 0
+    assert [event["step"] for event in events(run, "started")] == [0, 6]
+    assert (run / "detector/model.safetensors").exists()
 
 
 def test_one_that_is_done_is_only_scored_again_and_says_so(undisturbed, tmp_path, place):

@@ -10,7 +10,7 @@ from peerlearn.evaluation.results import read_result, write_mean_result, write_r
 from peerlearn.evaluation.uncertainty import accuracy_metrics
 
 
-def write(folder, top1: float, *, seed: int, k: int = 5, network: str = "0"):
+def write(folder, top1: float, *, seed: int, k: int = 5, network: str = "0", variant: str = ""):
     return write_result(
         folder,
         task="knn",
@@ -22,6 +22,7 @@ def write(folder, top1: float, *, seed: int, k: int = 5, network: str = "0"):
         export_hash=f"hash {seed}",
         seed=seed,
         seconds=1.5,
+        variant=variant,
     )
 
 
@@ -71,6 +72,12 @@ def test_a_mean_tells_every_runs_value(tmp_path):
     assert (mean["metrics"]["n"], mean["metrics"]["runs"], mean["seed"]) == (50, 3, [0, 1, 2])
     assert mean["export_hash"] == ["hash 0", "hash 1", "hash 2"]
     assert mean["seconds"] == 4.5
+
+
+def test_a_mean_has_the_variant_of_its_scores(tmp_path):
+    paths = [write(tmp_path, 80.0, seed=seed, variant="random weights") for seed in (0, 1)]
+    mean = write_mean_result(tmp_path / "mean", paths)
+    assert read_result(mean)["variant"] == "random weights"
 
 
 def test_scores_of_different_protocols_have_no_mean(tmp_path):
