@@ -113,14 +113,14 @@ class DetectDataConfig:
     name: Literal["voc", "coco", "mini_voc"] = "voc"
     root: str | None = changeable(None)
     train: str | None = None
-    test: str | None = None
+    test: str | None = changeable(None)
     validation: str | None = None
     classes: list[str] | None = None
     difficult: Literal["keep", "drop"] | None = None
     train_percent: float | list[float] = 100.0
     subset_seed: int = 0
     limit: int | None = None
-    leakage: Literal["warn", "refuse", "ignore"] | None = None
+    leakage: Literal["warn", "refuse", "ignore"] | None = changeable(None)
     max_unreadable_percent: float = changeable(1.0)
     workers: int = changeable(2)
 
@@ -215,8 +215,8 @@ class DetectConfig(EvaluatorConfig):
     norm_weight_decay: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     precise_bn_iterations: int = 200
-    rule: Literal["voc07", "voc10", "coco"] | None = None
-    round_like_detectron2: bool = False
+    rule: Literal["voc07", "voc10", "coco"] | None = changeable(None)
+    round_like_detectron2: bool = changeable(False)
     validate_every: int = 1000
     save_every: int = changeable(1000)
     max_skipped_steps: int = 3

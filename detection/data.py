@@ -1,5 +1,6 @@
 """The images with boxes that a config names."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,23 @@ def _read(
     else:
         dataset = coco(Path(config.root), Path(split))
     return dataset if config.limit is None else first_images(dataset, config.limit)
+
+
+def from_anywhere(config: DetectDataConfig) -> DetectDataConfig:
+    """The config with whole paths, so that `peerlearn resume` finds the data from any folder."""
+
+    def whole(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).resolve())
+
+    data = dataclasses.replace(config, root=whole(config.root))
+    if config.name != "coco":
+        return data
+    return dataclasses.replace(
+        data,
+        train=whole(config.train),
+        test=whole(config.test),
+        validation=whole(config.validation),
+    )
 
 
 def training_images(config: DetectDataConfig, train: DetectionDataset) -> DetectionDataset:

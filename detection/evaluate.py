@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from detection.config import DetectConfig, ModelConfig, Weights
-from detection.data import Data, leakage, load_data, read_test_images, training_images
+from detection.data import (
+    Data,
+    from_anywhere,
+    leakage,
+    load_data,
+    read_test_images,
+    training_images,
+)
 from detection.inference import Detections, detect, for_rule
 from detection.pictures import draw_sheet, plot_precision_recall
 from detection.saved import LAST, is_detector, load_detector
@@ -28,10 +35,6 @@ from peerlearn.evaluation.training_run import own_config, scored_again, trained,
 from peerlearn.evaluation.uncertainty import spread_over_runs
 
 _SHOWN_IMAGES = 16
-# How an average precision is measured.
-_MEASURING = ("rule", "round_like_detectron2")
-# Each training of an evaluation has its own; a score tells them apart.
-_PER_TRAINING = ("seed", "trials", "backbone_weights", "data.train_percent", "data.subset_seed")
 
 
 class Tested(NamedTuple):
@@ -111,16 +114,16 @@ def _score_trained(
             trials=1,
             backbone_weights=weights,
             data=dataclasses.replace(
-                config.data, train_percent=percent, subset_seed=config.data.subset_seed + trial
+                from_anywhere(config.data),
+                train_percent=percent,
+                subset_seed=config.data.subset_seed + trial,
             ),
         )
         train = ranks.main_first(partial(training_images, own.data, data.train))
         images = len(train)
         trials.append(_train_and_test(own, selection, data._replace(train=train), ranks))
-    fixed = fixed_values(config)
     protocol = {
-        **{key: value for key, value in fixed.items() if key not in _MEASURING},
-        **{key: fixed[key] for key in _PER_TRAINING},
+        **fixed_values(config),
         # A training that goes on has its seed spelled out, and its score is the same one.
         "seed": config.seed if seed != usual or len(config.checkpoints()) > 1 else None,
         "backbone_weights": weights,
@@ -150,7 +153,7 @@ def _train_and_test(config: DetectConfig, selection: Selection, data: Data, rank
         ranks,
         prefix=f"detect-{selection.step:08d}-{network}",
         folder=config.run,
-        begins_anew=False,
+        leaves=LAST,
     )
     run = place.directory
     if ranks.from_main(lambda: run.done and is_detector(run.root / LAST)):

@@ -62,7 +62,7 @@ def training_run(
     *,
     prefix: str,
     folder: str | None = None,
-    begins_anew: bool = True,
+    leaves: str | None = None,
 ) -> TrainingRun:
     """The run directory of a training: ``<prefix>-<hash>`` in the folder of the result files, or the folder asked for.
 
@@ -77,7 +77,8 @@ def training_run(
         ranks: processes that train together.
         prefix: begin of the folder's name.
         folder: folder that the user asks for by --run.
-        begins_anew: whether a training that came to its end, and has dropped its saves, is removed.
+        leaves: name of what a training leaves in its directory. A training that came to its end, has dropped its saves
+            and left nothing, is begun anew.
 
     Raises:
         UserError: the folder asked for holds another training, or something else.
@@ -97,7 +98,8 @@ def training_run(
         else:
             results = results_folder(config.results, selection)
             run = RunDirectory(results / f"{prefix}-{short_hash(identity)}")
-            if begins_anew and run.done and not step_folders(run.checkpoints):
+            left = leaves is not None and (run.root / leaves).exists()
+            if run.done and not left and not step_folders(run.checkpoints):
                 shutil.rmtree(run.root)
         return str(run.root), identity
 

@@ -1,6 +1,7 @@
 """Detectors on disk: scored again to the same figures, read by torchvision's own Faster R-CNN, the best one kept."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -161,3 +162,29 @@ def test_the_best_of_the_validation_split_is_kept(place, tmp_path, monkeypatch):
 
 def test_without_a_validation_split_there_is_no_best(trained):
     assert not (training_of(trained("frozen")) / "detector-best").exists()
+
+
+def test_another_rule_and_other_test_images_train_nothing_anew(place, trained, tmp_path, capsys):
+    results = Path(shutil.copytree(trained("d2_fpn"), tmp_path / "r"))
+    given = words(place, results, *SLOWLY, export="colour")
+    steps = len(rows(training_of(results)))
+    assert main([*given, "--rule", "coco", "--data.test", "val2007"]) == 0
+    assert "is done already: what it has learned is scored" in capsys.readouterr().out
+    assert len(rows(training_of(results))) == steps
+    protocols = [json.loads(file.read_text())["protocol"] for file in results.glob("detect-*.json")]
+    assert sorted((p["rule"], p["test_split"]) for p in protocols) == [
+        ("coco", "val2007"),
+        ("voc07", "test2007"),
+    ]
+
+
+def test_a_training_whose_detector_was_removed_is_begun_anew(place, trained, tmp_path):
+    results = Path(shutil.copytree(trained("d2_fpn"), tmp_path / "r"))
+    (before,) = scores(results).values()
+    run = training_of(results)
+    weights = (run / "detector/model.safetensors").read_bytes()
+    shutil.rmtree(run / "detector")
+    assert main(words(place, results, *SLOWLY, export="colour")) == 0
+    assert (training_of(results) / "detector/model.safetensors").read_bytes() == weights
+    (after,) = scores(results).values()
+    assert after["metrics"] == before["metrics"]
