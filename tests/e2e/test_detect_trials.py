@@ -145,7 +145,8 @@ def test_other_batch_sizes_scale_rate_and_steps_and_say_so(place, tmp_path, caps
     given = words(place, results, *SHORT, "--base_batch_size", "4")
     assert main(given) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "lr 0.001 (base_lr 0.002 x 2/4), 6 steps of 2 images (3 iterations of 4)" in printed
+    assert "lr 0.001 (base_lr 0.002 x 2/4), / 10 after steps 4, 6 steps of 2 images" in printed
+    assert "(3 iterations of 4)" in printed
     run = training_of(results)
     assert json.loads((run / "env.json").read_text())["training"]["lr"] == 0.001
     assert rows(run)[-1]["step"] == 6
