@@ -108,6 +108,7 @@ class Detection(Resumable):
         self.guard = StepGuard([self.detector], max_skipped_in_a_row=config.max_skipped_steps)
         self.precision = Precision(config.precision, ranks.device)
         self.best = _Best()
+        self.unwritten_row: dict[str, float] | None = None
         self.unreadable = UnreadableImages(len(data.train), config.data.max_unreadable_percent)
 
     def _build(self, export: Path) -> tuple[Body, GeneralizedRCNN]:
@@ -166,7 +167,11 @@ class Detection(Resumable):
         }
 
     def state(self) -> dict[str, Any]:
-        return {"best": dataclasses.asdict(self.best), "unreadable": self.unreadable.state()}
+        return {
+            "best": dataclasses.asdict(self.best),
+            "unreadable": self.unreadable.state(),
+            "unwritten_row": self.unwritten_row,
+        }
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         try:
@@ -175,6 +180,7 @@ class Detection(Resumable):
             raise ValueError(f"the detector does not fit: {error}") from error
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.best = _Best(**state["best"])
+        self.unwritten_row = state["unwritten_row"]
         self.unreadable.load_state(state["unreadable"])
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -302,6 +308,7 @@ def _train(attempt: Attempt[Detection]) -> bool:
     training = attempt.training
     if training.step == 0:
         attempt.report.say(_activations(training))
+    _write_validated(attempt)
     steps = training.batches(training.step, training.total_steps)
     for batch in attempt.batches(steps):
         attempt.begin_step()
@@ -318,12 +325,13 @@ def _train(attempt: Attempt[Detection]) -> bool:
         if training.data.validation and (
             ended or training.step % training.config.validate_every == 0
         ):
-            row |= _validate(attempt)
-        if row:
+            training.unwritten_row = row
+        elif row:
             attempt.log.write(training.step, row)
         attempt.report.advance(1, attempt.log.text)
         if attempt.save_if_due():
             return False
+        _write_validated(attempt)
     # Not saved: a training that goes on from its last save measures them again, and finds the same.
     training.measure_norms()
     return True
@@ -378,6 +386,15 @@ def _parts(batch: DetectionBatch, number: int) -> Iterator[Part]:
 
 def _finish(training: Detection) -> None:
     training.save_as(LAST, must=True)
+
+
+def _write_validated(attempt: Attempt[Detection]) -> None:
+    """Validate where a row waits for it, and write the row. It comes after the save, so that a stop costs no step."""
+    training = attempt.training
+    if training.unwritten_row is not None:
+        row = training.unwritten_row | _validate(attempt)
+        attempt.log.write(training.step, row)
+        training.unwritten_row = None
 
 
 def _validate(attempt: Attempt[Detection]) -> dict[str, float]:

@@ -46,6 +46,8 @@ def die(*arguments, **named):
     os.kill(os.getpid(), getattr(signal, os.environ.get("BY", "SIGKILL")))
 if os.environ["DIES_IN"] == "test":
     detection.evaluate.detect = die
+elif os.environ["DIES_IN"] == "validation":
+    detection.train.detect = die
 else:
     measure = detection.train.measure_batch_norm
     detection.train.measure_batch_norm = lambda module, passes, ranks: measure(module, (*passes, die), ranks)
@@ -183,6 +185,26 @@ def test_killed_after_its_last_save_it_ends_alike(dies_in, place, undisturbed, t
     printed = finish(given)
     assert ("is done already" in printed) == (dies_in == "test")
     assert_same(results, undisturbed("torchvision_fpn"))
+
+
+def test_killed_in_a_validation_it_goes_on_from_that_step(place, undisturbed, tmp_path):
+    results = tmp_path / "results"
+    given = words(place, results, *KINDS["d2_fpn"], "--save_every", "3")
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    process = Process(
+        command(*given, driver=driver),
+        env=environment(DIES_IN="validation"),
+        stdout=PIPE,
+        stderr=STDOUT,
+    )
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    run = training_of(results)
+    assert [row["step"] for row in rows(run)] == []
+    finish(given)
+    assert [event["step"] for event in events(run, "started")] == [0, 3]
+    assert_same(results, undisturbed("d2_fpn"))
 
 
 @pytest.mark.parametrize("times", [1, 2])
