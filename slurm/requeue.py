@@ -51,6 +51,8 @@ def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
     attempt = run.newest_attempt() if run else 0
     history = read_history(submission.folder, task)
     outcome = _outcome(submission, task, code, restart)
+    # A start that has made a step has cleared an older DONE.
+    ended = run is not None and outcome.step is not None and run.done
     if run and outcome.step is None and attempt > (history[-1]["attempt"] if history else 0):
         # If all processes were killed, the run's own files tell the last step.
         outcome = replace(outcome, step=read_step(run.logs(attempt)))
@@ -60,6 +62,8 @@ def after(submission: Submission, task: int, code: int, *, restart: int) -> int:
         max_crashes=submission.config.max_crashes,
         makes_steps=submission.tasks[task].words[0] != "watch",
     )
+    if ended and decision == "requeue":
+        decision, reason, code = "done", "the run had ended when its process was told to stop", 0
     job = _job()
     try:
         add_to_history(

@@ -15,7 +15,7 @@ import slurm.requeue
 from peerlearn.runs.directory import RunDirectory
 from slurm.config import SubmitConfig
 from slurm.job import _Process, _Signals, free_port
-from slurm.outcome import read_outcomes
+from slurm.outcome import Outcome, read_outcomes
 from slurm.submission import Submission, Task, create_submission
 
 
@@ -176,6 +176,30 @@ def test_on_a_full_disk_the_exit_code_tells(
     srun = exit_code if exit_code > 0 else 128 - exit_code
     assert slurm.requeue.after(submission, 0, srun, restart=0) == srun
     assert calls == ([] if exit_code == 78 else [("scontrol", "requeue", "51")])
+
+
+@pytest.mark.parametrize(
+    ("done", "step", "again"), [(True, 123, False), (False, 123, True), (True, None, True)]
+)
+def test_a_run_that_had_ended_when_it_was_told_to_stop_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool, step: int | None, again: bool
+) -> None:
+    """A start without a step of its own may go on with a run that is done: DONE is then the older one's."""
+    run = RunDirectory(tmp_path / "run")
+    run.logs(1).mkdir(parents=True)
+    if done:
+        run.mark_done()
+    submission = create_submission(
+        tmp_path / "slurm", [Task(words=["pretrain"], run=str(run.root))], SubmitConfig()
+    )
+    outcome = Outcome(kind="saved", code=75, reason="told to stop in time", step=step)
+    monkeypatch.setattr(slurm.requeue, "_outcome", lambda *words: outcome)
+    monkeypatch.setenv("SLURM_JOB_ID", "51")
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm.requeue, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(slurm.requeue, "_REQUEUE_SECONDS", 0)
+    assert slurm.requeue.after(submission, 0, 75, restart=0) == (75 if again else 0)
+    assert calls == ([("scontrol", "requeue", "51")] if again else [])
 
 
 def test_a_start_that_can_leave_no_trace_is_not_repeated(
