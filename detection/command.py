@@ -14,7 +14,7 @@ from peerlearn.evaluation.evaluator import Evaluator, run
 from peerlearn.evaluation.results import Score, mean_over_runs
 from peerlearn.evaluation.score_table import Column, Runs, metric_column
 from peerlearn.evaluation.selection import Selection
-from peerlearn.runs.export_folders import is_detector
+from peerlearn.runs.export_folders import detector_in
 
 if TYPE_CHECKING:
     from peerlearn.compute.dist import Ranks
@@ -31,7 +31,7 @@ def _score(config: DetectConfig, selection: Selection, ranks: "Ranks") -> Iterat
 
 def _preview(config: DetectConfig) -> list[str]:
     """The scaled learning rate and steps, and the images; those of the miniature are only written by a training."""
-    trains = not all(is_detector(Path(each)) for each in config.checkpoints())
+    trains = not all(detector_in(Path(each)) for each in config.checkpoints())
     lines = [config.scaling()] if trains else []
     if config.data.name == "mini_voc":
         return lines

@@ -165,7 +165,8 @@ class DetectConfig(EvaluatorConfig):
 
     Attributes:
         checkpoint: a run (its latest exports, or those that its validation chose), RUN/export/step-N, one export, or a
-            detector that was trained here, which is scored once more; several are averaged.
+            detector that was trained here, or the directory of its training, which is scored once more; several are
+            averaged.
         network: the networks to train a detector on, one after another: 0, 1, ..., key-0, ..., or all.
         run: directory of the training; null = a folder beside the results, named by its settings. For a single
             training.
@@ -274,9 +275,14 @@ class DetectConfig(EvaluatorConfig):
         """The number of steps of this batch size that see as many images as that many iterations."""
         return round(iterations * self.base_batch_size / self.batch_size)
 
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the training."""
+        return max(self.steps(self.iterations), 1)
+
     def scaling(self) -> str:
         """The learning rate and the steps that follow from the batch size, in words."""
-        steps = self.steps(self.iterations)
+        steps = self.total_steps
         falls = [f"{fall:,}" for fall in map(self.steps, self.milestones) if fall < steps]
         falling = f"/ 10 after steps {' and '.join(falls)}" if falls else "the same to the end"
         return (

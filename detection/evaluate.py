@@ -20,8 +20,8 @@ from detection.data import (
     training_images,
 )
 from detection.inference import Detections, detect, for_rule
-from detection.pictures import draw_sheet, plot_precision_recall
-from detection.saved import LAST, is_detector, load_detector
+from detection.pictures import MOST_IMAGES, draw_sheet, plot_precision_recall
+from detection.saved import LAST, load_detector
 from detection.train import detection_program
 from detection.voc import Rule, VOCResult, evaluate, outcomes_by_image, precision_recall
 from peerlearn.compute.dist import Ranks
@@ -33,8 +33,7 @@ from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.selection import Selection, run_setting
 from peerlearn.evaluation.training_run import own_config, scored_again, trained, training_run
 from peerlearn.evaluation.uncertainty import spread_over_runs
-
-_SHOWN_IMAGES = 16
+from peerlearn.runs.export_folders import is_detector
 
 
 class Tested(NamedTuple):
@@ -66,6 +65,10 @@ def score(config: DetectConfig, selection: Selection, ranks: Ranks) -> Iterator[
     _check_single(config, selection)
     ((network, folder), *others) = selection.folders.items()
     if not others and is_detector(folder):
+        if config.run is not None:
+            raise UsageError(
+                f"--run is the directory of a training, and {folder} is a detector, which is only scored: leave it out"
+            )
         test = ranks.main_first(partial(read_test_images, config.data))
         yield _score_again(config, network, folder, test, ranks)
         return
@@ -129,7 +132,7 @@ def _score_trained(
         "backbone_weights": weights,
         "data.train_percent": percent,
         "lr": config.lr,
-        "steps": config.steps(config.iterations),
+        "steps": config.total_steps,
         "train_images": images,
         "train_split": data.train.split,
         "train_fingerprint": data.train.fingerprint(),
@@ -263,7 +266,7 @@ def _plot_curves(file: Path, *, tested: Tested, test: DetectionDataset, title: s
 def _draw_detections(file: Path, *, tested: Tested, test: DetectionDataset, title: str) -> None:
     """The first test images that have objects."""
     filled = [number for number, labels in enumerate(test.labels) if len(labels)]
-    numbers = filled[:_SHOWN_IMAGES]
+    numbers = filled[:MOST_IMAGES]
     outcomes = outcomes_by_image(*tested.compared, num_classes=test.num_classes, rule=tested.rule)
     draw_sheet(
         file,

@@ -329,7 +329,10 @@ class _RPN(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Losses of objectness and of boxes, over the anchors drawn: smooth L1 of width beta, which 0 makes L1."""
+        """Losses of objectness and of boxes, over the anchors drawn: smooth L1 of width beta, which 0 makes L1.
+
+        NOTE: Detectron2 divides by 256 anchors for every image, also where an image has fewer.
+        """
         positive, negative = (torch.cat(each) > 0 for each in self.fg_bg_sampler(labels))
         drawn = positive | negative
         boxes = box_loss(

@@ -23,10 +23,15 @@ from detection.model import build_detector, prepare_norms
 from peerlearn.errors import UserError
 from peerlearn.exchange.export_formats import DETECTRON2_FILE
 from peerlearn.export import check_seal, sealed, state_misfits, write_folder
-from peerlearn.runs.export_folders import CONFIG_FILE, DETECTOR_KEY, SEAL, WEIGHTS_FILE
-from peerlearn.runs.export_folders import is_detector as is_detector
+from peerlearn.runs.export_folders import (
+    CONFIG_FILE,
+    DETECTOR_KEY,
+    LAST_DETECTOR,
+    SEAL,
+    WEIGHTS_FILE,
+)
 
-LAST, BEST = "detector", "detector-best"
+LAST, BEST = LAST_DETECTOR, "detector-best"
 DETECTRON2_CONFIG_FILE = "detectron2.yaml"
 
 

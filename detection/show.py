@@ -11,6 +11,7 @@ from peerlearn.compute.device_names import require_device
 from peerlearn.config import ArgumentParser
 from peerlearn.data.file_search import search
 from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.runs.export_folders import LAST_DETECTOR, detector_in
 from peerlearn.runs.files import write_text
 from peerlearn.runs.text import listed, printable
 
@@ -184,15 +185,13 @@ def _check_free(files: Sequence[Path], images: Sequence[Path]) -> None:
 
 
 def _detector_folder(checkpoint: Path) -> Path:
-    """The folder itself, or that of the last detector in the folder of a training."""
-    from detection.saved import LAST, is_detector
-
-    for folder in (checkpoint, checkpoint / LAST):
-        if is_detector(folder):
-            return folder
-    raise UserError(
-        f"{checkpoint} holds no detector: give the folder {LAST} that a training by `peerlearn detect` has left"
-    )
+    folder = detector_in(checkpoint)
+    if folder is None:
+        raise UserError(
+            f"{checkpoint} holds no detector: give the folder {LAST_DETECTOR} that a training by `peerlearn detect` "
+            "has left"
+        )
+    return folder
 
 
 def _told(detection: "Mapping[str, Tensor]", class_names: Sequence[str]) -> str:

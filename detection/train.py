@@ -134,7 +134,7 @@ class Detection(Resumable):
 
     @property
     def total_steps(self) -> int:
-        return max(self.config.steps(self.config.iterations), 1)
+        return self.config.total_steps
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
-from peerlearn.runs.export_folders import exported_networks, is_export, is_key_network, network_in
+from peerlearn.runs.export_folders import (
+    detector_in,
+    exported_networks,
+    is_export,
+    is_key_network,
+    network_in,
+)
 from peerlearn.runs.score_names import ENSEMBLE as ENSEMBLE
 from peerlearn.runs.step_folders import best_step, latest_step, step_folders, step_of
 from peerlearn.runs.training_facts import TrainingFacts
@@ -68,6 +74,8 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
     """
     check_network(network, ensembles=ensembles)
     checkpoint = checkpoint.resolve()
+    # Of a detector's training, the detector.
+    checkpoint = detector_in(checkpoint) or checkpoint
     if is_export(checkpoint):
         return _select_export(checkpoint, network)
     exports, best = checkpoint, None

@@ -20,6 +20,8 @@ CARD_FILE = "README.md"
 SEAL = "sha256"
 # The key of config.json by which a folder tells that it holds a detector.
 DETECTOR_KEY = "detector"
+# The folder of the detector at the end of a training, below that of the training.
+LAST_DETECTOR = "detector"
 # The beginning of a momentum network's name.
 KEY_PREFIX = "key-"
 
@@ -56,6 +58,11 @@ def is_detector(folder: Path) -> bool:
         return DETECTOR_KEY in json.loads((folder / CONFIG_FILE).read_text())
     except (OSError, ValueError, TypeError):
         return False
+
+
+def detector_in(folder: Path) -> Path | None:
+    """The folder itself if it holds a detector, or that of the last detector of the training in it; None without."""
+    return next((each for each in (folder, folder / LAST_DETECTOR) if is_detector(each)), None)
 
 
 def refuse_detector(folder: Path) -> None:

@@ -91,6 +91,19 @@ def test_a_saved_detector_is_scored_to_the_very_figures(kind, place, trained, tm
     assert (coco["protocol"]["rule"], before["protocol"]["rule"]) == ("coco", "voc07")
 
 
+def test_the_folder_of_a_training_stands_for_its_detector(place, trained, tmp_path, capsys):
+    training = training_of(trained("d2_fpn"))
+    again = scored(place, tmp_path / "again", training)
+    assert again["metrics"] == scored(place, tmp_path / "r", training / "detector")["metrics"]
+    assert again["variant"] == "detector"
+    given = ["--checkpoint", str(training / "detector"), "--run", str(tmp_path / "mine")]
+    assert main([*words(place, tmp_path / "r"), *given]) == 2
+    assert "which is only scored: leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+    assert main(["knn", "--checkpoint", str(training), "--data.name", "digits"]) == 1
+    assert "detector holds a detector, which `peerlearn detect` scores" in capsys.readouterr().err
+
+
 def test_torchvision_reads_its_own_detector(trained):
     folder = training_of(trained("torchvision_fpn")) / "detector"
     about = json.loads((folder / "config.json").read_text())
