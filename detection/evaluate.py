@@ -5,9 +5,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
 from detection.config import DetectConfig, ModelConfig, Weights
@@ -19,11 +18,10 @@ from detection.data import (
     read_test_images,
     training_images,
 )
-from detection.inference import Detections, detect, for_rule
-from detection.pictures import MOST_IMAGES, draw_sheet, plot_precision_recall
+from detection.measure import Measured, measure
 from detection.saved import LAST, load_detector
+from detection.scores import detection_score
 from detection.train import detection_program
-from detection.voc import Rule, VOCResult, evaluate, outcomes_by_image, precision_recall
 from peerlearn.compute.dist import Ranks
 from peerlearn.compute.precision import Precision
 from peerlearn.config import fixed_values
@@ -32,24 +30,7 @@ from peerlearn.errors import UsageError, UserError
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.selection import Selection, run_setting
 from peerlearn.evaluation.training_run import own_config, scored_again, trained, training_run
-from peerlearn.evaluation.uncertainty import spread_over_runs
 from peerlearn.runs.export_folders import is_detector
-
-
-class Tested(NamedTuple):
-    """A detector's detections in the test images, and its average precision.
-
-    Attributes:
-        detections: what `detect` returned.
-        compared: detections and targets, as the rule compares them.
-        rule: rule of the average precision.
-        result: average precision.
-    """
-
-    detections: Detections
-    compared: tuple[list[dict[str, Any]], list[dict[str, Any]]]
-    rule: Rule
-    result: VOCResult
 
 
 def score(config: DetectConfig, selection: Selection, ranks: Ranks) -> Iterator[Score]:
@@ -142,10 +123,12 @@ def _score_trained(
     variant = ["random weights"] if weights == "random" else []
     if percent < 100 or len(config.data.percents) > 1:
         variant.append(f"{percent:g} % of the images")
-    return _to_score(network, ", ".join(variant), data.test, trials, protocol)
+    return detection_score(network, ", ".join(variant), data.test, trials, protocol)
 
 
-def _train_and_test(config: DetectConfig, selection: Selection, data: Data, ranks: Ranks) -> Tested:
+def _train_and_test(
+    config: DetectConfig, selection: Selection, data: Data, ranks: Ranks
+) -> Measured:
     """One training, or the detector that it has left, on the test images."""
     ((network, export),) = selection.folders.items()
     place = training_run(
@@ -183,7 +166,7 @@ def _score_again(
         )
     tested = _test(config, detector, about.model, about.image_channels, test, ranks)
     protocol = {"detector": dataclasses.asdict(about), **_measured_by(config, test)}
-    return _to_score(network, folder.name, test, [tested], protocol)
+    return detection_score(network, folder.name, test, [tested], protocol)
 
 
 def _named(classes: Sequence[str]) -> str:
@@ -197,20 +180,11 @@ def _test(
     channels: int,
     test: DetectionDataset,
     ranks: Ranks,
-) -> Tested:
-    detections = detect(
-        detector.to(ranks.device),
-        test,
-        model,
-        channels=channels,
-        precision=Precision(config.precision, ranks.device),
-        workers=config.data.workers,
-        ranks=ranks,
+) -> Measured:
+    precision = Precision(config.precision, ranks.device)
+    return measure(
+        *(config, detector, test), model=model, channels=channels, precision=precision, ranks=ranks
     )
-    rule = config.chosen_rule
-    found, targets = for_rule(detections, test, rule=rule, rounded=config.round_like_detectron2)
-    result = evaluate(found, targets, num_classes=test.num_classes, rule=rule)
-    return Tested(detections, (found, targets), rule, result)
 
 
 def _measured_by(config: DetectConfig, test: DetectionDataset) -> dict[str, Any]:
@@ -220,73 +194,3 @@ def _measured_by(config: DetectConfig, test: DetectionDataset) -> dict[str, Any]
         "test_split": test.split,
         "test_fingerprint": test.fingerprint(),
     }
-
-
-def _to_score(
-    network: str,
-    variant: str,
-    test: DetectionDataset,
-    trials: Sequence[Tested],
-    protocol: Mapping[str, Any],
-) -> Score:
-    metrics: dict[str, Any] = {"n": len(test), "trials": len(trials)}
-    for name in ("ap", "ap50", "ap75"):
-        values = [getattr(each.result, name) for each in trials]
-        spread = spread_over_runs(values)
-        metrics[name] = spread.mean
-        if len(trials) > 1:
-            metrics |= {f"{name}_std": spread.std, f"{name}_trials": values}
-    per_class = zip(*(each.result.per_class_ap50.tolist() for each in trials), strict=True)
-    metrics["per_class_ap50"] = {
-        name: _number(sum(values) / len(values))
-        for name, values in zip(test.class_names, per_class, strict=True)
-    }
-    metrics["per_class_objects"] = dict(zip(test.class_names, _counted_objects(test), strict=True))
-    first = trials[0]
-    title = f"{test.title}, network {network}{f', {variant}' if variant else ''}: AP50 {first.result.ap50:.2f} %"
-    return Score(
-        network=network,
-        dataset=test.title,
-        metrics=metrics,
-        protocol=protocol,
-        variant=variant,
-        pictures={
-            ".png": partial(_plot_curves, tested=first, test=test, title=title),
-            "-detections.png": partial(_draw_detections, tested=first, test=test, title=title),
-        },
-    )
-
-
-def _plot_curves(file: Path, *, tested: Tested, test: DetectionDataset, title: str) -> None:
-    curves = precision_recall(*tested.compared, num_classes=test.num_classes, rule=tested.rule)
-    per_class = tested.result.per_class_ap50.tolist()
-    plot_precision_recall(file, curves, test.class_names, per_class, title=title)
-
-
-def _draw_detections(file: Path, *, tested: Tested, test: DetectionDataset, title: str) -> None:
-    """The first test images that have objects."""
-    filled = [number for number, labels in enumerate(test.labels) if len(labels)]
-    numbers = filled[:MOST_IMAGES]
-    outcomes = outcomes_by_image(*tested.compared, num_classes=test.num_classes, rule=tested.rule)
-    draw_sheet(
-        file,
-        [test.read(number) for number in numbers],
-        [tested.detections[number] for number in numbers],
-        test.class_names,
-        title=title,
-        targets=[
-            {"boxes": test.boxes[number], "labels": test.labels[number]} for number in numbers
-        ],
-        outcomes=[outcomes[number] for number in numbers],
-    )
-
-
-def _counted_objects(test: DetectionDataset) -> list[int]:
-    """The number of each class's objects, without the difficult ones."""
-    counted = torch.cat(test.labels)[~torch.cat(test.difficult)]
-    return counted.bincount(minlength=test.num_classes).tolist()
-
-
-def _number(value: float) -> float | None:
-    """NaN, of a class without objects, is none that JSON knows."""
-    return None if value != value else value

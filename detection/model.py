@@ -23,13 +23,11 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, box_area, roi_align
+from torchvision.ops import FeaturePyramidNetwork, box_area, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from detection.backbone import Body
 from detection.config import ModelConfig
-from peerlearn.compute.dist import Ranks
-from peerlearn.compute.sync_batch_norm import sync_batch_norm
 from peerlearn.counter_random import DETECTION_ANCHORS, DETECTION_REGIONS, random_bits
 from peerlearn.errors import UserError
 
@@ -39,8 +37,6 @@ _SCORE_THRESHOLD, _DETECTIONS_PER_IMAGE = 0.05, 100
 # FPN's rule: a region of this side, in pixels, is pooled from the map whose stride is 2 to this power.
 _CANONICAL_SIDE, _CANONICAL_LEVEL = 224, 4
 _LEVEL_MARGIN = 1e-8
-# The classes that timm's norm layers are of.
-_NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 def build_detector(config: ModelConfig, body: Body, classes: int) -> GeneralizedRCNN:
@@ -57,29 +53,44 @@ def build_detector(config: ModelConfig, body: Body, classes: int) -> Generalized
     Raises:
         UserError: there are not as many sizes of anchors as the pyramid has maps.
     """
-    if config.detector != "d2_c4":
-        _check_anchors(config, body)
-    if config.detector == "torchvision_fpn":
-        return _torchvision_fpn(config, body, classes)
-    c4 = config.detector == "d2_c4"
-    backbone = _C4(body) if c4 else _Pyramid(body, config.fpn_channels, norm=_fpn_norm(config))
-    strides = body.strides if c4 else [*body.strides, 2 * body.strides[-1]]
-    sizes = [tuple(config.anchor_sizes)] if c4 else [(size,) for size in config.anchor_sizes]
-    anchors = FixedAnchors(sizes, strides)
-    rpn = _RPN(config, anchors, _FloatRPNHead(backbone.out_channels, len(sizes[0]) * len(_RATIOS)))
-    if c4:
-        head: nn.Module = _Res5Head(body)
-    else:
-        head = TwoMLPHead(config.fpn_channels * _REGION_SIDE**2, config.head_features)
-    predictor = _FloatPredictor(body.res5_channels if c4 else config.head_features, classes + 1)
-    side = _C4_REGION_SIDE if c4 else _REGION_SIDE
-    regions = _Regions(config, RegionPooler(body.strides, side), head, predictor)
+    if config.detector == "d2_c4":
+        return _d2_c4(config, body, classes)
+    _check_anchors(config, body)
+    if config.detector == "d2_fpn":
+        return _d2_fpn(config, body, classes)
+    return _torchvision_fpn(config, body, classes)
+
+
+def _d2_fpn(config: ModelConfig, body: Body, classes: int) -> GeneralizedRCNN:
+    backbone = _Pyramid(body, config.fpn_channels, norm=_fpn_norm(config))
+    anchors = FixedAnchors([(size,) for size in config.anchor_sizes], _pyramid_strides(body))
+    rpn = _RPN(config, anchors, _FloatRPNHead(config.fpn_channels, len(_RATIOS)))
+    head = TwoMLPHead(config.fpn_channels * _REGION_SIDE**2, config.head_features)
+    predictor = _FloatPredictor(config.head_features, classes + 1)
     draw_heads(head, predictor)
-    return GeneralizedRCNN(backbone, rpn, regions, _Batched(body, side_multiple=1 if c4 else 32))
+    regions = _Regions(config, RegionPooler(body.strides, _REGION_SIDE), head, predictor)
+    return GeneralizedRCNN(backbone, rpn, regions, _Batched(body, side_multiple=32))
+
+
+def _d2_c4(config: ModelConfig, body: Body, classes: int) -> GeneralizedRCNN:
+    backbone = _C4(body)
+    sizes = tuple(config.anchor_sizes)
+    rpn_head = _FloatRPNHead(backbone.out_channels, len(sizes) * len(_RATIOS))
+    rpn = _RPN(config, FixedAnchors([sizes], body.strides), rpn_head)
+    head = _Res5Head(body)
+    predictor = _FloatPredictor(body.res5_channels, classes + 1)
+    draw_heads(head, predictor)
+    regions = _Regions(config, RegionPooler(body.strides, _C4_REGION_SIDE), head, predictor)
+    return GeneralizedRCNN(backbone, rpn, regions, _Batched(body, side_multiple=1))
+
+
+def _pyramid_strides(body: Body) -> list[int]:
+    """Strides of the pyramid's maps: those of the network's, and that of the pooled one."""
+    return [*body.strides, 2 * body.strides[-1]]
 
 
 def _check_anchors(config: ModelConfig, body: Body) -> None:
-    strides = [*body.strides, 2 * body.strides[-1]]
+    strides = _pyramid_strides(body)
     if len(config.anchor_sizes) != len(strides):
         raise UserError(
             f"model.anchor_sizes has {len(config.anchor_sizes)} sizes, and the pyramid on network {body.architecture} "
@@ -392,79 +403,3 @@ def draw_heads(head: nn.Module, predictor: FastRCNNPredictor) -> None:
     for last, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
         nn.init.normal_(last.weight, std=std)
         nn.init.zeros_(last.bias)
-
-
-def prepare_norms(
-    config: ModelConfig, detector: GeneralizedRCNN, ranks: Ranks | None = None
-) -> None:
-    """Make a new detector's norm layers of the kind that the config asks for, and fix its low stages, in place.
-
-    Args:
-        config: config of the detector.
-        detector: what `build_detector` made.
-        ranks: processes that share statistics in training; None where the detector is not trained.
-
-    Raises:
-        UserError: low stages of another network than a ResNet cannot be fixed, or its batch norm cannot be of that
-            kind.
-    """
-    body = detector.backbone.body
-    _freeze_stages(body, config.trainable_stages)
-    if config.norm == "frozen":
-        _freeze_norm(body)
-        _freeze_norm(detector.roi_heads.box_head)
-    elif config.norm == "sync" and ranks is not None:
-        try:
-            sync_batch_norm(detector, ranks)
-        except ValueError as error:
-            raise UserError(f"model.norm sync: {error}: set model.norm batch") from error
-
-
-def _freeze_norm(module: nn.Module) -> None:
-    """Turn every batch norm below ``module`` into a fixed scale and shift, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            if type(child) is not nn.BatchNorm2d:
-                # It holds its activation too, which would be lost.
-                raise UserError(
-                    f"the network's {name} is a {type(child).__name__}, which cannot be fixed: set model.norm batch "
-                    "and model.trainable_stages 5"
-                )
-            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
-            frozen.load_state_dict(child.state_dict(), strict=False)
-            setattr(module, name, frozen)
-        else:
-            _freeze_norm(child)
-
-
-def _freeze_stages(body: nn.Module, trained: int) -> None:
-    """Fix the stem and the low stages of a ResNet with their norms, but for the last ``trained`` of five.
-
-    Detectron2's FREEZE_AT 2 trains 3 stages, FREEZE_AT 0 all 5.
-    """
-    if trained == 5:
-        return
-    stages = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][: 5 - trained]
-    for name in (name for names in stages for name in names):
-        child = getattr(body, name, None)
-        if child is None:
-            raise UserError(
-                f"model.trainable_stages {trained} needs a ResNet, whose stages have names: set it to 5"
-            )
-        child.requires_grad_(False)
-        holder = nn.ModuleDict({name: child})
-        _freeze_norm(holder)
-        setattr(body, name, holder[name])
-
-
-def parameter_groups(
-    detector: nn.Module, *, weight_decay: float, norm_weight_decay: float
-) -> list[dict[str, Any]]:
-    """The trained parameters, those of norm layers apart, each with its weight decay."""
-    norms = [module for module in detector.modules() if isinstance(module, _NORM_LAYERS)]
-    of_norms = {id(p) for module in norms for p in module.parameters()}
-    trained = [p for p in detector.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) not in of_norms], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in of_norms], "weight_decay": norm_weight_decay},
-    ]

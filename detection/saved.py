@@ -19,7 +19,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from detection.backbone import Body, new_body
 from detection.config import ModelConfig
 from detection.detectron2_file import detectron2_config, detectron2_file
-from detection.model import build_detector, prepare_norms
+from detection.model import build_detector
+from detection.norms import prepare_norms
 from peerlearn.errors import UserError
 from peerlearn.exchange.export_formats import DETECTRON2_FILE
 from peerlearn.export import check_seal, sealed, state_misfits, write_folder

@@ -314,7 +314,9 @@ def _collect(
     corners = np.concatenate([np.empty((0, 4)), *parts["boxes"]])
     labels, values = (np.concatenate([np.empty(0), *parts[key]]) for key in keys[1:])
     image_of = np.arange(len(images)).repeat(np.array([*map(len, parts["boxes"])], int))
-    sides, less = corners[:, 2:] - corners[:, :2] + _edge(rule), "" if rule == "coco" else " - 1"
+    with np.errstate(invalid="ignore"):  # Corners that are not finite are complained of first.
+        sides = corners[:, 2:] - corners[:, :2] + _edge(rule)
+    less = "" if rule == "coco" else " - 1"
     is_class = (labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))
     for key, bad, problem in (
         ("boxes", ~np.isfinite(corners).all(axis=1), "a corner is not a finite number"),

@@ -11,53 +11,17 @@ from torch import nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import FrozenBatchNorm2d
 
-from detection.backbone import new_body
-from detection.command import SHIPPED
-from detection.config import DetectConfig, ModelConfig
 from detection.model import (
     CounterSampler,
     FixedAnchors,
     RegionPooler,
     box_loss,
     build_detector,
-    parameter_groups,
-    prepare_norms,
     set_draws,
 )
-from peerlearn.compute.dist import Ranks
-from peerlearn.compute.sync_batch_norm import SyncBatchNorm2d
-from peerlearn.config import parse_config
 from peerlearn.counter_random import DETECTION_ANCHORS
-from peerlearn.errors import UserError
-
-CLASSES = 4
-
-
-def body(c4: bool = False, architecture: str = "resnet18"):
-    return new_body(
-        architecture,
-        channels=3,
-        image_size=64,
-        mean=[0.485, 0.456, 0.406],
-        std=[0.229, 0.224, 0.225],
-        c4=c4,
-    )
-
-
-def small(**changes) -> ModelConfig:
-    return ModelConfig(
-        **{
-            "short_sides": [64],
-            "longest_side": 96,
-            "anchor_sizes": [8, 16, 32, 64, 128],
-            "fpn_channels": 16,
-            "head_features": 32,
-            "regions_per_image": 16,
-            **changes,
-        }
-    )
+from tests.detection.parts import CLASSES, body, small
 
 
 @pytest.fixture(scope="module")
@@ -424,87 +388,6 @@ class TestInitialWeights:
                 assert float(layer.weight.abs().max()) <= math.sqrt(3 / fan_in)
 
 
-class TestNorms:
-    def prepared(self, detector="d2_fpn", **changes):
-        sizes = {"anchor_sizes": [16, 32]} if detector == "d2_c4" else {}
-        config = small(detector=detector, **sizes, **changes)
-        made = build_detector(config, body(c4=detector == "d2_c4"), CLASSES)
-        prepare_norms(config, made, Ranks(torch.device("cpu")))
-        return made
-
-    def kinds(self, module):
-        kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
-        return {type(child) for child in module.modules() if isinstance(child, kinds)}
-
-    def test_sync_is_in_the_network_and_in_the_pyramid(self):
-        detector = self.prepared(norm="sync")
-        assert self.kinds(detector.backbone.body) == {SyncBatchNorm2d}
-        assert self.kinds(detector.backbone.fpn) == {SyncBatchNorm2d}
-        assert all(p.requires_grad for p in detector.parameters())
-        # A conv before a norm has no bias.
-        assert detector.backbone.fpn.inner_blocks[0][0].bias is None
-
-    def test_sync_is_in_res5_and_after_it(self):
-        head = self.prepared("d2_c4", norm="sync").roi_heads.box_head
-        assert self.kinds(head.layer4) == {SyncBatchNorm2d}
-        assert type(head.norm) is SyncBatchNorm2d
-
-    def test_frozen_has_none_in_the_pyramid(self):
-        detector = self.prepared(norm="frozen")
-        assert self.kinds(detector.backbone.body) == {FrozenBatchNorm2d}
-        assert self.kinds(detector.backbone.fpn) == set()
-        assert detector.backbone.fpn.inner_blocks[0][0].bias is not None
-
-    def test_frozen_computes_what_the_export_did_in_eval_mode(self):
-        torch.manual_seed(3)
-        network = body()
-        for norm in network.network.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                nn.init.normal_(norm.weight)
-                nn.init.normal_(norm.running_mean)
-                nn.init.uniform_(norm.running_var, 0.5, 2)
-        images = torch.rand(2, 3, 64, 64)
-        with torch.no_grad():
-            expected = network.network.eval()(images)
-            config = small(norm="frozen")
-            detector = build_detector(config, network, CLASSES)
-            prepare_norms(config, detector)
-            for one, other in zip(detector.train().backbone.body(images), expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-    def test_three_trained_stages_are_detectron2s_freeze_at_2(self):
-        network = self.prepared(trainable_stages=3).backbone.body
-        trained = {name for name, p in network.named_parameters() if p.requires_grad}
-        assert {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
-        assert type(network.bn1) is FrozenBatchNorm2d
-        assert self.kinds(network.layer1) == {FrozenBatchNorm2d}
-        assert self.kinds(network.layer2) == {SyncBatchNorm2d}
-
-    def test_other_networks_have_no_such_stages(self):
-        config = small(trainable_stages=3, norm="batch")
-        detector = build_detector(config, body(architecture="convnext_atto"), CLASSES)
-        with pytest.raises(UserError, match=r"trainable_stages 3 needs a ResNet.*set it to 5"):
-            prepare_norms(config, detector)
-
-    def test_norms_do_not_decay(self):
-        detector = self.prepared()
-        decayed, others = parameter_groups(detector, weight_decay=1e-4, norm_weight_decay=0.0)
-        assert (decayed["weight_decay"], others["weight_decay"]) == (1e-4, 0.0)
-        norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert {id(p) for p in others["params"]} == {id(p) for m in norms for p in m.parameters()}
-        assert len(decayed["params"]) + len(others["params"]) == len(list(detector.parameters()))
-        # Biases of other layers decay, as in Detectron2.
-        assert any(p is detector.rpn.head.cls_logits.bias for p in decayed["params"])
-
-    def test_norms_of_other_kinds_do_not_decay_either(self):
-        network = body(architecture="convnext_atto")
-        detector = build_detector(small(norm="batch"), network, CLASSES)
-        _, others = parameter_groups(detector, weight_decay=1e-4, norm_weight_decay=0.0)
-        norms = [m for m in network.network.modules() if isinstance(m, nn.LayerNorm)]
-        assert len(norms) == 16
-        assert {id(p) for m in norms for p in m.parameters()} < {id(p) for p in others["params"]}
-
-
 def test_what_is_equal_on_both_sides(seeded):
     rpn, regions = seeded.rpn, seeded.roi_heads
     assert (rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold) == (0.7, 0.3)
@@ -543,89 +426,3 @@ class TestImages:
         assert c4.transform(images)[0].tensors.shape == (2, 3, 60, 70)
         # Maps are as large as it takes to hold the whole image.
         assert c4.backbone(torch.zeros(1, 3, 60, 70))["0"].shape == (1, 256, 4, 5)
-
-
-class TestRecipes:
-    def recipe(self, name) -> DetectConfig:
-        words = [name, "--checkpoint", "runs/a"]
-        config, _ = parse_config(
-            DetectConfig, words, verb="detect", description="", example="", shipped=SHIPPED
-        )
-        return config
-
-    @pytest.mark.parametrize(
-        ("changes", "words"),
-        [
-            (
-                {},
-                "lr 0.02 (base_lr 0.02 x 16/16), / 10 after steps 12,000 and 16,000, 18,000 steps of 16 images",
-            ),
-            (
-                {"batch_size": 8},
-                "lr 0.01 (base_lr 0.02 x 8/16), / 10 after steps 24,000 and 32,000, 36,000 steps of 8",
-            ),
-            (
-                {"iterations": 13_000},
-                "x 16/16), / 10 after steps 12,000, 13,000 steps of 16 images",
-            ),
-            (
-                {"iterations": 500},
-                "x 16/16), the same to the end, 500 steps of 16 images (500 iterations of 16)",
-            ),
-        ],
-    )
-    def test_what_follows_from_the_batch_size_is_told(self, changes, words):
-        assert words in DetectConfig(checkpoint="runs/a", **changes).scaling()
-
-    def test_d2_fpn(self):
-        config, model = self.recipe("d2_fpn"), self.recipe("d2_fpn").model
-        assert (config.iterations, config.milestones) == (18_000, [12_000, 16_000])
-        assert (config.batch_size, config.base_lr, config.warmup_iterations) == (16, 0.02, 100)
-        assert (config.momentum, config.weight_decay, config.norm_weight_decay) == (0.9, 1e-4, 0)
-        assert config.precise_bn_iterations == 200
-        assert model.short_sides == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-        assert (model.longest_side, model.anchor_sizes) == (1333, [32, 64, 128, 256, 512])
-        assert (model.rpn_candidates_train, model.rpn_candidates_test) == (2000, 1000)
-        assert (model.rpn_proposals_train, model.rpn_proposals_test) == (1000, 1000)
-        assert (model.norm, model.trainable_stages, model.box_loss_beta) == ("sync", 5, 0)
-        assert (model.anchors_per_image, model.regions_per_image) == (256, 512)
-        assert (model.fpn_channels, model.head_features) == (256, 1024)
-        assert config.data.difficult == "keep"
-
-    def test_moco_c4(self):
-        config, model = self.recipe("moco_c4"), self.recipe("moco_c4").model
-        assert (config.iterations, config.milestones) == (24_000, [18_000, 22_000])
-        assert (model.detector, model.norm, model.trainable_stages) == ("d2_c4", "sync", 5)
-        assert (model.rpn_candidates_train, model.rpn_candidates_test) == (12_000, 6000)
-        assert (model.rpn_proposals_train, model.rpn_proposals_test) == (2000, 1000)
-        assert config.precise_bn_iterations == 200
-
-    def test_torchvision_fpn_is_the_library_as_it_comes(self):
-        config = self.recipe("torchvision_fpn").model
-        detector = build_detector(config, body(), CLASSES)
-        assert detector._get_name() == "FasterRCNN"
-        from torchvision.models.detection import FasterRCNN
-        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-
-        theirs = FasterRCNN(
-            resnet_fpn_backbone(
-                backbone_name="resnet18",
-                weights=None,
-                norm_layer=nn.BatchNorm2d,
-                trainable_layers=5,
-            ),
-            CLASSES + 1,
-        )
-        assert {n: t.shape for n, t in detector.state_dict().items()} == {
-            n: t.shape for n, t in theirs.state_dict().items()
-        }
-        for name in ("min_size", "max_size", "image_mean", "image_std", "size_divisible"):
-            assert getattr(detector.transform, name) == getattr(theirs.transform, name), name
-        for name in ("_pre_nms_top_n", "_post_nms_top_n", "nms_thresh", "score_thresh", "min_size"):
-            assert getattr(detector.rpn, name) == getattr(theirs.rpn, name), name
-        for name in ("score_thresh", "nms_thresh", "detections_per_img"):
-            assert getattr(detector.roi_heads, name) == getattr(theirs.roi_heads, name), name
-        pooler = detector.roi_heads.box_roi_pool
-        assert (pooler.output_size, pooler.sampling_ratio) == ((7, 7), 2)
-        assert type(detector.rpn.anchor_generator) is AnchorGenerator
-        assert type(detector.rpn.fg_bg_sampler) is BalancedPositiveNegativeSampler

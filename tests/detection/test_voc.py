@@ -7,40 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detection.voc import (
-    IGNORED,
-    RIGHT,
-    WRONG,
     VOCResult,
     evaluate,
-    outcomes_by_image,
-    precision_recall,
+)
+from tests.detection.drawn import (
+    APART,
+    NAN,
+    NUM_CLASSES,
+    RULES,
+    TIED,
+    A,
+    B,
+    C,
+    found,
+    images_with,
+    target,
+    tensors,
 )
 from tests.detection.oracles import plain_devkit, pycocotools
-
-RULES = ("voc07", "voc10", "coco")
-# Boxes of one image that do not touch each other.
-APART = [[100 * i, 0, 100 * i + 9, 9] for i in range(12)]
-A, B, C = APART[:3]
-NAN = pytest.approx(math.nan, nan_ok=True)
-
-
-def found(boxes, scores, labels=None):
-    labels = [0] * len(boxes) if labels is None else labels
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
-        "scores": torch.tensor(scores, dtype=torch.float64),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-    }
-
-
-def target(boxes, labels=None, difficult=None):
-    labels = [0] * len(boxes) if labels is None else labels
-    difficult = [False] * len(boxes) if difficult is None else difficult
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-        "difficult": torch.tensor(difficult, dtype=torch.bool),
-    }
 
 
 def ap50(detection, its_target, rule):
@@ -204,40 +188,6 @@ def assert_equal(result: VOCResult, per_class: np.ndarray, within: float):
     assert table == pytest.approx(expected, abs=within, nan_ok=True)
 
 
-NUM_CLASSES = 3
-# So few places that overlaps, equal overlaps and overlaps of exactly a threshold are usual.
-SPANS = st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted)
-BOXES = st.builds(lambda x, y: [x[0], y[0], x[1], y[1]], SPANS, SPANS)
-LABELS = st.integers(0, NUM_CLASSES - 1)
-OBJECTS = st.lists(st.tuples(BOXES, LABELS, st.booleans()), max_size=5)
-
-
-def detections_with(scores):
-    """Drawn boxes, and some that sit on drawn objects."""
-    return st.lists(st.tuples(BOXES, LABELS, scores, st.integers(0, 9)), max_size=9)
-
-
-def images_with(scores):
-    return st.lists(st.tuples(OBJECTS, detections_with(scores)), min_size=1, max_size=4)
-
-
-TIED = images_with(st.integers(1, 4).map(lambda n: n / 4))
-
-
-def tensors(images):
-    detections, targets = [], []
-    for objects, drawn in images:
-        targets.append(target(*map(list, zip(*objects, strict=True))) if objects else target([]))
-        boxes, labels, scores = [], [], []
-        for box, label, score, near in drawn:
-            if near < len(objects):
-                box, label, _ = objects[near]
-            for values, value in ((boxes, box), (labels, label), (scores, score)):
-                values.append(value)
-        detections.append(found(boxes, scores, labels))
-    return detections, targets
-
-
 def random_boxes(generator, n):
     corners = generator.uniform(0, 300, (n, 2))
     return np.hstack([corners, corners + generator.uniform(5, 150, (n, 2))])
@@ -334,85 +284,6 @@ class TestOracles:
             result = evaluate(detections, targets, num_classes=1, rule="coco")
             assert result.ap == pytest.approx(10 * (round(20 * width) - 9))
             assert_equal(result, pycocotools(detections, targets, 1), 1e-9)
-
-
-def area_under(curve, rule):
-    """AP of a curve, as the papers write it: a loop over levels or points."""
-    recall, precision = curve.recall.tolist(), curve.precision.tolist()
-    best = [max(precision[n:]) for n in range(len(precision))]
-    if rule == "voc10":
-        before = [0, *recall]
-        return sum((r - b) * p for r, b, p in zip(recall, before[:-1], best, strict=True))
-    levels = np.linspace(0, 1, 101) if rule == "coco" else np.arange(0, 1.1, 0.1)
-    reached = [
-        next((p for r, p in zip(recall, best, strict=True) if r >= level), 0) for level in levels
-    ]
-    return sum(reached) / len(levels)
-
-
-@pytest.mark.parametrize("rule", RULES)
-class TestCurves:
-    @settings(max_examples=100)
-    @given(images=TIED)
-    def test_the_average_precision_is_that_of_the_curve(self, rule, images):
-        detections, targets = tensors(images)
-        curves = precision_recall(detections, targets, num_classes=NUM_CLASSES, rule=rule)
-        expected = evaluate(detections, targets, num_classes=NUM_CLASSES, rule=rule).per_class_ap50
-        assert len(curves) == NUM_CLASSES
-        for curve, ap50 in zip(curves, expected.tolist(), strict=True):
-            if math.isnan(ap50):
-                assert [len(values) for values in curve] == [0, 0, 0]
-            else:
-                assert 100 * area_under(curve, rule) == pytest.approx(ap50)
-                assert curve.scores.tolist() == sorted(curve.scores.tolist(), reverse=True)
-
-    def test_a_curve_that_is_known(self, rule):
-        # Right, wrong, ignored, right of two objects that count; and a class of a difficult object alone.
-        detection = found([A, A, C, B, A], [0.9, 0.8, 0.7, 0.6, 0.5], [0, 0, 0, 0, 1])
-        objects = target([A, B, C, A], [0, 0, 0, 1], [False, False, True, True])
-        curve, *others = precision_recall([detection], [objects], num_classes=3, rule=rule)
-        assert curve.recall.tolist() == [0.5, 0.5, 1]
-        assert curve.precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
-        assert curve.scores.tolist() == [0.9, 0.8, 0.6]
-        assert [len(values) for other in others for values in other] == [0] * 6
-
-    def test_outcomes_stand_in_the_order_of_the_detections(self, rule):
-        detections = [
-            found([B, A, A], [0.2, 0.3, 0.9], [1, 0, 0]),
-            found([], []),
-            found([C, B, A], [0.5, 0.6, 0.7], [0, 0, 1]),
-        ]
-        targets = [target([A, B], [0, 1]), target([A]), target([C, B], [0, 0], [True, False])]
-        outcomes = outcomes_by_image(detections, targets, num_classes=2, rule=rule)
-        assert [each.tolist() for each in outcomes] == [
-            [RIGHT, WRONG, RIGHT],
-            [],
-            [IGNORED, RIGHT, WRONG],
-        ]
-
-    @settings(max_examples=50)
-    @given(images=TIED)
-    def test_outcomes_are_those_of_the_curves(self, rule, images):
-        detections, targets = tensors(images)
-        curves = precision_recall(detections, targets, num_classes=NUM_CLASSES, rule=rule)
-        outcomes = torch.cat(
-            outcomes_by_image(detections, targets, num_classes=NUM_CLASSES, rule=rule)
-        )
-        labels = torch.cat([each["labels"] for each in detections])
-        for label, curve in enumerate(curves):
-            own = outcomes[labels == label]
-            counts = torch.cat([each["labels"][~each["difficult"]] for each in targets]) == label
-            if counts.any():
-                assert int((own != IGNORED).sum()) == len(curve.recall)
-                assert int((own == RIGHT).sum()) == round(
-                    float(curve.recall[-1:].sum() * counts.sum())
-                )
-
-
-def test_detections_that_coco_does_not_look_at_are_not_judged():
-    detection = found([B] * 100 + [A], [0.9] * 100 + [0.1])
-    (outcomes,) = outcomes_by_image([detection], [target([A])], num_classes=1, rule="coco")
-    assert outcomes.tolist() == [WRONG] * 100 + [IGNORED]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -31,33 +31,33 @@ EVEN = (
 # Keeps what every rank has: its detector after PreciseBN, and the detections of all images.
 KEPT = """
 import os, sys, torch
-import detection.evaluate, detection.train
+import detection.evaluate, detection.state
 from peerlearn.cli import main
 place = os.path.join(os.environ["KEPT"], "rank-" + os.environ.get("RANK", "0"))
-measure, detect = detection.train.Detection.measure_norms, detection.evaluate.detect
-def measure_and_keep(training):
-    measure(training)
+measure_norms, measure = detection.state.Detection.measure_norms, detection.evaluate.measure
+def measure_norms_and_keep(training):
+    measure_norms(training)
     torch.save(training.detector.state_dict(), place + "-detector.pt")
-def detect_and_keep(*arguments, **named):
-    found = detect(*arguments, **named)
-    torch.save(found, place + "-found.pt")
-    return found
-detection.train.Detection.measure_norms = measure_and_keep
-detection.evaluate.detect = detect_and_keep
+def measure_and_keep(*arguments, **named):
+    measured = measure(*arguments, **named)
+    torch.save(measured.detections, place + "-found.pt")
+    return measured
+detection.state.Detection.measure_norms = measure_norms_and_keep
+detection.evaluate.measure = measure_and_keep
 sys.exit(main(sys.argv[1:]))
 """
 
 NAN_ON_RANK_1 = """
 import os, sys
-import detection.train
+import detection.state
 from peerlearn.cli import main
-plain = detection.train.Detection.losses
+plain = detection.state.Detection.losses
 def losses(training, part, step, number):
     found = plain(training, part, step, number)
     if step == 5 and os.environ["RANK"] == "1":
         found["loss_box_reg"] = found["loss_box_reg"] * float("nan")
     return found
-detection.train.Detection.losses = losses
+detection.state.Detection.losses = losses
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -11,7 +11,7 @@ from subprocess import PIPE, STDOUT
 import pytest
 import torch
 
-from detection.train import Detection
+from detection.state import Detection
 from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
 from tests.e2e.detectors import STEPS, scores, training_of, words
@@ -40,17 +40,17 @@ KINDS = {
 # Gets a signal in the middle of the last test, or of the last PreciseBN.
 DRIVER = """
 import os, signal, sys
-import detection.evaluate, detection.train
+import detection.evaluate, detection.state, detection.train
 from peerlearn.cli import main
 def die(*arguments, **named):
     os.kill(os.getpid(), getattr(signal, os.environ.get("BY", "SIGKILL")))
 if os.environ["DIES_IN"] == "test":
-    detection.evaluate.detect = die
+    detection.evaluate.measure = die
 elif os.environ["DIES_IN"] == "validation":
-    detection.train.detect = die
+    detection.train.measure = die
 else:
-    measure = detection.train.measure_batch_norm
-    detection.train.measure_batch_norm = lambda module, passes, ranks: measure(module, (*passes, die), ranks)
+    measure = detection.state.measure_batch_norm
+    detection.state.measure_batch_norm = lambda module, passes, ranks: measure(module, (*passes, die), ranks)
 sys.exit(main(sys.argv[1:]))
 """
 

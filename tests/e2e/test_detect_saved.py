@@ -13,9 +13,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from detection.inference import detect
+from detection.measure import measure
 from detection.saved import load_detector
-from detection.voc import evaluate
 from peerlearn.cli import main
 from tests.e2e.detectors import CLASSES, scores, training_of, words
 from tests.e2e.runs import rows
@@ -42,12 +41,12 @@ def kept_detections(file: Path):
     """Within the block, what a detector finds in the test images is kept in a file."""
     with pytest.MonkeyPatch.context() as patch:
 
-        def detect_and_keep(*arguments, **named):
-            found = detect(*arguments, **named)
-            torch.save(found, file)
-            return found
+        def measure_and_keep(*arguments, **named):
+            measured = measure(*arguments, **named)
+            torch.save(measured.detections, file)
+            return measured
 
-        patch.setattr("detection.evaluate.detect", detect_and_keep)
+        patch.setattr("detection.evaluate.measure", measure_and_keep)
         yield
 
 
@@ -139,16 +138,13 @@ def test_the_best_of_the_validation_split_is_kept(place, tmp_path, monkeypatch):
     """Which one is best is dealt, whatever these few steps learn: the second of three."""
     dealt, detections, scored_as = iter([1.0, 3.0, 2.0]), [], []
 
-    def detect_and_keep(*arguments, **named):
-        detections.append(detect(*arguments, **named))
-        return detections[-1]
+    def measure_as_dealt(*arguments, **named):
+        measured = measure(*arguments, **named)
+        detections.append(measured.detections)
+        scored_as.append(measured.result.ap)
+        return measured._replace(result=measured.result._replace(ap=next(dealt)))
 
-    def evaluate_as_dealt(*arguments, **named):
-        scored_as.append(evaluate(*arguments, **named).ap)
-        return evaluate(*arguments, **named)._replace(ap=next(dealt))
-
-    monkeypatch.setattr("detection.train.detect", detect_and_keep)
-    monkeypatch.setattr("detection.train.evaluate", evaluate_as_dealt)
+    monkeypatch.setattr("detection.train.measure", measure_as_dealt)
     results = tmp_path / "results"
     validated = ("--data.validation", "val2007", "--validate_every", "2")
     assert main(words(place, results, *SLOWLY, *validated)) == 0

@@ -13,7 +13,8 @@ from PIL import Image
 
 from detection.backbone import new_body
 from detection.config import ModelConfig
-from detection.model import build_detector, prepare_norms
+from detection.model import build_detector
+from detection.norms import prepare_norms
 from detection.saved import describe, save_detector
 from peerlearn.cli import main
 from tests.detection_trees import write_jpeg
