@@ -14,6 +14,7 @@ from peerlearn.data.leakage import leaks
 from peerlearn.data.mini_voc import mini_voc
 from peerlearn.data.voc import VOC_CLASSES, voc
 from peerlearn.errors import UserError
+from peerlearn.evaluation.training_run import whole_path
 
 logger = logging.getLogger(__name__)
 
@@ -106,19 +107,15 @@ def _read(
 
 
 def from_anywhere(config: DetectDataConfig) -> DetectDataConfig:
-    """The config with whole paths, so that `peerlearn resume` finds the data from any folder."""
-
-    def whole(path: str | None) -> str | None:
-        return None if path is None else str(Path(path).resolve())
-
-    data = dataclasses.replace(config, root=whole(config.root))
+    """The config with whole paths."""
+    data = dataclasses.replace(config, root=whole_path(config.root))
     if config.name != "coco":
         return data
     return dataclasses.replace(
         data,
-        train=whole(config.train),
-        test=whole(config.test),
-        validation=whole(config.validation),
+        train=whole_path(config.train),
+        test=whole_path(config.test),
+        validation=whole_path(config.validation),
     )
 
 

@@ -1,7 +1,7 @@
 """One checkpoint's networks, scored by a linear protocol."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from peerlearn.evaluation.networks import frozen, load_backbones
 from peerlearn.evaluation.plots import plot_confusion
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.selection import ENSEMBLE, Selection
-from peerlearn.evaluation.training_run import own_config, training_run
+from peerlearn.evaluation.training_run import own_config, training_run, whole_path
 
 # The mean of the networks' logits, beside ENSEMBLE, one classifier on the features of all.
 ENSEMBLE_LOGITS = "ensemble-logits"
@@ -94,7 +94,9 @@ def _classify(
     if config.method == "finetune":
         prefix = f"finetune-{selection.step:08d}"
         place = training_run("linear", config, selection, protocol, ranks, prefix=prefix)
-        return finetune(own_config(config, selection), place, load(), train, test, ranks)
+        data = replace(config.data, root=whole_path(config.data.root))
+        own = replace(own_config(config, selection), data=data)
+        return finetune(own, place, load(), train, test, ranks)
     how = Extraction(
         ranks=ranks,
         batch_size=config.encoding_batch_size,

@@ -139,6 +139,11 @@ def own_config(config: Config, selection: Selection) -> Config:
     return dataclasses.replace(config, checkpoint=str(selection.exports), results=results)
 
 
+def whole_path(path: str | None) -> str | None:
+    """The path from the root of the file system, so that `peerlearn resume` finds from any folder what lies there."""
+    return None if path is None else str(Path(path).resolve())
+
+
 @contextmanager
 def trained(
     place: TrainingRun,

@@ -122,6 +122,14 @@ def test_told_to_stop_it_saves_and_resume_goes_on(stopped, undisturbed, tmp_path
     assert "is done already" in capsys.readouterr().out
 
 
+def test_its_data_is_found_from_any_folder(trained, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(trained, tmp_path / "r"))
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    assert main(words(run, "--epochs", "1", "--data.root", "here")) == 0
+    assert f"root: {tmp_path / 'here'}" in RunDirectory(finetuning(run)).config.read_text()
+
+
 def test_one_that_is_done_is_begun_anew_by_the_same_command(undisturbed, tmp_path):
     run = Path(shutil.copytree(undisturbed, tmp_path / "r"))
     (finetuning(run) / "mark").touch()
