@@ -125,7 +125,8 @@ class StudyConfig:
             _check_words("evaluate", f"evaluate: {line}", line)
             require(bool(line.split()), "evaluate holds an empty line")
         require(
-            len(set(self.evaluate)) == len(self.evaluate), f"evaluate holds one twice: {self.evaluate}"
+            len(set(self.evaluate)) == len(self.evaluate),
+            f"evaluate holds one twice: {self.evaluate}",
         )
         number = isinstance(self.exports, int) and self.exports >= 1
         require(
@@ -224,7 +225,9 @@ def build_study(content: Mapping[str, Any], **instead: Any) -> StudyConfig:
     _check_keys("", content, StudyConfig)
     written = dict(content) | {key: value for key, value in instead.items() if value is not None}
     for key in ("folder", "pretrain", "cluster", "keep", "watch"):
-        require(isinstance(written.get(key, ""), str), f"{key}: expected text, got {written.get(key)!r}")
+        require(
+            isinstance(written.get(key, ""), str), f"{key}: expected text, got {written.get(key)!r}"
+        )
     require("seeds" in written, "seeds is missing: seeds: [0, 1, 2]")
     for key, kind, name in (("seeds", int, "whole numbers"), ("evaluate", str, "command lines")):
         values = written.get(key, [])
@@ -240,7 +243,9 @@ def build_study(content: Mapping[str, Any], **instead: Any) -> StudyConfig:
     _check_keys("compare: ", compare, Compare)
     score = compare.get("score", [])
     axis = compare.get("axis")
-    require(axis is None or isinstance(axis, str), f"compare: axis: expected one axis, got {axis!r}")
+    require(
+        axis is None or isinstance(axis, str), f"compare: axis: expected one axis, got {axis!r}"
+    )
     written["compare"] = Compare(
         score=[score] if isinstance(score, str) else list(map(str, score)),
         axis=axis,
@@ -323,7 +328,9 @@ def _baselines(content: Any, grids: Mapping[str, Axes], axis: str | None) -> dic
     baselines = {grid: next(iter(labels), "") for grid, labels in compared.items()}
     if isinstance(content, Mapping):
         for grid, label in content.items():
-            require(grid in grids, f"compare: baseline: unknown grid {grid!r}{nearest(grid, grids)}")
+            require(
+                grid in grids, f"compare: baseline: unknown grid {grid!r}{nearest(grid, grids)}"
+            )
             require(
                 label is not None and not isinstance(label, list | Mapping),
                 f"compare: baseline: {grid}: name one label",

@@ -27,6 +27,8 @@ from peerlearn.runs.training_facts import TrainingFacts, write_env
 
 # The folder of a run's submissions. Submissions of several runs lie in a folder of that name above the runs.
 JOBS_FOLDER = "slurm"
+# A folder of runs that holds this file is a study.
+STUDY_FILE = "study.yaml"
 # A folder of runs that holds this file is a pipeline.
 PIPELINE_FILE = "pipeline.yaml"
 _ATTEMPT = "attempt-"
@@ -136,6 +138,11 @@ class RunDirectory:
     @property
     def results(self) -> Path:
         return self.root / "results"
+
+    @property
+    def evaluations(self) -> Path:
+        """The evaluations that a study has ordered, each in a folder of its own."""
+        return self.root / "evaluations"
 
     @property
     def tensorboard(self) -> Path:
