@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn import HOME
-from peerlearn.commands.verbs import VERBS
+from peerlearn.commands.verbs import FORMER_VERBS, VERBS
 from peerlearn.config import nearest
 from peerlearn.errors import (
     DONE,
@@ -83,9 +83,9 @@ def dispatch(words: list[str]) -> int:
         return DONE
     name = words[0]
     if name not in VERBS:
-        raise UsageError(
-            f"unknown verb {name!r}{nearest(name, VERBS)}; `peerlearn --help` lists them"
-        )
+        instead = FORMER_VERBS.get(name)
+        hint = f"; write {instead}" if instead else nearest(name, VERBS)
+        raise UsageError(f"unknown verb {name!r}{hint}; `peerlearn --help` lists them")
     check_siblings()
     verb = VERBS[name]
     function = getattr(importlib.import_module(verb.module), verb.function)

@@ -62,7 +62,7 @@ def _preview(config: PretrainConfig) -> list[str]:
     # Imported here: reading a config does not wait for torch.
     from pretrain.preview import preview
 
-    return preview(config)
+    return preview(config).lines
 
 
 def _facts(training: "Training") -> TrainingFacts:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peerlearn.data.augment import EVALUATION_VIEW
 from peerlearn.evaluation.classification import ClassificationScores
-from peerlearn.evaluation.results import Score, write_score
+from peerlearn.evaluation.results import CLASSIFICATION, Score, write_score
 from peerlearn.export import export_hash
 from peerlearn.runs.export_folders import network_folder
 from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
@@ -16,8 +16,6 @@ from peerlearn.runs.step_folders import step_folder
 from pretrain.accuracy import cohort_logits, score_cohort
 from pretrain.distill import ensemble_weights
 from pretrain.state import Training
-
-TASK = "classification"
 
 
 def write_final_accuracy(training: Training, weights: Tensor) -> dict[str, ClassificationScores]:
@@ -62,7 +60,7 @@ def write_final_accuracy(training: Training, weights: Tensor) -> dict[str, Class
         write_score(
             score,
             training.run.results,
-            task=TASK,
+            task=CLASSIFICATION,
             step=training.step,
             hashes=hashes,
             seed=config.seed,

@@ -45,8 +45,20 @@ class _Images(NamedTuple):
     said: str
 
 
-def preview(config: PretrainConfig) -> list[str]:
-    """The lines that `--dry_run` ends with.
+class Preview(NamedTuple):
+    """What a run would do.
+
+    Attributes:
+        lines: lines that `--dry_run` ends with.
+        images: number of images that all steps take together.
+    """
+
+    lines: list[str]
+    images: int
+
+
+def preview(config: PretrainConfig) -> Preview:
+    """What a run would do, after a look at its images and networks.
 
     Raises:
         UserError: data, networks or sizes that the start of the run would refuse.
@@ -72,7 +84,7 @@ def preview(config: PretrainConfig) -> list[str]:
     own = [sum(p.numel() for p in backbone.parameters()) for backbone in cohort.backbones]
     trained = sum(p.numel() for p in cohort.parameters())
     each = Counter(zip(config.cohort.architectures(), own, strict=True))
-    return [
+    lines = [
         f"images: {images.number:,} of {images.said}, views of {size} pixels",
         f"steps: {steps:,} in each of {config.epochs:,} epochs, {steps * config.epochs:,} in all, of "
         f"{config.images_per_step:,} images",
@@ -80,6 +92,7 @@ def preview(config: PretrainConfig) -> list[str]:
         + ", ".join(f"{times} x {name} of {count:,}" for (name, count), times in each.items()),
         _memory(config, method, activations, images),
     ]
+    return Preview(lines, steps * config.epochs * config.images_per_step)
 
 
 def _processes() -> int:

@@ -17,6 +17,7 @@ from peerlearn.data.loader import sampler_of
 from peerlearn.data.sampler import Sampler
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import ClassificationScores
+from peerlearn.evaluation.results import CLASSIFICATION
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.score_names import score_name
 from pretrain.accuracy import AccuracyMonitor
@@ -32,7 +33,7 @@ from pretrain.distill import (
     ramp,
     vanilla_by_network,
 )
-from pretrain.final_accuracy import TASK, write_final_accuracy
+from pretrain.final_accuracy import write_final_accuracy
 from pretrain.finite import require_finite
 from pretrain.gates import scale_gradient
 from pretrain.losses import MCLTerms, batch_terms_by_network
@@ -230,7 +231,7 @@ class Supervised(Method):
     @classmethod
     def lacks_results(cls, run: RunDirectory) -> bool:
         """Whether there is no result file (any more)."""
-        return not any(run.results.glob(f"{TASK}-*.json"))
+        return not any(run.results.glob(f"{CLASSIFICATION}-*.json"))
 
     def metrics(self) -> dict[str, float]:
         """How the reported ensemble weighs its networks (the mean over classes), and how much teaching counts."""

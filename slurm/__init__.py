@@ -1,1 +1,1 @@
-"""Any verb as a job of a SLURM cluster: submit, requeue, pipeline, watch, status."""
+"""Any verb as a job of a SLURM cluster: submit, requeue, status, logs, cancel."""

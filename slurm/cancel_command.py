@@ -1,19 +1,19 @@
 """`peerlearn cancel`: end the jobs of runs."""
 
 import contextlib
-import importlib
 import os
 import signal
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
+from peerlearn.runs.directory import STUDY_FILE, check_owner
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, call
-from slurm.jobs import JobKey, Record, job_key, records_of, states_of
+from slurm.jobs import Record, job_key, records_of, states_of
 from slurm.status import CANCELLED_FILE, find_runs
 
 
@@ -33,13 +33,20 @@ def main(argv: Sequence[str]) -> int:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a run, or a folder that holds runs: a sweep, a pipeline",
+        help="a run, or a folder that holds runs: a study",
     )
     words: list[Path] = parser.parse_args(argv).runs
-    runs = find_runs(words)
+    studies = [word for word in words if (word / STUDY_FILE).is_file()]
+    for study in studies:
+        check_owner(study)
+    try:
+        runs = [*studies, *find_runs(words)]
+    except UserError:
+        if not studies:
+            raise
+        runs = studies
+    # A study's own jobs end first: a living watch would submit further ones.
     jobs = [(run, record) for run in runs for record in records_of(run)]
-    # The pipeline's own jobs end first: a living watch would replace the jobs that are cancelled.
-    jobs = [*_pipeline_jobs(words, {job_key(record) for _, record in jobs}), *jobs]
     # Jobs of this machine first: they need no Slurm.
     ended = {place for place, record in jobs if _cancel_local(place, record)}
     slurm = [(place, record) for place, record in jobs if record["executor"] == "slurm"]
@@ -53,17 +60,9 @@ def main(argv: Sequence[str]) -> int:
         _note(place, record, state)
         ended.add(place)
     for run in runs:
-        if run not in ended:
+        if run not in ended and run not in studies:
             print(f"{run}: nothing to cancel: {_why_nothing(run)}")
     return DONE
-
-
-def _pipeline_jobs(words: Sequence[Path], known: Container[JobKey]) -> list[tuple[Path, Record]]:
-    """The jobs of pipelines that belong to no run: those that watch and sum up."""
-    folders = [folder for word in words for folder in (word, *word.glob("*"), *word.glob("*/*"))]
-    # Imported by name, as the CLI imports verbs: no module of `slurm` depends on `studies`.
-    jobs = importlib.import_module("studies.ledger").jobs_without_a_run(folders)
-    return [(folder, record) for folder, record in jobs if job_key(record) not in known]
 
 
 def _cancel_local(place: Path, record: Record) -> bool:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from peerlearn.errors import UserError
 
@@ -36,6 +37,22 @@ class JobState:
     def text(self) -> str:
         """The state for people: ``pending (Priority)``."""
         return f"{self.state.lower()} ({self.reason})" if self.reason else self.state.lower()
+
+
+class OwnJob(NamedTuple):
+    """A job that waits or runs.
+
+    Attributes:
+        number: number of the job, 12 or 12_3.
+        own_number: number by which its processes know it; another one for the tasks of an array.
+        state: state in Slurm's word.
+        name: name of the job.
+    """
+
+    number: str
+    own_number: str
+    state: str
+    name: str
 
 
 def call(*words: str) -> str:
@@ -82,17 +99,14 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
     return found
 
 
-def jobs_named(name: str) -> list[str]:
-    """The jobs of that name that Slurm remembers, newest last."""
-    user = os.environ.get("USER") or str(os.getuid())
-    listed = call("squeue", "--noheader", "--states=all", f"--name={name}", "--format=%i")
-    jobs = set(listed.split())
-    try:
-        words = ("--noheader", "--parsable2", "--allocations", "--format=JobID", f"--name={name}")
-        jobs |= set(call("sacct", f"--user={user}", "--starttime=now-30days", *words).split())
-    except UserError:
-        pass  # No accounting.
-    return sorted(jobs, key=lambda job: int(job.split("_")[0]))
+def own_jobs() -> list[OwnJob]:
+    """The jobs of this account that wait or run, each task of an array by itself.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    words = ("--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%A|%T|%j")
+    return [OwnJob(*line.split("|", 3)) for line in call("squeue", *words).splitlines()]
 
 
 def _without_tasks(jobs: Sequence[str]) -> list[str]:
@@ -110,7 +124,7 @@ def _queued(jobs: Sequence[str]) -> dict[str, JobState]:
         raise
     states = {}
     for line in listed.splitlines():
-        job, state, reason = line.split("|", 2)
+        job, state, reason = line.split("|", 3)
         states[job] = JobState(state=state, reason="" if reason == "None" else reason)
     return states
 
@@ -123,7 +137,7 @@ def _accounted(jobs: set[str]) -> dict[str, JobState]:
         return {}  # No accounting here.
     states = {}
     for line in listed.splitlines():
-        job, state, reason = line.split("|", 2)
+        job, state, reason = line.split("|", 3)
         # The state may be "CANCELLED by 1000".
         states[job] = JobState(state=state.split()[0], reason="" if reason == "None" else reason)
     return states

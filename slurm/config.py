@@ -43,9 +43,6 @@ class SubmitConfig:
         srun: further options for srun, as name=value without dashes.
         name: name of the job; null = made from the verb and the run.
         dependency: condition for the start of the job, in sbatch's form: afterok:123, ...
-        sweep: values to combine, as KEY=V1,V2,... for each key; every combination becomes a run in a folder of its
-            own, and all runs together are one job array. `config=a,b` varies the config.
-        throttle: largest number of a sweep's jobs at once; null = as many as the cluster gives.
         wait: whether to stay until the job has ended, and exit with its exit code.
     """
 
@@ -68,8 +65,6 @@ class SubmitConfig:
     srun: list[str] = field(default_factory=list)
     name: str | None = None
     dependency: str | None = None
-    sweep: list[str] = field(default_factory=list)
-    throttle: int | None = None
     wait: bool = False
 
     def __post_init__(self) -> None:
@@ -77,10 +72,6 @@ class SubmitConfig:
             require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("gpus_per_node", "signal_seconds", "max_crashes"):
             require(getattr(self, key) >= 0, f"{key} must be at least 0, got {getattr(self, key)}")
-        require(
-            self.throttle is None or self.throttle >= 1,
-            f"throttle must be at least 1, got {self.throttle}",
-        )
         require(
             self.memory_gb is None or self.memory_gb > 0,
             f"memory_gb must be positive, got {self.memory_gb}",
@@ -97,7 +88,6 @@ class SubmitConfig:
             ("environment", _VARIABLE, "NAME=value"),
             ("sbatch", _OPTION, "name=value, without dashes before it"),
             ("srun", _OPTION, "name=value, without dashes before it"),
-            ("sweep", re.compile(r"[A-Za-z_.]+=.+"), "KEY=VALUE,VALUE,..."),
         ):
             for word in getattr(self, key):
                 require(
@@ -125,9 +115,6 @@ class SubmitConfig:
                 option not in _OWN_OPTIONS,
                 f"sbatch: {option} is set by the submission itself: leave it out",
             )
-        swept = [word.partition("=")[0] for word in self.sweep]
-        require(len(set(swept)) == len(swept), f"sweep: a key stands twice: {', '.join(swept)}")
-        require("run" not in swept, "sweep: run cannot vary: each combination gets its own folder")
 
     def variables(self) -> dict[str, str]:
         """`environment` as a mapping."""

@@ -28,12 +28,13 @@ _RANK_VARIABLES = (
 )
 
 
-def submit(submission: Submission, name: str) -> list[str]:
+def submit(submission: Submission, name: str, *, at_once: int | None = None) -> list[str]:
     """Submit, and record the jobs. If the submission is refused, its folder is removed.
 
     Args:
         submission: the submission, whose folder is complete.
         name: name of the job.
+        at_once: largest number of the tasks that run at once; None = as many as the cluster gives.
 
     Returns:
         The job of each task: Slurm's 123 or 123_4, or the process number of a local job.
@@ -47,7 +48,7 @@ def submit(submission: Submission, name: str) -> list[str]:
             f"{submission.folder}: to Slurm % in a path has a meaning: choose another folder for the run by --run"
         )
     with undisturbed(submission.config.executor):
-        handed_over = _hand_over(submission, name)
+        handed_over = _hand_over(submission, name, at_once)
         jobs = [job.job_id for job in handed_over]
         record_jobs(submission, jobs)
     if submission.config.executor == "debug":
@@ -56,7 +57,7 @@ def submit(submission: Submission, name: str) -> list[str]:
     return jobs
 
 
-def _hand_over(submission: Submission, name: str) -> list[Any]:
+def _hand_over(submission: Submission, name: str, at_once: int | None) -> list[Any]:
     import submitit
 
     functions: list[Any] = [
@@ -64,7 +65,7 @@ def _hand_over(submission: Submission, name: str) -> list[Any]:
     ]
     try:
         with _outside_any_job():
-            executor = _executor(submission, name)
+            executor = _executor(submission, name, at_once)
             if len(functions) > 1 and submission.config.executor == "slurm":
                 return list(executor.submit_array(functions))
             return [executor.submit(function) for function in functions]
@@ -103,17 +104,13 @@ def batch_script(submission: Submission, name: str) -> str:
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
     arguments = _sbatch_parameters(submission, name)
-    if len(submission.tasks) > 1:
-        arguments["map_count"] = len(submission.tasks)
     folder = submission.folder.resolve()
-    command = (
-        f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    )
+    command = _process_command(folder)
     arguments = SlurmExecutor._convert_parameters(SlurmExecutor.__new__(SlurmExecutor), arguments)
     return str(_make_sbatch_string(command, folder, **arguments))
 
 
-def _executor(submission: Submission, name: str) -> Any:
+def _executor(submission: Submission, name: str, at_once: int | None) -> Any:
     import submitit
 
     config, folder = submission.config, submission.folder.resolve()
@@ -122,8 +119,9 @@ def _executor(submission: Submission, name: str) -> Any:
             raise UserError(
                 "`sbatch` is not on this machine: submit from a login node of the cluster, or use --cluster local"
             )
-        executor: Any = submitit.SlurmExecutor(folder)
-        executor.update_parameters(**_sbatch_parameters(submission, name))
+        executor: Any = _slurm_executor(folder)
+        parameters = _sbatch_parameters(submission, name)
+        executor.update_parameters(**parameters, array_parallelism=at_once or len(submission.tasks))
         return executor
     os.environ.update(_variables(submission))
     if config.executor == "debug":
@@ -137,6 +135,26 @@ def _executor(submission: Submission, name: str) -> Any:
         stderr_to_stdout=True,
     )
     return executor
+
+
+def _slurm_executor(folder: Path) -> Any:
+    """submitit's executor, whose jobs read the submission's own files and no pickle.
+
+    submitit renames its pickle after sbatch. A submitter that is killed before that would leave a job without one.
+    """
+    from submitit import SlurmExecutor
+
+    class Executor(SlurmExecutor):  # type: ignore[misc]
+        @property
+        def _submitit_command_str(self) -> str:
+            return _process_command(folder)
+
+    return Executor(folder)
+
+
+def _process_command(folder: Path) -> str:
+    """The command of each process of a job."""
+    return f"{shlex.quote(sys.executable)} -u -P -m slurm.job {shlex.quote(str(folder))}"
 
 
 def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
@@ -159,7 +177,6 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
         "time": config.time_minutes,
         "signal_delay_s": config.signal_seconds,
         "dependency": config.dependency,
-        "array_parallelism": config.throttle or len(submission.tasks),
         "wckey": None,
         "stderr_to_stdout": True,
         "additional_parameters": {

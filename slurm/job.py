@@ -40,7 +40,7 @@ class CommandFailedError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """The object that submitit pickles. It holds only where to look.
+    """One command of a submission, and what submitit pickles for jobs of this machine. It holds only where to look.
 
     Attributes:
         folder: folder of the submission.
@@ -271,3 +271,21 @@ def free_port(job: str, restart: int) -> int:
 def _die_with_parent() -> None:
     """Have the kernel kill the command if this process is killed. Runs between fork and exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(folder: str) -> int:
+    """Run this process's part of a job of Slurm.
+
+    Returns:
+        The exit code.
+    """
+    os.environ["SUBMITIT_FOLDER"] = folder
+    try:
+        return Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
+    except CommandFailedError as error:
+        print(f"peerlearn: {error}", file=sys.stderr)
+        return FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
-from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.directory import STUDY_FILE, RunDirectory
 from peerlearn.runs.files import numbered_files
-from slurm.jobs import JobWatch, Record, records_of, submission_of
+from slurm.jobs import NOT_ASKED, JobWatch, Record, records_of, submission_of
 from slurm.status import RunStatus, find_runs, is_run, read_statuses
 from slurm.submission import TRAINING_VERBS
 
@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parse(argv)
     run: Path = arguments.run
+    if (run / STUDY_FILE).is_file() and records_of(run):
+        _print_study(run, follow=arguments.follow)
+        return DONE
     if not is_run(run):
         inside = find_runs([run])
         raise UserError(f"{run} holds {len(inside)} runs: name one of them, as {inside[0]}")
@@ -51,7 +54,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Print the log of a run's newest start. Before that start begins, print the output of its job. "
         "Example: peerlearn logs runs/a -f",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or a study")
     parser.add_argument(
         "-f",
         "--follow",
@@ -63,6 +66,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--attempt", type=int, help="number of the start, from 1 (default: the newest)"
     )
     return parser.parse_args(argv)
+
+
+def _print_study(study: Path, *, follow: bool) -> None:
+    """Print the output of the job that runs or watches a study, and new lines until it has ended."""
+    record, printer, watch = records_of(study)[-1], _Printer(), JobWatch()
+    while True:
+        states = watch.states([record]) if follow else {}
+        goes_on = any(state.live or state == NOT_ASKED for state in states.values())
+        for file in numbered_files(
+            submission_of(study, record), f"{record['job']}_", "_log.out"
+        ).values():
+            printer.print_new(file)
+        if not goes_on:
+            return
+        time.sleep(_STATUS_SECONDS)
 
 
 def _follow(run: Path, rank: int, attempt: int | None) -> None:

@@ -4,15 +4,18 @@ This module writes nothing.
 """
 
 import contextlib
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import JOBS_FOLDER, PIPELINE_FILE, RunDirectory
+from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, RunDirectory
 from peerlearn.runs.files import read_json_lines
 from peerlearn.runs.heartbeat import (
     SILENT_SECONDS,
@@ -20,12 +23,12 @@ from peerlearn.runs.heartbeat import (
     Sightings,
     read_beat,
     read_beats,
-    read_step,
+    read_rank_step,
 )
-from peerlearn.runs.lock import living_owner, look_at_owners
+from peerlearn.runs.lock import living_owner, look_at_owner
+from peerlearn.runs.standing import Standing, integer, number, read_standing
 from slurm.client import JobState
 from slurm.jobs import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
-from slurm.metrics_tail import MetricsTail, integer, number, read_tail
 from slurm.outcome import Outcome, outcome_of
 from slurm.submission import (
     JOBS_FILE,
@@ -44,13 +47,15 @@ _LEVELS = 2
 # Of the heartbeats of other machines, by run and rank.
 _sightings = Sightings()
 _POLL_SECONDS = 0.2
+# Number of runs that are read at once: most of the time is waiting for a file server.
+_READERS = 32
 # The events that tell how a start began or ended.
 _EVENTS = ("started", "stopped", "done", "failed", "requeued", "job_failed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStatus:
-    """One run, as `peerlearn status` shows it. None = unknown.
+class RunStatus(Standing):
+    """One run, as `peerlearn status` shows it, with its standing. None = unknown.
 
     Attributes:
         run: folder of the run, as the user named it.
@@ -61,24 +66,6 @@ class RunStatus:
         live: whether the run goes on, or may go on, by itself.
         job: newest job that trains the run.
         restarts: number of starts after the first.
-        step: number of steps done.
-        total_steps: number of steps of the whole run.
-        images_per_second: images per second over all processes, median of the last logged steps.
-        seconds_left: seconds left at the pace of this start, with its evaluations and saves; only while running.
-        knn_top1: newest kNN score of the monitor in percent.
-        knn_network: network of that score: ensemble, or net/0 of a single network.
-        knn_epoch: epoch of that score.
-        knn_k: number of neighbours of that score.
-        knn_temperature: temperature of that score's votes.
-        classifier_top1: newest accuracy of a supervised run in percent.
-        classifier_network: network of that accuracy: ensemble (mean of logits), or net/0 of a single network.
-        classifier_epoch: epoch of that accuracy.
-        classifier_split: images of that accuracy: test, or validation if some were held out.
-        few_shot_top1: newest accuracy over validation episodes in percent.
-        few_shot_network: network of that accuracy: ensemble, or net/0 of a single network.
-        few_shot_epoch: epoch of that accuracy.
-        few_shot_ways: number of classes of its episodes.
-        few_shot_shots: number of support images of each class of its episodes.
         heartbeat_age_seconds: age in seconds of the oldest heartbeat of a rank; only while running.
         evaluations_pending: number of jobs that wait to evaluate the run.
         evaluations_running: number of jobs that evaluate the run now.
@@ -90,24 +77,6 @@ class RunStatus:
     live: bool
     job: str | None
     restarts: int
-    step: int | None
-    total_steps: int | None
-    images_per_second: float | None
-    seconds_left: float | None
-    knn_top1: float | None
-    knn_network: str | None
-    knn_epoch: float | None
-    knn_k: int | None
-    knn_temperature: float | None
-    classifier_top1: float | None
-    classifier_network: str | None
-    classifier_epoch: float | None
-    classifier_split: str | None
-    few_shot_top1: float | None
-    few_shot_network: str | None
-    few_shot_epoch: float | None
-    few_shot_ways: int | None
-    few_shot_shots: int | None
     heartbeat_age_seconds: float | None
     evaluations_pending: int
     evaluations_running: int
@@ -125,63 +94,58 @@ class RunStatus:
 
 def read_statuses(runs: Sequence[Path], watch: JobWatch) -> list[RunStatus]:
     """The status of each run."""
-    records = {run: records_of(run) for run in runs}
-    look_at_owners(runs)
-    for run in runs:
-        for beat in _read_history(run, records[run]).beats:
-            _sightings.look((run, beat.rank), beat)
-    states = watch.states(record for each in records.values() for record in each)
-    return [read_status(run, records[run], states) for run in runs]
+    # Its threads are daemons: Ctrl-C does not wait for them.
+    with ThreadPool(_READERS) as readers:
+        records = readers.map(records_of, runs, chunksize=1)
+        states = watch.states(record for each in records for record in each)
+        # All are looked at before one is waited for.
+        histories = readers.starmap(_read_history, zip(runs, records, strict=True), chunksize=1)
+        return readers.map(partial(_status_now, states), histories, chunksize=1)
 
 
-def read_status(
-    run: Path, records: Sequence[Record], states: Mapping[JobKey, JobState]
-) -> RunStatus:
-    """The status of one run.
+def _status_now(states: Mapping[JobKey, JobState], history: "_History") -> RunStatus:
+    status = _status(history, states)
+    if status.state == "dead":
+        # It may have ended in good order between the readings of two of its files.
+        status = _status(_read_history(history.run, history.records), states)
+    return status
 
-    Args:
-        run: folder of the run; any of its files may be missing or damaged.
-        records: records of its jobs.
-        states: states of those jobs that are still known.
-    """
-    history = _read_history(run, records)
-    metrics = read_tail(RunDirectory(run).metrics)
+
+def _status(history: "_History", states: Mapping[JobKey, JobState]) -> RunStatus:
     job = history.newest_job(states)
     state, reason, live = _state(history, job, states.get(job_key(job)) if job else None)
     if state == "failed" and job is not None and _is_newer(job, history.started):
         # The job failed too early to write a reason into the run.
-        outcome = _outcome(run, job)
+        outcome = _outcome(history.run, job)
         reason = outcome.reason if outcome and outcome.reason else reason
     between = state == "running" and history.attempt_ended
     runs_now = state == "running" and not between
     evaluations = [
         found.state
-        for record in records
+        for record in history.records
         if record["verb"] not in TRAINING_VERBS
         if (found := states.get(job_key(record))) is not None and found.live
     ]
-    step, total = _step(history, metrics), integer(history.started.get("total_steps"))
-    seconds_left = None
-    if runs_now and metrics.steps_per_second and step is not None and total is not None:
-        seconds_left = round(max(0, total - step) / metrics.steps_per_second, 1)
     age = None
     if runs_now:
         age = max((_silent_seconds(history, beat) for beat in history.beats), default=None)
+    standing = replace(
+        history.standing,
+        step=history.step,
+        total_steps=integer(history.started.get("total_steps")) or history.standing.total_steps,
+        seconds_left=history.seconds_left if runs_now else None,
+    )
     return RunStatus(
-        run=str(run),
+        **asdict(standing),
+        run=str(history.run),
         state=state,
         reason=_between_starts(history, job) if between else reason,
         live=live,
         job=job["job"] if job else None,
         restarts=max(history.attempt - 1, history.requeues, 0),
-        step=step,
-        total_steps=total,
-        images_per_second=metrics.images_per_second,
-        seconds_left=seconds_left,
         heartbeat_age_seconds=None if age is None else round(age, 1),
         evaluations_pending=evaluations.count("PENDING"),
         evaluations_running=len(evaluations) - evaluations.count("PENDING"),
-        **metrics.scores,
     )
 
 
@@ -191,59 +155,114 @@ class _History:
 
     Attributes:
         run: folder of the run.
-        training: records of the jobs that train the run.
+        records: records of its jobs.
         attempt: number of the newest start; 0 before the first.
+        standing: newest standing that a start has written.
+        stood: number of that start.
         started: newest event `started`; empty before the first.
         last: name of the newest event that tells how a start began or ended; "" before the first.
-        last_step: step of that event.
         requeues: number of requeues by the jobs that train the run.
-        beats: heartbeats of the newest attempt's ranks that can be read.
+        owned: whether a process has written that it holds the run.
+        mark: content of DONE or FAILED; None without both.
+        beats: heartbeats of the newest attempt's ranks that can be read; empty where a mark or an event tells more.
+        step: number of steps done: by the newest start or, before its first step, by earlier ones.
     """
 
     run: Path
-    training: list[Record]
+    records: Sequence[Record]
     attempt: int
+    standing: Standing
+    stood: int
     started: Record
     last: str
-    last_step: int | None
     requeues: int
+    owned: bool
+    mark: "_Mark | None"
     beats: list[Beat]
+    step: int | None
 
     @property
     def attempt_ended(self) -> bool:
         """Whether the newest start is known to be over, or has not reached its first step yet."""
         return self.last != "started" or self.started.get("attempt") != self.attempt
 
+    @property
+    def seconds_left(self) -> float | None:
+        """The seconds left at the pace of the newest start; None if it has not told its pace."""
+        then = self.standing
+        if self.stood != self.attempt or self.step is None:
+            return None
+        if then.step is None or then.total_steps is None or then.seconds_left is None:
+            return None
+        steps_then, steps = then.total_steps - then.step, max(0, then.total_steps - self.step)
+        return round(then.seconds_left * steps / steps_then, 1) if steps_then > 0 else 0.0
+
     def newest_job(self, states: Mapping[JobKey, JobState]) -> Record | None:
         """The job that works on the run or waits to, else the last job that did."""
+        training = [record for record in self.records if record["verb"] in TRAINING_VERBS]
         alive = [
             record
-            for record in self.training
+            for record in training
             if (state := states.get(job_key(record))) is not None and state.live
         ]
-        known = alive or self.training
+        known = alive or training
         return known[-1] if known else None
 
 
 def _read_history(run: Path, records: Sequence[Record]) -> _History:
+    """Read a run, each file once. Any of them may be missing or damaged."""
     directory = RunDirectory(run)
-    training = [record for record in records if record["verb"] in TRAINING_VERBS]
+    owned = look_at_owner(run)
+    mark = _read_mark(directory)
     try:
-        events = list(directory.events())
+        events = list(directory.events(*_EVENTS))
     except OSError:
         events = []
-    events = [event for event in events if event["event"] in _EVENTS]
-    attempt = directory.newest_attempt()
+    started: Record = next((e for e in reversed(events) if e["event"] == "started"), {})
+    last: Record = events[-1] if events else {"event": ""}
+    attempts = directory.attempt_numbers()
+    attempt = attempts[-1] if attempts else 0
+    stood, standing = _newest_standing(directory, attempts)
+    # Where a mark or an event tells how it ended, no beat tells more.
+    beats = []
+    if mark is None and last["event"] != "stopped":
+        beats = _read_beats(directory.logs(attempt))
+        for beat in beats:
+            if beat.age_seconds is None:
+                _look(directory.logs(attempt), beat)
+    steps = [integer(beat.step) for beat in beats]
+    if stood == attempt:
+        steps.append(standing.step)
+    if started.get("attempt") == attempt:
+        steps.append(integer(started.get("step")))
+    if started.get("attempt") == attempt and last["event"] in ("done", "stopped"):
+        steps.append(integer(last.get("step")))
+    else:
+        # Ranks go in step, and a beat of the furthest may be a little old.
+        steps.append(read_rank_step(directory.logs(attempt), 0))
     return _History(
         run=run,
-        training=training,
+        records=records,
         attempt=attempt,
-        started=next((e for e in reversed(events) if e["event"] == "started"), {}),
-        last=events[-1]["event"] if events else "",
-        last_step=integer(events[-1].get("step")) if events else None,
+        standing=standing,
+        stood=stood,
+        started=started,
+        last=last["event"],
         requeues=sum(event["event"] == "requeued" for event in events),
-        beats=_read_beats(directory.logs(attempt)),
+        owned=owned,
+        mark=mark,
+        beats=beats,
+        step=max((step for step in steps if step is not None), default=standing.step),
     )
+
+
+def _newest_standing(run: RunDirectory, attempts: Sequence[int]) -> tuple[int, Standing]:
+    """The newest start that has written how it stands, and its standing; 0 and an empty one if none has."""
+    for attempt in reversed(attempts):
+        standing = read_standing(run.logs(attempt))
+        if standing is not None:
+            return attempt, standing
+    return 0, Standing()
 
 
 def _read_beats(folder: Path) -> list[Beat]:
@@ -258,12 +277,11 @@ def _state(
     history: _History, job: Record | None, job_state: JobState | None
 ) -> tuple[str, str | None, bool]:
     """The state, its reason, and whether the run goes on by itself."""
-    run = history.run
-    mark = _read_mark(run)
+    mark = history.mark
     over = mark is not None and job_state is not None and job_state.state == "COMPLETING"
     if job_state is not None and job_state.live and not over:
         return job_state.state.lower(), job_state.reason or None, True
-    owner = living_owner(run)
+    owner = living_owner(history.run) if history.owned else None
     if mark is not None and not (owner and mark.time_seconds < _time_of(owner.get("since"))):
         return mark.state, mark.reason, False
     if owner:
@@ -328,14 +346,13 @@ class _Mark(NamedTuple):
     time_seconds: float
 
 
-def _read_mark(run: Path) -> _Mark | None:
-    done, failed = RunDirectory(run).done_mark, RunDirectory(run).failed_mark
+def _read_mark(run: RunDirectory) -> _Mark | None:
     with contextlib.suppress(OSError):
-        return _Mark("done", None, done.stat().st_mtime)
-    with contextlib.suppress(OSError):
-        lines = failed.read_text(errors="replace").split("\n")
+        return _Mark("done", None, run.done_mark.stat().st_mtime)
+    with contextlib.suppress(OSError), run.failed_mark.open(errors="replace") as file:
+        lines = file.read().split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "it does not say why")
-        return _Mark("failed", _printable(last.strip()), failed.stat().st_mtime)
+        return _Mark("failed", _printable(last.strip()), os.fstat(file.fileno()).st_mtime)
     return None
 
 
@@ -349,13 +366,18 @@ def _silent_seconds(history: _History, beat: Beat) -> float:
     """How long a rank has been silent. One of another machine is looked at until it beats, or has missed beats."""
     if beat.age_seconds is not None:
         return beat.age_seconds
+    logs = RunDirectory(history.run).logs(history.attempt)
     while True:
-        seconds, moved = _sightings.look((history.run, beat.rank), beat)
+        beat = read_beat(logs, beat.rank) or beat
+        seconds, moved = _look(logs, beat)
         if moved or seconds >= SILENT_SECONDS:
             return seconds
         time.sleep(_POLL_SECONDS)
-        newest = read_beat(RunDirectory(history.run).logs(history.attempt), beat.rank)
-        beat = newest or beat
+
+
+def _look(logs: Path, beat: Beat) -> tuple[float, bool]:
+    """Note the signs of life of a rank of another machine, as `Sightings.look` does. Its step changes most often."""
+    return _sightings.look((logs, beat.rank), (beat, read_rank_step(logs, beat.rank)))
 
 
 def _is_newer(job: Record, started: Record) -> bool:
@@ -384,19 +406,6 @@ def _local_outcome(job: Record, history: _History) -> Outcome | None:
     return _outcome(history.run, job)
 
 
-def _step(history: _History, metrics: MetricsTail) -> int | None:
-    """The number of steps done: by the newest start or, before its first step, by earlier files."""
-    steps = [read_step(RunDirectory(history.run).logs(history.attempt))]
-    if metrics.attempt == history.attempt:
-        steps.append(metrics.step)
-    if history.started.get("attempt") == history.attempt:
-        steps.append(integer(history.started.get("step")))
-        if history.last in ("done", "stopped"):
-            steps.append(history.last_step)
-    known = [step for step in steps if step is not None]
-    return max(known) if known else metrics.step
-
-
 def _time_of(text: object) -> float:
     """The time in seconds since 1970; 0 if it cannot be read."""
     try:
@@ -411,34 +420,50 @@ def _printable(line: str) -> str:
 
 
 def find_runs(words: Sequence[Path]) -> list[Path]:
-    """The named runs, and the runs in named folders: a sweep, a pipeline, `runs`.
+    """The named runs, and the runs in named folders: a study, `runs`.
 
     Raises:
         UserError: a folder is missing, or no folder holds a run.
     """
-    for word in words:
-        if not word.exists():
-            raise UserError(f"{word} is not there: name run directories, or a folder that has some")
-    found = [run for word in words for run in _runs_below(word, _LEVELS)]
-    if not found:
+    with ThreadPool(_READERS) as readers:
+        for word, there in zip(words, readers.map(Path.exists, words), strict=True):
+            if not there:
+                raise UserError(
+                    f"{word} is not there: name run directories, or a folder that has some"
+                )
+        places = [_Place(word, _LEVELS) for word in words]
+        while any(place.levels is not None for place in places):
+            insides = readers.map(_look_into, places, chunksize=1)
+            places = [found for inside in insides for found in inside]
+    if not places:
         raise UserError(f"no run in {', '.join(map(str, words))}: name run directories")
-    return list({run.absolute(): run for run in found}.values())
+    return list({place.folder.absolute(): place.folder for place in places}.values())
 
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run, or was submitted to become one."""
+    if (folder / STUDY_FILE).is_file():
+        return False
     return RunDirectory(folder).begun or (folder / JOBS_FILE).is_file()
 
 
-def _runs_below(folder: Path, levels: int) -> Iterator[Path]:
-    if is_run(folder):
-        yield folder
-        return
-    if (folder / PIPELINE_FILE).is_file():
-        levels = _LEVELS
-    if levels == 0 or not folder.is_dir():
-        return
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                yield from _runs_below(path, levels - 1)
+class _Place(NamedTuple):
+    """A folder and the number of levels below it in which runs are looked for; None for a run."""
+
+    folder: Path
+    levels: int | None
+
+
+def _look_into(place: _Place) -> list[_Place]:
+    """The place itself if it is a run, else the folders in it."""
+    folder, levels = place
+    if levels is None or is_run(folder):
+        return [_Place(folder, None)]
+    if levels == 0:
+        return []
+    try:
+        with os.scandir(folder) as entries:
+            names = [each.name for each in entries if each.is_dir() and each.name[0] != "."]
+    except OSError:
+        return []
+    return [_Place(folder / name, levels - 1) for name in sorted(names)]

@@ -113,7 +113,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="*",
         type=Path,
         metavar="RUN",
-        help="a run, or a folder that holds runs: a sweep, a pipeline (default: runs)",
+        help="a run, or a folder that holds runs: a study (default: runs)",
     )
     parser.add_argument(
         "--follow",
@@ -163,7 +163,7 @@ def _follow_live(snapshots: Iterator[list[RunStatus]]) -> None:
 
 
 def _show_json(statuses: Sequence[RunStatus]) -> None:
-    print(json.dumps([asdict(status) for status in statuses]), flush=True)
+    print(json.dumps([{"run": each.run, **asdict(each)} for each in statuses]), flush=True)
 
 
 def _show_table(statuses: Sequence[RunStatus]) -> None:

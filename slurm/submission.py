@@ -36,7 +36,7 @@ TRAINING_VERBS = ("pretrain", "resume")
 JOBS_FILE = Path(JOBS_FOLDER) / "jobs.jsonl"
 OUTCOMES_FOLDER = "outcomes"
 _SUBMISSION_FILE = "submission.json"
-_NUMBERS_FILE = "jobs.json"
+NUMBERS_FILE = "jobs.json"
 _LOCK_SECONDS = 120.0
 
 
@@ -193,7 +193,7 @@ def read_submission(folder: Path) -> Submission:
 
 def record_jobs(submission: Submission, jobs: list[str]) -> None:
     """Record the job of each task in the submission, and in the run that it works on."""
-    write_text(submission.folder / _NUMBERS_FILE, json.dumps(jobs) + "\n")
+    write_text(submission.folder / NUMBERS_FILE, json.dumps(jobs) + "\n")
     for task, job in zip(submission.tasks, jobs, strict=True):
         if task.run is None:
             continue
@@ -218,9 +218,9 @@ def job_numbers(folder: Path) -> list[str]:
         OSError: nothing has been noted, or it cannot be read.
         ValueError: it is not what `record_jobs` wrote.
     """
-    numbers = json.loads((folder / _NUMBERS_FILE).read_text())
+    numbers = json.loads((folder / NUMBERS_FILE).read_text())
     if not isinstance(numbers, list):
-        raise ValueError(f"{folder / _NUMBERS_FILE} holds no list")
+        raise ValueError(f"{folder / NUMBERS_FILE} holds no list")
     return list(map(str, numbers))
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from peerlearn.cli import dispatch
 from peerlearn.config import parse_config
 from peerlearn.errors import DONE, UsageError
-from peerlearn.runs.directory import JOBS_FOLDER
 from slurm.config import SubmitConfig
-from slurm.plan import plan_tasks
+from slurm.plan import plan_task
 from slurm.submission import Submission, Task, create_submission, locked_home
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -30,21 +29,22 @@ def main(argv: Sequence[str]) -> int:
     dry_run = dry_run or "--dry_run" in command
     command = [word for word in command if word != "--dry_run"]
     # A job that comes first may make the checkpoints.
-    home, tasks = plan_tasks(
+    home, task = plan_task(
         command,
-        config.sweep,
         to_come=config.dependency is not None,
         processes=config.nodes * config.tasks_per_node,
     )
-    name = config.name or job_name(tasks, home)
+    name = config.name or job_name(task)
     if dry_run:
-        _print_plan(home, tasks, config, name)
+        _print_plan(home, task, config, name)
         return DONE
     from slurm.executors import submit
+    from slurm.jobs import check_free
 
     with locked_home(home):
-        _check_free(tasks)
-        submission = create_submission(home, tasks, config)
+        if task.run is not None and task.trains:
+            check_free(Path(task.run))
+        submission = create_submission(home, [task], config)
         jobs = submit(submission, name)
     _announce(submission, jobs)
     if not config.wait and config.executor != "debug":
@@ -90,10 +90,10 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
     )
 
 
-def job_name(tasks: Sequence[Task], home: Path) -> str:
-    """The name of a job in squeue: the verb, and the run or the sweep."""
-    folder = home.parent.name if home.name == JOBS_FOLDER else home.name
-    return f"{tasks[0].words[0]}-{folder}" if folder else tasks[0].words[0]
+def job_name(task: Task) -> str:
+    """The name of a job in squeue: the verb, and the run."""
+    folder = Path(task.run).name if task.run else ""
+    return f"{task.words[0]}-{folder}" if folder else task.words[0]
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -107,25 +107,16 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     )
 
 
-def _check_free(tasks: Sequence[Task]) -> None:
-    from slurm.jobs import check_free
-
-    for task in tasks:
-        if task.run is not None and task.trains:
-            check_free(Path(task.run))
-
-
-def _print_plan(home: Path, tasks: list[Task], config: SubmitConfig, name: str) -> None:
+def _print_plan(home: Path, task: Task, config: SubmitConfig, name: str) -> None:
     submission = Submission(
-        folder=home / f"{tasks[0].words[0]}-N",
-        tasks=tasks,
+        folder=home / f"{task.words[0]}-N",
+        tasks=[task],
         config=config,
         working_directory=str(Path.cwd()),
     )
-    for number, task in enumerate(tasks):
-        print(f"# task {number}: peerlearn {' '.join(submission.command(number))}")
-        if task.config_yaml is not None:
-            print(f"# {submission.config_file(number)}:\n{task.config_yaml}")
+    print(f"# peerlearn {' '.join(submission.command(0))}")
+    if task.config_yaml is not None:
+        print(f"# {submission.config_file(0)}:\n{task.config_yaml}")
     if config.executor == "slurm":
         from slurm.executors import batch_script
 

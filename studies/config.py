@@ -29,6 +29,14 @@ _OWN_WORDS = {
     "pretrain": ("--seed", "--run", "--config", "--auto_resume", "--dry_run", "--help", "-h"),
     "evaluate": ("--checkpoint", "--dry_run", "--help", "-h"),
 }
+# Keys of the sweeps and pipelines of earlier versions, and what to write instead.
+_FORMER = {
+    "baseline": "write it under compare: compare: {baseline: ...}",
+    "every_epochs": "write exports: N",
+    "watch_cluster": "leave it out: the watch has one process on evaluation_cluster",
+}
+# Keys that may be null.
+_NULL = ("evaluation_cluster", "throttle")
 KEEP = ("all", "last", "results")
 WATCH = ("job", "here")
 
@@ -191,7 +199,7 @@ class StudyConfig:
                 require(row in rows, f"published: {each.grid}: no row {row!r}{nearest(row, rows)}")
                 require(
                     len(figures) == count,
-                    f"published: {each.grid}: {row}: {len(figures)} figures for {count} labels",
+                    f"published: {each.grid}: row {row!r}: {len(figures)} figures for {count} labels",
                 )
 
 
@@ -222,7 +230,15 @@ def build_study(content: Mapping[str, Any], **instead: Any) -> StudyConfig:
     Raises:
         ValueError: a key is unknown, or a value is wrong; the message begins with the key.
     """
+    for key, hint in _FORMER.items():
+        require(key not in content, f"{key}: {hint}")
+    require(
+        not isinstance(content.get("pretrain"), list),
+        "pretrain: a pipeline's variants are labels of a grid: grids: {pretraining: {variant: {NAME: words}}}",
+    )
     _check_keys("", content, StudyConfig)
+    for key in content:
+        require(content[key] is not None or key in _NULL, f"{key}: expected a value, got null")
     written = dict(content) | {key: value for key, value in instead.items() if value is not None}
     for key in ("folder", "pretrain", "cluster", "keep", "watch"):
         require(

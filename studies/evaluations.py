@@ -1,18 +1,75 @@
-"""Evaluations of the exports of runs: what is due, what each is named by, and what is known of its end.
+"""Evaluations of the exports of runs: which are due, what each is named by, and how each ended.
 
 RUN/evaluations/KEY/  order.json (what to measure)   outcome.json (how it ended, its result files)
-                      owner.json (the process that measures now)
+                      log.txt   .lock, owner.json (the process that measures now)   measure-N/ (its jobs)
 """
 
+import hashlib
 import json
+import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from peerlearn.runs.directory import RunDirectory
+import yaml
+
+from peerlearn.commands.verbs import VERBS
+from peerlearn.config import nearest
+from peerlearn.errors import UsageError, UserError
+from peerlearn.runs.directory import STUDY_FILE, RunDirectory
+from peerlearn.runs.export_folders import network_folder, read_seal
 from peerlearn.runs.files import write_text
+from peerlearn.runs.step_folders import best_step, latest_step, step_folders
+from peerlearn.runs.training_facts import TrainingFacts
+from slurm.plan import plan_task
+from slurm.submission import NUMBERS_FILE
 
-_OUTCOME = "outcome.json"
+_ORDER, _OUTCOME = "order.json", "outcome.json"
+_NO_EVALUATION = ("pretrain", "resume", "study")
+_PLACEHOLDER = "RUN/export/step-N"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An evaluation of exports.
+
+    Attributes:
+        line: verb and words, as the user wrote them.
+        config: resolved config, without its checkpoint.
+    """
+
+    line: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One evaluation of one export.
+
+    Attributes:
+        line: command line of the evaluation, without its checkpoint.
+        config: resolved config of the evaluation, without its checkpoint.
+        step: step of the export.
+        export: folder of the export, relative to the run.
+        sha256: hash over the hashes of the export's networks.
+    """
+
+    line: str
+    config: dict[str, Any]
+    step: int
+    export: str
+    sha256: str
+
+    @property
+    def verb(self) -> str:
+        return shlex.split(self.line)[0]
+
+    @property
+    def key(self) -> str:
+        """The name of what is measured: the same weights by the same words have the same."""
+        content = f"{self.step} {self.sha256} {self.line}"
+        return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +110,178 @@ class Problem:
     why: str
 
 
+def resolve_evaluation(line: str) -> Evaluation:
+    """Check a command line and resolve its config.
+
+    Raises:
+        UsageError: the verb or a key is unknown, or the verb evaluates nothing.
+    """
+    words = shlex.split(line)
+    verb = words[0] if words else ""
+    if verb not in VERBS:
+        raise UsageError(f"evaluate: {line!r}: unknown verb {verb!r}{nearest(verb, VERBS)}")
+    no_evaluation = UsageError(f"evaluate: {line!r}: {verb} is no evaluation of a checkpoint")
+    if not VERBS[verb].dry_run or verb in _NO_EVALUATION:
+        raise no_evaluation
+    try:
+        _, task = plan_task([*words, "--checkpoint", _PLACEHOLDER], to_come=True)
+    except UserError as error:
+        raise UsageError(f"evaluate: {line!r}: {error}") from error
+    config = yaml.safe_load(task.config_yaml or "")
+    if not isinstance(config, dict) or config.pop("checkpoint", None) != _PLACEHOLDER:
+        raise no_evaluation
+    return Evaluation(line=line, config=config)
+
+
+def fixed_evaluations(root: Path, lines: list[str]) -> list[Evaluation]:
+    """The evaluations of a study as they were resolved when it was made; new lines are resolved now.
+
+    Raises:
+        UsageError: a new line is wrong.
+        UserError: a file of the study is damaged.
+    """
+    found = []
+    for line in lines:
+        file = _evaluation_file(root, line)
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            found.append(Evaluation(line=line, config=dict(config)))
+        except FileNotFoundError:
+            found.append(resolve_evaluation(line))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"{file} is damaged: remove it ({error})") from error
+    return found
+
+
+def keep_evaluations(root: Path, evaluations: list[Evaluation]) -> None:
+    """Write the resolved evaluations of a study. Later changes of shipped configs do not change the study.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for each in evaluations:
+        text = yaml.safe_dump(each.config, sort_keys=False, allow_unicode=True)
+        write_text(_evaluation_file(root, each.line), f"# {each.line}\n{text}")
+
+
+def _evaluation_file(root: Path, line: str) -> Path:
+    digest = hashlib.sha256(line.encode()).hexdigest()[:8]
+    return root / "configs" / f"{shlex.split(line)[0]}-{digest}.yaml"
+
+
+def orders(
+    run: Path, evaluations: list[Evaluation], exports: str | int, *, live: bool
+) -> list[Order]:
+    """The evaluations of the exports that have landed so far, by step.
+
+    Args:
+        run: folder of the run.
+        evaluations: evaluations of each export.
+        exports: exports to evaluate: last, all, or an interval in epochs.
+        live: whether the run goes on, so that further exports may come.
+
+    Raises:
+        UserError: the files of the run do not tell the steps of an epoch, which an interval needs.
+    """
+    return [
+        Order(
+            line=each.line,
+            config=each.config,
+            step=step,
+            export=os.path.relpath(folder, run),
+            sha256=digest,
+        )
+        for step, folder, digest in _landed(run, exports, live=live)
+        for each in evaluations
+    ]
+
+
+def _landed(run: Path, exports: str | int, *, live: bool) -> list[tuple[int, Path, str]]:
+    """The whole exports to evaluate: step, folder and hash."""
+    root = RunDirectory(run).exports
+    networks = _networks(run)
+    folders = reversed(step_folders(root)) if networks else ()
+    found = [
+        (step, folder, digest)
+        for step, folder in folders
+        if (digest := _digest(folder, networks)) is not None
+    ]
+    if live:
+        # `latest` is written after all networks of an export.
+        latest = latest_step(root)
+        found = [each for each in found if latest is not None and each[0] <= latest]
+    if exports == "all" or not found:
+        return found
+    done = RunDirectory(run).done and not live
+    kept = {found[-1][0], best_step(root)} if done else set()
+    every = exports * _steps_per_epoch(run) if isinstance(exports, int) else None
+    return [each for each in found if each[0] in kept or (every and each[0] % every == 0)]
+
+
+def _networks(run: Path) -> int:
+    """The number of networks that the run trains; 0 while it has not begun."""
+    try:
+        text = RunDirectory(run).config.read_text(encoding="utf-8")
+        return int(yaml.safe_load(text)["cohort"]["networks"])
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return 0
+
+
+def _digest(folder: Path, networks: int) -> str | None:
+    """The hash of an export; None while a network is missing. Its networks appear one after the other."""
+    seals = [read_seal(folder / network_folder(str(network))) for network in range(networks)]
+    if None in seals:
+        return None
+    return hashlib.sha256(json.dumps(seals, sort_keys=True).encode()).hexdigest()
+
+
+def _steps_per_epoch(run: Path) -> int:
+    try:
+        return max(1, int(TrainingFacts.read(RunDirectory(run).env).steps_per_epoch or 0))
+    except (UserError, OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(
+            f"{run}: its env.json does not tell the steps of an epoch, which exports needs"
+        ) from error
+
+
+def order_folder(run: Path, order: Order) -> Path:
+    """The folder of an evaluation."""
+    return RunDirectory(run).evaluations / order.key
+
+
+def job_name(run: Path, order: Order) -> str:
+    """The name of the evaluation's jobs, which no other evaluation's have."""
+    place = hashlib.sha256(str(order_folder(run.resolve(), order)).encode()).hexdigest()
+    return f"{order.verb}-{place[:16]}"
+
+
+def write_order(run: Path, order: Order) -> Path:
+    """Write what to measure. Returns the folder, which `peerlearn measure` takes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = order_folder(run, order)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_text(folder / _ORDER, json.dumps(asdict(order), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    return folder
+
+
+def read_order(folder: Path) -> Order:
+    """What `write_order` wrote.
+
+    Raises:
+        UserError: the folder holds no order, or the file is damaged.
+    """
+    try:
+        return Order(**json.loads((folder / _ORDER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is no evaluation that a study ordered: {error}") from error
+
+
 def read_outcomes(run: Path) -> list[Outcome]:
     """The ends of the evaluations of a run, by step. A damaged file is left out: that evaluation counts as not done."""
     folders = sorted(RunDirectory(run).evaluations.glob("*"))
@@ -69,5 +298,35 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Write how an evaluation ended."""
-    write_text(folder / _OUTCOME, json.dumps(asdict(outcome), indent=2) + "\n")
+    """Write how an evaluation ended.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    try:
+        write_text(folder / _OUTCOME, json.dumps(asdict(outcome), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def write_failure(folder: Path, order: Order, reason: str) -> None:
+    """Write that an evaluation has failed.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    write_outcome(
+        folder, Outcome(line=order.line, step=order.step, kind="failed", reason=reason, results=[])
+    )
+
+
+def forget_outcome(folder: Path) -> None:
+    """Have an evaluation done again: as if it had neither an outcome nor a job."""
+    for file in (*folder.glob(f"measure-*/{NUMBERS_FILE}"), folder / _OUTCOME):
+        file.unlink(missing_ok=True)
+
+
+def study_of(run: Path) -> Path | None:
+    """The folder of the study that a run belongs to; None if it belongs to none."""
+    parent = run.resolve().parent
+    return parent if (parent / STUDY_FILE).is_file() else None

@@ -4,12 +4,9 @@ STUDY/  study.yaml (its config)   configs/ (of its runs and evaluations, resolve
         logs/ (what runs and evaluations printed)   slurm/ (jobs)   table.{csv,json,md,tex,png}
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
-import os
-import pwd
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -27,11 +24,12 @@ from peerlearn.config import (
     without,
 )
 from peerlearn.errors import UsageError, UserError
-from peerlearn.runs.directory import STUDY_FILE, RunDirectory
+from peerlearn.runs.directory import STUDY_FILE, RunDirectory, check_owner
 from peerlearn.runs.files import write_text
 from pretrain.command import SHIPPED
 from pretrain.config import PretrainConfig
 from studies.config import StudyConfig, read_study
+from studies.evaluations import Evaluation, keep_evaluations
 
 _LONGEST_NAME = 80
 
@@ -152,15 +150,22 @@ def is_study(folder: Path) -> bool:
     return (folder / STUDY_FILE).is_file()
 
 
-def load_study(root: Path) -> Study:
+def load_study(
+    root: Path, *, seeds: Sequence[int] | None = None, only: Sequence[str] = ()
+) -> Study:
     """The study in a folder, which may have been moved.
+
+    Args:
+        root: folder of the study.
+        seeds: seeds of its runs; None = all.
+        only: names of the grids; empty = all.
 
     Raises:
         UserError: the folder holds none, or a file is damaged.
     """
     if not is_study(root):
         raise UserError(f"{root} holds no study: it has no {STUDY_FILE}")
-    return plan_study(read_study(root / STUDY_FILE, folder=str(root)))
+    return plan_study(read_study(root / STUDY_FILE, folder=str(root), seeds=seeds), only)
 
 
 def plan_study(config: StudyConfig, only: Sequence[str] = ()) -> Study:
@@ -291,26 +296,7 @@ def check_folder(study: Study) -> None:
                 )
 
 
-def check_owner(root: Path) -> None:
-    """Make sure that this account made the study: the jobs of two accounts cannot see each other.
-
-    Raises:
-        UserError: another account made it; the message names it.
-    """
-    try:
-        owner = (root / STUDY_FILE).stat().st_uid
-    except OSError:
-        return
-    if owner != os.getuid():
-        name = str(owner)
-        with contextlib.suppress(KeyError):
-            name = pwd.getpwuid(owner).pw_name
-        raise UserError(
-            f"{root}: the study belongs to the account {name}, which alone can go on with it: choose another --folder"
-        )
-
-
-def write_study(study: Study) -> None:
+def write_study(study: Study, evaluations: list[Evaluation]) -> None:
     """Write the resolved configs, and study.yaml, which keeps the seeds that it already has.
 
     Raises:
@@ -322,6 +308,7 @@ def write_study(study: Study) -> None:
             (study.root / name).mkdir(parents=True, exist_ok=True)
         for variant in study.variants:
             write_text(config_file(study, variant), config_to_yaml(variant.config))
+        keep_evaluations(study.root, evaluations)
         write_text(study.root / STUDY_FILE, config_to_yaml(whole))
     except OSError as error:
         raise unwritable(study.root, error) from error

@@ -1,6 +1,7 @@
 """`peerlearn configs`: the shipped configs and their headers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,7 @@ _TASKS = {
     "prototypical": "few-shot training",
     "linear": "evaluating features",
     "detect": "training detectors",
-    "pipeline": "pretraining and evaluation, several seeds",
-    "sweep": "comparing configs, several seeds",
+    "study": "studies: grids x seeds, evaluations, tables",
     "submit": "cluster profiles (for --cluster)",
 }
 
@@ -130,12 +130,16 @@ def _recipe(verb: str, path: Path) -> Recipe:
 
 
 def _pretraining(verb: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The config that names the data: the file itself, or the first that a pipeline or a sweep names."""
-    if verb in ("pretrain", "detect"):
+    """The config that names the data: the file itself, or what the first run of a study trains."""
+    if verb != "study":
         return content
-    named = content.get("pretrain", "")
-    words = (named if isinstance(named, str) else named[0]).split(" = ")[-1].split()
-    return dict(yaml.safe_load(_find(words[0]).read_text())) if words else {}
+    axes = next(iter(content["grids"].values())).values()
+    firsts = [next(iter(labels.values())) for labels in axes if isinstance(labels, dict)]
+    words = " ".join(filter(None, [content.get("pretrain", ""), *firsts])).split()
+    config = dict(yaml.safe_load(_find(words[0]).read_text())) if words[0][0] != "-" else {}
+    named = {key.removeprefix("--data."): value for key, value in pairwise(words)}
+    given = {key: yaml.safe_load(named[key]) for key in ("name", "limit", "shots") if key in named}
+    return config | {"data": config.get("data", {}) | given}
 
 
 def _count(data: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""`peerlearn resume`: of a run, by the verb that trains it, or of a pipeline."""
+"""`peerlearn resume`: of a run, by the verb that trains it, or of a study."""
 
 import importlib
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from pathlib import Path
 
 from peerlearn.commands.verbs import VERBS
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import PIPELINE_FILE, RunDirectory
+from peerlearn.runs.directory import FORMER_FILES, STUDY_FILE, RunDirectory
 from peerlearn.runs.training_facts import training_verb
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn resume RUN|PIPELINE [--key value ...]`. Returns the exit code.
+    """`peerlearn resume RUN|STUDY [--key value ...]`. Returns the exit code.
 
     Raises:
         UserError: no verb of this version trains the run.
     """
     folder = Path(argv[0] if argv else "")
-    if (folder / PIPELINE_FILE).is_file():
-        return int(importlib.import_module("studies.pipeline_command").resume(argv))
+    if any((folder / name).is_file() for name in (STUDY_FILE, *FORMER_FILES)):
+        return int(importlib.import_module("studies.study_command").resume(argv))
     env = RunDirectory(folder).env
     verb = training_verb(env)
     module = importlib.import_module(VERBS[verb].module) if verb in VERBS else None

@@ -28,7 +28,7 @@ VERBS = {
     "resume": Verb(
         "peerlearn.commands.resume_command",
         "main",
-        "continue a run or a pipeline that has stopped",
+        "continue a run or a study that has stopped",
         True,
     ),
     "knn": Verb(
@@ -57,24 +57,18 @@ VERBS = {
         "run any other verb as a job, on a cluster or on this machine",
         configs="clusters",
     ),
-    "pipeline": Verb(
-        "studies.pipeline_command",
+    "study": Verb(
+        "studies.study_command",
         "main",
-        "pretrain with several seeds, evaluate each export, sum up",
+        "pretrain grids x seeds, evaluate them, compare them in tables",
         True,
-        "pipelines",
+        "configs",
     ),
-    "sweep": Verb(
-        "studies.sweep_command",
-        "main",
-        "pretrain a grid of configs with several seeds, compare them",
-        True,
-        "sweeps",
-    ),
+    "table": Verb("studies.table_command", "main", "print the tables of a study"),
     "watch": Verb(
         "studies.watch_command", "main", "evaluate each export of a run once it is there"
     ),
-    "summary": Verb("studies.summary_command", "main", "sum up a pipeline's scores over its seeds"),
+    "measure": Verb("studies.measure", "main", "do one evaluation of a study, as its jobs do"),
     "status": Verb(
         "slurm.status_command", "main", "show the state of runs and of their jobs", read=True
     ),
@@ -93,4 +87,11 @@ VERBS = {
     "doctor": Verb(
         "peerlearn.commands.doctor", "main", "check what is installed and what is missing"
     ),
+}
+
+# Verbs of earlier versions, and what stands for them now.
+FORMER_VERBS = {
+    "sweep": "`peerlearn study FILE`: its grids as they are, `baseline` under `compare`",
+    "pipeline": "`peerlearn study FILE`: its variants as labels of a grid, `every_epochs` as `exports`",
+    "summary": "`peerlearn table FOLDER`",
 }

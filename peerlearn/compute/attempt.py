@@ -202,6 +202,7 @@ class Attempt(Generic[T]):
             attempt=self.number,
             step=training.step,
             steps_per_epoch=training.steps_per_epoch,
+            total_steps=training.total_steps,
             writes=training.ranks.main,
         )
         try:

@@ -11,6 +11,8 @@ _INSTEAD = {
     "config": "; CONFIG comes first, without a key",
     "dry_run": "; did you mean '--dry_run'?",
     "resume": "; `peerlearn resume RUN` continues a run",
+    "sweep": "; `peerlearn study --pretrain WORDS --grid KEY=V1,V2 --folder FOLDER` runs grids",
+    "throttle": "; `peerlearn study --throttle N` runs grids",
     "<<": "; merge keys are not read: write the keys out",
 }
 
@@ -113,6 +115,6 @@ def nearest_key(name: str, keys: Collection[str]) -> str:
 def _closest(name: str, known: Iterable[str]) -> str | None:
     for close in difflib.get_close_matches(name, list(known), n=3, cutoff=_NEAR):
         likeness = difflib.SequenceMatcher(None, name, close).ratio()
-        if close[0] == name[:1] or likeness >= _NEAR_ANYHOW:
+        if close[:1] == name[:1] or likeness >= _NEAR_ANYHOW:
             return close
     return None

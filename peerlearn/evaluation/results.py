@@ -16,8 +16,10 @@ from peerlearn.runs.files import write_text
 from peerlearn.runs.text import file_name_part
 
 SCHEMA_VERSION = 1
-# The name of the job that measures, if it is one of a pipeline's: its result files repeat it.
+# The name of the evaluation that measures, if a study ordered it: its result files repeat it.
 JOB_VARIABLE = "PEERLEARN_JOB"
+# The task of the accuracies that supervised training itself leaves.
+CLASSIFICATION = "classification"
 # From the metrics of several runs to those of their mean.
 Averaging = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 

@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peerlearn.evaluation.results import Averaging, mean_over_runs, read_result, write_mean_result
-from peerlearn.evaluation.uncertainty import spread_over_runs
+from peerlearn.evaluation.uncertainty import (
+    interval_over_runs,
+    score_interval,
+    spread_over_runs,
+)
 from peerlearn.runs.output import show
 
 # The metrics of one network's score, run by run.
@@ -47,17 +51,18 @@ def interval_column(metric: str, interval: str) -> Column:
     """
 
     def cell(runs: Runs) -> str:
-        low, high = runs[0][interval]
+        found = runs[0][interval]
         if len(runs) > 1:
-            mean, _, ci95, _ = spread_over_runs([run[metric] for run in runs])
-            low, high = mean - ci95, mean + ci95
-        return f"{low:.2f} .. {high:.2f}"
+            found = interval_over_runs([run[metric] for run in runs], metric)
+        return "" if found is None else _interval_text(*found)
 
     return Column("95 % interval", cell)
 
 
 def ci95_column(heading: str, metric: str, ci95: str) -> Column:
     """A mean and half the width of its 95 % interval, ``62.31 +- 0.84``: over episodes, say, or over several runs.
+
+    An interval that would leave 0..100 is cut there: ``99.50 (98.66 .. 100.00)``.
 
     Args:
         heading: heading of the column.
@@ -67,11 +72,22 @@ def ci95_column(heading: str, metric: str, ci95: str) -> Column:
 
     def cell(runs: Runs) -> str:
         mean, half_width = runs[0][metric], runs[0][ci95]
+        interval: tuple[float, float] | None = score_interval(mean, half_width, metric)
         if len(runs) > 1:
-            mean, _, half_width, _ = spread_over_runs([run[metric] for run in runs])
+            values = [run[metric] for run in runs]
+            mean, _, half_width, _ = spread_over_runs(values)
+            interval = interval_over_runs(values, metric)
+        if interval is None:
+            return f"{mean:.2f}"
+        if interval[0] > mean - half_width or interval[1] < mean + half_width:
+            return f"{mean:.2f} ({_interval_text(*interval)})"
         return f"{mean:.2f} +- {half_width:.2f}"
 
-    return Column(heading, cell, "mean +- ci95")
+    return Column(heading, cell, "mean +- ci95 (none of two runs)")
+
+
+def _interval_text(low: float, high: float) -> str:
+    return f"{low:.2f} .. {high:.2f}"
 
 
 # Of metrics that `accuracy_metrics` makes.

@@ -1,9 +1,13 @@
 """How far a score can be trusted: over test images, and over runs."""
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+# Metrics in percent, and what is told of them: their standard errors, say.
+_PERCENTAGE = re.compile(r"(top1|top5|accuracy|ap|ap50|ap75|calibration_error)(_.*)?")
 
 
 class Spread(NamedTuple):
@@ -32,6 +36,30 @@ def spread_over_runs(values: Sequence[float]) -> Spread:
     return Spread(
         statistics.fmean(values), std, float(t.ppf(0.975, runs - 1)) * std / math.sqrt(runs), runs
     )
+
+
+def interval_over_runs(values: Sequence[float], metric: str) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of a metric over runs, as `score_interval` has it; None for one run, and for two.
+
+    By Student's t, the interval of two is 25 standard errors wide: it would say nothing of a score.
+    """
+    if len(values) < 3:
+        return None
+    spread = spread_over_runs(values)
+    return score_interval(spread.mean, spread.ci95, metric)
+
+
+def score_interval(mean: float, ci95: float, metric: str) -> tuple[float, float]:
+    """mean - ci95 and mean + ci95; of a metric in percent, what of it lies within 0..100."""
+    low, high = mean - ci95, mean + ci95
+    if is_percentage(metric):
+        return min(max(low, 0.0), 100.0), min(max(high, 0.0), 100.0)
+    return low, high
+
+
+def is_percentage(metric: str) -> bool:
+    """Whether a metric of the evaluators lies within 0..100."""
+    return _PERCENTAGE.fullmatch(metric) is not None
 
 
 def interval_of_mean(values: Sequence[float]) -> float:

@@ -1,14 +1,17 @@
 """The run directory: one folder that holds everything a run reads and writes.
 
-RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  logs/attempt-K/rank-R.log  DONE | FAILED
-      checkpoints/  export/  results/  slurm/
+RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  DONE | FAILED
+      logs/attempt-K/{rank-R.log, standing.json}  checkpoints/  export/  results/  slurm/
 
 Other code gets these paths from here.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
+import pwd
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,32 @@ from peerlearn.runs.training_facts import TrainingFacts, write_env
 JOBS_FOLDER = "slurm"
 # A folder of runs that holds this file is a study.
 STUDY_FILE = "study.yaml"
-# A folder of runs that holds this file is a pipeline.
-PIPELINE_FILE = "pipeline.yaml"
+# The files of what earlier versions had in place of studies.
+FORMER_FILES = ("sweep.yaml", "pipeline.yaml")
 _ATTEMPT = "attempt-"
 # The text before and after the rank in the name of a log.
 _LOG = ("rank-", ".log")
 
 logger = logging.getLogger(__name__)
+
+
+def check_owner(root: Path) -> None:
+    """Make sure that this account made the study: the jobs of two accounts cannot see each other.
+
+    Raises:
+        UserError: another account made it; the message names it.
+    """
+    try:
+        owner = (root / STUDY_FILE).stat().st_uid
+    except OSError:
+        return
+    if owner != os.getuid():
+        name = str(owner)
+        with contextlib.suppress(KeyError):
+            name = pwd.getpwuid(owner).pw_name
+        raise UserError(
+            f"{root}: the study belongs to the account {name}, which alone can go on with it: choose another --folder"
+        )
 
 
 class RunDirectory:
@@ -202,9 +224,13 @@ class RunDirectory:
             mark.unlink(missing_ok=True)
         return attempt
 
+    def attempt_numbers(self) -> list[int]:
+        """The numbers of the starts of the program, oldest first."""
+        return sorted(numbered_files(self.attempts, _ATTEMPT))
+
     def newest_attempt(self) -> int:
         """The number of the latest start of the program; 0 before the first."""
-        return max(numbered_files(self.attempts, _ATTEMPT), default=0)
+        return max(self.attempt_numbers(), default=0)
 
     def logs(self, attempt: int) -> Path:
         """The folder of an attempt's logs and heartbeats; each rank has one of both."""
@@ -268,10 +294,10 @@ class RunDirectory:
         """Add one line to events.jsonl: the time, the name of the event, and its facts."""
         self._append_line(self.event_log, {"time": now_text(), "event": name, **fields})
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The events so far. Lines that cannot be read are left out."""
-        rows = read_json_lines(self.event_log)
-        return (row for row in rows if "event" in row)
+    def events(self, *names: str) -> Iterator[dict[str, Any]]:
+        """The events so far, all or those of some names. Lines that cannot be read are left out."""
+        rows = read_json_lines(self.event_log, naming=names)
+        return (row for row in rows if (row.get("event") in names if names else "event" in row))
 
     def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
         """Add a line. If a full disk does not take it, it is kept and written with the next one."""

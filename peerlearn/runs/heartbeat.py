@@ -145,11 +145,16 @@ def read_beats(folder: Path) -> list[Beat]:
 
 def read_step(folder: Path) -> int | None:
     """The step that the furthest rank of an attempt has reached; None before the first step."""
-    steps = []
-    for file in numbered_files(folder, *_STEP_FILE).values():
-        with contextlib.suppress(OSError, ValueError):
-            steps.append(int(file.read_text()))
-    return max(steps, default=None)
+    steps = (read_rank_step(folder, rank) for rank in numbered_files(folder, *_STEP_FILE))
+    return max((step for step in steps if step is not None), default=None)
+
+
+def read_rank_step(folder: Path, rank: int) -> int | None:
+    """The step that a rank of an attempt has reached; None before its first."""
+    try:
+        return int((folder / _step_file_name(rank)).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 class Sightings:

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ _POLL_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 
 
+class InUseError(UserError):
+    """A live process holds the folder."""
+
+
 @contextmanager
 def run_lock(root: Path) -> Iterator[str | None]:
     """Hold the run directory for as long as the block lasts.
@@ -46,7 +50,8 @@ def run_lock(root: Path) -> Iterator[str | None]:
         The dead owner from whom the lock was taken over, in words; None if the directory was free.
 
     Raises:
-        UserError: a live process holds it, or the folder cannot be written.
+        InUseError: a live process holds it.
+        UserError: the folder cannot be written.
     """
     lock = FileLock(root / LOCK_FILES[0])
     try:
@@ -79,10 +84,13 @@ def living_owner(root: Path) -> dict[str, Any] | None:
     return _sees_change(root)
 
 
-def look_at_owners(roots: Iterable[Path]) -> None:
-    """Look at many owners before `living_owner` is asked about each: it then waits once, and not for each."""
-    for root in roots:
-        _look(root)
+def look_at_owner(root: Path) -> bool:
+    """Look at an owner before `living_owner` is asked: where many are looked at first, it waits once, not for each.
+
+    Returns:
+        Whether there is an owner's record.
+    """
+    return bool(_look(root))
 
 
 # Of the owners' records, by run directory.
@@ -191,6 +199,6 @@ def _name(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}"
 
 
-def _in_use(root: Path, owner: dict[str, Any]) -> UserError:
+def _in_use(root: Path, owner: dict[str, Any]) -> InUseError:
     holder = _name(owner) if owner else "another process"
-    return UserError(f"{root} is in use by {holder}: wait for it, or stop it first")
+    return InUseError(f"{root} is in use by {holder}: wait for it, or stop it first")

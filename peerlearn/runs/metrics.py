@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl, their copy in TensorBoard, and the line beside the progress bar."""
+"""The rows of metrics.jsonl, their copy in TensorBoard, the standing, and the line beside the progress bar."""
 
 import contextlib
 import logging
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import read_json_lines
 from peerlearn.runs.score_names import PIXELS, TOP1, parse_score_name
+from peerlearn.runs.standing import StandingLog
 from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:
@@ -28,17 +30,30 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run: RunDirectory, *, attempt: int, step: int, steps_per_epoch: int, writes: bool
+        self,
+        run: RunDirectory,
+        *,
+        attempt: int,
+        step: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        writes: bool,
     ) -> None:
         self.loss_text = ""
         self._accuracy_text = ""
         self._run = run
         self._attempt = attempt
-        self._writes = writes
         self._steps_per_epoch = steps_per_epoch
         self._start = self._last = time.monotonic()
         self._last_step = step
         self._board = _open_board(run, step) if writes else None
+        self._standing: StandingLog | None = None
+        if writes:
+            # A resumed run has cut the rows after its step.
+            earlier = read_json_lines(run.metrics)
+            self._standing = StandingLog(
+                run.logs(attempt), earlier, step=step, total_steps=total_steps
+            )
 
     def images_per_second(self, step: int, batch_size: int) -> float:
         """The images per second since the last row, at ``batch_size`` images per step."""
@@ -54,8 +69,9 @@ class MetricsLog:
             "seconds": round(time.monotonic() - self._start, 3),
             "attempt": self._attempt,
         }
-        if self._writes:
+        if self._standing is not None:
             self._run.append_metrics(header | row)
+            self._standing.add(header | row)
             self._show(step, row)
         if "loss" in row:
             rate = (
@@ -83,7 +99,9 @@ class MetricsLog:
             self._board = None
 
     def close(self) -> None:
-        """Write the rows that TensorBoard still holds."""
+        """Write how the run stands, and the rows that TensorBoard still holds."""
+        if self._standing is not None:
+            self._standing.write()
         if self._board is not None:
             # Its thread passes on any error that a full disk caused.
             with contextlib.suppress(Exception):

@@ -25,11 +25,10 @@ from peerlearn.evaluation.knn_command import KNN, KNNConfig
 from pretrain.command import _TRAINER
 from pretrain.config import PretrainConfig
 from slurm.config import SubmitConfig
-from studies.pipeline_config import PipelineConfig
 
 CLASSES = (
     *(PretrainConfig, LinearConfig, KNNConfig, FewShotConfig, DetectConfig),
-    *(SubmitConfig, PipelineConfig),
+    SubmitConfig,
 )
 PYTHON_TYPES = re.compile(
     r"\b(int|float|str|bool|dict|None|NoneType|Literal|Union)\b|list\[|<class|typing"

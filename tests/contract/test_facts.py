@@ -18,12 +18,13 @@ EXPORT = "peerlearn/runs/export_folders.py"
 # Whole literals, and where each stands.
 NAMES = {
     **dict.fromkeys(["config.yaml", "env.json", "metrics.jsonl", "events.jsonl", "tb"], RUN),
-    **dict.fromkeys(["checkpoints", "attempt-", "DONE", "FAILED", "pipeline.yaml"], RUN),
+    **dict.fromkeys(["checkpoints", "attempt-", "DONE", "FAILED", "study.yaml"], RUN),
     **dict.fromkeys(["model.safetensors", "config.json", "README.md", "key-", "net-"], EXPORT),
     **dict.fromkeys(["manifest.json", "state.json", ".bad"], "peerlearn/runs/checkpoint.py"),
     **dict.fromkeys(["latest", "step-"], "peerlearn/runs/step_folders.py"),
     **dict.fromkeys(["outcomes", "submission.json", "jobs.json"], "slurm/submission.py"),
     "owner.json": "peerlearn/runs/lock.py",
+    "standing.json": "peerlearn/runs/standing.py",
 }
 
 

@@ -18,6 +18,7 @@ from peerlearn.cli import main
 from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.metrics import CLOCK_WORDS
+from peerlearn.runs.standing import Standing, read_standing
 from tests.warm import Process
 
 SMALL = [
@@ -39,6 +40,14 @@ def rows(run: Path) -> list[dict]:
 
 def events(run: Path, name: str) -> list[dict]:
     return [event for event in RunDirectory(run).events() if event["event"] == name]
+
+
+def standing(run: Path) -> Standing:
+    """As its newest start has written it."""
+    directory = RunDirectory(run)
+    found = read_standing(directory.logs(directory.newest_attempt()))
+    assert found is not None
+    return found
 
 
 def without_clocks(row: dict) -> dict:

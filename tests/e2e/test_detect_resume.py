@@ -15,7 +15,7 @@ from detection.state import Detection
 from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
 from tests.e2e.detectors import STEPS, scores, training_of, words
-from tests.e2e.runs import command, environment, events, rows, wait_for, without_clocks
+from tests.e2e.runs import command, environment, events, rows, standing, wait_for, without_clocks
 from tests.warm import Process
 from tests.warm import run as run_process
 
@@ -119,6 +119,8 @@ def test_an_undisturbed_one_leaves_its_detectors_and_no_saves(undisturbed):
         detectors(results)
     )
     assert [row["step"] for row in rows(run)] == [3, STEPS]
+    stands = standing(run)
+    assert (stands.step, stands.total_steps, stands.seconds_left) == (STEPS, STEPS, 0.0)
     last = rows(run)[-1]
     parts = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
     assert last["loss"] == pytest.approx(sum(last[name] for name in parts))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from statistics import median
 from subprocess import DEVNULL, PIPE, STDOUT
 
 import pytest
@@ -19,6 +20,7 @@ from tests.e2e.runs import (
     launch,
     pretrain,
     rows,
+    standing,
     without_clocks,
 )
 from tests.warm import Process
@@ -83,6 +85,9 @@ def test_an_undisturbed_one_leaves_a_run_without_saves(undisturbed):
     logged = rows(run.root)
     assert [row["step"] for row in logged] == sorted({*range(3, 37, 3), 10, 20, 30})
     assert logged[-1]["loss"] == (logged[-1]["net/0/loss"] + logged[-1]["net/1/loss"]) / 2
+    stands = standing(run.root)
+    assert (stands.step, stands.total_steps, stands.seconds_left) == (36, 36, 0.0)
+    assert stands.images_per_second == median(row["images_per_second"] for row in logged[-5:])
     assert set(scores(undisturbed)) == {"0", "1", "ensemble-logits"}
 
 

@@ -24,6 +24,7 @@ from tests.e2e.runs import (
     pretrain,
     rows,
     small_disk,
+    standing,
     wait_for,
     without_clocks,
 )
@@ -269,6 +270,7 @@ def test_a_disk_that_fills_up_costs_saves_but_not_the_run(disk, monkeypatch, cap
     assert "step 6 could not be saved (No space left on device): training goes on" in error
     assert "Traceback" not in error
     assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
+    assert (standing(run).step, standing(run).seconds_left) == (STEPS, 0.0)
     assert all_finite(run)
 
 

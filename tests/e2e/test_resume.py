@@ -8,14 +8,17 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from peerlearn.cli import main
 from peerlearn.runs.checkpoint import saved_steps
+from peerlearn.runs.standing import Standing, StandingLog
 from tests.e2e.runs import (
     SMALL,
     STEPS,
@@ -26,6 +29,7 @@ from tests.e2e.runs import (
     flip_last_byte,
     pretrain,
     rows,
+    standing,
     wait_for,
     without_clocks,
 )
@@ -190,6 +194,45 @@ def test_a_damaged_save_is_set_aside_and_the_one_before_it_taken(
     assert (half_done / "checkpoints/step-00000009.bad").is_dir()
     assert [e["step"] for e in events(half_done, "started")] == [0, 6]
     assert_same_run(half_done, undisturbed)
+
+
+def test_a_start_stands_with_the_scores_up_to_the_step_it_goes_on_from(half_done, monkeypatch):
+    """Killed after the scores of the second epoch, it goes back to step 9; those of the first, at step 6, stay."""
+    first, second = rows(half_done)[6], rows(half_done)[-1]
+    assert (first["step"], second["step"]) == (6, 12)
+    assert (standing(half_done).knn_epoch, standing(half_done).knn_top1) == (
+        2.0,
+        second["ensemble/knn_top1"],
+    )
+    rates = [row["images_per_second"] for row in rows(half_done)[5:10]]
+    written = []
+    write = StandingLog.write
+
+    def noted(log):
+        write(log)
+        written.append(standing(half_done))
+
+    monkeypatch.setattr(StandingLog, "write", noted)
+    assert main(["resume", str(half_done)]) == 0
+    assert written[0] == Standing(
+        step=9,
+        total_steps=STEPS,
+        images_per_second=statistics.median(rates),
+        knn_top1=first["ensemble/knn_top1"],
+        knn_network="ensemble",
+        knn_epoch=1.0,
+        knn_k=5,
+        knn_temperature=0.1,
+    )
+    rates = [row["images_per_second"] for row in rows(half_done)[-5:]]
+    assert written[-1] == replace(
+        written[0],
+        step=STEPS,
+        images_per_second=statistics.median(rates),
+        seconds_left=0.0,
+        knn_top1=second["ensemble/knn_top1"],
+        knn_epoch=2.0,
+    )
 
 
 @pytest.mark.parametrize("content", [None, "", "step-00000001\n", "../../x\n"])

@@ -10,7 +10,7 @@ import pytest
 
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.training_facts import training_verb
-from tests.e2e.runs import assert_same_run, events, rows, small_disk
+from tests.e2e.runs import assert_same_run, events, rows, small_disk, standing
 from tests.trees import add_line, command_of, copied_tree, run_in
 
 TOY = '''
@@ -137,6 +137,8 @@ def test_its_run_is_a_run_like_any(tree, undisturbed):
     assert logged[-1]["loss"] < 2
     assert [event["step"] for event in events(undisturbed, "saved")] == list(range(5, 41, 5))
     assert run.log(1, 0).is_file()
+    stands = standing(undisturbed)
+    assert (stands.step, stands.total_steps, stands.seconds_left) == (40, 40, 0.0)
     assert "--checkpoint.every_steps" in run_in(tree, "toy", "--help")
     assert "every_steps: 5" in run_in(tree, "toy", "--dry_run")
     assert "steps (more), pause_seconds, device" in run_in(

@@ -1,7 +1,7 @@
 """Reading configs: what is accepted, and the one line for what is not."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from peerlearn.config import (
     config_keys,
     config_to_yaml,
     load_config,
+    nearest,
     parse_config,
     without,
 )
@@ -21,9 +22,9 @@ from peerlearn.errors import UsageError
 from peerlearn.evaluation.knn_command import KNNConfig
 from pretrain.config import PretrainConfig
 from slurm.config import SubmitConfig
-from studies.pipeline_config import PipelineConfig
+from studies.config import StudyConfig
 
-CLASSES = (PretrainConfig, LinearConfig, KNNConfig, SubmitConfig, PipelineConfig)
+CLASSES = (PretrainConfig, LinearConfig, KNNConfig, SubmitConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,11 @@ def test_words_without_those_that_others_give():
     assert without(words, ["--a=9", "--c", "x"]) == ["demo", "--b=3"]
 
 
+def test_a_name_may_be_empty():
+    """As the row of a table that has one row only."""
+    assert nearest("", ["", "row"]) == ""
+
+
 @pytest.mark.parametrize(
     ("name", "ours"),
     [
@@ -197,7 +203,7 @@ def test_names_of_other_programs_and_near_ones_lead_to_ours(name, ours, tmp_path
 
 def test_every_name_of_our_own_in_the_list_of_other_programs_names_is_a_key():
     keys = {key for each in CLASSES for key in config_keys(each)}
-    assert {*_ELSEWHERE} <= keys
+    assert {*_ELSEWHERE} <= keys | {field.name for field in fields(StudyConfig)}
 
 
 def test_a_range_error_names_the_line_of_its_key(tmp_path):

@@ -195,7 +195,7 @@ def test_configs_verb_lists_all_and_prints_one(capsys):
     assert main([]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
     folders = config_folders()
-    assert set(folders) == {"pretrain", "linear", "detect", "submit", "pipeline", "sweep"}
+    assert set(folders) == {"pretrain", "linear", "detect", "submit", "study"}
     shipped = [path for folder in folders.values() for path in folder.glob("*.yaml")]
     assert sorted(listed) == sorted(path.stem for path in shipped)
     assert main(["moco_cifar10_resnet18"]) == 0

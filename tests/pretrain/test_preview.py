@@ -25,7 +25,7 @@ SMALL = PretrainConfig(
 
 
 def test_images_steps_parameters_and_memory():
-    images, steps, parameters, memory = preview(SMALL)
+    images, steps, parameters, memory = preview(SMALL).lines
     assert images == "images: 100 of digits train, views of 16 pixels"
     assert steps == "steps: 3 in each of 3 epochs, 9 in all, of 32 images"
     cohort = build_networks(SMALL, in_chans=1, image_size=16, num_classes=0)
@@ -96,7 +96,7 @@ def test_a_dataset_that_is_not_here_is_not_downloaded_and_is_told_as_published(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = DataConfig(name="cifar100", fallback="digits")
-    images, steps, *_ = preview(replace(SMALL, data=data))
+    images, steps, *_ = preview(replace(SMALL, data=data)).lines
     assert images == (
         "images: 50,000 of cifar100 train (not on this machine: the run downloads it, or trains on digits where that "
         "fails), views of 32 pixels"

@@ -135,7 +135,7 @@ def wait_for_end(cluster: Cluster, job: str, run: Path, state: str = "COMPLETED"
 
 def logs(run: Path) -> str:
     """All that the jobs of a run have printed, for a failing test's message."""
-    files = sorted((run / "slurm").glob("*/*_log.out"))
+    files = sorted([*run.glob("slurm/*/*_log.out"), *run.glob("evaluations/*/*/*_log.out")])
     return "\n".join(f"--- {file}\n{file.read_text()[-4000:]}" for file in files)
 
 

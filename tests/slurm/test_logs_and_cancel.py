@@ -14,7 +14,6 @@ from peerlearn.cli import main
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.heartbeat import process_started_at
 from slurm.submission import JOBS_FILE, jobs_of
-from studies.ledger import PIPELINE, Ledger
 from tests.e2e.runs import (
     SMALL,
     STEPS,
@@ -262,28 +261,22 @@ def test_cancel_leaves_processes_alone_that_are_no_jobs(
     assert status(run).step == events(run, "stopped")[0]["step"]
 
 
-def test_cancel_of_a_pipeline_ends_what_watches_it(
+def test_cancel_of_a_study_ends_what_watches_it_first(
     copy: Path, killed_later: list[subprocess.Popen], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline = copy.parent
-    (pipeline / "pipeline.yaml").write_text("")
-    ledger = Ledger(pipeline / PIPELINE)
+    study = copy.parent
+    (study / "study.yaml").write_text("")
     processes = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
     killed_later += processes
-    record = {"executor": "local", "host": socket.gethostname()}
-    (copy / "slurm").mkdir()
-    facts = {"attempt": 1, "name": "n", "executor": "local", "begun_seconds": 0.0, "facts": {}}
-    with ledger.locked():
-        for key, process in zip(("run copy", "watch"), processes, strict=True):
-            job = {**record, "job": str(process.pid), "started": process_started_at(process.pid)}
-            ledger.add("intent", key, folder="slurm/x", **facts)
-            ledger.add("job", key, job=job)
-            if key != "watch":
-                training = {**job, "verb": "pretrain", "folder": "x"}
-                (copy / JOBS_FILE).write_text(json.dumps(training) + "\n")
-    assert main(["cancel", str(pipeline)]) == 0
+    record = {"executor": "local", "host": socket.gethostname(), "folder": "x"}
+    for place, verb, process in zip((copy, study), ("pretrain", "watch"), processes, strict=True):
+        started = process_started_at(process.pid)
+        job = {**record, "verb": verb, "job": str(process.pid), "started": started}
+        (place / "slurm").mkdir()
+        (place / JOBS_FILE).write_text(json.dumps(job) + "\n")
+    assert main(["cancel", str(study)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{pipeline}: job {processes[1].pid} (watch, running) is told to end",
+        f"{study}: job {processes[1].pid} (watch, running) is told to end",
         f"{copy}: job {processes[0].pid} (pretrain, running) is told to end",
     ]
     assert [process.wait(timeout=60) for process in processes] == [-signal.SIGTERM] * 2
@@ -323,21 +316,21 @@ def test_a_job_that_is_requeued_then_cancelled(
     assert err == f"{run}: cancelled, 1 restart\n"
 
 
-def test_cancel_of_all_that_waits_for_a_sweep_and_its_evaluations(
+def test_cancel_of_all_that_waits_in_a_folder(
     cluster: Cluster, copy: Path, killed_later: list[subprocess.Popen]
 ) -> None:
     held = ("--sbatch", "hold")
-    sweep = copy.parent / "sweep"
-    array = submit(cluster, sweep, options=(*held, "--sweep", "seed=0,1")).split("_")[0]
+    runs = [copy.parent / "held" / f"seed-{seed}" for seed in (0, 1)]
+    jobs = [submit(cluster, run, options=held) for run in runs]
     words = ["submit", "--cluster", "slurm", *held, "--cpus_per_task", "1", "--", "knn"]
     submitted = peerlearn(cluster, *words, "--checkpoint", str(copy))
     knn = submitted.stdout.split("job ")[1].split(":")[0]
-    waiting = peerlearn(cluster, "logs", str(sweep / "seed-0"))
+    waiting = peerlearn(cluster, "logs", str(runs[0]))
     assert waiting.returncode == 1
     assert waiting.stderr == (
-        f"peerlearn: {sweep}/seed-0: no log yet (pending (JobHeldUser)); -f waits for it\n"
+        f"peerlearn: {runs[0]}: no log yet (pending (JobHeldUser)); -f waits for it\n"
     )
-    following = follow(sweep / "seed-0", **cluster.environment)
+    following = follow(runs[0], **cluster.environment)
     killed_later.append(following)
     with pytest.raises(subprocess.TimeoutExpired):
         following.wait(timeout=2)
@@ -348,8 +341,8 @@ def test_cancel_of_all_that_waits_for_a_sweep_and_its_evaluations(
     found = peerlearn(cluster, "cancel", str(copy.parent))
     assert found.stdout.splitlines() == [
         f"{copy}: job {knn} (knn, pending) is told to end",
-        f"{sweep}/seed-0: job {array}_0 (pretrain, pending) is told to end",
-        f"{sweep}/seed-1: job {array}_1 (pretrain, pending) is told to end",
+        f"{runs[0]}: job {jobs[0]} (pretrain, pending) is told to end",
+        f"{runs[1]}: job {jobs[1]} (pretrain, pending) is told to end",
     ]
     assert cluster.call("squeue", "--noheader") == ""
     found = peerlearn(cluster, "cancel", str(copy.parent))

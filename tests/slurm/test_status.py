@@ -1,11 +1,13 @@
 """`peerlearn status`: runs that are killed, stopped, finished and damaged; jobs of this machine and of a real SLURM."""
 
+import io
 import itertools
 import json
 import os
 import pty
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import threading
@@ -14,18 +16,21 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 
 from peerlearn.cli import main
+from peerlearn.compute.attempt import Attempt
 from peerlearn.runs import lock
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import write_text
+from peerlearn.runs.standing import StandingLog
 from slurm import status as status_module
-from slurm.metrics_tail import read_tail
 from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
+from tests.studies.small_studies import write_config
 from tests.warm import Process
 from tests.warm import run as run_process
 
@@ -118,6 +123,36 @@ def test_a_supervised_run_shows_the_accuracy_of_its_classifiers(
     assert f"classifier: top-1 in % on the {split} images, {network}" in printed
 
 
+def test_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each step: the step it is in, the rate of the last five rows, the pace of all rows of this start."""
+    run, begin_step = tmp_path / "a", Attempt.begin_step
+    seen: list[int] = []
+
+    def look_and_begin(attempt: Attempt) -> None:
+        begin_step(attempt)
+        found, written = status(run), rows(run)
+        assert (found.state, found.live, found.heartbeat_age_seconds) == ("running", True, ANY)
+        assert (found.step, found.total_steps) == (written[-1]["step"], STEPS)
+        rates = [row["images_per_second"] for row in written if "images_per_second" in row]
+        assert found.images_per_second == (statistics.median(rates[-5:]) if rates else None)
+        steps = written[-1]["step"] - written[0]["step"]
+        if steps:
+            pace = steps / (written[-1]["seconds"] - written[0]["seconds"])
+            left = (STEPS - written[-1]["step"]) / pace
+            assert found.seconds_left == pytest.approx(left, abs=0.06)
+        else:
+            assert found.seconds_left is None
+        scored = [row for row in written if "ensemble/knn_top1" in row][-1]
+        assert (found.knn_top1, found.knn_epoch) == (scored["ensemble/knn_top1"], scored["epoch"])
+        assert (found.knn_network, found.knn_k, found.knn_temperature) == ("ensemble", 5, 0.1)
+        seen.append(written[-1]["step"])
+
+    monkeypatch.setattr("peerlearn.runs.standing.INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(Attempt, "begin_step", look_and_begin)
+    assert pretrain(run) == 0
+    assert seen == list(range(STEPS))
+
+
 @pytest.mark.ddp
 def test_two_ranks_run_one_falls_silent_they_are_killed(
     tmp_path: Path, killed_later: list[subprocess.Popen]
@@ -161,10 +196,13 @@ def test_a_failed_run_shows_its_last_line(copy: Path, capsys: pytest.CaptureFixt
     assert "failed: low  [2J memory" in capsys.readouterr().out
 
 
-def test_damaged_files_leave_the_rest(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = copy / "metrics.jsonl"
-    metrics.write_bytes(metrics.read_bytes()[:-200])
+def test_damaged_files_leave_the_rest(
+    finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    standing = copy / "logs" / "attempt-1" / "standing.json"
+    standing.write_text(json.dumps(json.loads(standing.read_text()) | {"knn_epoch": "two"}))
     (copy / "env.json").unlink()
+    (copy / "metrics.jsonl").unlink()
     heartbeat = copy / "logs" / "attempt-1" / "rank-0.heartbeat.json"
     heartbeat.write_text('{"rank": 0, "host": null')
     (copy / "owner.json").write_text('{"pid": "x"}')
@@ -172,45 +210,24 @@ def test_damaged_files_leave_the_rest(copy: Path, capsys: pytest.CaptureFixture[
     (copy / "slurm" / "jobs.jsonl").write_bytes(b'\xff\xfe{"job"')
     (found,) = shown(capsys, copy)
     assert (found["state"], found["step"]) == ("done", STEPS)
-    # The second epoch's row, with the score, is the one that was cut.
-    assert found["knn_epoch"] == 1.0
-    assert found["images_per_second"] == statistics.median(
-        row["images_per_second"] for row in rows(copy)[-5:]
-    )
+    assert found["knn_epoch"] is None
+    assert found["knn_top1"] == rows(finished)[-1]["ensemble/knn_top1"]
+    assert found["images_per_second"] > 0
+
+    standing.write_bytes(standing.read_bytes()[:-9])
+    (found,) = shown(capsys, copy)
+    assert (found["step"], found["total_steps"]) == (STEPS, STEPS)
+    assert (found["images_per_second"], found["knn_top1"]) == (None, None)
+    assert main(["status", str(copy)]) == 0
+    assert "12/12" in capsys.readouterr().out
 
     (copy / "events.jsonl").write_bytes(b"\x00\x01[\n{}")
-    metrics.write_text('[1]\nnull\n{"step": "3"}\n{"step": true}\n')
     (copy / "DONE").unlink()
     (copy / "logs" / "attempt-1" / "rank-0.step").write_text("")
     (found,) = shown(capsys, copy)
     unknown = ("step", "total_steps", "images_per_second", "knn_top1", "knn_epoch")
     assert [found[key] for key in unknown] == [None] * 5
     assert (found["state"], found["reason"]) == ("dead", "it ended while it was starting")
-
-
-def test_of_long_metrics_few_rows_are_parsed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = copy / "metrics.jsonl"
-    first = rows(copy)
-    scored, plain = first[0], json.dumps(first[1])
-    lines = [
-        plain.replace('"step": 1,', f'"step": {n},').replace('"seconds": ', f'"seconds": {n}')
-        for n in range(1, 40_000)
-    ]
-    file.write_text("\n".join([json.dumps(scored), *lines]) + "\n")
-    parsed: list[bytes] = []
-
-    def loads(line: bytes) -> object:
-        parsed.append(line)
-        return json.loads(line)
-
-    monkeypatch.setattr("slurm.metrics_tail.json", SimpleNamespace(loads=loads))
-    tail = read_tail(file)
-    assert tail.step == 39_999
-    assert tail.scores["knn_top1"] == scored["ensemble/knn_top1"]
-    assert tail.scores["knn_epoch"] == 0.0
-    assert len(rows(copy)) == 40_000
-    # Those that tell the pace, and the one with scores.
-    assert len(parsed) == 201
 
 
 @pytest.fixture
@@ -280,41 +297,113 @@ def test_a_run_of_another_machine_runs_while_its_owner_and_its_ranks_beat(
     assert status(copy).state == "dead"
 
 
+def test_a_rank_of_another_machine_that_goes_from_step_to_step_is_alive(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two beats too, which come 2 s after each other: many runs need not wait so long to be shown."""
+    (copy / "DONE").unlink()
+    (copy / "events.jsonl").write_text(json.dumps({"event": "started", "attempt": 1}) + "\n")
+    logs = copy / "logs" / "attempt-1"
+    beat = json.loads((logs / "rank-0.heartbeat.json").read_text()) | {"host": "elsewhere"}
+    (logs / "rank-0.heartbeat.json").write_text(json.dumps(beat))
+    slept = []
+
+    def step(seconds: float) -> None:
+        slept.append(seconds)
+        (logs / "rank-0.step").write_text(f"{20 + len(slept):012d}\n")
+
+    monkeypatch.setattr(status_module, "time", SimpleNamespace(sleep=step))
+    found = status(copy)
+    assert (found.state, len(slept)) == ("running", 1)
+    assert found.heartbeat_age_seconds is not None
+    assert found.heartbeat_age_seconds < 2
+
+
 def test_time_left_is_at_the_pace_of_the_newest_start(
     copy: Path, beats_elsewhere: Callable[..., None]
 ) -> None:
-    """At step 9 of 12. Rows of an earlier start, or of before it went back to a save, are by other clocks."""
+    """At step 9 of 12. The pace of an earlier start, or of before it went back to a save, is of other clocks."""
     (copy / "DONE").unlink()
     beats_elsewhere(copy, pid=1)
-    (copy / "logs" / "attempt-2").mkdir()
-    (copy / "logs" / "attempt-2" / "rank-0.step").write_text("000000000009\n")
+    logs = RunDirectory(copy).logs(2)
+    logs.mkdir()
+    (logs / "rank-0.step").write_text("000000000009\n")
     with (copy / "events.jsonl").open("a") as file:
         started = {"event": "started", "attempt": 2, "step": 4, "total_steps": STEPS}
         file.write(json.dumps(started) + "\n")
-    clocks = [(2, 5, 20.0), (2, 6, 30.0), (2, 8, 32.0)]
-    for earlier in ((1, 4, 1.0), (2, 4, 900.0)):
-        lines = [
-            json.dumps({"step": step, "seconds": seconds, "attempt": attempt})
-            for attempt, step, seconds in (earlier, *clocks)
-        ]
-        (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = status(copy)
+    # It has not written how it stands. What stands in the file of the start before is not of its pace.
+    assert (found.state, found.step, found.seconds_left) == ("running", 9, None)
+    assert found.knn_top1 == rows(copy)[-1]["ensemble/knn_top1"]
+    for begun_at, left in ((0, None), (4, 12.0)):
+        log = StandingLog(logs, rows(copy), step=begun_at, total_steps=STEPS)
+        if begun_at:
+            # Three steps took 12 seconds.
+            for step, seconds in ((5, 20.0), (6, 30.0), (8, 32.0)):
+                log.add({"step": step, "seconds": seconds})
+            log.write()
         found = status(copy)
         assert (found.state, found.step, found.total_steps) == ("running", 9, STEPS)
-        # Three steps took 12 seconds.
-        assert found.seconds_left == 12.0
+        assert found.seconds_left == left
+
+
+@pytest.fixture
+def read_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
+    """``read_files(run)``: the operations by which `status` reads the run, by the paths below it, in order."""
+
+    def read(run: Path) -> list[str]:
+        found: list[str] = []
+
+        def counted(function: Callable[..., object]) -> Callable[..., object]:
+            def operate(path: object, *words: object, **more: object) -> object:
+                if isinstance(path, str | os.PathLike) and Path(path).is_relative_to(run):
+                    found.append(Path(path).relative_to(run).as_posix())
+                return function(path, *words, **more)
+
+            return operate
+
+        with monkeypatch.context() as place:
+            for name in ("stat", "lstat", "open", "scandir", "listdir"):
+                place.setattr(os, name, counted(getattr(os, name)))
+            place.setattr(io, "open", counted(io.open))
+            status(run)
+        return found
+
+    return read
+
+
+def test_few_files_of_a_run_are_read(copy: Path, read_files: Callable[[Path], list[str]]) -> None:
+    """However many rows, starts and saves it has: on a busy file server each operation takes milliseconds."""
+    done = ["slurm/jobs.jsonl", "owner.json", "DONE", "events.jsonl", "logs"]
+    assert read_files(copy) == [*done, "logs/attempt-1/standing.json"]
+
+    (copy / "DONE").unlink()
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "time_seconds": time.time()}
+    (copy / "owner.json").write_text(json.dumps(owner))
+    shutil.copytree(copy / "logs/attempt-1", copy / "logs/attempt-2")
+    with (copy / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "started", "attempt": 2, "step": 0}) + "\n")
+    assert (status(copy).state, status(copy).step) == ("running", STEPS)
+    logs = "logs/attempt-2"
+    running = [*done[:3], "FAILED", *done[3:], f"{logs}/standing.json", logs]
+    beat, step = f"{logs}/rank-0.heartbeat.json", f"{logs}/rank-0.step"
+    assert read_files(copy) == [*running, beat, step, "owner.json"]
 
 
 def test_folders_of_runs(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    for name in ("runs/a", "runs/sweep/seed-0", "runs/sweep/seed-1", "runs/p/runs/x", "runs/y/z/w"):
+    for name in ("runs/a", "runs/s/x-seed-0", "runs/s/x-seed-1", "runs/y/z/w"):
         shutil.copytree(finished, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
-    (tmp_path / "runs" / "p" / "pipeline.yaml").write_text("")
-    (tmp_path / "runs" / "sweep" / "slurm" / "pretrain-1").mkdir(parents=True)
+    study = tmp_path / "runs" / "s"
+    (study / "study.yaml").write_text("")
+    (study / "slurm" / "pretrain-1").mkdir(parents=True)
+    # Its own jobs make it no run.
+    (study / "slurm" / "jobs.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
     names = [found["run"] for found in shown(capsys)]
-    assert names == ["runs/a", "runs/p/runs/x", "runs/sweep/seed-0", "runs/sweep/seed-1"]
-    assert [found["run"] for found in shown(capsys, "runs/sweep", "runs/sweep/seed-1")] == names[2:]
+    assert names == ["runs/a", "runs/s/x-seed-0", "runs/s/x-seed-1"]
+    assert [found["run"] for found in shown(capsys, "runs/s", "runs/s/x-seed-1")] == names[1:]
     for words, error in (
         (["runs/y/z/w/logs"], "no run in runs/y/z/w/logs"),
         (["b"], "b is not there"),
@@ -356,8 +445,6 @@ def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(
 
 
 def test_a_process_that_was_given_the_number_of_a_dead_owner_is_not_it(copy: Path) -> None:
-    import socket
-
     (copy / "DONE").unlink()
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": "2020-01-01"}
     (copy / "owner.json").write_text(json.dumps({**owner, "time_seconds": time.time()}))
@@ -382,14 +469,18 @@ def programs(folder: Path, *names: str, squeue: str = 'exec /usr/bin/squeue "$@"
     return str(folder)
 
 
-def test_jobs_of_a_sweep_that_wait(cluster: Cluster, tmp_path: Path) -> None:
+def test_jobs_of_a_study_that_wait(cluster: Cluster, tmp_path: Path) -> None:
     """With accounting and without, asked once for all; and where Slurm does not answer at all."""
-    sweep = tmp_path / "sweep"
-    array = submit(cluster, sweep, options=(*HELD, "--sweep", "seed=0,1")).split("_")[0]
+    profile = tmp_path / "held.yaml"
+    profile.write_text("executor: slurm\nsbatch: [hold]\n")
+    submitted = peerlearn(cluster, "study", str(write_config(tmp_path, cluster=str(profile))))
+    assert submitted.returncode == 0, submitted.stderr
+    study = tmp_path / "s"
+    array = submitted.stdout.split("job ")[1].split("_")[0]
     path = programs(tmp_path / "bin")
     for more in ({}, {"PATH": path}):
-        found = slurm_status(cluster, sweep, **more)
-        assert [each["run"] for each in found] == [f"{sweep}/seed-0", f"{sweep}/seed-1"]
+        found = slurm_status(cluster, study, **more)
+        assert [each["run"] for each in found] == [f"{study}/base-seed-0", f"{study}/base-seed-1"]
         assert [each["job"] for each in found] == [f"{array}_0", f"{array}_1"]
         for each in found:
             assert (each["state"], each["reason"], each["live"]) == ("pending", "JobHeldUser", True)
@@ -401,7 +492,7 @@ def test_jobs_of_a_sweep_that_wait(cluster: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "bin" / "calls").read_text() == "called\n"
 
     offline = run_process(
-        command("status", str(sweep)),
+        command("status", str(study)),
         env={**cluster.environment, "OMP_NUM_THREADS": "1", "SLURM_CONF": os.devnull},
         capture_output=True,
         text=True,
@@ -412,8 +503,8 @@ def test_jobs_of_a_sweep_that_wait(cluster: Cluster, tmp_path: Path) -> None:
     assert offline.stderr.count("\n") == 1
 
     # Slurm itself forgets at once an array's task that never began.
-    assert peerlearn(cluster, "cancel", str(sweep / "seed-0")).returncode == 0
-    assert [each["state"] for each in slurm_status(cluster, sweep)] == ["cancelled", "pending"]
+    assert peerlearn(cluster, "cancel", str(study / "base-seed-0")).returncode == 0
+    assert [each["state"] for each in slurm_status(cluster, study)] == ["cancelled", "pending"]
 
 
 def test_a_job_that_squeue_has_forgotten(cluster: Cluster, tmp_path: Path) -> None:

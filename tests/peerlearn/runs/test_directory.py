@@ -251,3 +251,16 @@ def test_a_start_is_numbered_after_the_highest_before_it(earlier, odd, tmp_path_
     assert not (root / "FAILED").exists()
     assert run.start_attempt("pretrain", FACTS) == attempt + 1
     shutil.rmtree(root)
+
+
+def test_events_of_some_names_are_those(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert list(run.events("done")) == []
+    run.event("started", step=0)
+    run.event("failed", reason="done")
+    run.event("done", step=3)
+    with run.event_log.open("ab") as file:
+        file.write(b'{"event": "done", \n["done"]\n{"event": ["done"]}\n')
+    assert [event["step"] for event in run.events("done")] == [3]
+    assert [event["event"] for event in run.events("done", "failed")] == ["failed", "done"]
+    assert [event["event"] for event in run.events()][:3] == ["started", "failed", "done"]

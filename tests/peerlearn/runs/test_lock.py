@@ -230,7 +230,7 @@ def test_many_owners_elsewhere_are_looked_at_at_the_same_time(short_looks, tmp_p
         root.mkdir()
         record = {"host": "elsewhere", "pid": 4, "since": "then", "time_seconds": time.time()}
         (root / "owner.json").write_text(json.dumps(record))
-    module.look_at_owners(roots)
+    assert [module.look_at_owner(root) for root in (*roots, tmp_path)] == [True] * 5 + [False]
     assert [living_owner(root) for root in roots] == [None] * 5
     (first, *others) = [module._sightings.look(root, read_owner(root)) for root in roots]
     # One wait was enough for all of them.

@@ -12,7 +12,7 @@ from peerlearn.runs.metrics import MetricsLog
 def log_two_rows(folder: Path) -> list[dict]:
     folder.mkdir()
     run = RunDirectory(folder)
-    log = MetricsLog(run, attempt=1, step=0, steps_per_epoch=2, writes=True)
+    log = MetricsLog(run, attempt=1, step=0, steps_per_epoch=2, total_steps=2, writes=True)
     for step in (1, 2):
         log.write(step, {"loss": float(step)})
     log.close()

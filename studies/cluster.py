@@ -1,0 +1,212 @@
+"""A study on a SLURM cluster: its pretraining as one array, each evaluation as a job of its own, a job that watches.
+
+Nothing is measured twice. An evaluation's job is named by what it measures. Under the folder's lock it is submitted
+unless its outcome is there or a job of that name waits or runs. If a submitter is killed before anyone knows its job, a
+second job of the name may come of it: Slurm starts that after the first (``singleton``), and it finds the outcome.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peerlearn.config import config_to_yaml
+from peerlearn.errors import UserError
+from peerlearn.runs.directory import JOBS_FOLDER
+from slurm.client import OwnJob, own_jobs
+from slurm.config import SubmitConfig
+from slurm.jobs import records_of, states_of
+from slurm.outcome import outcome_of
+from slurm.submission import (
+    NUMBERS_FILE,
+    Submission,
+    Task,
+    create_submission,
+    job_numbers,
+    read_submission,
+    record_jobs,
+)
+from studies.due import Jobs, Look, Ordered, Work, drop_bulk, locked, look, to_train
+from studies.evaluations import job_name, read_outcome, write_failure, write_order
+from studies.study import StudyRun
+
+# A job that was just submitted may not be in Slurm's list yet, and one that just ended may not have shown its files.
+_FRESH_SECONDS = 15.0
+
+
+def submit_pretraining(
+    root: Path,
+    runs: Sequence[StudyRun],
+    cluster: SubmitConfig,
+    *,
+    at_once: int | None,
+    again: bool,
+) -> list[str]:
+    """Submit the runs that are not done and have no job, as one array.
+
+    Args:
+        root: folder of the study.
+        runs: runs of the study.
+        cluster: profile of the jobs.
+        at_once: largest number of the runs that train at once; None = no limit.
+        again: whether runs that have failed are tried again.
+
+    Returns:
+        The jobs; none if nothing is to be done.
+
+    Raises:
+        UserError: the jobs are refused, or Slurm does not answer.
+    """
+    with locked(root):
+        jobs = own_jobs()
+        _adopt(root, jobs)
+        found = look(
+            Work(root=root, runs=[run.folder for run in runs], evaluations=[]), Jobs.of(jobs)
+        )
+        tasks = [_pretraining(run) for run in runs if to_train(found, run.folder, again=again)]
+        if not tasks:
+            return []
+        return _submit(root / JOBS_FOLDER, tasks, cluster, at_once=at_once)
+
+
+def _pretraining(run: StudyRun) -> Task:
+    config = replace(run.variant.config, seed=run.seed, run=str(run.folder))
+    return Task(
+        words=["pretrain", *run.variant.words, *run.own_words],
+        run=str(run.folder),
+        config_yaml=config_to_yaml(config),
+    )
+
+
+def _submit(
+    home: Path, tasks: list[Task], cluster: SubmitConfig, *, at_once: int | None = None
+) -> list[str]:
+    from slurm.executors import submit
+
+    submission = create_submission(home, tasks, cluster)
+    name = cluster.name or _array_name(submission)
+    return submit(submission, name, at_once=at_once)
+
+
+def _array_name(submission: Submission) -> str:
+    return f"{submission.tasks[0].words[0]}-{_digest(submission.folder)}"
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+
+
+def _adopt(root: Path, jobs: Sequence[OwnJob]) -> None:
+    """Record the jobs of arrays whose submitter was killed before it could."""
+    for file in (root / JOBS_FOLDER).glob("pretrain-*/submission.json"):
+        try:
+            job_numbers(file.parent)
+            continue
+        except (OSError, ValueError):
+            submission = read_submission(file.parent)
+        named = [job.number for job in jobs if job.name == _array_name(submission)]
+        array = {number.partition("_")[0] for number in named}
+        if len(array) == 1:
+            first = array.pop()
+            tasks = range(len(submission.tasks))
+            single = len(submission.tasks) == 1
+            record_jobs(submission, [first] if single else [f"{first}_{task}" for task in tasks])
+
+
+def submit_watch(root: Path, cluster: SubmitConfig) -> str | None:
+    """Submit a job that watches the study, unless one waits.
+
+    One that runs may be about to end. The new job then starts after it, and ends at once if nothing is left to do.
+
+    Returns:
+        The job; None if one waits already.
+
+    Raises:
+        UserError: the job is refused, or Slurm does not answer.
+    """
+    name = f"watch-{_digest(root)}"
+    with locked(root):
+        waiting = [job for job in own_jobs() if job.name == name and job.state == "PENDING"]
+        if waiting:
+            return None
+        task = Task(words=["watch", str(root)], run=str(root))
+        config = replace(cluster, name=name, dependency="singleton")
+        return _submit(root / JOBS_FOLDER, [task], config)[0]
+
+
+def submit_background(root: Path, words: list[str], cluster: SubmitConfig) -> str | None:
+    """Start the study in the background of this machine, unless it goes on there.
+
+    Returns:
+        The job; None if there is one already.
+
+    Raises:
+        UserError: it cannot be started.
+    """
+    with locked(root):
+        if states_of(record for record in records_of(root) if record["executor"] == "local"):
+            return None
+        return _submit(root / JOBS_FOLDER, [Task(words=words, run=str(root))], cluster)[0]
+
+
+def advance(work: Work, cluster: SubmitConfig, *, at_once: int | None) -> Look:
+    """Look at everything once, submit the evaluations that are due, and note those whose jobs are gone.
+
+    Raises:
+        UserError: Slurm does not answer, a job is refused, or the folder cannot be written.
+    """
+    with locked(work.root):
+        jobs = own_jobs()
+        _adopt(work.root, jobs)
+        found = look(work, Jobs.of(jobs))
+        live = len(found.with_standing("live"))
+        submitted = 0
+        for each in found.with_standing("due"):
+            if submission := _newest_submission(each):
+                _note_loss(each, submission)
+                continue
+            if at_once is not None and live + submitted >= at_once:
+                break
+            job = submit_evaluation(each, cluster)
+            print(f"job {job}: {each.title}", flush=True)
+            submitted += 1
+        drop_bulk(work, found)
+    return found
+
+
+def submit_evaluation(each: Ordered, cluster: SubmitConfig) -> str:
+    """Submit the job of an evaluation. The caller holds the lock.
+
+    Raises:
+        UserError: the job is refused.
+    """
+    folder = write_order(each.run, each.order)
+    task = Task(words=["measure", str(folder)], run=str(each.run))
+    config = replace(cluster, name=job_name(each.run, each.order), dependency="singleton")
+    return _submit(folder, [task], config)[0]
+
+
+def _newest_submission(each: Ordered) -> Path | None:
+    """The folder of the evaluation's newest job that is known; None if it has none."""
+    found = sorted(
+        each.folder.glob(f"measure-*/{NUMBERS_FILE}"), key=lambda file: file.stat().st_mtime
+    )
+    return found[-1].parent if found else None
+
+
+def _note_loss(each: Ordered, folder: Path) -> None:
+    """Write that an evaluation has failed whose job is gone without an outcome."""
+    if time.time() - (folder / NUMBERS_FILE).stat().st_mtime < _FRESH_SECONDS:
+        return
+    if read_outcome(each.folder) is not None:
+        return  # It has ended since the look.
+    job = job_numbers(folder)[0]
+    state = states_of([{"job": job, "executor": "slurm"}]).get(("slurm", job, None))
+    if state is not None and state.live:
+        return
+    try:
+        reason = outcome_of(read_submission(folder), 0, state.state if state else "gone").reason
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder} does not tell how its job ended: {error}") from error
+    write_failure(each.folder, each.order, f"job {job}: {reason}")

@@ -1,0 +1,270 @@
+"""Doing what is due of a study, here or in jobs, until everything is measured."""
+
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UsageError, UserError
+from peerlearn.runs.stop import STOP_SIGNALS, Stop, stop_signals
+from slurm.client import own_jobs
+from slurm.config import SubmitConfig
+from slurm.submit_command import read_cluster
+from studies.cluster import advance, submit_background, submit_pretraining, submit_watch
+from studies.config import StudyConfig
+from studies.due import Jobs, Look, Work, ask_again, locked, look, problems
+from studies.evaluations import fixed_evaluations
+from studies.here import Here
+from studies.study import Study, all_seeds, config_file
+
+# How long to try again if, say, Slurm is down or a quota is full.
+_GIVE_UP_SECONDS = 86400.0
+_POLL_SECONDS = 0.2
+HERE = "here"
+
+
+def go_on(
+    study: Study,
+    *,
+    again: bool,
+    watching: bool,
+    interval_seconds: float | None = None,
+) -> int:
+    """Start and submit what is due, wait for it where it runs here, and print the tables at the end.
+
+    Args:
+        study: study whose folder is written.
+        again: whether what has failed is tried again.
+        watching: whether to stay until everything is measured, where it runs in jobs.
+        interval_seconds: seconds from one look at the runs to the next; None = the study's.
+
+    Returns:
+        The exit code: 1 if something is missing at the end, 75 if a signal asked to stop before.
+    """
+    config = study.config
+    interval_seconds = interval_seconds or config.interval_seconds
+    work = work_of(study)
+    if again:
+        with locked(study.root):
+            ask_again(jobs_now(work, config))
+    profile = read_profile(config.cluster)
+    if profile is None and (is_background(config.cluster) and not watching):
+        job = submit_background(study.root, _watch_words(study), _profile(config.cluster))
+        return _submitted(study, [job] if job else [])
+    if profile is None:
+        whole, found, _ = watch_here(
+            work,
+            study,
+            at_once=config.throttle or 1,
+            interval_seconds=interval_seconds,
+            again=again,
+        )
+        if not whole:
+            print(f"saved; `peerlearn resume {study.root}` goes on", flush=True)
+            return SAVED_RUN_AGAIN
+        return _tables(study, work, found)
+    if again or not watching:
+        jobs = submit_pretraining(
+            study.root, study.runs, profile, at_once=config.throttle, again=again
+        )
+        for job in jobs:
+            print(f"job {job}: pretraining of {study.root}", flush=True)
+    evaluation = read_profile(config.evaluation_cluster or config.cluster, "evaluation_cluster")
+    assert evaluation is not None, "check_places"
+    if not watching or (again and config.watch == "job"):
+        if config.watch == "job" and (job := submit_watch(study.root, _small(evaluation))):
+            print(f"job {job}: watch {study.root}", flush=True)
+        if config.watch == "job" and not watching:
+            return _submitted(study, [])
+    code = watch(lambda: advance(work, evaluation, at_once=config.throttle), work, interval_seconds)
+    if code == SAVED_RUN_AGAIN:
+        return code
+    return _tables(study, work, jobs_now(work, config))
+
+
+def work_of(study: Study) -> Work:
+    """The runs of a study and their evaluations.
+
+    Raises:
+        UserError: an evaluation's line is wrong, or the folder cannot be written.
+    """
+    return Work(
+        root=study.root,
+        runs=[run.folder for run in study.runs],
+        evaluations=fixed_evaluations(study.root, study.config.evaluate),
+        exports=study.config.exports,
+        keep=study.config.keep,
+    )
+
+
+def jobs_now(work: Work, config: StudyConfig) -> Look:
+    """One look at the work, with Slurm's list of jobs where the study uses Slurm and Slurm answers."""
+    jobs = Jobs()
+    if read_profile(config.cluster) is not None:
+        with contextlib.suppress(UserError):
+            jobs = Jobs.of(own_jobs())
+    return look(work, jobs)
+
+
+def read_profile(name: str, key: str = "cluster") -> SubmitConfig | None:
+    """A profile, without the keys that are only for a single submission; None for this machine.
+
+    Raises:
+        UsageError: the profile is unknown or wrong; the message names the key.
+    """
+    if name == HERE:
+        return None
+    try:
+        profile, _ = read_cluster(["--cluster", name])
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from error
+    return profile if profile.executor == "slurm" else None
+
+
+def check_places(config: StudyConfig) -> None:
+    """Make sure that runs and evaluations are both processes of this machine, or both jobs of a cluster.
+
+    Raises:
+        UsageError: they are not, or a profile is unknown or wrong.
+    """
+    runs = read_profile(config.cluster)
+    if config.evaluation_cluster is None:
+        return
+    if (read_profile(config.evaluation_cluster, "evaluation_cluster") is None) != (runs is None):
+        raise UsageError(
+            f"evaluation_cluster: {config.evaluation_cluster}: runs ({config.cluster}) and evaluations are both "
+            "on this machine, or both jobs of a cluster"
+        )
+
+
+def is_background(cluster: str) -> bool:
+    """Whether a place is this machine in the background."""
+    return cluster != HERE and _profile(cluster).executor == "local"
+
+
+def _profile(cluster: str) -> SubmitConfig:
+    return read_cluster(["--cluster", cluster])[0]
+
+
+def _small(profile: SubmitConfig) -> SubmitConfig:
+    """A profile for the job that watches: one process, no GPU."""
+    return replace(
+        profile, nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=1, memory_gb=None
+    )
+
+
+def _watch_words(study: Study) -> list[str]:
+    words = ["watch", str(study.root), "--seeds", *map(str, study.config.seeds)]
+    if study.grids != list(study.config.grids):
+        words += ["--only", *study.grids]
+    return words
+
+
+def _submitted(study: Study, jobs: Sequence[str]) -> int:
+    for job in jobs:
+        print(f"job {job}: {study.root}")
+    root = shlex.quote(str(study.root))
+    print(f"peerlearn status {root} --follow    # how its runs stand")
+    print(f"peerlearn table {root}              # the tables, at any time")
+    print(
+        f"peerlearn resume {root}             # tries again what failed, and stays until all is measured"
+    )
+    return DONE
+
+
+def _tables(study: Study, work: Work, found: Look) -> int:
+    """Print the tables and what is missing. Returns the exit code: 1 if anything is."""
+    from studies.report import report
+
+    missing = problems(work, found)
+    whole = set(all_seeds(study)) == set(study.config.seeds)
+    report(study, missing, write=whole and study.grids == list(study.config.grids))
+    return FAILURE if missing else DONE
+
+
+def watch_here(
+    work: Work,
+    study: Study | None,
+    *,
+    at_once: int,
+    interval_seconds: float,
+    again: bool = False,
+) -> tuple[bool, Look, Work]:
+    """Do the work by processes of this machine, until nothing is left to do or a signal stops it.
+
+    Args:
+        work: runs and their evaluations.
+        study: study whose runs are trained too; None = the runs are only watched.
+        at_once: largest number of processes.
+        interval_seconds: seconds from one look at the runs to the next.
+        again: whether runs that have failed are tried again.
+
+    Returns:
+        Whether nothing was left to do, what was found at the end, and the work.
+    """
+    here = Here(
+        work,
+        study.runs if study else [],
+        lambda run: config_file(study, run.variant) if study else run.folder,
+        at_once=at_once,
+        again=again,
+        interval_seconds=interval_seconds,
+    )
+    with stop_signals(STOP_SIGNALS, "what runs saves, then all stops") as stop:
+        found = here.run(stop)
+    return here.whole, found, work
+
+
+def watch(
+    advance_once: Callable[[], Look], work: Work, interval_seconds: float, *, once: bool = False
+) -> int:
+    """Look again and again until everything is measured or has failed.
+
+    An error is printed, and the work is tried again. After a day of errors the watch gives up.
+
+    Args:
+        advance_once: function that looks at everything once and submits what is due.
+        work: runs and their evaluations.
+        interval_seconds: seconds from one look to the next.
+        once: whether to look only once.
+
+    Returns:
+        0 if everything is measured, 1 if something failed, 75 if a signal asked to stop before.
+
+    Raises:
+        UserError: an error in the only look of `once`, or one that lasted for a day.
+    """
+    said, since = "", time.monotonic()
+    with stop_signals(STOP_SIGNALS, "stopping") as stop:
+        while not stop.requested:
+            try:
+                found = advance_once()
+            except UserError as trouble:
+                if once or time.monotonic() - since > _GIVE_UP_SECONDS:
+                    raise
+                if str(trouble) != said:
+                    print(f"{trouble}; it is tried again every {interval_seconds:g} s", flush=True)
+                said = str(trouble)
+            else:
+                said, since = "", time.monotonic()
+                if found.finished:
+                    return tell_problems(work, found)
+            if once:
+                return DONE
+            _sleep(interval_seconds, stop)
+    return SAVED_RUN_AGAIN
+
+
+def _sleep(seconds: float, stop: Stop) -> None:
+    deadline = time.monotonic() + seconds
+    while not stop.requested and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, _POLL_SECONDS))
+
+
+def tell_problems(work: Work, found: Look) -> int:
+    """Print what is missing. Returns the exit code: 1 if anything is."""
+    missing = problems(work, found)
+    for each in missing:
+        print(f"missing: {each.run}: {each.what}: {each.why}")
+    return FAILURE if missing else DONE
