@@ -282,8 +282,8 @@ def main(folder: str) -> int:
     os.environ["SUBMITIT_FOLDER"] = folder
     try:
         return Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
-    except CommandFailedError as error:
-        print(f"peerlearn: {error}", file=sys.stderr)
+    except CommandFailedError:
+        # The command has said why.
         return FAILURE
 
 
