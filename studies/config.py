@@ -136,11 +136,7 @@ class StudyConfig:
             len(set(self.evaluate)) == len(self.evaluate),
             f"evaluate holds one twice: {self.evaluate}",
         )
-        number = isinstance(self.exports, int) and self.exports >= 1
-        require(
-            self.exports in ("last", "all") or number,
-            f"exports: expected last, all or a number of epochs of at least 1, got {self.exports!r}",
-        )
+        read_exports(self.exports)
         for key, choices in (("keep", KEEP), ("watch", WATCH)):
             value = getattr(self, key)
             require(value in choices, f"{key}: expected {' or '.join(choices)}, got {value!r}")
@@ -201,6 +197,20 @@ class StudyConfig:
                     len(figures) == count,
                     f"published: {each.grid}: row {row!r}: {len(figures)} figures for {count} labels",
                 )
+
+
+def read_exports(written: str | int) -> str | int:
+    """The exports to evaluate: last, all, or an interval in epochs, also where it is written as text.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    number = int(written) if str(written).isdecimal() else 0
+    require(
+        written in ("last", "all") or number >= 1,
+        f"exports: expected last, all or a number of epochs of at least 1, got {written!r}",
+    )
+    return number or written
 
 
 def read_study(path: Path, **instead: Any) -> StudyConfig:
@@ -270,6 +280,7 @@ def build_study(content: Mapping[str, Any], **instead: Any) -> StudyConfig:
     published = written.get("published", [])
     require(isinstance(published, list), "published must be a list of figures, each with its grid")
     written["published"] = [_published(each) for each in published]
+    written["exports"] = read_exports(written.get("exports", "last"))
     return StudyConfig(**{"folder": "", **written})
 
 

@@ -53,17 +53,16 @@ def go_on(
         job = submit_background(study.root, _watch_words(study), _profile(config.cluster))
         return _submitted(study, [job] if job else [])
     if profile is None:
-        whole, found, _ = watch_here(
+        found = watch_here(
             work,
             study,
             at_once=config.throttle or 1,
             interval_seconds=interval_seconds,
             again=again,
         )
-        if not whole:
+        if found is None:
             print(f"saved; `peerlearn resume {study.root}` goes on", flush=True)
-            return SAVED_RUN_AGAIN
-        return _tables(study, work, found)
+        return SAVED_RUN_AGAIN if found is None else _tables(study, work, found)
     if again or not watching:
         jobs = submit_pretraining(
             study.root, study.runs, profile, at_once=config.throttle, again=again
@@ -77,10 +76,8 @@ def go_on(
             print(f"job {job}: watch {study.root}", flush=True)
         if config.watch == "job" and not watching:
             return _submitted(study, [])
-    code = watch(lambda: advance(work, evaluation, at_once=config.throttle), work, interval_seconds)
-    if code == SAVED_RUN_AGAIN:
-        return code
-    return _tables(study, work, jobs_now(work, config))
+    found = watch(lambda: advance(work, evaluation, at_once=config.throttle), interval_seconds)
+    return SAVED_RUN_AGAIN if found is None else _tables(study, work, found)
 
 
 def work_of(study: Study) -> Work:
@@ -190,7 +187,7 @@ def watch_here(
     at_once: int,
     interval_seconds: float,
     again: bool = False,
-) -> tuple[bool, Look, Work]:
+) -> Look | None:
     """Do the work by processes of this machine, until nothing is left to do or a signal stops it.
 
     Args:
@@ -201,7 +198,7 @@ def watch_here(
         again: whether runs that have failed are tried again.
 
     Returns:
-        Whether nothing was left to do, what was found at the end, and the work.
+        What is found when nothing is left to do; None if a signal stopped the work before.
     """
     here = Here(
         work,
@@ -213,24 +210,23 @@ def watch_here(
     )
     with stop_signals(STOP_SIGNALS, "what runs saves, then all stops") as stop:
         found = here.run(stop)
-    return here.whole, found, work
+    return found if here.whole else None
 
 
 def watch(
-    advance_once: Callable[[], Look], work: Work, interval_seconds: float, *, once: bool = False
-) -> int:
+    advance_once: Callable[[], Look], interval_seconds: float, *, once: bool = False
+) -> Look | None:
     """Look again and again until everything is measured or has failed.
 
     An error is printed, and the work is tried again. After a day of errors the watch gives up.
 
     Args:
         advance_once: function that looks at everything once and submits what is due.
-        work: runs and their evaluations.
         interval_seconds: seconds from one look to the next.
         once: whether to look only once.
 
     Returns:
-        0 if everything is measured, 1 if something failed, 75 if a signal asked to stop before.
+        What the last look has found; None if a signal asked to stop before.
 
     Raises:
         UserError: an error in the only look of `once`, or one that lasted for a day.
@@ -248,23 +244,13 @@ def watch(
                 said = str(trouble)
             else:
                 said, since = "", time.monotonic()
-                if found.finished:
-                    return tell_problems(work, found)
-            if once:
-                return DONE
+                if found.finished or once:
+                    return found
             _sleep(interval_seconds, stop)
-    return SAVED_RUN_AGAIN
+    return None
 
 
 def _sleep(seconds: float, stop: Stop) -> None:
     deadline = time.monotonic() + seconds
     while not stop.requested and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(left, _POLL_SECONDS))
-
-
-def tell_problems(work: Work, found: Look) -> int:
-    """Print what is missing. Returns the exit code: 1 if anything is."""
-    missing = problems(work, found)
-    for each in missing:
-        print(f"missing: {each.run}: {each.what}: {each.why}")
-    return FAILURE if missing else DONE

@@ -68,12 +68,10 @@ def _planned(words: argparse.Namespace) -> Study:
         key: getattr(words, key)
         for key in (
             *("folder", "seeds", "pretrain", "cluster", "evaluation_cluster"),
-            *("throttle", "keep", "watch", "interval_seconds"),
+            *("throttle", "keep", "watch", "interval_seconds", "exports"),
         )
     }
     instead["evaluate"] = words.evaluate or None
-    if words.exports is not None:
-        instead["exports"] = int(words.exports) if words.exports.isdecimal() else words.exports
     if words.score:
         instead["compare"] = {"score": words.score}
     if words.file is None:

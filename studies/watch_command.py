@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.config import ArgumentParser
-from peerlearn.errors import SAVED_RUN_AGAIN, UsageError, UserError
+from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UsageError, UserError
 from peerlearn.runs.directory import check_owner
 from slurm.config import SubmitConfig
 from studies.cluster import advance
-from studies.due import Jobs, Look, Work, training_of
+from studies.config import read_exports
+from studies.due import Jobs, Work, problems, training_of
 from studies.evaluations import resolve_evaluation, study_of
-from studies.runner import HERE, go_on, read_profile, tell_problems, watch, watch_here, work_of
+from studies.runner import HERE, go_on, read_profile, watch, watch_here, work_of
 from studies.study import Study, is_study, load_study
 
 
@@ -34,19 +35,17 @@ def main(argv: Sequence[str]) -> int:
     work, cluster, at_once = _watched_run(target, words.evaluate, words.cluster, words.exports)
     interval_seconds = words.interval_seconds or 30.0
     if cluster is None:
-        return _code(
-            watch_here(work, None, at_once=at_once or 1, interval_seconds=interval_seconds)
+        found = watch_here(work, None, at_once=at_once or 1, interval_seconds=interval_seconds)
+    else:
+        found = watch(
+            lambda: advance(work, cluster, at_once=at_once), interval_seconds, once=words.once
         )
-    return watch(
-        lambda: advance(work, cluster, at_once=at_once), work, interval_seconds, once=words.once
-    )
-
-
-def _code(ended: tuple[bool, Look, Work]) -> int:
-    whole, found, work = ended
-    if not whole:
-        return SAVED_RUN_AGAIN
-    return tell_problems(work, found)
+    if found is None or words.once:
+        return SAVED_RUN_AGAIN if found is None else DONE
+    missing = problems(work, found)
+    for each in missing:
+        print(f"missing: {each.run}: {each.what}: {each.why}")
+    return FAILURE if missing else DONE
 
 
 def _watched_run(
@@ -68,13 +67,11 @@ def _watched_run(
     evaluations = [resolve_evaluation(line) for line in evaluate]
     if study is not None and not evaluations:
         evaluations = work_of(study).evaluations
-    wanted: str | int = exports or (study.config.exports if study else "all")
-    work = Work(
-        root=run,
-        runs=[run],
-        evaluations=evaluations,
-        exports=int(wanted) if str(wanted).isdecimal() else wanted,
-    )
+    try:
+        wanted = read_exports(exports or (study.config.exports if study else "all"))
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    work = Work(root=run, runs=[run], evaluations=evaluations, exports=wanted)
     profile = cluster or (evaluation_cluster(study) if study else HERE)
     return work, read_profile(profile), study.config.throttle if study else None
 
@@ -118,7 +115,9 @@ def _parser() -> ArgumentParser:
         type=_positive,
         help="seconds from one look to the next (default: the study's, or 30)",
     )
-    parser.add_argument("--once", action="store_true", help="look once and end")
+    parser.add_argument(
+        "--once", action="store_true", help="look once at a run with a cluster, and end"
+    )
     return parser
 
 
