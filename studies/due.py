@@ -120,10 +120,14 @@ class Look:
         return [each for each in self.ordered if each.standing == standing]
 
     @property
+    def goes_on(self) -> bool:
+        """Whether a run goes on, or an evaluation waits or goes on."""
+        return bool(self.with_standing("live")) or "live" in self.training.values()
+
+    @property
     def finished(self) -> bool:
-        """Whether no run goes on, and no evaluation is due or goes on."""
-        busy = self.with_standing("due") or self.with_standing("live")
-        return not busy and "live" not in self.training.values()
+        """Whether nothing goes on, and no evaluation is due."""
+        return not self.goes_on and not self.with_standing("due")
 
     def is_over(self, run: Path) -> bool:
         """Whether nothing is to come of a run: it has ended, and so has every evaluation of it."""

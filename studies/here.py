@@ -36,6 +36,7 @@ class _Child:
         run: folder of the run.
         log: file with its output.
         ordered: the evaluation; None if it trains.
+        told: whether it was told to stop.
     """
 
     title: str
@@ -44,6 +45,7 @@ class _Child:
     run: Path
     log: Path
     ordered: Ordered | None = None
+    told: bool = False
 
 
 class Here:
@@ -85,7 +87,8 @@ class Here:
         """
         found = look(self._work, Jobs())
         done = sum(map(found.is_over, self._work.runs))
-        with progress(len(self._work.runs), "runs", name="study", done=done) as reporter:
+        name = "study" if self._runs else "watch"
+        with progress(len(self._work.runs), "runs", name=name, done=done) as reporter:
             try:
                 while not self._over(found, stop):
                     self._start_due(found, stop)
@@ -102,7 +105,7 @@ class Here:
     def _over(self, found: Look, stop: Stop) -> bool:
         if self._children:
             return False
-        self.whole = next(self._due(found), None) is None and found.finished
+        self.whole = next(self._due(found), None) is None and not found.goes_on
         return stop.requested or self.whole
 
     def _due(self, found: Look) -> Iterator[Ordered | StudyRun]:
@@ -140,13 +143,11 @@ class Here:
     def _wait(self, reporter: Reporter, stop: Stop) -> None:
         """Wait until a process has ended, or until it is time for another look."""
         deadline = time.monotonic() + self._interval_seconds
-        told: set[int] = set()
         while time.monotonic() < deadline or stop.requested:
-            if stop.requested:
-                for child in self._children:
-                    if child.process.pid not in told:
-                        child.process.terminate()
-                        told.add(child.process.pid)
+            for child in self._children if stop.requested else ():
+                if not child.told:
+                    child.process.terminate()
+                    child.told = True
             ended = [child for child in self._children if child.process.poll() is not None]
             for child in ended:
                 self._children.remove(child)
@@ -185,10 +186,10 @@ class Here:
 
     def _now(self) -> str:
         """What goes on now: ``base-seed-0: training, step 120``."""
-        texts = []
-        for child in self._children:
-            texts.append(child.title + ("" if child.ordered else _standing(child.run)))
-        return "\n".join(texts)
+        return "\n".join(
+            child.title + ("" if child.ordered else _standing(child.run))
+            for child in self._children
+        )
 
     def _kill(self) -> None:
         for child in self._children:
