@@ -16,7 +16,7 @@ from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from studies.due import Jobs, Work, look
 from studies.evaluations import Evaluation, orders, resolve_evaluation
-from tests.e2e.runs import command, environment, flip_last_byte, pretrain
+from tests.e2e.runs import command, environment, flip_last_byte
 from tests.owners import beating
 from tests.studies.small_studies import (
     KNN,
@@ -49,22 +49,6 @@ def finished(once: Callable[..., Path]) -> Path:
 @pytest.fixture
 def study(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "moved"))
-
-
-@pytest.fixture(scope="session")
-def trained(once: Callable[..., Path]) -> Path:
-    """A run with exports at steps 6 and 12; not to be changed."""
-
-    def make(run: Path) -> None:
-        assert pretrain(run, "--checkpoint.export_every_epochs", "1") == 0
-        shutil.rmtree(run / "tb")
-
-    return once("two-exports", make)
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def logged(root: Path) -> dict[str, str]:

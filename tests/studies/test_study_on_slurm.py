@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from peerlearn.runs.directory import RunDirectory
-from tests.e2e.runs import command, environment, pretrain
+from tests.e2e.runs import command, environment
 from tests.slurm.cluster import Cluster
 from tests.studies.small_studies import (
     KNN,
@@ -35,22 +34,6 @@ from tests.warm import Process
 from tests.warm import run as run_process
 
 DRIVER = Path(__file__).parent / "killed_while_submitting.py"
-
-
-@pytest.fixture(scope="session")
-def trained(once: Callable[..., Path]) -> Path:
-    """A run with exports at steps 6 and 12; not to be changed."""
-
-    def make(run: Path) -> None:
-        assert pretrain(run, "--checkpoint.export_every_epochs", "1") == 0
-        shutil.rmtree(run / "tb")
-
-    return once("two-exports", make)
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def variables(cluster: Cluster) -> dict[str, str]:
