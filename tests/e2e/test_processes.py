@@ -108,6 +108,7 @@ def test_only_the_main_rank_prints_and_every_rank_has_its_log(undisturbed, tmp_p
         "rank-1.heartbeat.json",
         "rank-1.log",
         "rank-1.step",
+        "standing.json",
     ]
     words = ["pretrain", *SMALL, "--data.name", "fashion_mnits", "--run", str(tmp_path / "x")]
     (code, output), other = ends(launch(2, *words))
