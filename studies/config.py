@@ -35,8 +35,8 @@ _FORMER = {
     "every_epochs": "write exports: N",
     "watch_cluster": "leave it out: the watch has one process on evaluation_cluster",
 }
-# Keys that may be null.
-_NULL = ("evaluation_cluster", "throttle")
+# Keys that may be null, of any part of a file.
+_NULL = ("evaluation_cluster", "throttle", "axis", "dataset", "variant")
 KEEP = ("all", "last", "results")
 WATCH = ("job", "here")
 
@@ -171,7 +171,9 @@ class StudyConfig:
             f"compare: axis: no grid has an axis {self.compare.axis!r}"
             f"{nearest(self.compare.axis or '', every_axis)}",
         )
-        for score in [*self.compare.score, *(each.score for each in self.published)]:
+        scores = self.compare.score
+        require(len(set(scores)) == len(scores), f"compare: score holds one twice: {scores}")
+        for score in [*scores, *(each.score for each in self.published)]:
             require(
                 len(score.split("/")) == 2 and all(score.split("/")),
                 f"compare: score: expected TASK/METRIC, linear/top1 say, got {score!r}",
@@ -247,13 +249,10 @@ def build_study(content: Mapping[str, Any], **instead: Any) -> StudyConfig:
         "pretrain: a pipeline's variants are labels of a grid: grids: {pretraining: {variant: {NAME: words}}}",
     )
     _check_keys("", content, StudyConfig)
-    for key in content:
-        require(content[key] is not None or key in _NULL, f"{key}: expected a value, got null")
     written = dict(content) | {key: value for key, value in instead.items() if value is not None}
-    for key in ("folder", "pretrain", "cluster", "keep", "watch"):
-        require(
-            isinstance(written.get(key, ""), str), f"{key}: expected text, got {written.get(key)!r}"
-        )
+    for key in ("folder", "pretrain", "cluster", "evaluation_cluster", "keep", "watch"):
+        value = written.get(key)
+        require(value is None or isinstance(value, str), f"{key}: expected text, got {value!r}")
     require("seeds" in written, "seeds is missing: seeds: [0, 1, 2]")
     for key, kind, name in (("seeds", int, "whole numbers"), ("evaluate", str, "command lines")):
         values = written.get(key, [])
@@ -268,6 +267,10 @@ def build_study(content: Mapping[str, Any], **instead: Any) -> StudyConfig:
     compare = written.get("compare", {})
     _check_keys("compare: ", compare, Compare)
     score = compare.get("score", [])
+    require(
+        isinstance(score, str | list),
+        f"compare: score: expected TASK/METRIC, or a list, got {score!r}",
+    )
     axis = compare.get("axis")
     require(
         axis is None or isinstance(axis, str), f"compare: axis: expected one axis, got {axis!r}"
@@ -287,8 +290,9 @@ def build_study(content: Mapping[str, Any], **instead: Any) -> StudyConfig:
 def _check_keys(where: str, content: Any, config_class: Any) -> None:
     require(isinstance(content, Mapping), f"{where or 'the file'}: expected keys and values")
     known = [each.name for each in fields(config_class)]
-    for key in content:
+    for key, value in content.items():
         require(key in known, f"{where}unknown key {key!r}{nearest(key, known)}")
+        require(value is not None or key in _NULL, f"{where}{key}: expected a value, got null")
 
 
 def _as_written(node: Any) -> Any:
