@@ -69,12 +69,12 @@ def draw_panel(axes: "Axes", table: Table) -> None:
     if numbers:
         if doubles(list(numbers.values())):
             axes.set_xscale("log", base=2)
-        axes.set_xticks(list(numbers.values()), list(map(printable, numbers)))
+        axes.set_xticks(list(numbers.values()), list(map(_name, numbers)))
         axes.minorticks_off()
     elif len(groups) > 1:
-        axes.set_xticks(range(len(groups)), list(map(printable, groups)), rotation=20)
+        axes.set_xticks(range(len(groups)), list(map(_name, groups)), rotation=20)
     else:
-        axes.set_xticks(list(shift.values()), list(map(printable, shift)), rotation=20)
+        axes.set_xticks(list(shift.values()), list(map(_name, shift)), rotation=20)
     axes.set_title(printable(table.title, LONGEST_TITLE), fontsize="small")
     axes.set_ylabel(f"{table.metric_text}, mean +- std")
     if numbers:
@@ -83,6 +83,12 @@ def draw_panel(axes: "Axes", table: Table) -> None:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0.0), min(high, 100.0))
     _add_legend(axes, table, colored)
+
+
+def _name(text: str) -> str:
+    """A label that leaves room for the picture. A legend leaves out what begins with an underscore."""
+    shown = printable(text, LONGEST_NAME)
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _styles(table: Table) -> dict[str, tuple[str, str]]:
@@ -96,9 +102,7 @@ def _add_legend(axes: "Axes", table: Table, colored: Sequence[str]) -> None:
     for number, name in enumerate(colored):
         if name:
             own = f"{name} (baseline)" if name == table.baseline else name
-            axes.plot(
-                [], [], lw=6, color=f"C{number % _COLORS}", label=printable(own, LONGEST_NAME)
-            )
+            axes.plot([], [], lw=6, color=f"C{number % _COLORS}", label=_name(own))
     for network, (marker, line) in _styles(table).items():
         axes.plot([], [], color="gray", marker=marker, ls=line, label=printable(network))
     if any(row.published is not None for row in table.rows):

@@ -551,6 +551,17 @@ def test_networks_of_different_kinds_have_markers_of_their_own(tmp_path: Path) -
     assert len(markers) == len(set(markers)) == 4
 
 
+def test_long_labels_leave_room_for_the_picture_and_none_is_lost(tmp_path: Path) -> None:
+    labels = {"long " * 20: "", "_hidden": "--alpha 1"}
+    study = make_study(tmp_path, grids={"g": {"m": labels}}, seeds=[0])
+    for run in study.runs:
+        begin(run)
+        write_scores(run, {"0": 50.0, "1": 52.0})
+    axes, legend = drawn(only(study))
+    assert "_hidden" in [name.strip() for name in legend]
+    assert max(len(label.get_text()) for label in axes.get_xticklabels()) <= 31
+
+
 def test_an_axis_of_numbers_is_a_line(tmp_path: Path) -> None:
     grids = {"size": {"kind": {"$a": "", "b": "--alpha 1"}, "cohort.embedding_dim": [128, 32, 64]}}
     study = make_study(tmp_path, grids=grids, seeds=[0])
