@@ -136,8 +136,9 @@ class Look:
 
     def is_measured(self, run: Path) -> bool:
         """Whether a run is done and every evaluation of it has its results."""
-        own = [each.standing for each in self.ordered if each.run == run]
-        return self.training[run] == "done" and all(standing == "done" for standing in own)
+        own = [each for each in self.ordered if each.run == run]
+        whole = all(each.standing == "done" and not _shortcoming(each) for each in own)
+        return self.training[run] == "done" and whole
 
 
 def look(work: Work, jobs: Jobs) -> Look:
