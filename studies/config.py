@@ -122,15 +122,15 @@ class StudyConfig:
         require(bool(self.seeds), "seeds must hold at least one")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds holds one twice: {self.seeds}")
         require(bool(self.grids), "grids must hold at least one")
-        _check_words("pretrain", "pretrain", self.pretrain)
+        check_words("pretrain", "pretrain", self.pretrain)
         for grid, axes in self.grids.items():
             require(bool(axes), f"grids: {grid}: it has no axis")
             for axis, labels in axes.items():
                 require(bool(labels), f"grids: {grid}: {axis}: it has no label")
                 for label, words in labels.items():
-                    _check_words("pretrain", f"grids: {grid}: {axis}: {label}", words)
+                    check_words("pretrain", f"grids: {grid}: {axis}: {label}", words)
         for line in self.evaluate:
-            _check_words("evaluate", f"evaluate: {line}", line)
+            check_words("evaluate", f"evaluate: {line}", line)
             require(bool(line.split()), "evaluate holds an empty line")
         require(
             len(set(self.evaluate)) == len(self.evaluate),
@@ -398,7 +398,17 @@ def _label(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
-def _check_words(kind: str, where: str, line: str) -> None:
+def check_words(kind: str, where: str, line: str) -> list[str]:
+    """Split a line of a study into words.
+
+    Args:
+        kind: key of the line: pretrain or evaluate.
+        where: place of the line, for the message.
+        line: words of a command.
+
+    Raises:
+        ValueError: it cannot be split, or has a word that the study sets itself; the message begins with ``where``.
+    """
     try:
         words = shlex.split(line)
     except ValueError as error:
@@ -409,3 +419,4 @@ def _check_words(kind: str, where: str, line: str) -> None:
             name not in _OWN_WORDS[kind],
             f"{where}: {name} has no place here: the study sets it itself",
         )
+    return words

@@ -10,7 +10,7 @@ import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -24,8 +24,11 @@ from peerlearn.runs.step_folders import best_step, latest_step, step_folders
 from peerlearn.runs.training_facts import TrainingFacts
 from slurm.plan import plan_task
 from slurm.submission import NUMBERS_FILE
+from studies.config import check_words
 
 _ORDER, _OUTCOME = "order.json", "outcome.json"
+# Types of what these files hold; the others are texts.
+_TYPES = {"step": int, "config": dict, "results": list}
 _NO_EVALUATION = ("pretrain", "resume", "study")
 _PLACEHOLDER = "RUN/export/step-N"
 
@@ -95,6 +98,9 @@ class Outcome:
         return [run / name for name in self.results]
 
 
+_Content = TypeVar("_Content", Order, Outcome)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """A score that is missing.
@@ -114,9 +120,12 @@ def resolve_evaluation(line: str) -> Evaluation:
     """Check a command line and resolve its config.
 
     Raises:
-        UsageError: the verb or a key is unknown, or the verb evaluates nothing.
+        UsageError: the verb or a key is unknown, a word has no place here, or the verb evaluates nothing.
     """
-    words = shlex.split(line)
+    try:
+        words = check_words("evaluate", f"evaluate: {line!r}", line)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     verb = words[0] if words else ""
     if verb not in VERBS:
         raise UsageError(f"evaluate: {line!r}: unknown verb {verb!r}{nearest(verb, VERBS)}")
@@ -277,7 +286,7 @@ def read_order(folder: Path) -> Order:
         UserError: the folder holds no order, or the file is damaged.
     """
     try:
-        return Order(**json.loads((folder / _ORDER).read_text(encoding="utf-8")))
+        return _read(Order, folder / _ORDER)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} is no evaluation that a study ordered: {error}") from error
 
@@ -292,9 +301,24 @@ def read_outcomes(run: Path) -> list[Outcome]:
 def read_outcome(folder: Path) -> Outcome | None:
     """The end of an evaluation; None if it has not ended or the file is damaged."""
     try:
-        return Outcome(**json.loads((folder / _OUTCOME).read_text(encoding="utf-8")))
+        found = _read(Outcome, folder / _OUTCOME)
+        sound = found.kind in ("done", "failed") and all(isinstance(f, str) for f in found.results)
+        return found if sound else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _read(kind: type[_Content], file: Path) -> _Content:
+    """What a file of an evaluation holds.
+
+    Raises:
+        OSError, ValueError, TypeError: it cannot be read, or is damaged.
+    """
+    found = kind(**json.loads(file.read_text(encoding="utf-8")))
+    for key, value in vars(found).items():
+        if type(value) is not _TYPES.get(key, str):
+            raise ValueError(f"{key} is {value!r}")
+    return found
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

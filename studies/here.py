@@ -85,7 +85,7 @@ class Here:
         Raises:
             UserError: the folder cannot be written.
         """
-        found = look(self._work, Jobs())
+        found = self._look()
         done = sum(map(found.is_over, self._work.runs))
         name = "study" if self._runs else "watch"
         with progress(len(self._work.runs), "runs", name=name, done=done) as reporter:
@@ -93,13 +93,17 @@ class Here:
                 while not self._over(found, stop):
                     self._start_due(found, stop)
                     self._wait(reporter, stop)
-                    found = look(self._work, Jobs())
-                    drop_bulk(self._work, found)
+                    found = self._look()
                     over = sum(map(found.is_over, self._work.runs))
                     reporter.advance(over - done, self._now())
                     done = over
             finally:
                 self._kill()
+        return found
+
+    def _look(self) -> Look:
+        found = look(self._work, Jobs())
+        drop_bulk(self._work, found)
         return found
 
     def _over(self, found: Look, stop: Stop) -> bool:

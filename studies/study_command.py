@@ -9,7 +9,14 @@ from peerlearn.config import ArgumentParser, find_config
 from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.runs.directory import FORMER_FILES, STUDY_FILE, RunDirectory
 from slurm.plan import launched
-from studies.config import KEEP, WATCH, StudyConfig, axis_of_values, build_study, read_study
+from studies.config import (
+    KEEP,
+    WATCH,
+    StudyConfig,
+    axis_of_values,
+    build_study,
+    read_study,
+)
 from studies.evaluations import fixed_evaluations
 from studies.runner import check_places, go_on, read_profile
 from studies.study import (

@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
             )
         study = load_study(target, seeds=words.seeds, only=words.only)
         return go_on(study, again=False, watching=True, interval_seconds=words.interval_seconds)
+    if words.seeds or words.only:
+        raise UsageError(f"{target} is no study: --seeds and --only name parts of one")
     work, cluster, at_once = _watched_run(target, words.evaluate, words.cluster, words.exports)
     interval_seconds = words.interval_seconds or 30.0
     if cluster is None:

@@ -15,7 +15,13 @@ from peerlearn.cli import main
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from studies.due import Jobs, Work, look
-from studies.evaluations import Evaluation, orders, resolve_evaluation
+from studies.evaluations import (
+    Evaluation,
+    orders,
+    read_order,
+    read_outcome,
+    resolve_evaluation,
+)
 from tests.e2e.runs import command, environment, flip_last_byte
 from tests.owners import beating
 from tests.studies.small_studies import (
@@ -188,6 +194,16 @@ def test_keep_results_drops_saves_and_exports(study: Path) -> None:
 
 
 @pytest.mark.slow(20)
+def test_what_is_measured_already_is_dropped_and_what_has_lost_its_result_is_not(
+    study: Path,
+) -> None:
+    next((run_of(study, 1) / "results").glob("*.json")).unlink()
+    peerlearn("study", str(study), "--keep", "results", "--evaluate", KNN, code=1)
+    dropped = [not RunDirectory(run_of(study, seed)).checkpoints.exists() for seed in (0, 1)]
+    assert dropped == [True, False]
+
+
+@pytest.mark.slow(20)
 def test_in_the_background_of_this_machine(tmp_path: Path) -> None:
     root = tmp_path / "s"
     file = write_config(tmp_path, cluster="local", evaluate=[KNN])
@@ -296,6 +312,12 @@ def test_a_wrong_evaluation_is_refused_at_once(line: str, message: str) -> None:
         (["{run}/export"], "is no run that has begun"),
         (["{run}", "--evaluate", "knn", "--cluster", "slrum"], "'slrum' is neither"),
         (["{run}", "--evaluate", "knn", "--interval_seconds", "0"], "--interval_seconds"),
+        (["{run}", "--evaluate", "knn", "--exports", "some"], "--exports: expected last, all or"),
+        (["{run}", "--evaluate", "knn", "--exports", "0"], "--exports: expected last, all or"),
+        (["{run}", "--evaluate", "knn --checkpoint a"], "--checkpoint has no place here"),
+        (["{run}", "--evaluate", "knn 'a"], "cannot be split into words"),
+        (["{run}", "--evaluate", "knn", "--seeds", "1"], "{run} is no study: --seeds and --only"),
+        (["{run}", "--evaluate", "knn", "--only", "g"], "{run} is no study: --seeds and --only"),
     ],
 )
 def test_wrong_words_of_watch_are_one_line(
@@ -304,6 +326,31 @@ def test_wrong_words_of_watch_are_one_line(
     assert main(["watch", *(word.format(run=run) for word in words)]) in (1, 2)
     error = capsys.readouterr().err
     assert message.format(run=run) in " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"line": 5, "step": 6, "kind": "done", "results": []}',
+        '{"line": "knn", "step": "6", "kind": "done", "results": []}',
+        '{"line": "knn", "step": 6, "kind": "odd", "results": []}',
+        '{"line": "knn", "step": 6, "kind": "done", "results": null}',
+        '{"line": "knn", "step": 6, "kind": "done", "results": [1]}',
+    ],
+)
+def test_a_damaged_outcome_counts_as_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "outcome.json").write_text(content)
+    assert read_outcome(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"line": "knn", "config": {}, "step": "6", "export": "e", "sha256": "s"}']
+)
+def test_a_damaged_order_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "order.json").write_text(content)
+    with pytest.raises(UserError, match="is no evaluation that a study ordered"):
+        read_order(tmp_path)
 
 
 def test_measure_takes_what_was_ordered_alone(run: Path, capsys: pytest.CaptureFixture) -> None:
