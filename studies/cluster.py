@@ -114,7 +114,7 @@ def _adopt(root: Path, jobs: Sequence[OwnJob]) -> None:
             record_jobs(submission, [first] if single else [f"{first}_{task}" for task in tasks])
 
 
-def submit_watch(root: Path, cluster: SubmitConfig) -> str | None:
+def submit_watch(root: Path, words: list[str], cluster: SubmitConfig) -> str | None:
     """Submit a job that watches the study, unless one waits.
 
     One that runs may be about to end. The new job then starts after it, and ends at once if nothing is left to do.
@@ -130,7 +130,7 @@ def submit_watch(root: Path, cluster: SubmitConfig) -> str | None:
         waiting = [job for job in own_jobs() if job.name == name and job.state == "PENDING"]
         if waiting:
             return None
-        task = Task(words=["watch", str(root)], run=str(root))
+        task = Task(words=words, run=str(root))
         config = replace(cluster, name=name, dependency="singleton")
         return _submit(root / JOBS_FOLDER, [task], config)[0]
 

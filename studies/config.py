@@ -179,6 +179,9 @@ class StudyConfig:
                 f"compare: score: expected TASK/METRIC, linear/top1 say, got {score!r}",
             )
         for grid in self.grids:
+            rows = self.row_labels(grid)
+            twice = next((row for row in rows if rows.count(row) > 1), None)
+            require(twice is None, f"grids: {grid}: two of its rows are called {twice!r}")
             labels = self.grids[grid][self.compared_axis(grid)]
             label = self.compare.baseline.get(grid, "")
             require(

@@ -222,7 +222,7 @@ def _shortcoming(each: Ordered) -> str:
     if each.standing == "failed":
         return each.outcome.reason
     gone = [file.name for file in each.outcome.files(each.run) if not file.is_file()]
-    return f"its result is gone: {', '.join(gone)}" if gone else ""
+    return f"its result {gone[0]} is gone" if gone else ""
 
 
 def failure_of(run: Path) -> str:
@@ -258,7 +258,7 @@ def drop_bulk(work: Work, found: Look) -> None:
     """Remove the saves and exports that the study does not keep, of the runs that are measured."""
     for run in work.runs if work.keep != "all" else ():
         directory = RunDirectory(run)
-        if not found.is_measured(run) or not read_outcomes(run):
+        if not found.is_measured(run) or (work.evaluations and not read_outcomes(run)):
             continue
         shutil.rmtree(directory.checkpoints, ignore_errors=True)
         stays = [latest_step(directory.exports), best_step(directory.exports)]

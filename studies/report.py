@@ -14,13 +14,16 @@ from studies.study import Study, unwritable
 from studies.table import Table, tables, unknown_scores
 
 
-def report(study: Study, problems: Sequence[Problem], *, write: bool) -> None:
+def report(study: Study, problems: Sequence[Problem], *, write: bool) -> list[Problem]:
     """Print the tables and what is missing; if asked, write them into STUDY/table.{csv,json,md,tex,png}.
 
     Args:
         study: study whose runs are read.
         problems: what is known to be missing; what cannot be read or compared is added.
         write: whether to write the files.
+
+    Returns:
+        Everything that is missing.
 
     Raises:
         UserError: the folder cannot be written.
@@ -30,7 +33,7 @@ def report(study: Study, problems: Sequence[Problem], *, write: bool) -> None:
     shown = tables(study, scores)
     _print(study, shown, missing)
     if not write:
-        return
+        return missing
     file = study.root / "table"
     try:
         study.root.mkdir(parents=True, exist_ok=True)
@@ -43,6 +46,7 @@ def report(study: Study, problems: Sequence[Problem], *, write: bool) -> None:
     except OSError as error:
         raise unwritable(study.root, error) from error
     print(f"table: {file}.md, .csv, .json, .tex, .png", flush=True)
+    return missing
 
 
 def _print(study: Study, shown: Sequence[Table], missing: Sequence[Problem]) -> None:

@@ -72,7 +72,9 @@ def go_on(
     evaluation = read_profile(config.evaluation_cluster or config.cluster, "evaluation_cluster")
     assert evaluation is not None, "check_places"
     if not watching or (again and config.watch == "job"):
-        if config.watch == "job" and (job := submit_watch(study.root, _small(evaluation))):
+        if config.watch == "job" and (
+            job := submit_watch(study.root, _watch_words(study), _small(evaluation))
+        ):
             print(f"job {job}: watch {study.root}", flush=True)
         if config.watch == "job" and not watching:
             return _submitted(study, [])
@@ -174,10 +176,9 @@ def _tables(study: Study, work: Work, found: Look) -> int:
     """Print the tables and what is missing. Returns the exit code: 1 if anything is."""
     from studies.report import report
 
-    missing = problems(work, found)
     whole = set(all_seeds(study)) == set(study.config.seeds)
-    report(study, missing, write=whole and study.grids == list(study.config.grids))
-    return FAILURE if missing else DONE
+    whole = whole and study.grids == list(study.config.grids)
+    return FAILURE if report(study, problems(work, found), write=whole) else DONE
 
 
 def watch_here(

@@ -204,6 +204,14 @@ def test_the_baseline_is_a_label_of_the_compared_axis(
         ({"compare": {"baseline": {"size": 9}}}, "its axis cohort.embedding_dim has no label '9'"),
         ({"compare": {"axis": "siz"}}, "compare: axis: no grid has an axis 'siz'"),
         ({"compare": {"score": "top1"}}, "expected TASK/METRIC, linear/top1 say, got 'top1'"),
+        (
+            {
+                "grids": {
+                    "g": {"a": {"x / y": "", "x": ""}, "b": {"z": "", "y / z": ""}, "c": {"l": ""}}
+                }
+            },
+            "grids: g: two of its rows are called 'x / y / z'",
+        ),
         ({"evaluate": "knn"}, "evaluate must be a list of command lines"),
         ({"evaluate": ["knn", "knn"]}, "evaluate holds one twice"),
         ({"evaluate": ["knn --checkpoint a"]}, "--checkpoint has no place here"),
