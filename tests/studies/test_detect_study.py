@@ -26,8 +26,9 @@ def test_a_detect_study_on_the_real_cluster(cluster: Cluster, tmp_path: Path):
     held = tmp_path / "held.yaml"
     faults = f", PYTHONPATH={FAULTS}, HOLD_STEP={HELD_STEP}, HOLD_UNTIL={go}]"
     held.write_text(profile.read_text().replace("]", faults))
+    # One at a time: the training that is looked at is the one that waits.
     file = write_config(
-        tmp_path, cluster=str(profile), evaluation_cluster=str(held), evaluate=[line]
+        tmp_path, cluster=str(profile), evaluation_cluster=str(held), evaluate=[line], throttle=1
     )
     peerlearn("study", str(file), **cluster.environment)
 

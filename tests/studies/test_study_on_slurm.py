@@ -69,6 +69,13 @@ def killed(cluster: Cluster, number: str, run: Path, *lines: str, ends: int) -> 
     return str(found.stdout)
 
 
+def wait_for_all_jobs(cluster: Cluster) -> None:
+    """A job's log is whole once it has ended, and what has ended writes nothing into the next test."""
+    wait_for(
+        lambda: not cluster.call("squeue", "--noheader", "--format=%i").split(), "end of the jobs"
+    )
+
+
 def with_last_export(trained: Path, run: Path) -> Path:
     shutil.copytree(trained, run)
     shutil.rmtree(run / "export" / "step-00000006")
@@ -102,6 +109,7 @@ def test_a_job_that_nobody_recorded_is_known_by_its_name(
     assert not list(run.glob("evaluations/*/measure-1/jobs.json"))
     assert cluster.call("squeue", "--noheader", "--format=%i").split()
     watch(cluster, run, KNN, code=0)
+    wait_for_all_jobs(cluster)
     assert kinds(run) == {KNN: "done"}
     assert measurements(run) == 1
     (key,) = {result["job"] for result in results(run)}
@@ -129,6 +137,7 @@ def test_watchers_killed_at_random_miss_nothing_and_measure_nothing_twice(
             watcher.send_signal(signal.SIGKILL)
             watcher.communicate()
     watch(cluster, run, *lines, code=1)
+    wait_for_all_jobs(cluster)
     assert {place: each.kind for place, each in outcomes(run).items()} == {
         (line, step): "failed" if line == REFUSED else "done" for line in lines for step in (6, 12)
     }
@@ -161,6 +170,7 @@ def test_a_whole_study(cluster: Cluster, tmp_path: Path):
     ]
     told = [process.communicate(timeout=600)[0] for process in resumed]
     assert [process.returncode for process in resumed] == [1, 1], told
+    wait_for_all_jobs(cluster)
     for seed in (0, 1):
         run = run_of(root, seed)
         assert RunDirectory(run).done
@@ -169,7 +179,6 @@ def test_a_whole_study(cluster: Cluster, tmp_path: Path):
         assert measurements(run) == 1
         said = f"missing: {run.name}: {REFUSED}, step {STEP}: --network 7: not in"
         assert all(said in " ".join(text.split()) for text in told)
-    cluster.wait_for_state(watcher, "COMPLETED", "FAILED")
     content = json.loads((root / "table.json").read_text())
     values = [score["values"] for score in content["scores"] if score["network"] == "ensemble"]
     assert set(values[0]) == {"0", "1"}
@@ -188,6 +197,7 @@ def test_an_array_that_nobody_recorded_is_taken_over(cluster: Cluster, tmp_path:
     assert found.returncode == -signal.SIGKILL
     assert not list(root.glob("*/slurm/jobs.jsonl"))
     peerlearn("resume", str(root), **cluster.environment)
+    wait_for_all_jobs(cluster)
     for seed in (0, 1):
         run = run_of(root, seed)
         assert RunDirectory(run).newest_attempt() == 1
@@ -233,11 +243,10 @@ def test_cancel_ends_the_watch_and_the_runs_and_resume_goes_on(cluster: Cluster,
     wait_for(lambda: list(run.glob("logs/attempt-1/rank-0.step")), "first step")
     printed = peerlearn("cancel", str(root), **cluster.environment).splitlines()
     assert [line.split(":")[0] for line in printed] == [str(root), str(run)]
-    wait_for(
-        lambda: not cluster.call("squeue", "--noheader", "--format=%i").split(), "end of the jobs"
-    )
+    wait_for_all_jobs(cluster)
     assert not RunDirectory(run).done
     peerlearn("resume", str(root), **cluster.environment)
+    wait_for_all_jobs(cluster)
     assert RunDirectory(run).done
     assert kinds(run) == {KNN: "done"}
     events = [event["event"] for event in RunDirectory(run).events()]
