@@ -1,6 +1,7 @@
 """`peerlearn study`, and `peerlearn resume` of one: grids x seeds of pretraining, evaluations, tables."""
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from studies.config import (
     build_study,
     read_study,
 )
+from studies.due import locked
 from studies.evaluations import fixed_evaluations
 from studies.runner import check_places, go_on, read_profile
 from studies.study import (
@@ -64,7 +66,9 @@ def _start(study: Study, words: argparse.Namespace, *, again: bool) -> int:
 
         print_plan(study, images, verbose=words.verbose)
         return DONE
-    write_study(study, evaluations)
+    # Two `resume` at once do not write one file at the same time.
+    with locked(study.root) if is_study(study.root) else contextlib.nullcontext():
+        write_study(study, evaluations)
     return go_on(study, again=again, watching=again)
 
 
