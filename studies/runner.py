@@ -178,8 +178,7 @@ def _tables(study: Study, work: Work, found: Look) -> int:
 
     whole = set(all_seeds(study)) == set(study.config.seeds)
     whole = whole and study.grids == list(study.config.grids)
-    with locked(study.root):
-        return FAILURE if report(study, problems(work, found), write=whole) else DONE
+    return FAILURE if report(study, problems(work, found), write=whole) else DONE
 
 
 def watch_here(

@@ -1,7 +1,6 @@
 """`peerlearn study`, and `peerlearn resume` of one: grids x seeds of pretraining, evaluations, tables."""
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from studies.config import (
     build_study,
     read_study,
 )
-from studies.due import locked
 from studies.evaluations import fixed_evaluations
 from studies.runner import check_places, go_on, read_profile
 from studies.study import (
@@ -66,9 +64,7 @@ def _start(study: Study, words: argparse.Namespace, *, again: bool) -> int:
 
         print_plan(study, images, verbose=words.verbose)
         return DONE
-    # Two `resume` at once do not write one file at the same time.
-    with locked(study.root) if is_study(study.root) else contextlib.nullcontext():
-        write_study(study, evaluations)
+    write_study(study, evaluations)
     return go_on(study, again=again, watching=again)
 
 

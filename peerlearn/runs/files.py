@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace a small file as a whole: it holds either the old or the new text, never a part.
+    """Replace a small file as a whole: it holds the text of one writer, old or new, never a part.
 
     Args:
         path: the file.
@@ -24,10 +25,11 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     Raises:
         OSError: the disk does not take the text. The file is as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Two processes may write one file at once: each has a temporary file of its own.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # Not as the locale has it: others read the file too. What is no text (a byte in a file's name) is escaped.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             if durable:

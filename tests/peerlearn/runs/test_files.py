@@ -1,6 +1,8 @@
 """Files in folders of any name."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,21 @@ def test_tensors_are_read_from_folders_of_any_name(folder: str, tmp_path: Path):
 def test_text_with_a_byte_of_a_files_name_is_written_escaped(tmp_path: Path):
     write_text(tmp_path / "a", "grün " + os.fsdecode(b"gr\xfcn"))
     assert (tmp_path / "a").read_bytes() == "grün gr\\udcfcn".encode()
+
+
+def test_two_that_write_one_file_at_once_leave_the_text_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    both = threading.Barrier(2)
+    plain_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        plain_fsync(descriptor)
+        both.wait(timeout=60)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    texts = ["short", "long" * 100]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda text: write_text(tmp_path / "a", text), texts))
+    assert (tmp_path / "a").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
