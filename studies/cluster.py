@@ -27,7 +27,7 @@ from slurm.submission import (
     read_submission,
     record_jobs,
 )
-from studies.due import Jobs, Look, Ordered, Work, drop_bulk, locked, look, to_train
+from studies.due import Jobs, Look, Ordered, Work, drop_bulk, locked, look, to_train, training_of
 from studies.evaluations import job_name, read_outcome, write_failure, write_order
 from studies.study import StudyRun
 
@@ -61,10 +61,9 @@ def submit_pretraining(
     with locked(root):
         jobs = own_jobs()
         _adopt(root, jobs)
-        found = look(
-            Work(root=root, runs=[run.folder for run in runs], evaluations=[]), Jobs.of(jobs)
-        )
-        tasks = [_pretraining(run) for run in runs if to_train(found, run.folder, again=again)]
+        known = Jobs.of(jobs)
+        due = [run for run in runs if to_train(training_of(run.folder, known), again=again)]
+        tasks = list(map(_pretraining, due))
         if not tasks:
             return []
         return _submit(root / JOBS_FOLDER, tasks, cluster, at_once=at_once)

@@ -150,6 +150,11 @@ class StudyConfig:
         )
         self._check_compared()
 
+    @property
+    def evaluated_on(self) -> str:
+        """The place of the evaluations."""
+        return self.evaluation_cluster or self.cluster
+
     def compared_axis(self, grid: str) -> str:
         """The axis of a grid along which scores are compared."""
         axes = list(self.grids[grid])

@@ -11,6 +11,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from peerlearn.errors import UserError
+from peerlearn.evaluation.results import read_result
 from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
 from peerlearn.runs.lock import living_owner, look_at_owner
 from peerlearn.runs.step_folders import best_step, latest_step, step_folder
@@ -221,8 +222,14 @@ def _shortcoming(each: Ordered) -> str:
     assert each.outcome is not None
     if each.standing == "failed":
         return each.outcome.reason
-    gone = [file.name for file in each.outcome.files(each.run) if not file.is_file()]
-    return f"its result {gone[0]} is gone" if gone else ""
+    for name, file in zip(each.outcome.results, each.outcome.files(each.run), strict=True):
+        try:
+            read_result(file)
+        except FileNotFoundError:
+            return f"its result {name} is gone"
+        except (OSError, ValueError, TypeError):
+            return f"{name} is damaged: restore or remove it"
+    return ""
 
 
 def failure_of(run: Path) -> str:
@@ -236,15 +243,9 @@ def failure_of(run: Path) -> str:
     return "it ended without a word" if stopped else "it never began"
 
 
-def to_train(found: Look, run: Path, *, again: bool) -> bool:
-    """Whether a run's training is to be started or continued.
-
-    Args:
-        found: look at the runs.
-        run: folder of the run.
-        again: whether a run that has failed is tried again.
-    """
-    return found.training[run] in ("none", "dead", *(["failed"] if again else []))
+def to_train(training: Training, *, again: bool) -> bool:
+    """Whether a training is to be started or continued; one that has failed only if it is tried again."""
+    return training in ("none", "dead") or (again and training == "failed")
 
 
 def ask_again(found: Look) -> None:

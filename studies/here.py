@@ -116,7 +116,7 @@ class Here:
         """What may be started: evaluations first, so that scores come early."""
         yield from (o for o in found.with_standing("due") if o.folder not in self._tried)
         for folder, run in self._runs.items():
-            if folder not in self._tried and to_train(found, folder, again=self._again):
+            if folder not in self._tried and to_train(found.training[folder], again=self._again):
                 yield run
 
     def _start_due(self, found: Look, stop: Stop) -> None:

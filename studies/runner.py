@@ -25,11 +25,7 @@ HERE = "here"
 
 
 def go_on(
-    study: Study,
-    *,
-    again: bool,
-    watching: bool,
-    interval_seconds: float | None = None,
+    study: Study, *, again: bool, watching: bool, interval_seconds: float | None = None
 ) -> int:
     """Start and submit what is due, wait for it where it runs here, and print the tables at the end.
 
@@ -42,44 +38,52 @@ def go_on(
     Returns:
         The exit code: 1 if something is missing at the end, 75 if a signal asked to stop before.
     """
-    config = study.config
+    config, work = study.config, work_of(study)
     interval_seconds = interval_seconds or config.interval_seconds
-    work = work_of(study)
     if again:
         with locked(study.root):
             ask_again(jobs_now(work, config))
-    profile = read_profile(config.cluster)
-    if profile is None and (is_background(config.cluster) and not watching):
-        job = submit_background(study.root, _watch_words(study), _profile(config.cluster))
+    place = place_of(config.cluster)
+    if place.executor == "local" and not watching:
+        job = submit_background(study.root, _watch_words(study), place)
         return _submitted(study, [job] if job else [])
-    if profile is None:
+    if place.executor != "slurm":
+        at_once = config.throttle or 1
         found = watch_here(
-            work,
-            study,
-            at_once=config.throttle or 1,
-            interval_seconds=interval_seconds,
-            again=again,
+            work, study, at_once=at_once, interval_seconds=interval_seconds, again=again
         )
         if found is None:
             print(f"saved; `peerlearn resume {study.root}` goes on", flush=True)
-        return SAVED_RUN_AGAIN if found is None else _tables(study, work, found)
-    if again or not watching:
-        jobs = submit_pretraining(
-            study.root, study.runs, profile, at_once=config.throttle, again=again
+    else:
+        if again or not watching:
+            _submit_runs(study, place, again=again)
+            if config.watch == "job" and not again:
+                return _submitted(study, [])
+        evaluated_on = place_of(config.evaluated_on)
+        found = watch(
+            lambda: advance(work, evaluated_on, at_once=config.throttle), interval_seconds
         )
-        for job in jobs:
-            print(f"job {job}: pretraining of {study.root}", flush=True)
-    evaluation = read_profile(config.evaluation_cluster or config.cluster, "evaluation_cluster")
-    assert evaluation is not None, "check_places"
-    if not watching or (again and config.watch == "job"):
-        if config.watch == "job" and (
-            job := submit_watch(study.root, _watch_words(study), _small(evaluation))
-        ):
-            print(f"job {job}: watch {study.root}", flush=True)
-        if config.watch == "job" and not watching:
-            return _submitted(study, [])
-    found = watch(lambda: advance(work, evaluation, at_once=config.throttle), interval_seconds)
     return SAVED_RUN_AGAIN if found is None else _tables(study, work, found)
+
+
+def _submit_runs(study: Study, place: SubmitConfig, *, again: bool) -> None:
+    """Submit the runs that are due, and the job that watches them."""
+    config = study.config
+    for job in submit_pretraining(
+        study.root, study.runs, place, at_once=config.throttle, again=again
+    ):
+        print(f"job {job}: pretraining of {study.root}", flush=True)
+    # One process is enough to watch.
+    small = replace(
+        place_of(config.evaluated_on),
+        nodes=1,
+        tasks_per_node=1,
+        gpus_per_node=0,
+        cpus_per_task=1,
+        memory_gb=None,
+    )
+    if config.watch == "job" and (own := submit_watch(study.root, _watch_words(study), small)):
+        print(f"job {own}: watch {study.root}", flush=True)
 
 
 def work_of(study: Study) -> Work:
@@ -100,25 +104,24 @@ def work_of(study: Study) -> Work:
 def jobs_now(work: Work, config: StudyConfig) -> Look:
     """One look at the work, with Slurm's list of jobs where the study uses Slurm and Slurm answers."""
     jobs = Jobs()
-    if read_profile(config.cluster) is not None:
+    if place_of(config.cluster).executor == "slurm":
         with contextlib.suppress(UserError):
             jobs = Jobs.of(own_jobs())
     return look(work, jobs)
 
 
-def read_profile(name: str, key: str = "cluster") -> SubmitConfig | None:
-    """A profile, without the keys that are only for a single submission; None for this machine.
+def place_of(name: str, key: str = "cluster") -> SubmitConfig:
+    """The profile of a place: a cluster (executor slurm), this machine in the background (local), or here (debug).
 
     Raises:
         UsageError: the profile is unknown or wrong; the message names the key.
     """
     if name == HERE:
-        return None
+        return SubmitConfig(executor="debug")
     try:
-        profile, _ = read_cluster(["--cluster", name])
+        return read_cluster(["--cluster", name])[0]
     except UsageError as error:
         raise UsageError(f"{key}: {error}") from error
-    return profile if profile.executor == "slurm" else None
 
 
 def check_places(config: StudyConfig) -> None:
@@ -127,30 +130,13 @@ def check_places(config: StudyConfig) -> None:
     Raises:
         UsageError: they are not, or a profile is unknown or wrong.
     """
-    runs = read_profile(config.cluster)
-    if config.evaluation_cluster is None:
-        return
-    if (read_profile(config.evaluation_cluster, "evaluation_cluster") is None) != (runs is None):
+    runs = place_of(config.cluster)
+    evaluations = place_of(config.evaluated_on, "evaluation_cluster")
+    if (runs.executor == "slurm") != (evaluations.executor == "slurm"):
         raise UsageError(
             f"evaluation_cluster: {config.evaluation_cluster}: runs ({config.cluster}) and evaluations are both "
             "on this machine, or both jobs of a cluster"
         )
-
-
-def is_background(cluster: str) -> bool:
-    """Whether a place is this machine in the background."""
-    return cluster != HERE and _profile(cluster).executor == "local"
-
-
-def _profile(cluster: str) -> SubmitConfig:
-    return read_cluster(["--cluster", cluster])[0]
-
-
-def _small(profile: SubmitConfig) -> SubmitConfig:
-    """A profile for the job that watches: one process, no GPU."""
-    return replace(
-        profile, nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=1, memory_gb=None
-    )
 
 
 def _watch_words(study: Study) -> list[str]:

@@ -18,7 +18,7 @@ from studies.config import (
     read_study,
 )
 from studies.evaluations import fixed_evaluations
-from studies.runner import check_places, go_on, read_profile
+from studies.runner import check_places, go_on, place_of
 from studies.study import (
     Study,
     check_folder,
@@ -146,13 +146,13 @@ def check_runs(study: Study) -> dict[str, int]:
     # Imported here: a wrong key should not wait for torch.
     from pretrain.preview import preview
 
-    profile = read_profile(study.config.cluster)
+    place = place_of(study.config.cluster)
     missing = {run.variant.name for run in study.runs if not RunDirectory(run.folder).begun}
     images: dict[str, int] = {}
     for cell in study.cells:
         if cell.variant.name in missing - images.keys():
             try:
-                with launched(profile.nodes * profile.tasks_per_node if profile else 1):
+                with launched(place.nodes * place.tasks_per_node):
                     images[cell.variant.name] = preview(cell.variant.config).images
             except UserError as error:
                 raise UserError(f"grids: {cell.title}: {error}") from error

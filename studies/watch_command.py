@@ -11,8 +11,8 @@ from studies.cluster import advance
 from studies.config import read_exports
 from studies.due import Jobs, Work, problems, training_of
 from studies.evaluations import resolve_evaluation, study_of
-from studies.runner import HERE, go_on, read_profile, watch, watch_here, work_of
-from studies.study import Study, is_study, load_study
+from studies.runner import HERE, go_on, place_of, watch, watch_here, work_of
+from studies.study import is_study, load_study
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,14 +34,14 @@ def main(argv: Sequence[str]) -> int:
         return go_on(study, again=False, watching=True, interval_seconds=words.interval_seconds)
     if words.seeds or words.only:
         raise UsageError(f"{target} is no study: --seeds and --only name parts of one")
-    work, cluster, at_once = _watched_run(target, words.evaluate, words.cluster, words.exports)
+    work, place, at_once = _watched_run(target, words.evaluate, words.cluster, words.exports)
     interval_seconds = words.interval_seconds or 30.0
-    if cluster is None:
-        found = watch_here(work, None, at_once=at_once or 1, interval_seconds=interval_seconds)
-    else:
+    if place.executor == "slurm":
         found = watch(
-            lambda: advance(work, cluster, at_once=at_once), interval_seconds, once=words.once
+            lambda: advance(work, place, at_once=at_once), interval_seconds, once=words.once
         )
+    else:
+        found = watch_here(work, None, at_once=at_once or 1, interval_seconds=interval_seconds)
     if found is None or words.once:
         return SAVED_RUN_AGAIN if found is None else DONE
     missing = problems(work, found)
@@ -52,11 +52,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _watched_run(
     run: Path, evaluate: list[str], cluster: str | None, exports: str | None
-) -> tuple[Work, SubmitConfig | None, int | None]:
+) -> tuple[Work, SubmitConfig, int | None]:
     """The run with the evaluations that the user asked for, or else those of its study.
 
     Returns:
-        The work, the profile of its jobs (None = this machine), and the largest number of them at once.
+        The work, the place of its evaluations, and the largest number of them at once.
     """
     if training_of(run, Jobs()) == "none":
         raise UserError(
@@ -74,13 +74,8 @@ def _watched_run(
     except ValueError as error:
         raise UsageError(f"--{error}") from error
     work = Work(root=run, runs=[run], evaluations=evaluations, exports=wanted)
-    profile = cluster or (evaluation_cluster(study) if study else HERE)
-    return work, read_profile(profile), study.config.throttle if study else None
-
-
-def evaluation_cluster(study: Study) -> str:
-    """The place of a study's evaluations."""
-    return study.config.evaluation_cluster or study.config.cluster
+    place = place_of(cluster or (study.config.evaluated_on if study else HERE))
+    return work, place, study.config.throttle if study else None
 
 
 def _parser() -> ArgumentParser:

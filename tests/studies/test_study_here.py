@@ -109,12 +109,17 @@ def test_what_is_gone_is_measured_again_by_resume_alone(study: Path) -> None:
     content = json.loads(ensemble.read_text())
     ensemble.unlink()
     said = " ".join(peerlearn("table", str(study)).split())
-    assert said.count(f"its result {ensemble.name} is gone") == 1
+    assert said.count(f"its result results/{ensemble.name} is gone") == 1
     peerlearn("study", str(study), code=1)
     assert not ensemble.exists()
     peerlearn("resume", str(study), code=1)
     assert json.loads(ensemble.read_text())["metrics"] == content["metrics"]
     assert measurements(run) == 2
+    ensemble.write_text("{")
+    said = " ".join(peerlearn("table", str(study)).split())
+    assert said.count(f"results/{ensemble.name} is damaged: restore or remove it") == 1
+    peerlearn("resume", str(study), code=1)
+    assert json.loads(ensemble.read_text())["metrics"] == content["metrics"]
     assert measurements(run_of(study, 1)) == 1
 
 
