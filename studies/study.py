@@ -28,8 +28,9 @@ from peerlearn.runs.directory import STUDY_FILE, RunDirectory, check_owner
 from peerlearn.runs.files import write_text
 from pretrain.command import SHIPPED
 from pretrain.config import PretrainConfig
-from studies.config import StudyConfig, read_study
+from studies.config import StudyConfig
 from studies.evaluations import Evaluation, keep_evaluations
+from studies.study_file import read_study
 
 _LONGEST_NAME = 80
 

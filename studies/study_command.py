@@ -3,29 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from peerlearn.config import ArgumentParser, find_config
 from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.runs.directory import FORMER_FILES, STUDY_FILE, RunDirectory
 from slurm.plan import launched
-from studies.config import (
-    KEEP,
-    WATCH,
-    StudyConfig,
-    axis_of_values,
-    build_study,
-    read_study,
-)
+from studies.config import StudyConfig
 from studies.evaluations import fixed_evaluations
 from studies.runner import check_places, go_on, place_of
-from studies.study import (
-    Study,
-    check_folder,
-    is_study,
-    plan_study,
-    write_study,
-)
+from studies.study import Study, check_folder, is_study, plan_study, write_study
+from studies.study_file import axis_of_values, make_study, read_exports, read_study
 
 SHIPPED = Path(__file__).parent / "configs"
 
@@ -75,12 +63,12 @@ def _planned(words: argparse.Namespace) -> Study:
         key: getattr(words, key)
         for key in (
             *("folder", "seeds", "pretrain", "cluster", "evaluation_cluster"),
-            *("throttle", "keep", "watch", "interval_seconds", "exports"),
+            *("throttle", "keep", "watch", "interval_seconds", "exports", "score"),
         )
     }
     instead["evaluate"] = words.evaluate or None
-    if words.score:
-        instead["compare"] = {"score": words.score}
+    if words.exports is not None:
+        instead["exports"] = read_exports(words.exports)
     if words.file is None:
         config = _without_file(words, instead)
     elif folder.is_dir():
@@ -114,8 +102,9 @@ def _without_file(words: argparse.Namespace, instead: dict[str, Any]) -> StudyCo
             if not values:
                 raise UsageError(f"--grid: expected KEY=VALUE,VALUE,..., got {word!r}")
             axes[key] = axis_of_values(f"--grid: {key}", key, values.split(","))
-        content = {"grids": {"grid": axes or {"pretraining": {"as given": ""}}}, "seeds": [0]}
-        return build_study(content, **instead)
+        given = {key: value for key, value in instead.items() if value is not None}
+        grids = {"grid": axes or {"pretraining": {"as given": ""}}}
+        return make_study(grids, **{"seeds": [0], **given})
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -172,7 +161,7 @@ def _parser(verb: str) -> ArgumentParser:
         '--evaluate "knn --k 20" --folder runs/lr',
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, hints = parser.add_argument, get_type_hints(StudyConfig)
     if resumed:
         add("file", metavar="STUDY", help="folder of the study")
     else:
@@ -190,8 +179,16 @@ def _parser(verb: str) -> ArgumentParser:
     add("--cluster", help="place of the runs: here, local, or a cluster's profile (default: here)")
     add("--evaluation_cluster", help="profile of the evaluations (default: that of the runs)")
     add("--throttle", type=int, help="largest number of runs, and of evaluations, at once")
-    add("--keep", choices=KEEP, help="what stays of a run once it is evaluated (default: all)")
-    add("--watch", choices=WATCH, help="place of what submits evaluations (default: job)")
+    add(
+        "--keep",
+        choices=get_args(hints["keep"]),
+        help="what stays of a run once it is evaluated (default: all)",
+    )
+    add(
+        "--watch",
+        choices=get_args(hints["watch"]),
+        help="place of what submits evaluations (default: job)",
+    )
     add("--interval_seconds", type=float, help="seconds from one look at the runs to the next")
     add("--dry_run", action="store_true", help="check everything and print what would run")
     add("--verbose", action="store_true", help="with --dry_run: print every command")

@@ -7,11 +7,11 @@ from pathlib import Path
 from peerlearn.config import ArgumentParser, find_config
 from peerlearn.errors import DONE, UserError
 from peerlearn.runs.directory import STUDY_FILE
-from studies.config import read_study
 from studies.due import problems
 from studies.runner import jobs_now, work_of
 from studies.study import is_study, load_study, plan_study
 from studies.study_command import SHIPPED, refuse_old
+from studies.study_file import read_study
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,11 +8,11 @@ from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UsageError, UserErr
 from peerlearn.runs.directory import check_owner
 from slurm.config import SubmitConfig
 from studies.cluster import advance
-from studies.config import read_exports
 from studies.due import Jobs, Work, problems, training_of
 from studies.evaluations import resolve_evaluation, study_of
 from studies.runner import HERE, go_on, place_of, watch, watch_here, work_of
 from studies.study import is_study, load_study
+from studies.study_file import read_exports
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,10 +69,9 @@ def _watched_run(
     evaluations = [resolve_evaluation(line) for line in evaluate]
     if study is not None and not evaluations:
         evaluations = work_of(study).evaluations
-    try:
-        wanted = read_exports(exports or (study.config.exports if study else "all"))
-    except ValueError as error:
-        raise UsageError(f"--{error}") from error
+    wanted = study.config.exports if study else "all"
+    if exports is not None:
+        wanted = read_exports(exports)
     work = Work(root=run, runs=[run], evaluations=evaluations, exports=wanted)
     place = place_of(cluster or (study.config.evaluated_on if study else HERE))
     return work, place, study.config.throttle if study else None

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from peerlearn.config import config_to_yaml
 from peerlearn.evaluation.results import write_result
 from peerlearn.runs.directory import RunDirectory
-from studies.config import build_study
 from studies.evaluations import Outcome, write_outcome
 from studies.study import Study, StudyRun, plan_study
+from studies.study_file import read_study
 
 LAST_STEP = 12
 SMALL = "--method supervised --data.name digits --cohort.backbones conv4"
@@ -26,7 +28,10 @@ def make_study(home: Path, **keys: object) -> Study:
         "grids": {"g": {"method": METHODS}},
         **keys,
     }
-    return plan_study(build_study(content))
+    home.mkdir(parents=True, exist_ok=True)
+    file = home / "file.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return plan_study(read_study(file))
 
 
 def begin(run: StudyRun, *, done: bool = True, last: int = LAST_STEP) -> RunDirectory:

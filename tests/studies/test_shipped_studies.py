@@ -14,8 +14,9 @@ from peerlearn.config import flat_config, load_config
 from pretrain.command import SHIPPED
 from pretrain.config import PretrainConfig
 from pretrain.preview import preview
-from studies.config import Published, read_study
+from studies.config import Published
 from studies.study import Study, plan_study
+from studies.study_file import read_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies" / "configs").glob("*.yaml"))
 PAGE = Path(__file__).with_name("published_tables.md")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from studies.config import read_study
 from studies.study import plan_study
 from studies.study_command import SHIPPED
+from studies.study_file import read_study
 from tests.studies.small_studies import peerlearn
 
 LABELS = "--epochs 1 --data.shots 6 --batch_size 12"

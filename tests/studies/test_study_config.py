@@ -13,8 +13,8 @@ import yaml
 from peerlearn.cli import main
 from peerlearn.config import config_to_yaml
 from peerlearn.runs.directory import RunDirectory
-from studies.config import read_study
 from studies.study import Study, StudyRun, check_folder, plan_study, write_study
+from studies.study_file import read_study
 from tests.e2e.runs import SMALL, environment
 
 LAST_STEP = 12
@@ -177,12 +177,12 @@ def test_the_baseline_is_a_label_of_the_compared_axis(
     [
         ({"sedes": [0]}, "unknown key 'sedes'; did you mean 'seeds'?"),
         ({"seeds": []}, "seeds must hold at least one"),
-        ({"seeds": None}, "line 6: seeds: expected a value, got null"),
-        ({"seeds": 3}, "seeds must be a list of whole numbers"),
-        ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
+        ({"seeds": None}, "line 6: seeds: expected a list of whole numbers, got null"),
+        ({"seeds": 3}, "seeds: expected a list of whole numbers, got 3: write [3]"),
+        ({"seeds": [0, True]}, "seeds: expected a list of whole numbers, got true in it"),
         ({"seeds": [1, 1]}, "seeds holds one twice"),
-        ({"folder": ""}, "folder must name"),
-        ({"folder": 3}, "folder: expected text, got 3"),
+        ({"folder": ""}, "line 1: folder: expected text, got ''"),
+        ({"folder": [3]}, "folder: expected text, got a list"),
         ({"grids": {}}, "grids must hold at least one"),
         ({"grids": [1]}, "grids must map names to axes"),
         ({"grids": {"g": {}}}, "grids: g: it has no axis"),
@@ -212,24 +212,30 @@ def test_the_baseline_is_a_label_of_the_compared_axis(
             },
             "grids: g: two of its rows are called 'x / y / z'",
         ),
-        ({"evaluate": "knn"}, "evaluate must be a list of command lines"),
+        ({"evaluate": "knn"}, "evaluate: expected a list of text, got 'knn': write [knn]"),
         ({"evaluate": ["knn", "knn"]}, "evaluate holds one twice"),
         ({"evaluate": ["knn --checkpoint a"]}, "--checkpoint has no place here"),
         ({"evaluate": ["doctor"]}, "evaluate: 'doctor': doctor is no evaluation of a checkpoint"),
         ({"evaluate": ["linear nonsense"]}, "'nonsense' is neither a file nor a shipped config"),
-        ({"exports": 0}, "exports: expected last, all or a number of epochs of at least 1, got 0"),
-        ({"keep": "some"}, "keep: expected all or last or results, got 'some'"),
+        ({"exports": 0}, "exports: expected a number of epochs of at least 1, got 0"),
+        ({"keep": "some"}, "keep: expected one of all, last, results, got 'some'"),
         ({"throttle": 0}, "throttle must be at least 1"),
         ({"published": [{"grid": "terms", "score": "knn/top1"}]}, "published: rows is missing"),
-        ({"exports": True}, "exports: expected last, all or a number of epochs"),
-        ({"evaluation_cluster": 5}, "evaluation_cluster: expected text, got 5"),
-        ({"cluster": None}, "cluster: expected a value, got null"),
-        ({"compare": {"score": None}}, "compare: score: expected a value, got null"),
-        ({"compare": {"score": 5}}, "compare: score: expected TASK/METRIC, or a list, got 5"),
+        ({"exports": True}, "exports: expected one of last, all or a whole number"),
+        (
+            {"evaluation_cluster": 5},
+            "evaluation_cluster: '5' is neither a file nor a shipped config",
+        ),
+        ({"cluster": None}, "cluster: expected text, got null"),
+        ({"compare": {"score": None}}, "compare: score: expected text or a list of text, got null"),
+        (
+            {"compare": {"score": 5}},
+            "compare: score: expected TASK/METRIC, linear/top1 say, got '5'",
+        ),
         ({"compare": {"score": ["knn/top1"] * 2}}, "compare: score holds one twice"),
         ({"compare": {"baseline": None}}, "compare: baseline: expected a value, got null"),
-        ({"published": [{"grid": None}]}, "published: grid: expected a value, got null"),
-        ({"published": [{"score": None}]}, "published: score: expected a value, got null"),
+        ({"published": [{"grid": None}]}, "published: grid: expected text, got null"),
+        ({"published": [{"score": None}]}, "published: score: expected text, got null"),
         (
             {"published": [{"grid": "terms", "score": "knn/top1", "rows": {"": [1, 2, 3]}}]},
             "published: terms: row '': 3 figures for 2 labels",
@@ -292,7 +298,11 @@ def test_files_that_are_no_studys(
         (["--seeds"], 2, "--seeds"),
         (["--sedes", "1"], 2, "--sedes"),
         (["--keep", "some"], 2, "--keep"),
-        (["--exports", "some"], 2, "exports: expected last, all or a number of epochs"),
+        (
+            ["--exports", "some"],
+            2,
+            "--exports: expected one of last, all or a whole number, got 'some'",
+        ),
         (["--throttle", "0"], 2, "throttle must be at least 1"),
         (["--grid", "beta=1,2"], 2, "--grid stands for a file"),
         (["--evaluate", "knm"], 2, "evaluate: 'knm': unknown verb 'knm'; did you mean 'knn'?"),
@@ -364,6 +374,15 @@ def test_published_figures_and_compared_axis(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(config_to_yaml(study.config))
     assert read_study(again) == study.config
+
+
+def test_other_scores_leave_the_compared_axis_and_the_baselines(tmp_path: Path) -> None:
+    axes = {"a": {"x": "", "y": "--alpha 0.25"}, "b": {"low": "--beta 0.1", "high": ""}}
+    compare = {"score": "knn/top1", "axis": "a", "baseline": "y"}
+    file = write_file(tmp_path, grids={"g": axes}, compare=compare)
+    found = read_study(file, score=["linear/top1", "linear/top5"]).compare
+    assert (found.score, found.axis) == (["linear/top1", "linear/top5"], "a")
+    assert found.baseline == {"g": "y"}
 
 
 def test_without_a_file_the_command_line_is_one(
@@ -452,7 +471,7 @@ def test_files_of_earlier_versions_are_told_what_to_write(
 def test_planning_is_light() -> None:
     """A table of published figures waits for no torch."""
     code = (
-        "import sys; from studies.study import plan_study; from studies.config import read_study;"
+        "import sys; from studies.study import plan_study; from studies.study_file import read_study;"
         "import studies.watch_command; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
