@@ -113,15 +113,18 @@ def jobs_now(work: Work, config: StudyConfig) -> Look:
 def place_of(name: str, key: str = "cluster") -> SubmitConfig:
     """The profile of a place: a cluster (executor slurm), this machine in the background (local), or here (debug).
 
+    It is without the keys that are for a single submission: a study names and orders its jobs itself.
+
     Raises:
         UsageError: the profile is unknown or wrong; the message names the key.
     """
     if name == HERE:
         return SubmitConfig(executor="debug")
     try:
-        return read_cluster(["--cluster", name])[0]
+        profile, _ = read_cluster(["--cluster", name])
     except UsageError as error:
         raise UsageError(f"{key}: {error}") from error
+    return replace(profile, wait=False, name=None, dependency=None)
 
 
 def check_places(config: StudyConfig) -> None:

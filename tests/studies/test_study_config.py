@@ -13,6 +13,8 @@ import yaml
 from peerlearn.cli import main
 from peerlearn.config import config_to_yaml
 from peerlearn.runs.directory import RunDirectory
+from slurm.config import SubmitConfig
+from studies.runner import place_of
 from studies.study import Study, StudyRun, check_folder, plan_study, write_study
 from studies.study_file import read_study
 from tests.e2e.runs import SMALL, environment
@@ -475,3 +477,10 @@ def test_planning_is_light() -> None:
         "import studies.watch_command; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_a_study_names_and_orders_its_jobs_itself(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("partition: gpu\nname: mine\ndependency: afterok:1\nwait: true\n")
+    assert place_of(str(profile)) == SubmitConfig(partition="gpu")
+    assert place_of("here").executor == "debug"
