@@ -317,8 +317,14 @@ def test_a_wrong_evaluation_is_refused_at_once(line: str, message: str) -> None:
         (["{run}/export"], "is no run that has begun"),
         (["{run}", "--evaluate", "knn", "--cluster", "slrum"], "'slrum' is neither"),
         (["{run}", "--evaluate", "knn", "--interval_seconds", "0"], "--interval_seconds"),
-        (["{run}", "--evaluate", "knn", "--exports", "some"], "--exports: expected last, all or"),
-        (["{run}", "--evaluate", "knn", "--exports", "0"], "--exports: expected last, all or"),
+        (
+            ["{run}", "--evaluate", "knn", "--exports", "some"],
+            "--exports: expected one of last, all or",
+        ),
+        (
+            ["{run}", "--evaluate", "knn", "--exports", "0"],
+            "--exports: expected at least 1 epoch, got 0",
+        ),
         (["{run}", "--evaluate", "knn --checkpoint a"], "--checkpoint has no place here"),
         (["{run}", "--evaluate", "knn 'a"], "cannot be split into words"),
         (["{run}", "--evaluate", "knn", "--seeds", "1"], "{run} is no study: --seeds and --only"),
