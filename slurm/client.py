@@ -84,7 +84,7 @@ class JobState:
 
 
 # The state of a job that Slurm could not be asked about.
-NOT_ASKED = JobState(state="UNKNOWN", reason="Slurm does not answer")
+NOT_ASKED = JobState(state="UNKNOWN", reason="Slurm cannot be asked")
 
 
 class OwnJob(NamedTuple):

@@ -1,12 +1,14 @@
 """Submitting: to a SLURM cluster by sbatch, or to this machine by submitit, in the background or in the foreground.
 
-FOLDER/batch.sh   what sbatch is given: it starts start.sh and, however that ends, decides on the job (`slurm.requeue`)
-FOLDER/start.sh   one start: the user's setup and variables, then the processes
+FOLDER/batch-ID.sh   what sbatch is given, under a name by which squeue tells the job: it starts start.sh and, however
+                     that ends, decides on the job (`slurm.requeue`)
+FOLDER/start.sh      one start: the user's setup and variables, then the processes
 """
 
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -22,7 +24,7 @@ from peerlearn.runs.launcher import module_words
 from slurm.client import NoAnswerError, call, jobs_of_script, outside_any_job
 from slurm.job import Job
 from slurm.submission import (
-    BATCH_SCRIPT,
+    BATCH_SCRIPTS,
     START_SCRIPT,
     Submission,
     job_numbers,
@@ -71,12 +73,12 @@ def adopt(home: Path) -> None:
     Raises:
         UserError: Slurm does not answer.
     """
-    for script in home.glob(f"*/{BATCH_SCRIPT}"):
+    for script in home.glob(f"*/{BATCH_SCRIPTS}"):
         try:
             job_numbers(script.parent)
         except (OSError, ValueError):
             submission = read_submission(script.parent)
-            if number := _number_of(submission):
+            if number := _number_of(script.resolve()):
                 record_jobs(submission, _job_of_each_task(submission, number))
 
 
@@ -91,6 +93,7 @@ def _removed_on_failure(submission: Submission) -> Iterator[None]:
 
 def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> list[str]:
     folder = submission.folder.resolve()
+    script = folder / BATCH_SCRIPTS.replace("*", secrets.token_hex(8))
     with _removed_on_failure(submission):
         for character in _NOT_IN_PATHS:
             if character in str(folder):
@@ -99,12 +102,12 @@ def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> 
                     "the run by --run"
                 )
         write_text(folder / START_SCRIPT, start_script(submission))
-        write_text(folder / BATCH_SCRIPT, batch_script(submission, name, at_once))
+        write_text(script, batch_script(submission, name, at_once))
     number, silence = None, None
     with _undisturbed():
         try:
             printed = call(
-                *("sbatch", "--parsable", str(folder / BATCH_SCRIPT)),
+                *("sbatch", "--parsable", str(script)),
                 environment=outside_any_job(dict(os.environ)),
             )
             number = _number_in(printed)
@@ -116,7 +119,7 @@ def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> 
         if number:
             record_jobs(submission, _job_of_each_task(submission, number))
     if not number:
-        number = _found_again(submission, str(silence or "sbatch told no number"))
+        number = _found_again(submission, script, str(silence or "sbatch told no number"))
         record_jobs(submission, _job_of_each_task(submission, number))
     return _job_of_each_task(submission, number)
 
@@ -127,7 +130,7 @@ def _number_in(printed: str) -> str | None:
     return numbers[0] if len(numbers) == 1 else None
 
 
-def _found_again(submission: Submission, why: str) -> str:
+def _found_again(submission: Submission, script: Path, why: str) -> str:
     """The number of the job that a submission has become, as sbatch did not tell it.
 
     Raises:
@@ -138,7 +141,7 @@ def _found_again(submission: Submission, why: str) -> str:
     deadline: float | None = None
     while deadline is None or time.monotonic() < deadline:
         try:
-            number = _number_of(submission, patience_seconds=_PATIENCE_SECONDS)
+            number = _number_of(script, patience_seconds=_PATIENCE_SECONDS)
         except UserError as error:
             raise UserError(
                 f"{why}, and whether a job came of it cannot be asked ({error}): the next submission for this run "
@@ -154,10 +157,8 @@ def _found_again(submission: Submission, why: str) -> str:
     raise UserError(f"{why}, and no job came of it: submit again")
 
 
-def _number_of(submission: Submission, *, patience_seconds: float = 0.0) -> str | None:
-    script = submission.folder.resolve() / BATCH_SCRIPT
-    found = jobs_of_script(script, patience_seconds=patience_seconds)
-    return min(found, key=int, default=None)
+def _number_of(script: Path, *, patience_seconds: float = 0.0) -> str | None:
+    return min(jobs_of_script(script, patience_seconds=patience_seconds), key=int, default=None)
 
 
 def _job_of_each_task(submission: Submission, number: str) -> list[str]:

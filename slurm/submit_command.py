@@ -10,7 +10,7 @@ from peerlearn.errors import DONE, UsageError
 from slurm.config import SubmitConfig
 from slurm.plan import plan_task
 from slurm.submission import (
-    BATCH_SCRIPT,
+    BATCH_SCRIPTS,
     START_SCRIPT,
     Submission,
     Task,
@@ -129,7 +129,7 @@ def _print_plan(home: Path, task: Task, config: SubmitConfig, name: str) -> None
     if config.executor == "slurm":
         from slurm.executors import batch_script, start_script
 
-        print(f"# {submission.folder / BATCH_SCRIPT}:\n{batch_script(submission, name)}")
+        print(f"# {submission.folder / BATCH_SCRIPTS}:\n{batch_script(submission, name)}")
         print(f"# {submission.folder / START_SCRIPT}:\n{start_script(submission)}")
 
 
