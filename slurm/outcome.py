@@ -268,13 +268,13 @@ def wait_for_jobs(submission: Submission, jobs: Sequence[str]) -> int:
             if state is not None and state.live and said.get(job) != state.text:
                 print(f"job {job}: {state.text}", flush=True)
                 said[job] = state.text
-            task = jobs.index(job)
-            if executor == "slurm" and not missing.has_ended(job, state, submission, task):
-                continue
-            if state is not None and state.live:
+            over = state is None or not state.live
+            if executor == "slurm":
+                over = missing.has_ended(job, state, decided=is_decided(submission.folder, job))
+            if not over:
                 continue
             del waiting[job]
-            outcome = outcome_of(submission, task, state)
+            outcome = outcome_of(submission, jobs.index(job), state)
             print(f"job {job}: {outcome.kind} ({outcome.reason})", flush=True)
             codes.append({"done": DONE, "saved": SAVED_RUN_AGAIN}.get(outcome.kind, FAILURE))
         if waiting:
@@ -288,26 +288,30 @@ class MissingJobs:
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
-    def has_ended(
-        self, job: str, state: JobState | None, submission: Submission, task: int
-    ) -> bool:
+    def has_ended(self, job: str, state: JobState | None, *, decided: bool) -> bool:
         """Note the answer about a job of Slurm, and tell whether the job has ended for good.
 
         Args:
             job: number of the job.
             state: state of the job; None if Slurm does not know the job.
-            submission: submission of the job.
-            task: number of the command in the submission.
+            decided: whether the job has left the decision that it is not started again (`is_decided`).
         """
         if state == NOT_ASKED or (state is not None and state.live):
             self._since.pop(job, None)
             return False
-        if state is not None and state.ended:
-            return True
-        if (last := _last_decision(submission, task)) and last["decision"] != "requeue":
+        if decided or (state is not None and state.ended):
             return True
         since = self._since.setdefault(job, time.monotonic())
         return time.monotonic() - since >= SETTLED_SECONDS
+
+
+def is_decided(folder: Path, job: str) -> bool:
+    """Whether a job of the submission in ``folder`` has left the decision that it is not started again."""
+    try:
+        history = read_history(folder, job_numbers(folder).index(job))
+    except (OSError, ValueError):
+        return False
+    return bool(history) and history[-1]["decision"] != "requeue"
 
 
 def _identity(job: str, executor: str) -> dict[str, Any]:
@@ -323,7 +327,8 @@ def outcome_of(submission: Submission, task: int, state: JobState | None) -> Out
         state: state of the job; None if Slurm does not know the job.
     """
     if submission.config.executor == "slurm":
-        last = _last_decision(submission, task)
+        history = read_history(submission.folder, task)
+        last = history[-1] if history else None
         if last and last["decision"] != "requeue":
             kind: Kind = "done" if last["decision"] == "done" else "failed"
             return Outcome(kind=kind, code=DONE, reason=last["reason"], step=last["step"])
@@ -346,11 +351,6 @@ def checked(outcome: Outcome, submission: Submission, task: int) -> Outcome:
     return replace(
         outcome, kind="crashed", code=FAILURE, reason=f"it exited with 0 {where}, and is not done"
     )
-
-
-def _last_decision(submission: Submission, task: int) -> dict[str, Any] | None:
-    history = read_history(submission.folder, task)
-    return history[-1] if history else None
 
 
 def _word(submission: Submission, task: int, state: JobState | None) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from peerlearn.config import config_to_yaml
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import JOBS_FOLDER
+from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
 from slurm.client import own_jobs
 from slurm.config import SubmitConfig
 from slurm.executors import adopt, submit
-from slurm.jobs import records_of, states_of
-from slurm.outcome import MissingJobs, outcome_of
+from slurm.jobs import job_key, records_of, states_of, submission_of
+from slurm.outcome import MissingJobs, is_decided, outcome_of
 from slurm.submission import (
     NUMBERS_FILE,
     Submission,
@@ -26,7 +26,18 @@ from slurm.submission import (
     job_numbers,
     read_submission,
 )
-from studies.due import Jobs, Look, Ordered, Work, drop_bulk, locked, look, to_train, training_of
+from studies.due import (
+    Jobs,
+    Look,
+    Ordered,
+    Work,
+    drop_bulk,
+    locked,
+    look,
+    newest_training,
+    to_train,
+    training_of,
+)
 from studies.evaluations import job_name, read_outcome, write_failure, write_order
 from studies.study import StudyRun
 
@@ -60,12 +71,45 @@ def submit_pretraining(
     """
     with locked(root):
         adopt(root / JOBS_FOLDER)
-        known = Jobs.of(own_jobs(patience_seconds=_PATIENCE_SECONDS))
+        known = _jobs([run.folder for run in runs], patience_seconds=_PATIENCE_SECONDS)
         due = [run for run in runs if to_train(training_of(run.folder, known), again=again)]
         tasks = list(map(_pretraining, due))
         if not tasks:
             return []
         return _submit(root / JOBS_FOLDER, tasks, cluster, at_once=at_once)
+
+
+def _jobs(
+    runs: Sequence[Path], *, patience_seconds: float = 0.0, missing: MissingJobs | None = None
+) -> Jobs:
+    """The jobs that wait or run. A listing may lag, so each run's job that is not in it is asked about by its number.
+
+    Args:
+        runs: runs that the jobs may train.
+        patience_seconds: how long Slurm is asked again while it cannot be reached.
+        missing: memory of this process's looks; with it a job counts as live until it is known to have ended.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    jobs = Jobs.of(own_jobs(patience_seconds=patience_seconds))
+    newest = {run: record for run in runs if (record := newest_training(run))}
+    records = {
+        run: record
+        for run, record in newest.items()
+        if record["executor"] == "slurm" and record["job"] not in jobs.numbers
+        if not RunDirectory(run).done
+    }
+    states = states_of(records.values(), patience_seconds=patience_seconds)
+    live = set()
+    for run, record in records.items():
+        job, state = record["job"], states.get(job_key(record))
+        decided = is_decided(submission_of(run, record), job)
+        if (state is not None and state.live) or (
+            missing is not None and not missing.has_ended(job, state, decided=decided)
+        ):
+            live.add(job)
+    return replace(jobs, numbers=jobs.numbers | live)
 
 
 def _pretraining(run: StudyRun) -> Task:
@@ -138,7 +182,7 @@ def advance(work: Work, cluster: SubmitConfig, *, at_once: int | None) -> Look:
     """
     with locked(work.root):
         adopt(work.root / JOBS_FOLDER)
-        found = look(work, Jobs.of(own_jobs()))
+        found = look(work, _jobs(work.runs, missing=_missing))
         live = len(found.with_standing("live"))
         submitted = 0
         for each in found.with_standing("due"):
@@ -182,7 +226,7 @@ def _note_loss(each: Ordered, folder: Path) -> None:
     state = states_of([{"job": job, "executor": "slurm"}]).get(("slurm", job, None))
     try:
         submission = read_submission(folder)
-        if not _missing.has_ended(job, state, submission, 0):
+        if not _missing.has_ended(job, state, decided=is_decided(folder, job)):
             return
         reason = outcome_of(submission, 0, state).reason
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -12,8 +12,8 @@ import slurm.client
 from peerlearn.errors import UserError
 from slurm.client import JobState, NoAnswerError, call, neutral, outside_any_job
 from slurm.config import SubmitConfig
-from slurm.outcome import MissingJobs, Outcome, add_to_history, last_words
-from slurm.submission import Submission, Task
+from slurm.outcome import MissingJobs, Outcome, add_to_history, is_decided, last_words
+from slurm.submission import NUMBERS_FILE, Submission, Task
 
 Program = Callable[[str], None]
 
@@ -118,7 +118,6 @@ def state(word: str) -> JobState:
     ],
 )
 def test_a_job_is_over_when_slurm_says_so_or_has_not_known_it_for_a_minute(
-    submission: Submission,
     monkeypatch: pytest.MonkeyPatch,
     answers: list[tuple[float, str | None]],
     ended: bool,
@@ -129,17 +128,21 @@ def test_a_job_is_over_when_slurm_says_so_or_has_not_known_it_for_a_minute(
     for seconds, word in answers:
         now += seconds
         answer = slurm.client.NOT_ASKED if word == "NOT_ASKED" else word and state(word)
-        found = jobs.has_ended("7", answer or None, submission, 0)
+        found = jobs.has_ended("7", answer or None, decided=False)
     assert found is ended
 
 
 def test_a_job_that_left_its_decision_is_over_at_once(submission: Submission) -> None:
     outcome = Outcome(kind="done", code=0, reason="done")
     facts = {"job": "7", "restart": 0, "reason": "done", "attempt": 1, "nodes": "n1"}
+    assert not is_decided(submission.folder, "7")
+    (submission.folder / NUMBERS_FILE).write_text('["7"]')
     add_to_history(submission.folder, 0, outcome, decision="requeue", **facts)
-    assert not MissingJobs().has_ended("7", None, submission, 0)
+    assert not is_decided(submission.folder, "7")
     add_to_history(submission.folder, 0, outcome, decision="done", **facts)
-    assert MissingJobs().has_ended("7", None, submission, 0)
+    assert is_decided(submission.folder, "7")
+    assert not is_decided(submission.folder, "8")
+    assert MissingJobs().has_ended("7", None, decided=True)
 
 
 @pytest.mark.parametrize(
