@@ -21,6 +21,7 @@ from peerlearn.errors import (
     UsageError,
     UserError,
 )
+from peerlearn.runs.files import changed_by_owner_alone
 from peerlearn.runs.output import with_lossy_output
 from peerlearn.runs.stop import StoppedError, interrupted_by_signals
 from peerlearn.runs.terminal import say, wrapped
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(words)
+        with changed_by_owner_alone():
+            return dispatch(words)
     except UsageError as error:
         # Every process of a job reads the same words, so one complaint is enough.
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE

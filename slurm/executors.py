@@ -14,7 +14,8 @@ from typing import Any
 from peerlearn.errors import UserError
 from slurm.client import own_words
 from slurm.job import Job
-from slurm.submission import Submission, record_jobs, remove_submission
+from slurm.private_folder import PRIVATE_OR_EXIT, private_or_exit
+from slurm.submission import EXECUTED, Submission, record_jobs, remove_submission
 
 # Variables that make a process part of a job. SLURM_CONF is none of them: it only says where the cluster is.
 _JOB_VARIABLES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
@@ -192,6 +193,7 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
         "setup": [
             # The signal for the processes may reach this shell too, and must not end it.
             "trap : USR2",
+            private_or_exit(folder, EXECUTED),
             *config.setup,
             *(
                 f"export {variable}={shlex.quote(value)}"
@@ -200,6 +202,8 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
         ],
         "teardown": [
             "rc=$?",
+            # It may have been hours.
+            PRIVATE_OR_EXIT,
             f'{python} slurm.requeue {shlex.quote(str(folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $rc',
             "exit $?",
         ],

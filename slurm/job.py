@@ -23,7 +23,7 @@ from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
-from slurm.submission import Submission, read_submission
+from slurm.submission import Submission, submission_to_run
 
 _POLL_SECONDS = 0.1
 _RENDEZVOUS_SECONDS = 300.0
@@ -58,11 +58,12 @@ class Job:
 
         Raises:
             CommandFailedError: the exit code is not 0, and the executor is not debug.
+            UserError: another account could have changed what the job runs.
         """
         import submitit
 
         place = submitit.JobEnvironment()
-        submission = read_submission(Path(self.folder))
+        submission = submission_to_run(Path(self.folder))
         with _signals() as signals:
             here = _Process(submission, self.task, place, signals)
             outcome = here.run()
@@ -284,6 +285,9 @@ def main(folder: str) -> int:
         return Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
     except CommandFailedError:
         # The command has said why.
+        return FAILURE
+    except UserError as error:
+        print(f"peerlearn: {error}", file=sys.stderr, flush=True)
         return FAILURE
 
 
