@@ -21,6 +21,8 @@ from slurm.submission import (
     submission_to_run,
 )
 from tests.e2e.runs import SMALL, command, environment
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import submit
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another account, as root")
 # A member of the group that the folders belong to, and somebody in it with us.
@@ -100,16 +102,16 @@ def test_secrets_stand_in_files_that_others_cannot_read(shared: Path) -> None:
 
 def swap_the_submissions(run: Path) -> None:
     (run / "slurm").rename(run / "old")
-    shutil.copytree(run / "old", run / "slurm")
+    shutil.copytree(run / "old", run / "slurm", symlinks=True)
     for path in (run / "slurm", *(run / "slurm").rglob("*")):
-        os.chown(path, MEMBER, GROUP)
+        os.chown(path, MEMBER, GROUP, follow_symlinks=False)
 
 
 def swap_the_run(run: Path) -> None:
     run.rename(run.with_name("old"))
     shutil.copytree(run.with_name("old"), run)
     for path in (run, *run.rglob("*")):
-        os.chown(path, MEMBER, GROUP)
+        os.chown(path, MEMBER, GROUP, follow_symlinks=False)
 
 
 def link_the_submissions(run: Path) -> None:
@@ -269,3 +271,17 @@ def test_what_the_command_makes_is_its_owners_alone(tmp_path: Path) -> None:
         if file.is_file() and b"s3cret" in file.read_bytes():
             assert {name, f"{name.rpartition('/')[0]}"} <= private
     assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_a_swapped_submission_does_not_run_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    run, ran = tmp_path / "a", tmp_path / "ran"
+    job = submit(cluster, run, options=("--sbatch", "hold"))
+    swap_the_submissions(run)
+    evil = f"open({str(ran)!r}, 'w')\n"
+    for file in (run / "slurm").rglob("*.py"):
+        file.write_text(evil)
+    cluster.call("scontrol", "release", job)
+    assert cluster.wait_for_state(job, "FAILED", "COMPLETED") == "FAILED"
+    (log,) = (run / "slurm").glob(f"*/{job}_*.out")
+    assert f"peerlearn: {run}/slurm, which decides what jobs run as you, belongs" in log.read_text()
+    assert not ran.exists()
