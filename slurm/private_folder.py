@@ -7,6 +7,7 @@ import pwd
 import shlex
 import stat
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,22 +64,59 @@ def _words(folder: Path, executed: Sequence[str]) -> tuple[str, str, str, Sequen
 def warn_of_parents(root: Path) -> None:
     """Warn of a folder above a run in which others may rename: they could put another run in its place."""
     for parent in root.parents:
-        found = parent.stat()
-        if found.st_mode & stat.S_ISVTX:
-            continue
-        group = found.st_mode & stat.S_IWGRP and not _is_of_one(found.st_gid)
-        if group or found.st_mode & stat.S_IWOTH:
+        who = _who_may_write(parent)
+        if who and not parent.stat().st_mode & stat.S_ISVTX:
             warn_once(
                 logger,
                 parent,
                 "%s can be changed by %s, who could put another folder in the place of %s, with programs that run as "
                 "you: `chmod +t %s`, or choose another --run (docs/security.md)",
                 parent,
-                "every account" if found.st_mode & stat.S_IWOTH else _group(found.st_gid),
+                who,
                 root,
                 shlex.quote(str(parent)),
             )
             return
+
+
+def warn_of_python() -> None:
+    """Warn if others may change the packages that jobs import beside the copy of this program."""
+    packages = Path(sysconfig.get_path("purelib"))
+    if who := _who_may_write(packages):
+        warn_once(
+            logger,
+            packages,
+            "%s can be changed by %s, whose programs would run as you: `chmod -R go-w %s` (docs/security.md)",
+            packages,
+            who,
+            shlex.quote(sys.prefix),
+        )
+
+
+def warn_of_profile(file: Path) -> None:
+    """Warn if others may change a profile, whose lines are run."""
+    if who := _who_may_write(file):
+        warn_once(
+            logger,
+            file,
+            "%s can be changed by %s, and its setup lines run as you: `chmod go-w %s` (docs/security.md)",
+            file,
+            who,
+            shlex.quote(str(file)),
+        )
+
+
+def _who_may_write(path: Path) -> str | None:
+    """Who may change a file or folder beside its owner, in words; None if nobody."""
+    found = path.stat()
+    if found.st_mode & stat.S_IWOTH:
+        return "every account"
+    if not found.st_mode & stat.S_IWGRP or _is_of_one(found.st_gid):
+        return None
+    try:
+        return f"the group {grp.getgrgid(found.st_gid).gr_name}"
+    except KeyError:
+        return f"the group {found.st_gid}"
 
 
 def _is_of_one(gid: int) -> bool:
@@ -88,10 +126,3 @@ def _is_of_one(gid: int) -> bool:
     except KeyError:
         return False
     return group.gr_name == name and set(group.gr_mem) <= {name}
-
-
-def _group(gid: int) -> str:
-    try:
-        return f"the group {grp.getgrgid(gid).gr_name}"
-    except KeyError:
-        return f"the group {gid}"

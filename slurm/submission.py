@@ -36,7 +36,7 @@ from peerlearn.runs.files import (
 )
 from peerlearn.runs.heartbeat import process_started_at
 from slurm.config import SubmitConfig
-from slurm.private_folder import check_private, root_of, warn_of_parents
+from slurm.private_folder import check_private, root_of, warn_of_parents, warn_of_python
 
 # Verbs whose jobs own the run directory. The jobs of other verbs only read it.
 TRAINING_VERBS = ("pretrain", "resume")
@@ -190,6 +190,7 @@ def _create(home: Path, tasks: list[Task], config: SubmitConfig) -> Submission:
         remove_submission(submission)
         raise
     warn_of_parents(root_of(folder.resolve()))
+    warn_of_python()
     return submission
 
 

@@ -4,14 +4,21 @@ import os
 import shutil
 import stat
 import subprocess
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from peerlearn.errors import UserError
+from peerlearn.runs.output import _told
 from slurm.config import SubmitConfig
-from slurm.private_folder import private_or_exit, root_of, warn_of_parents
+from slurm.private_folder import (
+    _who_may_write,
+    private_or_exit,
+    root_of,
+    warn_of_parents,
+)
 from slurm.submission import (
     EXECUTED,
     Submission,
@@ -20,6 +27,7 @@ from slurm.submission import (
     record_jobs,
     submission_to_run,
 )
+from slurm.submit_command import read_cluster
 from tests.e2e.runs import SMALL, command, environment
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import submit
@@ -238,6 +246,37 @@ def test_who_could_move_the_run_is_named_once(
         if who is not None:
             assert said[0].startswith(f"{lab} can be changed by {who}, who could put another ")
             assert f"`chmod +t {lab}`" in said[0]
+
+
+def test_who_could_change_the_packages_or_the_profile_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages, profile = tmp_path / "site-packages", tmp_path / "mine.yaml"
+    packages.mkdir()
+    profile.write_text("executor: local\n")
+    monkeypatch.setattr(sysconfig, "get_path", {"purelib": str(packages)}.__getitem__)
+    for mode, who in ((0o755, None), (0o775, "the group users"), (0o777, "every account")):
+        for path in (packages, profile):
+            os.chown(path, 0, GROUP)
+            path.chmod(mode)
+        submission_in(tmp_path / str(who))
+        assert read_cluster(["--cluster", str(profile)])[0].executor == "local"
+        said = [record.getMessage() for record in caplog.records]
+        assert [line.split(" ", 1)[0] for line in said] == (
+            [str(packages), str(profile)] if who else []
+        )
+        assert all(f" can be changed by {who}" in line for line in said)
+        _told.clear()
+        caplog.clear()
+
+
+def test_the_own_group_of_an_account_is_nobody_else(tmp_path: Path) -> None:
+    """The group root is that of the account root alone."""
+    assert _who_may_write(tmp_path) is None
+    tmp_path.chmod(0o775)
+    assert _who_may_write(tmp_path) is None
+    os.chown(tmp_path, -1, 54321)
+    assert _who_may_write(tmp_path) == "the group 54321"
 
 
 def modes_of(root: Path) -> dict[str, int]:
