@@ -1,5 +1,6 @@
 """Files in folders of any name."""
 
+import logging
 import os
 import secrets
 import stat
@@ -16,9 +17,11 @@ from peerlearn.runs.files import (
     append_text,
     changed_by_owner_alone,
     load_tensors,
+    replacing,
     write_text,
 )
 from peerlearn.runs.lock import run_lock
+from peerlearn.runs.logs import log_to
 
 
 @pytest.mark.parametrize("folder", ["plain", "grün 😀", "gr\udcfcn"])
@@ -136,3 +139,28 @@ def test_others_change_nothing_whatever_the_umask(
         "private": private,
         "folder": folder,
     }
+
+
+def test_a_log_is_no_link(tmp_path: Path, precious: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "rank-0.log").symlink_to(precious)
+    before = logging.getLogger().handlers[:]
+    log_to(tmp_path / "rank-0.log").write("evil")
+    for handler in set(logging.getLogger().handlers) - set(before):
+        logging.getLogger().removeHandler(handler)
+    assert precious.read_text() == "precious"
+    assert "rank-0.log cannot be written" in caplog.text
+
+
+def test_what_is_written_whole_or_not_at_all(tmp_path: Path, precious: Path):
+    def write(content: bytes) -> None:
+        with replacing(tmp_path / "a.png") as file:
+            file.write(content)
+            assert not (tmp_path / "a.png").exists()
+            assert content != b"half", "interrupted"
+
+    with pytest.raises(AssertionError, match="interrupted"):
+        write(b"half")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    write(b"whole")
+    assert (tmp_path / "a.png").read_bytes() == b"whole"
+    assert len(list(tmp_path.iterdir())) == 2
