@@ -72,6 +72,7 @@ def as_member(script: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 ATTEMPTS = {
+    "the run": 'mv "$1" "$1-old"',
     "slurm": 'mv "$1/slurm" "$1/old"; cp -r /tmp "$1/slurm"',
     "code": 'mv "$2/code" "$2/old"',
     "a file of the code": 'echo evil > "$2/code/slurm/job.py"',
