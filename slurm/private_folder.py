@@ -64,8 +64,7 @@ def _words(folder: Path, executed: Sequence[str]) -> tuple[str, str, str, Sequen
 def warn_of_parents(root: Path) -> None:
     """Warn of a folder above a run in which others may rename: they could put another run in its place."""
     for parent in root.parents:
-        who = _who_may_write(parent)
-        if who and not parent.stat().st_mode & stat.S_ISVTX:
+        if (who := _who_may_write(parent)) and not parent.stat().st_mode & stat.S_ISVTX:
             warn_once(
                 logger,
                 parent,
@@ -107,8 +106,11 @@ def warn_of_profile(file: Path) -> None:
 
 
 def _who_may_write(path: Path) -> str | None:
-    """Who may change a file or folder beside its owner, in words; None if nobody."""
-    found = path.stat()
+    """Who may change a file or folder beside its owner, in words; None if nobody, or if it cannot be told."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
     if found.st_mode & stat.S_IWOTH:
         return "every account"
     if not found.st_mode & stat.S_IWGRP or _is_of_one(found.st_gid):

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import slurm.submission
+from peerlearn import PACKAGES
 from peerlearn.errors import UserError
 from peerlearn.runs.output import _told
 from slurm.config import SubmitConfig
 from slurm.private_folder import (
+    PRIVATE_OR_EXIT,
     _who_may_write,
     private_or_exit,
     root_of,
@@ -187,6 +190,52 @@ def test_a_job_whose_files_another_could_have_changed_does_not_start(
     with pytest.raises(UserError) as refused:
         submission_to_run(submission.folder)
     assert message.format(run=run) in str(refused.value)
+
+
+def test_it_is_looked_at_again_after_the_job(tmp_path: Path) -> None:
+    submission = submission_in(tmp_path / "a")
+    (tmp_path / "ran").touch()
+    script = [
+        private_or_exit(submission.folder, EXECUTED),
+        f"rm {tmp_path}/ran && chmod g+w {tmp_path}/a/slurm",
+        PRIVATE_OR_EXIT,
+        f"touch {tmp_path}/ran",
+    ]
+    found = subprocess.run(["bash", "-c", "\n".join(script)], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"peerlearn: {tmp_path}/a/slurm, which decides what jobs run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_belongs_to_the_account_or_to_root_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submission = submission_in(tmp_path / "a")
+    for path in (tmp_path / "a", *(tmp_path / "a").rglob("*")):
+        os.chown(path, 1234, 1234)
+    with pytest.raises(UserError, match=r"a, which .* belongs to account 1234 "):
+        submission_to_run(submission.folder)
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    assert submission_to_run(submission.folder)
+    os.chown(tmp_path / "a", 0, 0)
+    assert submission_to_run(submission.folder)
+    os.chown(tmp_path / "a" / "slurm", MEMBER, GROUP)
+    with pytest.raises(UserError, match=r"a/slurm, which .* belongs to nobody "):
+        submission_to_run(submission.folder)
+
+
+def test_the_copy_of_an_open_checkout_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in PACKAGES:
+        (tmp_path / "home" / package / "clusters").mkdir(parents=True)
+        (tmp_path / "home" / package / "__init__.py").touch()
+    for path in (tmp_path / "home").rglob("*"):
+        path.chmod(0o777)
+    monkeypatch.setattr(slurm.submission, "HOME", tmp_path / "home")
+    code = submission_in(tmp_path / "a").code
+    found = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in code.rglob("*")}
+    assert found == {(True, 0o700), (False, 0o600)}
 
 
 def test_an_open_folder_is_refused_before_anything_is_left_there(tmp_path: Path) -> None:

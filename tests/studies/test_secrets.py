@@ -1,4 +1,4 @@
-"""What a study writes beside the profile of its cluster, which may hold passwords."""
+"""What a study writes, and where: the profile of its cluster may hold passwords, and others may plant links."""
 
 import os
 import stat
@@ -10,6 +10,7 @@ import slurm.executors
 import studies.cluster
 from peerlearn.cli import main
 from slurm.submission import Submission
+from studies.here import _spawn
 from tests.studies.small_studies import KNN, write_config
 
 
@@ -48,3 +49,12 @@ def test_a_study_keeps_the_path_of_a_profile_and_none_of_its_secrets(
         assert modes[path.parent] == 0o700
     printed, complained = capfd.readouterr()
     assert "s3cret" not in printed + complained
+
+
+def test_what_its_processes_print_goes_where_no_link_leads(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "a.log").symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"):
+        _spawn(["--version"], tmp_path / "a.log", threads=1)
+    assert precious.read_text() == "precious"
