@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detection.voc import IGNORED, RIGHT, WRONG, Curve
-from peerlearn.evaluation.plots import LONGEST_NAME, LONGEST_TITLE, plain_text
+from peerlearn.evaluation.plots import LONGEST_NAME, LONGEST_TITLE, plain_text, save_figure
 from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def plot_precision_recall(
     figure.suptitle(printable(title, LONGEST_TITLE), fontsize=10)
     figure.supxlabel("recall (%), IoU 0.50", fontsize=9)
     figure.supylabel("precision (%)", fontsize=9)
-    figure.savefig(file, dpi=_DOTS_PER_INCH)
+    save_figure(figure, file, dpi=_DOTS_PER_INCH)
 
 
 def _plot_curve(panel: "Axes", curve: Curve, name: str, ap50: float) -> None:
@@ -178,7 +178,7 @@ def draw_sheet(
         f"{printable(title, LONGEST_TITLE)}: detections of a score of {least_score:.2f} and more",
         fontsize=11,
     )
-    figure.savefig(file, dpi=_DOTS_PER_INCH)
+    save_figure(figure, file, dpi=_DOTS_PER_INCH)
 
 
 def _from_score(detection: Mapping[str, Tensor], least_score: float) -> dict[str, Tensor]:

@@ -225,22 +225,16 @@ def _write(
     title = f"{about.model.detector} on {about.architecture}, trained on {about.dataset}"
     for file, numbers in sheets.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        # With the ending that tells what is drawn.
-        unfinished = file.with_name(f".{file.stem}.tmp{_PNG}")
-        try:
-            with plain_style():
-                draw_sheet(
-                    unfinished,
-                    [dataset.read(number) for number in numbers],
-                    [found[number] for number in numbers],
-                    about.class_names,
-                    title=title,
-                    names=[dataset.images[number].name for number in numbers],
-                    least_score=arguments.score,
-                )
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with plain_style():
+            draw_sheet(
+                file,
+                [dataset.read(number) for number in numbers],
+                [found[number] for number in numbers],
+                about.class_names,
+                title=title,
+                names=[dataset.images[number].name for number in numbers],
+                least_score=arguments.score,
+            )
         print(f"drawn: {printable(str(file))}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from peerlearn.errors import (
     UsageError,
     UserError,
 )
+from peerlearn.runs.files import changed_by_owner_alone
 from peerlearn.runs.output import with_lossy_output
 from peerlearn.runs.stop import StoppedError, interrupted_by_signals
 from peerlearn.runs.terminal import say, wrapped
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(words)
+        with changed_by_owner_alone():
+            return dispatch(words)
     except UsageError as error:
         _note_fault(USERS)
         # Every process of a job reads the same words, so one complaint is enough.

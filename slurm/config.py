@@ -38,7 +38,8 @@ class SubmitConfig:
             evaluation and a save together.
         max_crashes: largest number of crashes after which the job is started again.
         setup: shell lines that prepare each start (`module load ...`).
-        environment: variables of the processes, as NAME=value.
+        environment: variables of the processes, as NAME=value; secrets among them only in a file of mode 0600, as
+            command lines can be seen by others.
         sbatch: further options for sbatch, as name=value without dashes: exclusive, mail-type=FAIL, ...
         srun: further options for srun, as name=value without dashes.
         name: name of the job; null = made from the verb and the run.
@@ -89,14 +90,13 @@ class SubmitConfig:
             ("sbatch", _OPTION, "name=value, without dashes before it"),
             ("srun", _OPTION, "name=value, without dashes before it"),
         ):
-            for word in getattr(self, key):
-                require(
-                    pattern.fullmatch(word) is not None, f"{key}: expected {example}, got {word!r}"
-                )
-        for line in [*self.setup, *self.environment, *self.sbatch, *self.srun]:
-            require(
-                "\n" not in line, f"setup, environment, sbatch and srun take single lines: {line!r}"
-            )
+            for number, word in enumerate(getattr(self, key), start=1):
+                # A variable may be a password, which no message shows.
+                got = f"entry {number} is none" if key == "environment" else f"got {word!r}"
+                require(pattern.fullmatch(word) is not None, f"{key}: expected {example}, {got}")
+        for key in ("setup", "environment", "sbatch", "srun"):
+            for number, line in enumerate(getattr(self, key), start=1):
+                require("\n" not in line, f"{key} takes single lines, entry {number} is none")
         require(
             self.executor == "slurm" or self.nodes == 1,
             f"nodes must be 1 with executor {self.executor}: it is this machine alone",

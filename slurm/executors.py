@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
-from peerlearn.runs.files import write_text
+from peerlearn.runs.files import PRIVATE, write_text
 from peerlearn.runs.launcher import module_words
 from slurm.client import NoAnswerError, call, jobs_of_script, outside_any_job
 from slurm.job import Job
+from slurm.private_folder import PRIVATE_OR_EXIT, private_or_exit
 from slurm.submission import (
     BATCH_SCRIPTS,
+    EXECUTED,
     START_SCRIPT,
     Submission,
     job_numbers,
@@ -101,8 +103,8 @@ def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> 
                     f"{submission.folder}: to Slurm {character!r} in a path has a meaning: choose another folder for "
                     "the run by --run"
                 )
-        write_text(folder / START_SCRIPT, start_script(submission))
-        write_text(script, batch_script(submission, name, at_once))
+        write_text(folder / START_SCRIPT, start_script(submission), mode=PRIVATE)
+        write_text(script, batch_script(submission, name, at_once), mode=PRIVATE)
     number, silence = None, None
     with _undisturbed():
         try:
@@ -199,11 +201,14 @@ def batch_script(submission: Submission, name: str, at_once: int | None = None) 
             "trap : USR2",
             "start=${SLURM_RESTART_COUNT:-0}",
             'echo "start $start on $SLURM_JOB_NODELIST"',
+            private_or_exit(folder, EXECUTED),
         ],
         "teardown": [
             "code=$?",
             f"if [ -s {ready} ]; then . {ready}; rm -f {ready}",
             'else echo "setup ended with $code, before the command"; [ $code != 0 ] || code=1; fi',
+            # It may have been hours.
+            PRIVATE_OR_EXIT,
             f'{requeue} "${{SLURM_ARRAY_TASK_ID:-0}}" $code',
             "exit $?",
         ],

@@ -30,12 +30,13 @@ from peerlearn.errors import (
     SAVED_RUN_AGAIN,
     USERS,
     CrashError,
+    UserError,
 )
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from peerlearn.runs.launcher import MEETING_SOCKET, module_words
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
-from slurm.submission import Submission, read_submission
+from slurm.submission import Submission, submission_to_run
 
 _POLL_SECONDS = 0.1
 # Nodes may start minutes apart.
@@ -64,11 +65,14 @@ class Job:
 
         Returns:
             The command's exit code.
+
+        Raises:
+            UserError: another account could have changed what the job runs.
         """
         import submitit
 
         place = submitit.JobEnvironment()
-        submission = read_submission(Path(self.folder))
+        submission = submission_to_run(Path(self.folder))
         with _signals() as signals:
             return _Process(submission, self.task, place, signals).run().code
 
@@ -319,7 +323,11 @@ def main(folder: str) -> int:
         The exit code.
     """
     os.environ["SUBMITIT_FOLDER"] = folder
-    code = Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
+    try:
+        code = Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
+    except UserError as error:
+        print(f"peerlearn: {error}", file=sys.stderr, flush=True)
+        return FAILURE
     return FAILURE if code else DONE
 
 

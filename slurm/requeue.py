@@ -27,7 +27,7 @@ from slurm.outcome import (
     read_outcomes,
     whole_outcome,
 )
-from slurm.submission import Submission, read_submission
+from slurm.submission import Submission, submission_to_run
 
 # SLURM kills the batch script of a requeued job. This is the longest time that it may take.
 _REQUEUE_SECONDS = 300.0
@@ -42,7 +42,7 @@ def main(folder: str, task: str, code: str) -> int:
         The exit code of the batch script, if the job is not requeued.
     """
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return after(read_submission(Path(folder)), int(task), int(code), restart=restart)
+    return after(submission_to_run(Path(folder)), int(task), int(code), restart=restart)
 
 
 def after(submission: Submission, task: int, code: int, *, restart: int) -> int:

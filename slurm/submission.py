@@ -1,6 +1,6 @@
 """A submission: one folder that holds all that its jobs need, even if the checkout changes after it.
 
-FOLDER/  (mode 0700: files here are run as the user who owns them)
+FOLDER/  (mode 0700: files here are run as the user who owns them; docs/security.md)
   submission.json    the tasks (words, run), the cluster's settings, the place of submission, the code's revision
   code/              a copy of the program, which the jobs run, also after every requeue
   configs/task-0.yaml    the resolved config of task 0, which its command reads
@@ -28,9 +28,16 @@ from peerlearn import HOME, PACKAGES
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
 from peerlearn.runs.environment import now_text
-from peerlearn.runs.files import append_json_line, read_json_lines, write_text
+from peerlearn.runs.files import (
+    PRIVATE,
+    append_json_line,
+    changed_by_owner_alone,
+    read_json_lines,
+    write_text,
+)
 from peerlearn.runs.heartbeat import process_started_at
 from slurm.config import SubmitConfig
+from slurm.private_folder import check_private, root_of, warn_of_parents, warn_of_python
 
 # Verbs whose jobs own the run directory. The jobs of other verbs only read it.
 TRAINING_VERBS = ("pretrain", "resume")
@@ -39,6 +46,9 @@ OUTCOMES_FOLDER = "outcomes"
 BATCH_SCRIPTS, START_SCRIPT = "batch-*.sh", "start.sh"
 _SUBMISSION_FILE = "submission.json"
 NUMBERS_FILE = "jobs.json"
+_CODE_FOLDER, _CONFIGS_FOLDER = "code", "configs"
+# What is run of a submission, and what decides what is run.
+EXECUTED = (_CODE_FOLDER, _CONFIGS_FOLDER, _SUBMISSION_FILE, START_SCRIPT)
 _LOCK_SECONDS = 120.0
 
 
@@ -83,7 +93,7 @@ class Submission:
     @property
     def code(self) -> Path:
         """The copy of the program."""
-        return self.folder / "code"
+        return self.folder / _CODE_FOLDER
 
     @property
     def outcomes(self) -> Path:
@@ -92,7 +102,7 @@ class Submission:
 
     def config_file(self, task: int) -> Path:
         """The file with the resolved config of a task."""
-        return self.folder / "configs" / f"task-{task}.yaml"
+        return self.folder / _CONFIGS_FOLDER / f"task-{task}.yaml"
 
     def trained_run(self, task: int) -> RunDirectory | None:
         """The run directory that a task trains; None for other verbs."""
@@ -121,7 +131,8 @@ def locked_home(home: Path) -> Iterator[None]:
     missing = [folder for folder in (home, *home.parents) if not folder.exists()]
     lock = FileLock(home / ".submit.lock")
     try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with changed_by_owner_alone():
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock.acquire(timeout=_LOCK_SECONDS)
     except Timeout as error:
         raise UserError(f"{home}: another submission goes on there: wait for it") from error
@@ -150,8 +161,14 @@ def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Su
     """Write a new submission folder, HOME/<verb>-<n>.
 
     Raises:
-        UserError: the folder cannot be written, or the code cannot be copied. Nothing is left behind.
+        UserError: the folder cannot be written or could be changed by others, or the code cannot be copied. Nothing
+            is left behind.
     """
+    with changed_by_owner_alone():
+        return _create(home, tasks, config)
+
+
+def _create(home: Path, tasks: list[Task], config: SubmitConfig) -> Submission:
     missing = [folder for folder in (home, *home.parents) if not folder.exists()]
     folder = _new_folder(home, tasks[0].words[0])
     submission = Submission(
@@ -162,6 +179,7 @@ def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Su
         made=(folder, *missing),
     )
     try:
+        check_private(folder.resolve(), EXECUTED)
         _copy_code(submission.code)
         _write(submission)
     except OSError as error:
@@ -169,6 +187,11 @@ def create_submission(home: Path, tasks: list[Task], config: SubmitConfig) -> Su
         raise UserError(
             f"{folder}: the submission cannot be written there ({error.strerror}: {error.filename})"
         ) from error
+    except UserError:
+        remove_submission(submission)
+        raise
+    warn_of_parents(root_of(folder.resolve()))
+    warn_of_python()
     return submission
 
 
@@ -191,6 +214,16 @@ def read_submission(folder: Path) -> Submission:
         config=SubmitConfig(**content["config"]),
         working_directory=content["working_directory"],
     )
+
+
+def submission_to_run(folder: Path) -> Submission:
+    """The same, for those who run what it says.
+
+    Raises:
+        UserError: another account could have changed it.
+    """
+    check_private(folder, EXECUTED)
+    return read_submission(folder)
 
 
 def record_jobs(submission: Submission, jobs: list[str]) -> None:
@@ -244,7 +277,7 @@ def _new_folder(home: Path, verb: str) -> Path:
     while True:
         folder = home / f"{verb}-{number}"
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(mode=0o700)
         except FileExistsError:
             if not home.is_dir():
@@ -266,6 +299,9 @@ def _copy_code(target: Path) -> None:
         # The error holds a list of (source, target, reason).
         source, _, reason = error.args[0][0]
         raise OSError(0, reason, source) from error
+    # The copies have the modes of a checkout, in which a group may write.
+    for path in target.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else PRIVATE)
 
 
 def _write(submission: Submission) -> None:
@@ -281,7 +317,9 @@ def _write(submission: Submission) -> None:
         "time": now_text(),
         "git": _revision(),
     }
-    write_text(submission.folder / _SUBMISSION_FILE, json.dumps(content, indent=2) + "\n")
+    write_text(
+        submission.folder / _SUBMISSION_FILE, json.dumps(content, indent=2) + "\n", mode=PRIVATE
+    )
 
 
 def _revision() -> dict[str, Any] | None:

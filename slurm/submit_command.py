@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peerlearn.cli import dispatch
-from peerlearn.config import parse_config
+from peerlearn.config import find_config, parse_config
 from peerlearn.errors import DONE, UsageError
 from slurm.config import SubmitConfig
 from slurm.plan import plan_task
+from slurm.private_folder import warn_of_profile
 from slurm.submission import (
     BATCH_SCRIPTS,
     START_SCRIPT,
@@ -83,7 +84,7 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
             )
     if words[:1] == [""]:
         raise UsageError("--cluster needs a name or a file: local, debug, slurm, my_cluster.yaml")
-    return parse_config(
+    found = parse_config(
         SubmitConfig,
         words,
         verb="submit",
@@ -97,6 +98,8 @@ def read_cluster(words: Sequence[str]) -> tuple[SubmitConfig, bool]:
         shipped=CLUSTERS,
         usage="--cluster C [--key value ...] [--dry_run] -- VERB ...",
     )
+    warn_of_profile(find_config(words[0], CLUSTERS))
+    return found
 
 
 def job_name(task: Task) -> str:

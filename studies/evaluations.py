@@ -130,7 +130,7 @@ def resolve_evaluation(line: str) -> Evaluation:
     if verb not in VERBS:
         raise UsageError(f"evaluate: {line!r}: unknown verb {verb!r}{nearest(verb, VERBS)}")
     no_evaluation = UsageError(f"evaluate: {line!r}: {verb} is no evaluation of a checkpoint")
-    if not VERBS[verb].dry_run or verb in _NO_EVALUATION:
+    if not _evaluates(verb):
         raise no_evaluation
     try:
         _, task = plan_task([*words, "--checkpoint", _PLACEHOLDER], to_come=True)
@@ -140,6 +140,11 @@ def resolve_evaluation(line: str) -> Evaluation:
     if not isinstance(config, dict) or config.pop("checkpoint", None) != _PLACEHOLDER:
         raise no_evaluation
     return Evaluation(line=line, config=config)
+
+
+def _evaluates(verb: str) -> bool:
+    """Whether the verb may be one that evaluates checkpoints."""
+    return verb in VERBS and VERBS[verb].dry_run and verb not in _NO_EVALUATION
 
 
 def fixed_evaluations(root: Path, lines: list[str]) -> list[Evaluation]:
@@ -286,8 +291,12 @@ def read_order(folder: Path) -> Order:
         UserError: the folder holds no order, or the file is damaged.
     """
     try:
-        return _read(Order, folder / _ORDER)
-    except (OSError, ValueError, TypeError) as error:
+        order = _read(Order, folder / _ORDER)
+        # Jobs run the verb, and a file must not have them run any other.
+        if not _evaluates(order.verb):
+            raise ValueError(f"{order.verb!r} evaluates nothing")
+        return order
+    except (OSError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"{folder} is no evaluation that a study ordered: {error}") from error
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from peerlearn import HOME
 from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import open_no_link
 from peerlearn.runs.launcher import module_words
 from peerlearn.runs.lock import living_owner
 from peerlearn.runs.progress import Reporter, progress, time_text
@@ -214,7 +215,7 @@ def _standing(run: Path) -> str:
 
 def _spawn(words: Sequence[str], log: Path, *, threads: int) -> subprocess.Popen[bytes]:
     """Start the command in a process of its own, with its share of the cores."""
-    with log.open("ab") as output:
+    with open(log, "ab", opener=open_no_link) as output:
         return subprocess.Popen(
             [*module_words(HOME, "peerlearn"), *words],
             env={_THREADS: str(threads), **os.environ},

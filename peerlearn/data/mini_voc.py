@@ -97,6 +97,8 @@ def _devkit(root: str | None, seed: int, counts: Mapping[str, int]) -> Path:
                 logger.warning("%s is damaged or was changed: it is written again", folder)
             # What a process left that was killed; none other writes here, under the lock.
             shutil.rmtree(temporary, ignore_errors=True)
+            # Not what a link in its place leads to.
+            temporary.mkdir()
             try:
                 _write(temporary, root, seed, counts)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -9,11 +9,11 @@ written last; features whose bytes are not those it names are computed again.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -227,11 +227,13 @@ def _read(root: Path, key: str) -> Tensor | None:
 
 def _write(root: Path, key: str, features: Tensor, export: Path, dataset: ImageDataset) -> None:
     file = root / f"{key}.safetensors"
-    temporary = root / f".{key}.{os.getpid()}.tmp"
     try:
-        safetensors.torch.save_file({"features": features.contiguous()}, temporary)
-        sha256 = file_sha256(temporary)
-        temporary.replace(file)
+        # In a folder that no other process knows: a link in the file's place would lead the features elsewhere.
+        with TemporaryDirectory(dir=root, prefix=f".{key}.", suffix=".tmp") as folder:
+            temporary = Path(folder) / file.name
+            safetensors.torch.save_file({"features": features.contiguous()}, temporary)
+            sha256 = file_sha256(temporary)
+            temporary.replace(file)
         facts = {
             "sha256": sha256,
             "export_hash": export_hash(export),
@@ -241,8 +243,6 @@ def _write(root: Path, key: str, features: Tensor, export: Path, dataset: ImageD
         }
         write_text(_facts(root, key), json.dumps(facts, indent=2) + "\n")
     except (OSError, safetensors.SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         warn_once(logger, root, "%s could not be written (%s): %s", file, reason, _NOT_KEPT)
 

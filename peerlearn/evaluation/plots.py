@@ -9,10 +9,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from peerlearn.runs.files import replacing
 from peerlearn.runs.output import warn_once
 from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 # Beyond so many classes neither their names nor numbers can be read.
@@ -44,6 +46,16 @@ def draw(picture: Callable[[Path], object], file: Path) -> None:
         warn_once(
             logger, about, "%s could not be drawn (%s); the score beside it stands", file, reason
         )
+
+
+def save_figure(figure: "Figure", file: Path, *, dpi: int) -> None:
+    """Write a figure as a whole, in the format that the file's ending names.
+
+    Raises:
+        OSError: the disk does not take it. An earlier file stays.
+    """
+    with replacing(file) as stream:
+        figure.savefig(stream, dpi=dpi, format=file.suffix.removeprefix("."))
 
 
 @contextmanager
@@ -112,4 +124,4 @@ def plot_confusion(
                 va="center",
                 color="white" if share > 50 else "black",
             )
-    figure.savefig(file, dpi=100)
+    save_figure(figure, file, dpi=100)

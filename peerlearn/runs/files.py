@@ -7,35 +7,70 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# The mode of a file that others may read, as far as the umask lets them, and of one that holds secrets.
+_READABLE, PRIVATE = 0o644, 0o600
+_OTHERS_WRITE = 0o022
 
-def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+
+@contextmanager
+def changed_by_owner_alone() -> Iterator[None]:
+    """Within it, what this process and its children make can be changed by no other account, whatever the umask."""
+    before = os.umask(_OTHERS_WRITE)
+    os.umask(before | _OTHERS_WRITE)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True, mode: int = _READABLE) -> None:
     """Replace a small file as a whole: it holds the text of one writer, old or new, never a part.
 
     Args:
         path: the file.
         text: its new content.
         durable: whether to wait until the text is on the disk.
+        mode: mode of the new file, which the umask may narrow.
 
     Raises:
         OSError: the disk does not take the text. The file is as it was.
     """
-    # Two processes may write one file at once: each has a temporary file of its own.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Not as the locale has it: others read the file too. What is no text (a byte in a file's name) is escaped.
+    with replacing(path, durable=durable, mode=mode) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False, mode: int = _READABLE) -> Iterator[BinaryIO]:
+    """A file to write, which replaces another as a whole if the block ends well, and else goes.
+
+    Args:
+        path: the other file.
+        durable: whether to wait until the new content is on the disk.
+        mode: mode of the new file, which the umask may narrow.
+
+    Raises:
+        OSError: the disk does not take the content. The file is as it was.
+    """
+    # Two processes may write one file at once: each has a temporary file of its own, made by itself under a name that
+    # nobody can guess, so that no link lies there which would lead what is written elsewhere.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        # Not as the locale has it: others read the file too. What is no text (a byte in a file's name) is escaped.
-        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            yield file
             file.flush()
             if durable:
-                os.fsync(file.fileno())
+                os.fsync(descriptor)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -151,10 +186,10 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
         durable: whether to wait until the lines are on the disk.
 
     Raises:
-        OSError: the disk does not take the lines. The file is as it was.
+        OSError: the disk does not take the lines, or the path is a link. The file is as it was.
     """
     # Unbuffered: a buffer would try again when it is closed, and write the end of a line without its start.
-    with path.open("ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=open_no_link) as file:
         size = file.tell()
         content = (b"\n" if _lacks_newline(path, size) else b"") + text.encode(
             errors="backslashreplace"
@@ -168,6 +203,11 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
             raise
         if durable:
             os.fsync(file.fileno())
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file to write to it, but not what a link leads to: another may have put the link there."""
+    return os.open(path, flags | os.O_NOFOLLOW, _READABLE)
 
 
 def _lacks_newline(path: Path, size: int) -> bool:

@@ -6,9 +6,11 @@ import logging
 import os
 import sys
 import threading
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
+from peerlearn.runs.files import open_no_link
 from peerlearn.runs.terminal import wrapped
 
 
@@ -56,6 +58,10 @@ class _Terminal(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     """A log file that loses lines without a message if it cannot be written, because the run itself goes on."""
+
+    def _open(self) -> TextIOWrapper:
+        file = open(self.baseFilename, f"{self.mode}b", opener=open_no_link)  # noqa: SIM115
+        return TextIOWrapper(file, encoding=self.encoding, errors=self.errors)
 
     def emit(self, record: logging.LogRecord) -> None:
         # A library that configures logging closes every file, which is then opened again for the next line.

@@ -167,3 +167,15 @@ def test_the_table_of_classes(capsys):
     rows = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [["cat", "1,200", "12.35"], ["[red]dog", "0", ""]]
+
+
+def test_a_sheet_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "a.png").symlink_to(precious)
+    (tmp_path / ".a.tmp.png").symlink_to(precious)
+    images, nothing = [torch.zeros(3, 8, 8, dtype=torch.uint8)], [found([], [])]
+    draw_sheet(tmp_path / "a.png", images, nothing, ["cat"], title="t")
+    assert precious.read_text() == "precious"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "a.png").is_symlink()

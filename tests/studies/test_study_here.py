@@ -355,8 +355,25 @@ def test_a_damaged_outcome_counts_as_none(tmp_path: Path, content: str) -> None:
     assert read_outcome(tmp_path) is None
 
 
+ORDER = {"config": {}, "step": 6, "export": "e", "sha256": "s"}
+
+
+@pytest.mark.parametrize("line", ["knn --k 5", "linear logistic_regression", "fewshot", "detect"])
+def test_an_order_is_read(tmp_path: Path, line: str) -> None:
+    (tmp_path / "order.json").write_text(json.dumps({**ORDER, "line": line}))
+    assert read_order(tmp_path).line == line
+
+
 @pytest.mark.parametrize(
-    "content", ["[]", '{"line": "knn", "config": {}, "step": "6", "export": "e", "sha256": "s"}']
+    "content",
+    [
+        "[]",
+        json.dumps({**ORDER, "line": "knn", "step": "6"}),
+        *(
+            json.dumps({**ORDER, "line": line})
+            for line in ("submit --cluster x", "study", "pretrain", "measure", "rm", "", "'")
+        ),
+    ],
 )
 def test_a_damaged_order_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "order.json").write_text(content)

@@ -286,6 +286,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         few()
 
 
+def test_a_planted_link_leads_nothing_elsewhere(cache: Path, tmp_path: Path):
+    few()
+    (written,) = devkits(cache)
+    written.rename(tmp_path / "old")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    written.with_name(f".{written.name}.tmp").symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"{written} cannot be written \(File exists"):
+        few()
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_a_full_disk_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
     def fill(canvas):
         raise OSError(28, "No space left on device")

@@ -211,6 +211,20 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_counts(cache, netw
     assert extractions == ["0"]
 
 
+def test_a_planted_link_leads_no_features_elsewhere(cache, network, tmp_path):
+    cache.mkdir(parents=True)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    key = cache_key(network, digits(), "cpu")
+    guessed = cache / f".{key}.{os.getpid()}.tmp"
+    for link in (guessed, cache / f"{key}.safetensors", cache / f"{key}.json"):
+        link.symlink_to(precious)
+    load_features({"0": network}, digits(), HOW)
+    assert precious.read_text() == "precious"
+    assert guessed.is_symlink()
+    assert not (cache / f"{key}.safetensors").is_symlink()
+
+
 def test_features_that_are_not_finite_are_one_line_and_not_kept(cache, tmp_path):
     bad = export(tmp_path / "net-0", poison=True)
     with pytest.raises(UserError, match=rf"{bad} gives NaN or Inf features for 40 of 40 images of"):
