@@ -232,11 +232,12 @@ def test_a_path_of_many_characters(cluster: Cluster, alone: Path, tmp_path: Path
 def test_characters_that_mean_something_to_slurm(
     cluster: Cluster, tmp_path: Path, character: str
 ) -> None:
-    words = ["submit", *PROFILE, "--", *submit_words(tmp_path / f"a{character}j")]
-    found = peerlearn(cluster, *words)
-    assert found.returncode == 1
-    assert f"to Slurm {character!r} in a path has a meaning" in found.stderr
-    assert list(tmp_path.iterdir()) == []
+    words = ["--", *submit_words(tmp_path / f"a{character}j")]
+    for dry_run in ((), ("--dry_run",)):
+        found = peerlearn(cluster, "submit", *PROFILE, *dry_run, *words)
+        assert found.returncode == 1
+        assert f"to Slurm {character!r} in a path has a meaning" in found.stderr
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
