@@ -14,8 +14,12 @@ from peerlearn.config import nearest
 from peerlearn.errors import (
     DONE,
     FAILURE,
+    FAULT_FILE,
+    MACHINES,
     SAVED_RUN_AGAIN,
     USAGE,
+    USERS,
+    CrashError,
     SaidByMainError,
     SavedError,
     UsageError,
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with changed_by_owner_alone():
             return dispatch(words)
     except UsageError as error:
+        _note_fault(USERS)
         # Every process of a job reads the same words, so one complaint is enough.
         return _complain(error, USAGE) if os.environ.get("RANK", "0") == "0" else USAGE
     except SavedError as error:
@@ -46,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(str(error))
         return SAVED_RUN_AGAIN
     except SaidByMainError:
+        _note_fault(USERS)
         return FAILURE
     except UserError as error:
+        _note_fault(MACHINES if isinstance(error, CrashError) else USERS)
         return _complain(error, FAILURE)
     except StoppedError as stopped:
         return _complain(f"{stopped}: nothing is saved, the same command starts again", FAILURE)
@@ -58,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return DONE
     except Exception as error:
+        _note_fault(MACHINES)
         if os.environ.get("PEERLEARN_TRACEBACK"):
             raise
         reason = " ".join(str(error).split())
@@ -135,6 +143,13 @@ def _help() -> str:
         "  peerlearn pretrain mcl_fashion_mnist_demo --run runs/demo",
     ]
     return "\n".join(lines)
+
+
+def _note_fault(whose: str) -> None:
+    """Tell a supervisor, if there is one, whether another start of the command could go well."""
+    if file := os.environ.get(FAULT_FILE):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(whose)
 
 
 def _complain(message: object, code: int) -> int:

@@ -12,9 +12,11 @@ from peerlearn.runs.directory import STUDY_FILE, check_owner
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
-from slurm.client import JobState, call
+from slurm.client import JobState, cancel_jobs
 from slurm.jobs import Record, job_key, records_of, states_of
 from slurm.status import CANCELLED_FILE, find_runs
+
+_PATIENCE_SECONDS = 300.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,12 +52,11 @@ def main(argv: Sequence[str]) -> int:
     # Jobs of this machine first: they need no Slurm.
     ended = {place for place, record in jobs if _cancel_local(place, record)}
     slurm = [(place, record) for place, record in jobs if record["executor"] == "slurm"]
-    states = states_of(record for _, record in slurm)
+    states = states_of((record for _, record in slurm), patience_seconds=_PATIENCE_SECONDS)
     alive = [
         (*job, state) for job in slurm if (state := states.get(job_key(job[1]))) and state.live
     ]
-    if alive:
-        call("scancel", *(record["job"] for _, record, _ in alive))
+    cancel_jobs([record["job"] for _, record, _ in alive], patience_seconds=_PATIENCE_SECONDS)
     for place, record, state in alive:
         _note(place, record, state)
         ended.add(place)

@@ -1,32 +1,46 @@
-"""Submitting by submitit: to a cluster, in the background of this machine, or in the foreground."""
+"""Submitting: to a SLURM cluster by sbatch, or to this machine by submitit, in the background or in the foreground.
+
+FOLDER/batch-ID.sh   what sbatch is given, under a name by which squeue tells the job: it starts start.sh and, however
+                     that ends, decides on the job (`slurm.requeue`)
+FOLDER/start.sh      one start: the user's setup and variables, then the processes
+"""
 
 import contextlib
 import os
+import re
+import secrets
 import shlex
-import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
-from slurm.client import own_words
+from peerlearn.runs.files import PRIVATE, write_text
+from peerlearn.runs.launcher import module_words
+from slurm.client import NoAnswerError, call, jobs_of_script, outside_any_job
 from slurm.job import Job
 from slurm.private_folder import PRIVATE_OR_EXIT, private_or_exit
-from slurm.submission import EXECUTED, Submission, record_jobs, remove_submission
-
-# Variables that make a process part of a job. SLURM_CONF is none of them: it only says where the cluster is.
-_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
-_RANK_VARIABLES = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
+from slurm.submission import (
+    BATCH_SCRIPTS,
+    EXECUTED,
+    START_SCRIPT,
+    Submission,
+    job_numbers,
+    read_submission,
+    record_jobs,
+    remove_submission,
 )
+
+# Slurm gives these a meaning in the paths of logs.
+_NOT_IN_PATHS = ("%", "\\", "\n")
+# sbatch with --parsable prints the job's number, and the cluster where there are several.
+_NUMBER = re.compile(r"(\d+)(;\S*)?")
+# A controller that answers again may first take the submissions that were sent to it.
+_PATIENCE_SECONDS, _APPEARS_SECONDS, _PAUSE_SECONDS = 300.0, 20.0, 2.0
 
 
 def submit(submission: Submission, name: str, *, at_once: int | None = None) -> list[str]:
@@ -43,55 +57,125 @@ def submit(submission: Submission, name: str, *, at_once: int | None = None) -> 
     Raises:
         UserError: sbatch is not on this machine, or refuses. The message has its own words.
     """
-    if submission.config.executor == "slurm" and "%" in str(submission.folder.resolve()):
-        remove_submission(submission)
-        raise UserError(
-            f"{submission.folder}: to Slurm % in a path has a meaning: choose another folder for the run by --run"
-        )
-    with undisturbed(submission.config.executor):
-        handed_over = _hand_over(submission, name, at_once)
-        jobs = [job.job_id for job in handed_over]
-        record_jobs(submission, jobs)
+    if submission.config.executor == "slurm":
+        return _submit_to_slurm(submission, name, at_once)
+    with _removed_on_failure(submission), _outside_any_job():
+        # submitit's own process would else take modules from the working directory.
+        os.environ.update({**submission.config.variables(), "PYTHONSAFEPATH": "1"})
+        # A job of this machine is one task.
+        job = _executor_here(submission).submit(Job(str(submission.folder.resolve()), 0))
+        record_jobs(submission, [job.job_id])
     if submission.config.executor == "debug":
-        for job in handed_over:
-            job.results()
-    return jobs
+        job.results()
+    return [job.job_id]
 
 
-def _hand_over(submission: Submission, name: str, at_once: int | None) -> list[Any]:
-    import submitit
+def adopt(home: Path) -> None:
+    """Record the jobs of submissions whose submitter ended before it could: sbatch was killed, or gave no answer.
 
-    functions: list[Any] = [
-        Job(str(submission.folder.resolve()), task) for task in range(len(submission.tasks))
-    ]
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    for script in home.glob(f"*/{BATCH_SCRIPTS}"):
+        try:
+            job_numbers(script.parent)
+        except (OSError, ValueError):
+            submission = read_submission(script.parent)
+            if number := _number_of(script.resolve()):
+                record_jobs(submission, _job_of_each_task(submission, number))
+
+
+@contextmanager
+def _removed_on_failure(submission: Submission) -> Iterator[None]:
     try:
-        with _outside_any_job():
-            executor = _executor(submission, name, at_once)
-            if len(functions) > 1 and submission.config.executor == "slurm":
-                return list(executor.submit_array(functions))
-            return [executor.submit(function) for function in functions]
-    except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as error:
-        words = own_words("sbatch", str(error))
-        if "timed out" in words or isinstance(error, submitit.core.utils.FailedSubmissionError):
-            raise UserError(
-                f"{words}: the job may be there all the same, see `squeue --me`; its folder is {submission.folder}"
-            ) from error
-        remove_submission(submission)
-        raise UserError(words) from error
+        yield
     except BaseException:
         remove_submission(submission)
         raise
 
 
+def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> list[str]:
+    folder = submission.folder.resolve()
+    script = folder / BATCH_SCRIPTS.replace("*", secrets.token_hex(8))
+    with _removed_on_failure(submission):
+        for character in _NOT_IN_PATHS:
+            if character in str(folder):
+                raise UserError(
+                    f"{submission.folder}: to Slurm {character!r} in a path has a meaning: choose another folder for "
+                    "the run by --run"
+                )
+        # The variables of the start may be secrets.
+        write_text(folder / START_SCRIPT, start_script(submission), mode=PRIVATE)
+        write_text(script, batch_script(submission, name, at_once), mode=PRIVATE)
+    number, silence = None, None
+    with _undisturbed():
+        try:
+            printed = call(
+                *("sbatch", "--parsable", str(script)),
+                environment=outside_any_job(dict(os.environ)),
+            )
+            number = _number_in(printed)
+        except NoAnswerError as error:
+            silence = error
+        except BaseException:
+            remove_submission(submission)
+            raise
+        if number:
+            record_jobs(submission, _job_of_each_task(submission, number))
+    if not number:
+        number = _found_again(submission, script, str(silence or "sbatch told no number"))
+        record_jobs(submission, _job_of_each_task(submission, number))
+    return _job_of_each_task(submission, number)
+
+
+def _number_in(printed: str) -> str | None:
+    """The job's number in what sbatch printed; None unless exactly one line is a number. A wrapper may chat."""
+    numbers = [match[1] for line in printed.splitlines() if (match := _NUMBER.fullmatch(line))]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _found_again(submission: Submission, script: Path, why: str) -> str:
+    """The number of the job that a submission has become, as sbatch did not tell it.
+
+    Raises:
+        UserError: Slurm has no such job, and the submission is removed; or Slurm cannot be asked, and it stays.
+    """
+    print(f"{why}: looking for the job in squeue", file=sys.stderr, flush=True)
+    folder = submission.folder
+    deadline: float | None = None
+    while deadline is None or time.monotonic() < deadline:
+        try:
+            number = _number_of(script, patience_seconds=_PATIENCE_SECONDS)
+        except UserError as error:
+            raise UserError(
+                f"{why}, and whether a job came of it cannot be asked ({error}): the next submission for this run "
+                f"finds it, else remove {folder}"
+            ) from error
+        if number:
+            return number
+        # The time counts from the first answer.
+        deadline = deadline or time.monotonic() + _APPEARS_SECONDS
+        time.sleep(_PAUSE_SECONDS)
+    # A job that may yet come of it ends at once, as its files are gone.
+    remove_submission(submission)
+    raise UserError(f"{why}, and no job came of it: submit again")
+
+
+def _number_of(script: Path, *, patience_seconds: float = 0.0) -> str | None:
+    return min(jobs_of_script(script, patience_seconds=patience_seconds), key=int, default=None)
+
+
+def _job_of_each_task(submission: Submission, number: str) -> list[str]:
+    tasks = len(submission.tasks)
+    return [number] if tasks == 1 else [f"{number}_{task}" for task in range(tasks)]
+
+
 @contextmanager
-def undisturbed(executor: str) -> Iterator[None]:
-    """Block signals while sbatch runs.
+def _undisturbed() -> Iterator[None]:
+    """Block signals while sbatch runs, and until its job is recorded.
 
     sbatch inherits the block. Without it a signal could kill sbatch midway and leave a job that nobody knows.
     """
-    if executor != "slurm":
-        yield  # A local job would inherit the block too, and could not be stopped.
-        return
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -100,68 +184,72 @@ def undisturbed(executor: str) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def batch_script(submission: Submission, name: str) -> str:
-    """The batch script for sbatch."""
+def batch_script(submission: Submission, name: str, at_once: int | None = None) -> str:
+    """The batch script for sbatch. It holds whatever the user's setup does: that runs in a shell of its own."""
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-    arguments = _sbatch_parameters(submission, name)
     folder = submission.folder.resolve()
-    command = _process_command(folder)
-    arguments = SlurmExecutor._convert_parameters(SlurmExecutor.__new__(SlurmExecutor), arguments)
-    return str(_make_sbatch_string(command, folder, **arguments))
+    # Where the setup leaves what it takes to call Slurm and Python.
+    ready = f'{shlex.quote(str(submission.outcomes.resolve()))}/"ready-$SLURM_JOB_ID-$start"'
+    requeue = shlex.join([*module_words(submission.code.resolve(), "slurm.requeue"), str(folder)])
+    parameters = _sbatch_parameters(submission, name)
+    tasks = len(submission.tasks)
+    if tasks > 1:
+        parameters |= {"map_count": tasks, "array_parallelism": at_once or tasks}
+    parameters |= {
+        "use_srun": False,
+        "setup": [
+            # The signal for the processes may reach this shell too, and must not end it.
+            "trap : USR2",
+            private_or_exit(folder, EXECUTED),
+            "start=${SLURM_RESTART_COUNT:-0}",
+            'echo "start $start on $SLURM_JOB_NODELIST"',
+        ],
+        "teardown": [
+            "code=$?",
+            # It may have been hours.
+            PRIVATE_OR_EXIT,
+            f"if [ -s {ready} ]; then . {ready}; rm -f {ready}",
+            'else echo "setup ended with $code, before the command"; [ $code != 0 ] || code=1; fi',
+            f'{requeue} "${{SLURM_ARRAY_TASK_ID:-0}}" $code',
+            "exit $?",
+        ],
+    }
+    converted = SlurmExecutor._convert_parameters(SlurmExecutor.__new__(SlurmExecutor), parameters)
+    command = f"bash {shlex.quote(str(folder / START_SCRIPT))} {ready}"
+    return str(_make_sbatch_string(command, folder, **converted))
 
 
-def _executor(submission: Submission, name: str, at_once: int | None) -> Any:
-    import submitit
-
+def start_script(submission: Submission) -> str:
+    """The script of one start: the user's setup, then the processes."""
     config, folder = submission.config, submission.folder.resolve()
-    if config.executor == "slurm":
-        if shutil.which("sbatch") is None:
-            raise UserError(
-                "`sbatch` is not on this machine: submit from a login node of the cluster, or use --cluster local"
-            )
-        executor: Any = _slurm_executor(folder)
-        parameters = _sbatch_parameters(submission, name)
-        executor.update_parameters(**parameters, array_parallelism=at_once or len(submission.tasks))
-        return executor
-    os.environ.update(_variables(submission))
-    if config.executor == "debug":
-        return submitit.DebugExecutor(folder)
-    executor = submitit.LocalExecutor(folder)
-    executor.update_parameters(
-        timeout_min=config.time_minutes,
-        tasks_per_node=config.tasks_per_node,
-        gpus_per_node=config.gpus_per_node or _gpus_here(),
-        signal_delay_s=config.signal_seconds,
-        stderr_to_stdout=True,
-    )
-    return executor
-
-
-def _slurm_executor(folder: Path) -> Any:
-    """submitit's executor, whose jobs read the submission's own files and no pickle.
-
-    submitit renames its pickle after sbatch. A submitter that is killed before that would leave a job without one.
-    """
-    from submitit import SlurmExecutor
-
-    class Executor(SlurmExecutor):  # type: ignore[misc]
-        @property
-        def _submitit_command_str(self) -> str:
-            return _process_command(folder)
-
-    return Executor(folder)
-
-
-def _process_command(folder: Path) -> str:
-    """The command of each process of a job."""
-    return f"{shlex.quote(sys.executable)} -u -P -m slurm.job {shlex.quote(str(folder))}"
+    job = "%j" if len(submission.tasks) == 1 else "%A_%a"
+    srun = [
+        *("srun", "--unbuffered", "--export=ALL", f"--output={folder}/{job}_%t_log.out"),
+        # srun does not inherit the cores per task from sbatch.
+        *("--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"),
+        *(f"--{word}" for word in config.srun),
+        *module_words(submission.code.resolve(), "slurm.job"),
+        str(folder),
+    ]
+    variables = config.variables().items()
+    lines = [
+        "# setup",
+        *config.setup,
+        "",
+        "# whatever the setup has set",
+        "set +eux; trap : USR2",
+        'declare -px PATH LD_LIBRARY_PATH SLURM_CONF > "$1" 2> /dev/null',
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables),
+        "",
+        "# the processes",
+        shlex.join(srun),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
     config = submission.config
-    folder = submission.folder.resolve()
-    python = f"{shlex.quote(sys.executable)} -P -m"
     further = dict(word.partition("=")[::2] for word in config.sbatch)
     parameters = {
         "job_name": name,
@@ -184,43 +272,39 @@ def _sbatch_parameters(submission: Submission, name: str) -> dict[str, Any]:
             "requeue": True,
             **{key: value or True for key, value in further.items()},
         },
-        # srun does not inherit the cores per task from sbatch.
-        "srun_args": [
-            "--kill-on-bad-exit=1",
-            f"--cpus-per-task={config.cpus_per_task}",
-            *(f"--{word}" for word in config.srun),
-        ],
-        "setup": [
-            # The signal for the processes may reach this shell too, and must not end it.
-            "trap : USR2",
-            private_or_exit(folder, EXECUTED),
-            *config.setup,
-            *(
-                f"export {variable}={shlex.quote(value)}"
-                for variable, value in _variables(submission).items()
-            ),
-        ],
-        "teardown": [
-            "rc=$?",
-            # It may have been hours.
-            PRIVATE_OR_EXIT,
-            f'{python} slurm.requeue {shlex.quote(str(folder))} "${{SLURM_ARRAY_TASK_ID:-0}}" $rc',
-            "exit $?",
-        ],
     }
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
 
 
-def _variables(submission: Submission) -> dict[str, str]:
-    """The variables that the user asked for, and those that make Python find the submission's copy of the program."""
-    asked = submission.config.variables()
-    earlier = asked.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
-    path = str(submission.code.resolve())
-    return {
-        **asked,
-        "PYTHONPATH": f"{path}{os.pathsep}{earlier}" if earlier else path,
-        "PYTHONSAFEPATH": "1",
-    }
+def _executor_here(submission: Submission) -> Any:
+    import submitit
+
+    config, folder = submission.config, submission.folder.resolve()
+    if config.executor == "debug":
+        return submitit.DebugExecutor(folder)
+    executor = _local_executor(submission)
+    executor.update_parameters(
+        timeout_min=config.time_minutes,
+        tasks_per_node=config.tasks_per_node,
+        gpus_per_node=config.gpus_per_node or _gpus_here(),
+        signal_delay_s=config.signal_seconds,
+        stderr_to_stdout=True,
+    )
+    return executor
+
+
+def _local_executor(submission: Submission) -> Any:
+    """submitit's executor, whose jobs run the submission's copy of the program and read no pickle."""
+    from submitit import LocalExecutor
+
+    words = module_words(submission.code.resolve(), "slurm.job")
+
+    class Executor(LocalExecutor):  # type: ignore[misc]
+        @property
+        def _submitit_command_str(self) -> str:
+            return shlex.join([*words, str(submission.folder.resolve())])
+
+    return Executor(submission.folder.resolve())
 
 
 def _gpus_here() -> int:
@@ -229,11 +313,10 @@ def _gpus_here() -> int:
 
 @contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Submit as from a login node, even inside a job. Processes that are started here outlive the terminal."""
+    """Start processes as from a login node, even inside a job. They outlive the terminal."""
     earlier = dict(os.environ)
-    for name in earlier:
-        if (name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF") or name in _RANK_VARIABLES:
-            del os.environ[name]
+    os.environ.clear()
+    os.environ.update(outside_any_job(earlier))
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with _silent_children():

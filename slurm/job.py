@@ -2,8 +2,11 @@
 
 The child does not know SLURM. It sees RANK, WORLD_SIZE, MASTER_ADDR and similar variables. When it is told to stop, it
 saves and exits with 75. The end of the batch script (`slurm.requeue`) then decides whether the job goes on.
+
+`python -m slurm.job FOLDER` is one process of a job. Its task of the submission is that of the array.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -19,28 +22,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UserError
+from peerlearn.errors import (
+    DONE,
+    FAILURE,
+    FAULT_FILE,
+    MACHINES,
+    SAVED_RUN_AGAIN,
+    USERS,
+    CrashError,
+    UserError,
+)
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
+from peerlearn.runs.launcher import MEETING_SOCKET, module_words
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, submission_to_run
 
 _POLL_SECONDS = 0.1
-_RENDEZVOUS_SECONDS = 300.0
+# Nodes may start minutes apart.
+_RENDEZVOUS_SECONDS = 600.0
 # Below the ephemeral ports, which other programs' connections take at random.
-_FIRST_PORT, _PORTS = 15000, 15000
+_FIRST_PORT, _PORTS, _BACKLOG = 15000, 15000, 4096
 _PR_SET_PDEATHSIG = 1
 # The beginning of the line in which the command says why it ends.
-_COMPLAINT = b"peerlearn: "
-
-
-class CommandFailedError(Exception):
-    """Makes submitit, and through it SLURM, see that the command failed."""
+_COMPLAINT = "peerlearn: "
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command of a submission, and what submitit pickles for jobs of this machine. It holds only where to look.
+    """One command of a submission. It holds only where to look.
 
     Attributes:
         folder: folder of the submission.
@@ -57,7 +67,6 @@ class Job:
             The command's exit code.
 
         Raises:
-            CommandFailedError: the exit code is not 0, and the executor is not debug.
             UserError: another account could have changed what the job runs.
         """
         import submitit
@@ -65,11 +74,7 @@ class Job:
         place = submitit.JobEnvironment()
         submission = submission_to_run(Path(self.folder))
         with _signals() as signals:
-            here = _Process(submission, self.task, place, signals)
-            outcome = here.run()
-        if outcome.code and place.cluster != "debug":
-            raise CommandFailedError(outcome.reason)
-        return outcome.code
+            return _Process(submission, self.task, place, signals).run().code
 
 
 class _Signals:
@@ -116,15 +121,22 @@ class _Process:
         self.in_slurm = place.cluster == "slurm"
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.run_directory = submission.trained_run(task)
-        self.complaint = ""
+        self.complaint = self.last_line = ""
+        name = f"fault-{task}-{self.restart}-{place.global_rank}"
+        self.fault_file = submission.outcomes / name
 
     def run(self) -> Outcome:
         """Run the command and write its outcome. If SLURM is about to end the job, wait for that first."""
         attempt = self._newest_attempt()
-        code = self._run_child()
-        if self.in_slurm and signal.SIGTERM in self.signals.received:
-            self._hold()
-        outcome = self._outcome(code, attempt_before=attempt)
+        try:
+            code = self._run_child()
+        except CrashError as error:
+            outcome = Outcome(kind="crashed", code=FAILURE, reason=str(error))
+            print(outcome.reason, flush=True)
+        else:
+            if self.in_slurm and signal.SIGTERM in self.signals.received:
+                self._hold()
+            outcome = self._outcome(code, attempt_before=attempt)
         try:
             write_outcome(
                 self.submission.folder,
@@ -139,14 +151,29 @@ class _Process:
         return outcome
 
     def _run_child(self) -> int:
+        """Run the command, and return its exit code.
+
+        Raises:
+            CrashError: it cannot be started here and now.
+        """
         words = self.submission.command(self.task)
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "peerlearn", *words],
-            cwd=self.submission.working_directory,
-            env=os.environ | self._variables(),
-            stderr=subprocess.PIPE,
-            preexec_fn=_die_with_parent,
-        )
+        self.fault_file.unlink(missing_ok=True)
+        with contextlib.ExitStack() as held:
+            variables = self._variables(held)
+            listening = int(variables.get(MEETING_SOCKET, "-1"))
+            try:
+                child = subprocess.Popen(
+                    [*module_words(self.submission.code, "peerlearn"), *words],
+                    cwd=self.submission.working_directory,
+                    env=os.environ | variables,
+                    stderr=subprocess.PIPE,
+                    preexec_fn=_die_with_parent,
+                    pass_fds=[listening] if listening >= 0 else [],
+                )
+            except OSError as error:
+                raise CrashError(
+                    f"{error.filename or sys.executable}: {error.strerror} on {socket.gethostname()}"
+                ) from error
         self.signals.watch(child)
         assert child.stderr is not None
         reader = threading.Thread(target=self._pass_on, args=(child.stderr,), daemon=True)
@@ -157,11 +184,13 @@ class _Process:
         return code
 
     def _pass_on(self, stderr: IO[bytes]) -> None:
-        """Pass the command's stderr on, and remember its last error message."""
+        """Pass the command's stderr on, and remember its last line and its last error message."""
         for line in stderr:
             os.write(2, line)
-            if line.startswith(_COMPLAINT):
-                self.complaint = line.removeprefix(_COMPLAINT).decode(errors="replace").strip()
+            text = line.decode(errors="replace").strip()
+            self.last_line = text or self.last_line
+            if text.startswith(_COMPLAINT):
+                self.complaint = text.removeprefix(_COMPLAINT)
 
     def _hold(self) -> None:
         """Wait for the end after SIGTERM.
@@ -174,8 +203,12 @@ class _Process:
         while signal.SIGUSR2 not in self.signals.received:
             time.sleep(_POLL_SECONDS)
 
-    def _variables(self) -> dict[str, str]:
-        """The variables for torch.distributed and its libraries."""
+    def _variables(self, held: contextlib.ExitStack) -> dict[str, str]:
+        """The variables for torch.distributed and its libraries. ``held`` keeps what they name until the child has it.
+
+        Raises:
+            CrashError: rank 0 gives no address.
+        """
         place = self.place
         variables = {
             "RANK": str(place.global_rank),
@@ -184,7 +217,8 @@ class _Process:
             "LOCAL_WORLD_SIZE": str(place.num_tasks // place.num_nodes),
         }
         if place.num_tasks > 1:
-            variables |= self._rendezvous()
+            variables |= self._rendezvous(held)
+        variables[FAULT_FILE] = str(self.fault_file)
         traces = self.submission.outcomes / f"nccl-{self.task}-{self.restart}-rank-"
         defaults = {
             "OMP_NUM_THREADS": str(self.submission.config.cpus_per_task),
@@ -195,27 +229,30 @@ class _Process:
         }
         return {k: v for k, v in defaults.items() if k not in os.environ} | variables
 
-    def _rendezvous(self) -> dict[str, str]:
-        """The address at which the processes meet. Rank 0 finds a free port and tells the others by a file."""
+    def _rendezvous(self, held: contextlib.ExitStack) -> dict[str, str]:
+        """The address at which the processes meet. Rank 0 listens there already, and tells the others by a file."""
         place = self.place
         name = f"rendezvous-{place.job_id}-{self.restart}.json"
         file = self.submission.outcomes / name
         if place.global_rank == 0:
-            address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+            listening = held.enter_context(listen(place.job_id, self.restart))
             meeting = {
-                "MASTER_ADDR": address,
-                "MASTER_PORT": str(free_port(place.job_id, self.restart)),
+                "MASTER_ADDR": os.environ.get("MASTER_ADDR") or socket.gethostname(),
+                "MASTER_PORT": str(listening.getsockname()[1]),
             }
             write_text(file, json.dumps(meeting) + "\n")
-            return meeting
+            return {**meeting, MEETING_SOCKET: str(listening.fileno())}
         deadline = time.monotonic() + _RENDEZVOUS_SECONDS
         while not file.exists():
             if time.monotonic() > deadline:
-                raise UserError(f"rank 0 gave no address for {_RENDEZVOUS_SECONDS:.0f} s: {file}")
+                raise CrashError(
+                    f"rank {place.global_rank} on {socket.gethostname()}: rank 0 gave no address for "
+                    f"{_RENDEZVOUS_SECONDS:.0f} s ({file})"
+                )
             # A listing of the folder makes network file systems look again.
             os.listdir(file.parent)
             time.sleep(_POLL_SECONDS)
-        return dict(json.loads(file.read_text()))
+        return {**json.loads(file.read_text()), MEETING_SOCKET: "-1"}
 
     def _newest_attempt(self) -> int:
         return self.run_directory.newest_attempt() if self.run_directory else 0
@@ -241,32 +278,37 @@ class _Process:
         failures = [event for event in events if event["event"] == "failed"]
         kinds = {event.get("kind") for event in failures}
         reason = failures[-1]["reason"] if failures else self.complaint
-        reason = reason or f"it exited with {code}, see its log"
-        kind: Kind = (
-            "crashed" if kinds & {"crash", "lost_rank"} and "user" not in kinds else "failed"
-        )
+        machines = "user" not in kinds if failures else self._fault() == MACHINES
+        kind: Kind = "crashed" if machines else "failed"
+        where = f"it exited with {code} on {socket.gethostname()}"
+        reason = reason or (f"{where}: {self.last_line}" if self.last_line else where)
         return Outcome(kind=kind, code=code, reason=reason, step=step)
 
+    def _fault(self) -> str:
+        """Whose fault the failure of the command was. A command that could not say was ended by its machine."""
+        with contextlib.suppress(OSError):
+            return self.fault_file.read_text()
+        return USERS if self.complaint else MACHINES
 
-def free_port(job: str, restart: int) -> int:
-    """A free TCP port of this machine.
+
+def listen(job: str, restart: int) -> socket.socket:
+    """A socket that listens on a free TCP port of this machine.
 
     Every job and every start tries other ports first, so that a late process of an earlier start cannot join.
 
     Raises:
-        UserError: no port is free.
+        CrashError: no port is free.
     """
     digits = int("".join(filter(str.isdigit, job)) or 0)
     first = digits * 13 + restart * 101
     for offset in range(_PORTS):
         port = _FIRST_PORT + (first + offset) % _PORTS
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise UserError(f"no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free")
+        try:
+            return socket.create_server(("", port), backlog=_BACKLOG)
+        except OSError:
+            continue
+    last = _FIRST_PORT + _PORTS - 1
+    raise CrashError(f"no port from {_FIRST_PORT} to {last} is free on {socket.gethostname()}")
 
 
 def _die_with_parent() -> None:
@@ -275,20 +317,18 @@ def _die_with_parent() -> None:
 
 
 def main(folder: str) -> int:
-    """Run this process's part of a job of Slurm.
+    """Run this process's part of a job.
 
     Returns:
         The exit code.
     """
     os.environ["SUBMITIT_FOLDER"] = folder
     try:
-        return Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
-    except CommandFailedError:
-        # The command has said why.
-        return FAILURE
+        code = Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
     except UserError as error:
-        print(f"peerlearn: {error}", file=sys.stderr, flush=True)
+        print(f"{_COMPLAINT}{error}", file=sys.stderr, flush=True)
         return FAILURE
+    return FAILURE if code else DONE
 
 
 if __name__ == "__main__":

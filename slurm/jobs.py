@@ -11,12 +11,11 @@ from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.heartbeat import process_exists, process_started_at
 from peerlearn.runs.lock import living_owner
-from slurm.client import JobState, job_states
+from slurm.client import NOT_ASKED, JobState, job_states
 from slurm.submission import TRAINING_VERBS, jobs_of
 
-# The state of a job that Slurm could not be asked about.
-NOT_ASKED = JobState(state="UNKNOWN")
 _ASK_AGAIN_SECONDS = 60.0
+_PATIENCE_SECONDS = 300.0
 
 Record = dict[str, Any]
 JobKey = tuple[str, str, Any]
@@ -27,14 +26,21 @@ def job_key(record: Record) -> JobKey:
     return record["executor"], record["job"], record.get("started")
 
 
-def states_of(records: Iterable[Record]) -> dict[JobKey, JobState]:
+def states_of(
+    records: Iterable[Record], *, patience_seconds: float = 0.0
+) -> dict[JobKey, JobState]:
     """The states of the jobs in these records of jobs.jsonl. Jobs that nobody remembers are left out.
+
+    Args:
+        records: the records.
+        patience_seconds: how long Slurm is asked again while it cannot be reached.
 
     Raises:
         UserError: Slurm does not answer.
     """
     records = list(records)
-    slurm = job_states([record["job"] for record in records if record["executor"] == "slurm"])
+    numbers = [record["job"] for record in records if record["executor"] == "slurm"]
+    slurm = job_states(numbers, patience_seconds=patience_seconds)
     states = {}
     for record in records:
         state = slurm.get(record["job"]) if record["executor"] == "slurm" else _local_state(record)
@@ -84,7 +90,7 @@ class JobWatch:
         if answer is None:
             answer = {job_key(record): NOT_ASKED for record in asked}
         else:
-            self._ended |= {key: state for key, state in answer.items() if not state.live}
+            self._ended |= {key: state for key, state in answer.items() if state.ended}
         known = {key: self._ended[key] for key in map(job_key, slurm) if key in self._ended}
         return states_of(local) | known | answer
 
@@ -110,7 +116,7 @@ def check_free(run: Path) -> None:
         UserError: there is such a job or process.
     """
     training = [record for record in records_of(run) if record["verb"] in TRAINING_VERBS]
-    for (_, job, _), state in states_of(training).items():
+    for (_, job, _), state in states_of(training, patience_seconds=_PATIENCE_SECONDS).items():
         if state.live:
             raise UserError(
                 f"{run}: job {job} ({state.text}) works on it already: `peerlearn cancel {run}` ends it"

@@ -12,7 +12,7 @@ from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
 from peerlearn.runs.directory import STUDY_FILE, RunDirectory
 from peerlearn.runs.files import numbered_files
-from slurm.jobs import NOT_ASKED, JobWatch, Record, records_of, submission_of
+from slurm.jobs import JobWatch, Record, records_of, submission_of
 from slurm.status import RunStatus, find_runs, is_run, read_statuses
 from slurm.submission import TRAINING_VERBS
 
@@ -73,7 +73,7 @@ def _print_study(study: Path, *, follow: bool) -> None:
     record, printer, watch = records_of(study)[-1], _Printer(), JobWatch()
     while True:
         states = watch.states([record]) if follow else {}
-        goes_on = any(state.live or state == NOT_ASKED for state in states.values())
+        goes_on = any(state.live or state.unknown for state in states.values())
         for file in numbered_files(
             submission_of(study, record), f"{record['job']}_", "_log.out"
         ).values():

@@ -28,7 +28,7 @@ from peerlearn.runs.heartbeat import (
 from peerlearn.runs.lock import living_owner, look_at_owner
 from peerlearn.runs.standing import Standing, integer, number, read_standing
 from slurm.client import JobState
-from slurm.jobs import NOT_ASKED, JobKey, JobWatch, Record, job_key, records_of, submission_of
+from slurm.jobs import JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.outcome import Outcome, outcome_of
 from slurm.submission import (
     JOBS_FILE,
@@ -292,11 +292,11 @@ def _state(
         return "stopped", "resume continues", False
     if not history.attempt_ended and any(_is_alive(history, beat) for beat in history.beats):
         return "running", None, True
-    if job_state == NOT_ASKED:
+    if job_state is not None and job_state.unknown:
         if history.last == "requeued":
-            return "requeued", "Slurm cannot be asked", True
+            return "requeued", job_state.reason, True
         if job is not None and _is_newer(job, history.started):
-            return "submitted", "Slurm cannot be asked", True
+            return "submitted", job_state.reason, True
     # A job that is done tells nothing about a later start by hand.
     elif job_state is not None and job_state.state != "COMPLETED":
         return job_state.state.lower(), job_state.reason or None, False
@@ -390,7 +390,7 @@ def _outcome(run: Path, job: Record) -> Outcome | None:
     folder = submission_of(run, job)
     try:
         task = job_numbers(folder).index(job["job"])
-        return outcome_of(read_submission(folder), task, "")
+        return outcome_of(read_submission(folder), task, None)
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
 

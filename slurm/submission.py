@@ -4,6 +4,7 @@ FOLDER/  (mode 0700: files here are run as the user who owns them; docs/security
   submission.json    the tasks (words, run), the cluster's settings, the place of submission, the code's revision
   code/              a copy of the program, which the jobs run, also after every requeue
   configs/task-0.yaml    the resolved config of task 0, which its command reads
+  batch-ID.sh, start.sh  what sbatch is given, and what each start runs
   outcomes/, outcomes-0.jsonl    how each start ended, and the decision after it
   JOB_RANK_log.out   the output of each process; submitit's own files lie beside it
 RUN/slurm/jobs.jsonl   one line for each job that works on RUN
@@ -42,12 +43,12 @@ from slurm.private_folder import check_private, root_of, warn_of_parents, warn_o
 TRAINING_VERBS = ("pretrain", "resume")
 JOBS_FILE = Path(JOBS_FOLDER) / "jobs.jsonl"
 OUTCOMES_FOLDER = "outcomes"
+BATCH_SCRIPTS, START_SCRIPT = "batch-*.sh", "start.sh"
 _SUBMISSION_FILE = "submission.json"
 NUMBERS_FILE = "jobs.json"
 _CODE_FOLDER, _CONFIGS_FOLDER = "code", "configs"
-BATCH_FILE, START_FILE = "batch.sh", "start.sh"
 # What is run of a submission, and what decides what is run.
-EXECUTED = (_CODE_FOLDER, _CONFIGS_FOLDER, _SUBMISSION_FILE, BATCH_FILE, START_FILE)
+EXECUTED = (_CODE_FOLDER, _CONFIGS_FOLDER, OUTCOMES_FOLDER, _SUBMISSION_FILE, START_SCRIPT)
 _LOCK_SECONDS = 120.0
 
 

@@ -10,7 +10,14 @@ from peerlearn.errors import DONE, UsageError
 from slurm.config import SubmitConfig
 from slurm.plan import plan_task
 from slurm.private_folder import warn_of_profile
-from slurm.submission import Submission, Task, create_submission, locked_home
+from slurm.submission import (
+    BATCH_SCRIPTS,
+    START_SCRIPT,
+    Submission,
+    Task,
+    create_submission,
+    locked_home,
+)
 
 CLUSTERS = Path(__file__).parent / "clusters"
 
@@ -39,10 +46,12 @@ def main(argv: Sequence[str]) -> int:
     if dry_run:
         _print_plan(home, task, config, name)
         return DONE
-    from slurm.executors import submit
+    from slurm.executors import adopt, submit
     from slurm.jobs import check_free
 
     with locked_home(home):
+        if config.executor == "slurm":
+            adopt(home)
         if task.run is not None and task.trains:
             check_free(Path(task.run))
         submission = create_submission(home, [task], config)
@@ -121,9 +130,10 @@ def _print_plan(home: Path, task: Task, config: SubmitConfig, name: str) -> None
     if task.config_yaml is not None:
         print(f"# {submission.config_file(0)}:\n{task.config_yaml}")
     if config.executor == "slurm":
-        from slurm.executors import batch_script
+        from slurm.executors import batch_script, start_script
 
-        print(batch_script(submission, name))
+        print(f"# {submission.folder / BATCH_SCRIPTS}:\n{batch_script(submission, name)}")
+        print(f"# {submission.folder / START_SCRIPT}:\n{start_script(submission)}")
 
 
 def _announce(submission: Submission, jobs: Sequence[str]) -> None:

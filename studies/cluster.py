@@ -6,18 +6,18 @@ second job of the name may come of it: Slurm starts that after the first (``sing
 """
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from peerlearn.config import config_to_yaml
 from peerlearn.errors import UserError
-from peerlearn.runs.directory import JOBS_FOLDER
-from slurm.client import OwnJob, own_jobs
+from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
+from slurm.client import own_jobs
 from slurm.config import SubmitConfig
-from slurm.jobs import records_of, states_of
-from slurm.outcome import outcome_of
+from slurm.executors import adopt, submit
+from slurm.jobs import job_key, records_of, states_of, submission_of
+from slurm.outcome import MissingJobs, is_decided, outcome_of
 from slurm.submission import (
     NUMBERS_FILE,
     Submission,
@@ -25,14 +25,25 @@ from slurm.submission import (
     create_submission,
     job_numbers,
     read_submission,
-    record_jobs,
 )
-from studies.due import Jobs, Look, Ordered, Work, drop_bulk, locked, look, to_train, training_of
+from studies.due import (
+    Jobs,
+    Look,
+    Ordered,
+    Work,
+    drop_bulk,
+    locked,
+    look,
+    newest_training,
+    to_train,
+    training_of,
+)
 from studies.evaluations import job_name, read_outcome, write_failure, write_order
 from studies.study import StudyRun
 
-# A job that was just submitted may not be in Slurm's list yet, and one that just ended may not have shown its files.
-_FRESH_SECONDS = 15.0
+_PATIENCE_SECONDS = 300.0
+# Of evaluations' jobs that Slurm does not know, over the looks of this process.
+_missing = MissingJobs()
 
 
 def submit_pretraining(
@@ -59,14 +70,46 @@ def submit_pretraining(
         UserError: the jobs are refused, or Slurm does not answer.
     """
     with locked(root):
-        jobs = own_jobs()
-        _adopt(root, jobs)
-        known = Jobs.of(jobs)
+        adopt(root / JOBS_FOLDER)
+        known = _jobs([run.folder for run in runs], patience_seconds=_PATIENCE_SECONDS)
         due = [run for run in runs if to_train(training_of(run.folder, known), again=again)]
         tasks = list(map(_pretraining, due))
         if not tasks:
             return []
         return _submit(root / JOBS_FOLDER, tasks, cluster, at_once=at_once)
+
+
+def _jobs(
+    runs: Sequence[Path], *, patience_seconds: float = 0.0, missing: MissingJobs | None = None
+) -> Jobs:
+    """The jobs that wait or run. A listing may lag, so each run's job that is not in it is asked about by its number.
+
+    Args:
+        runs: runs that the jobs may train.
+        patience_seconds: how long Slurm is asked again while it cannot be reached.
+        missing: memory of this process's looks; with it a job counts as live until it is known to have ended.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    jobs = Jobs.of(own_jobs(patience_seconds=patience_seconds))
+    newest = {run: record for run in runs if (record := newest_training(run))}
+    records = {
+        run: record
+        for run, record in newest.items()
+        if record["executor"] == "slurm" and record["job"] not in jobs.numbers
+        if not RunDirectory(run).done
+    }
+    states = states_of(records.values(), patience_seconds=patience_seconds)
+    live = set()
+    for run, record in records.items():
+        job, state = record["job"], states.get(job_key(record))
+        decided = is_decided(submission_of(run, record), job)
+        if (state is not None and state.live) or (
+            missing is not None and not missing.has_ended(job, state, decided=decided)
+        ):
+            live.add(job)
+    return replace(jobs, numbers=jobs.numbers | live)
 
 
 def _pretraining(run: StudyRun) -> Task:
@@ -81,8 +124,6 @@ def _pretraining(run: StudyRun) -> Task:
 def _submit(
     home: Path, tasks: list[Task], cluster: SubmitConfig, *, at_once: int | None = None
 ) -> list[str]:
-    from slurm.executors import submit
-
     submission = create_submission(home, tasks, cluster)
     name = cluster.name or _array_name(submission)
     return submit(submission, name, at_once=at_once)
@@ -94,23 +135,6 @@ def _array_name(submission: Submission) -> str:
 
 def _digest(folder: Path) -> str:
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-
-
-def _adopt(root: Path, jobs: Sequence[OwnJob]) -> None:
-    """Record the jobs of arrays whose submitter was killed before it could."""
-    for file in (root / JOBS_FOLDER).glob("pretrain-*/submission.json"):
-        try:
-            job_numbers(file.parent)
-            continue
-        except (OSError, ValueError):
-            submission = read_submission(file.parent)
-        named = [job.number for job in jobs if job.name == _array_name(submission)]
-        array = {number.partition("_")[0] for number in named}
-        if len(array) == 1:
-            first = array.pop()
-            tasks = range(len(submission.tasks))
-            single = len(submission.tasks) == 1
-            record_jobs(submission, [first] if single else [f"{first}_{task}" for task in tasks])
 
 
 def submit_watch(root: Path, words: list[str], cluster: SubmitConfig) -> str | None:
@@ -126,7 +150,8 @@ def submit_watch(root: Path, words: list[str], cluster: SubmitConfig) -> str | N
     """
     name = f"watch-{_digest(root)}"
     with locked(root):
-        waiting = [job for job in own_jobs() if job.name == name and job.state == "PENDING"]
+        jobs = own_jobs(patience_seconds=_PATIENCE_SECONDS)
+        waiting = [job for job in jobs if job.name == name and job.state == "PENDING"]
         if waiting:
             return None
         task = Task(words=words, run=str(root))
@@ -156,9 +181,8 @@ def advance(work: Work, cluster: SubmitConfig, *, at_once: int | None) -> Look:
         UserError: Slurm does not answer, a job is refused, or the folder cannot be written.
     """
     with locked(work.root):
-        jobs = own_jobs()
-        _adopt(work.root, jobs)
-        found = look(work, Jobs.of(jobs))
+        adopt(work.root / JOBS_FOLDER)
+        found = look(work, _jobs(work.runs, missing=_missing))
         live = len(found.with_standing("live"))
         submitted = 0
         for each in found.with_standing("due"):
@@ -196,16 +220,15 @@ def _newest_submission(each: Ordered) -> Path | None:
 
 def _note_loss(each: Ordered, folder: Path) -> None:
     """Write that an evaluation has failed whose job is gone without an outcome."""
-    if time.time() - (folder / NUMBERS_FILE).stat().st_mtime < _FRESH_SECONDS:
-        return
     if read_outcome(each.folder) is not None:
         return  # It has ended since the look.
     job = job_numbers(folder)[0]
     state = states_of([{"job": job, "executor": "slurm"}]).get(("slurm", job, None))
-    if state is not None and state.live:
-        return
     try:
-        reason = outcome_of(read_submission(folder), 0, state.state if state else "gone").reason
+        submission = read_submission(folder)
+        if not _missing.has_ended(job, state, decided=is_decided(folder, job)):
+            return
+        reason = outcome_of(submission, 0, state).reason
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder} does not tell how its job ended: {error}") from error
     write_failure(each.folder, each.order, f"job {job}: {reason}")

@@ -16,7 +16,7 @@ from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
 from peerlearn.runs.lock import living_owner, look_at_owner
 from peerlearn.runs.step_folders import best_step, latest_step, step_folder
 from slurm.client import OwnJob
-from slurm.jobs import records_of, states_of
+from slurm.jobs import Record, records_of, states_of
 from slurm.submission import TRAINING_VERBS
 from studies.evaluations import (
     Evaluation,
@@ -170,9 +170,7 @@ def _ordered(run: Path, order: Order, jobs: Jobs) -> Ordered:
 
 def training_of(run: Path, jobs: Jobs) -> Training:
     """The state of a run's training: not begun, live, done, failed (it says so), or stopped before it was done."""
-    records = [record for record in records_of(run) if record["verb"] in TRAINING_VERBS]
-    # No other job of the run than the newest can be live.
-    newest = records[-1] if records else None
+    newest = newest_training(run)
     if newest and newest["executor"] == "slurm" and newest["job"] in jobs.numbers:
         return "live"
     if newest and newest["executor"] == "local" and states_of([newest]):
@@ -184,7 +182,13 @@ def training_of(run: Path, jobs: Jobs) -> Training:
         return "live"
     if RunDirectory(run).failed_mark.exists():
         return "failed"
-    return "dead" if records or RunDirectory(run).begun else "none"
+    return "dead" if newest or RunDirectory(run).begun else "none"
+
+
+def newest_training(run: Path) -> Record | None:
+    """The record of the newest job that trains the run: no other one can be live."""
+    records = [record for record in records_of(run) if record["verb"] in TRAINING_VERBS]
+    return records[-1] if records else None
 
 
 def problems(work: Work, found: Look) -> list[Problem]:

@@ -14,6 +14,7 @@ from peerlearn import HOME
 from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import open_no_link
+from peerlearn.runs.launcher import module_words
 from peerlearn.runs.lock import living_owner
 from peerlearn.runs.progress import Reporter, progress, time_text
 from peerlearn.runs.standing import read_standing
@@ -214,15 +215,10 @@ def _standing(run: Path) -> str:
 
 def _spawn(words: Sequence[str], log: Path, *, threads: int) -> subprocess.Popen[bytes]:
     """Start the command in a process of its own, with its share of the cores."""
-    paths = [str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])]
     with open(log, "ab", opener=open_no_link) as output:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "peerlearn", *words],
-            env={
-                _THREADS: str(threads),
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
-            },
+            [*module_words(HOME, "peerlearn"), *words],
+            env={_THREADS: str(threads), **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

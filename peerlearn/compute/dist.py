@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 import warnings
@@ -23,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peerlearn.compute.device import choose_device
-from peerlearn.errors import SaidByMainError, UserError
+from peerlearn.errors import CrashError, SaidByMainError, UserError
 from peerlearn.runs.heartbeat import Heartbeat, SilenceWatch, name_culprits
+from peerlearn.runs.launcher import MEETING_SOCKET
 from peerlearn.runs.stop import StoppedError, not_interrupted
 
 # How long the other ranks wait while the main rank evaluates or writes to slow storage.
@@ -258,7 +260,7 @@ class Ranks:
         return name_culprits(self._heartbeat.folder, rank=self.rank, world_size=self.world_size)
 
 
-class LostRankError(UserError):
+class LostRankError(CrashError):
     """Another rank is gone. The message names that rank."""
 
 
@@ -270,7 +272,8 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
         timeout_seconds: time that a rank waits for the others in a collective before it gives up.
 
     Raises:
-        UserError: there is no such device, or the ranks do not find each other.
+        CrashError: the ranks do not find each other.
+        UserError: there is no such device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(choose_device(device), timeout_seconds=timeout_seconds)
@@ -278,18 +281,13 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
     # Imported here: a single process does not need accelerate.
     from accelerate import PartialState
 
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
-            state = PartialState(
-                cpu=kind == "cpu", timeout=datetime.timedelta(seconds=timeout_seconds)
-            )
+            state = PartialState(cpu=kind == "cpu", timeout=timeout, **_meeting(timeout))
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the {os.environ['WORLD_SIZE']} processes did not find each other ({reason}): start all of them "
-            "by torchrun or accelerate launch, and see that MASTER_ADDR and MASTER_PORT can be reached"
-        ) from error
+        raise CrashError(_not_met(error)) from error
     # Only the other ranks are patient: the main rank waits for one of them no longer than in any collective.
     patience = timeout_seconds if state.is_main_process else max(timeout_seconds, _PATIENCE_SECONDS)
     group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
@@ -299,6 +297,37 @@ def start_ranks(device: str, *, timeout_seconds: float) -> Ranks:
         world_size=state.num_processes,
         timeout_seconds=timeout_seconds,
         patient_group=group,
+    )
+
+
+def _meeting(timeout: datetime.timedelta) -> dict[str, Any]:
+    """What torch needs to meet at a socket that the launcher holds; nothing if rank 0 is to open it.
+
+    Between choosing a port and listening at it, another program could take it.
+    """
+    held = os.environ.get(MEETING_SOCKET)
+    if held is None:
+        return {}
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=int(held) if rank == 0 else None,
+    )
+    return {"store": store, "rank": rank, "world_size": world_size}
+
+
+def _not_met(error: Exception) -> str:
+    rank, size = os.environ.get("RANK", "?"), os.environ["WORLD_SIZE"]
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # Further lines are of torch's own code.
+    reason = " ".join(str(error).split("\n")[0].split())
+    return (
+        f"rank {rank} of {size} on {socket.gethostname()} did not meet the others at {place} ({reason}): start all by "
+        "torchrun, accelerate launch or `peerlearn submit`, and see that the address can be reached from there"
     )
 
 

@@ -127,7 +127,7 @@ def run_training(
             if isinstance(error, UserError):
                 raise
             where = f" (traceback in {run.log(number, ranks.rank)})" if number else ""
-            raise UserError(f"{type(error).__name__}: {error}{where}") from error
+            raise CrashError(f"{type(error).__name__}: {error}{where}") from error
 
 
 def _start(

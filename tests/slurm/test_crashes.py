@@ -1,7 +1,6 @@
 """Crashes of the processes, the disk and the files themselves, in jobs of the real cluster."""
 
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,7 +15,6 @@ from slurm.outcome import read_history
 from tests.e2e.runs import assert_same_run, events, flip_last_byte, small_disk
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
-    STEPS,
     TWO_NODES,
     attempts,
     kill,
@@ -198,50 +196,3 @@ def test_what_fails_before_there_is_a_run_leaves_its_place_free(
     again = submit(cluster, run)
     wait_for_end(cluster, again, run)
     assert_same_run(run, alone)
-
-
-def usr2(cluster: Cluster, job: str, run: Path) -> None:
-    cluster.call("scancel", "--signal=USR2", job)
-
-
-def requeue(cluster: Cluster, job: str, run: Path) -> None:
-    cluster.call("scontrol", "requeue", job)
-
-
-def kill_main(cluster: Cluster, job: str, run: Path) -> None:
-    kill(run, 0)
-
-
-def kill_other(cluster: Cluster, job: str, run: Path) -> None:
-    kill(run, 1)
-
-
-def preempt(cluster: Cluster, job: str, run: Path) -> None:
-    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
-    cluster.call("sbatch", *words, "--wrap=true")
-
-
-def requeue_and_damage(cluster: Cluster, job: str, run: Path) -> None:
-    requeue(cluster, job, run)
-    cluster.wait_for_state(job, "PENDING")
-    flip_last_byte(next(saved_steps(run / "checkpoints")[0].glob("*.safetensors")))
-
-
-@pytest.mark.slow(240)
-def test_golden(cluster: Cluster, together: Path, tmp_path: Path) -> None:
-    """Faults of every kind at random steps of one run on two nodes: nothing of it shows in the end."""
-    drawn = random.Random(12)
-    faults = [usr2, requeue, kill_main, kill_other, preempt, requeue_and_damage]
-    drawn.shuffle(faults)
-    # Before the end by as many steps as Slurm may take to preempt.
-    steps = sorted(drawn.sample(range(15, STEPS - 50), len(faults)))
-    run = tmp_path / "a"
-    job = submit(cluster, run, options=TWO_NODES, faults=("STEP_SECONDS=0.1",))
-    for attempt, (fault, at) in enumerate(zip(faults, steps, strict=True), start=1):
-        wait_for_step(run, at, attempt=attempt)
-        fault(cluster, job, run)
-        wait_until(lambda: attempts(run) > attempt, f"a start after {fault.__name__}")  # noqa: B023
-    wait_for_end(cluster, job, run)
-    assert attempts(run) == 1 + len(faults), logs(run)
-    assert started_at(run) == sorted(started_at(run))
-    assert_same_run(run, together)

@@ -1,8 +1,10 @@
 """What a process of a job tells the command that it runs, and makes of its signals and its end."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -13,8 +15,9 @@ import pytest
 import slurm.job
 import slurm.requeue
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.launcher import MEETING_SOCKET
 from slurm.config import SubmitConfig
-from slurm.job import _Process, _Signals, free_port
+from slurm.job import _Process, _Signals, listen
 from slurm.outcome import Outcome, read_outcomes
 from slurm.submission import Submission, Task, create_submission
 
@@ -46,20 +49,31 @@ def test_every_process_learns_its_place_and_where_rank_0_is(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "77")
     found: list[dict[str, str]] = []
-    waiting = threading.Thread(target=lambda: found.append(process(submission, 5)._variables()))
-    waiting.start()
-    time.sleep(0.3)
-    assert found == []
-    main = process(submission, 0)._variables()
-    waiting.join(timeout=120)
-    (other,) = found
+    with contextlib.ExitStack() as held:
+        variables = process(submission, 5)._variables
+        waiting = threading.Thread(target=lambda: found.append(variables(held)))
+        waiting.start()
+        time.sleep(0.3)
+        assert found == []
+        main = process(submission, 0)._variables(held)
+        waiting.join(timeout=120)
+        (other,) = found
+        # Rank 0 listens already: nobody else can take the port before the others come.
+        assert socket.socket(fileno=os.dup(int(main[MEETING_SOCKET]))).getsockname()[1] == int(
+            main["MASTER_PORT"]
+        )
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("", int(main["MASTER_PORT"])))
+    assert other[MEETING_SOCKET] == "-1"
     expected = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "3"}
     assert expected.items() <= main.items()
     assert expected.items() <= other.items()
     assert (main["RANK"], main["LOCAL_RANK"]) == ("0", "0")
     assert (other["RANK"], other["LOCAL_RANK"]) == ("5", "1")
     assert other["MASTER_ADDR"] == main["MASTER_ADDR"] == os.uname().nodename
-    assert other["MASTER_PORT"] == main["MASTER_PORT"] == str(free_port("51", 3))
+    with listen("51", 3) as expected_socket:
+        port = str(expected_socket.getsockname()[1])
+    assert other["MASTER_PORT"] == main["MASTER_PORT"] == port
     # What the user has set stays; the flight recorder is on otherwise.
     assert "TORCH_FR_BUFFER_SIZE" not in main
     assert main["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
@@ -83,8 +97,9 @@ def test_a_signal_that_came_before_the_child_is_passed_on(tmp_path: Path) -> Non
         # Before the command could answer the signal: there was nothing to save.
         (-signal.SIGUSR2, [], "saved", "told to stop in time"),
         (-signal.SIGKILL, [], "crashed", "died of SIGKILL"),
-        (1, [], "failed", "it exited with 1, see its log"),
-        (2, [], "failed", "it exited with 2, see its log"),
+        # A command that did not say why was ended by its machine: a library that is not there, a disk that is gone.
+        (1, [], "crashed", f"it exited with 1 on {os.uname().nodename}"),
+        (127, [], "crashed", f"it exited with 127 on {os.uname().nodename}"),
         (1, [("crash", "CUDA error")], "crashed", "CUDA error"),
         (1, [("lost_rank", "rank 3 died")], "crashed", "rank 3 died"),
         (1, [("lost_rank", "rank 3 failed"), ("user", "no space")], "failed", "no space"),
@@ -125,6 +140,47 @@ def test_what_an_exit_code_means(
 
 
 @pytest.mark.parametrize(
+    ("script", "kind", "reason"),
+    [
+        ("echo peerlearn: no such key >&2; exit 2", "failed", "no such key"),
+        ('echo user > "$PEERLEARN_FAULT_FILE"; exit 1', "failed", "it exited with 1 on HOST"),
+        (
+            'printf machine > "$PEERLEARN_FAULT_FILE"; echo peerlearn: no route >&2; exit 1',
+            "crashed",
+            "no route",
+        ),
+        (
+            "echo Traceback >&2; echo ImportError: libcudnn >&2; exit 1",
+            "crashed",
+            "it exited with 1 on HOST: ImportError: libcudnn",
+        ),
+    ],
+)
+def test_whose_fault_a_failure_is(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch, script: str, kind: str, reason: str
+) -> None:
+    """As the command wrote it, else by whether it could complain at all."""
+    monkeypatch.setattr(slurm.job, "module_words", lambda *_: ["bash", "-c", script])
+    here = process(submission, 0)
+    here.place.num_tasks = 1
+    outcome = here.run()
+    assert (outcome.kind, outcome.reason.replace(os.uname().nodename, "HOST")) == (kind, reason)
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    submission = Submission(
+        folder=tmp_path, tasks=[Task(words=["configs"])], config=SubmitConfig(), working_directory=str(gone)
+    )  # fmt: skip
+    submission.outcomes.mkdir()
+    here = process(submission, 0)
+    here.place.num_tasks = 1
+    outcome = here.run()
+    assert outcome.kind == "crashed"
+    assert outcome.reason == f"{gone}: No such file or directory on {os.uname().nodename}"
+
+
+@pytest.mark.parametrize(
     ("received", "code", "kind"),
     [
         ({signal.SIGUSR2}, 1, "saved"),
@@ -136,6 +192,7 @@ def test_an_evaluation_that_was_told_to_stop_in_time_starts_again(
     submission: Submission, received: set[int], code: int, kind: str
 ) -> None:
     here = process(submission, 0)
+    here.complaint = "no such key"
     here.signals.received |= received
     assert here.run_directory is None
     assert here._outcome(code, attempt_before=0).kind == kind
@@ -164,6 +221,7 @@ def test_on_a_full_disk_the_exit_code_tells(
         raise OSError(28, "No space left on device")
 
     here = process(submission, 0)
+    here.complaint = "no space"
     monkeypatch.setattr(here, "_run_child", lambda: code)
     monkeypatch.setattr(slurm.job, "write_outcome", full)
     with pytest.raises(SystemExit) as stopped:
@@ -171,8 +229,9 @@ def test_on_a_full_disk_the_exit_code_tells(
     assert stopped.value.code == exit_code
     monkeypatch.setenv("SLURM_JOB_ID", "51")
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm.requeue, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(slurm.requeue, "call", lambda *words, **_: calls.append(words))
     monkeypatch.setattr(slurm.requeue, "_REQUEUE_SECONDS", 0)
+    monkeypatch.setattr(slurm.requeue, "_PATIENCE_SECONDS", 0)
     srun = exit_code if exit_code > 0 else 128 - exit_code
     assert slurm.requeue.after(submission, 0, srun, restart=0) == srun
     assert calls == ([] if exit_code == 78 else [("scontrol", "requeue", "51")])
@@ -196,8 +255,9 @@ def test_a_run_that_had_ended_when_it_was_told_to_stop_is_not_started_again(
     monkeypatch.setattr(slurm.requeue, "_outcome", lambda *words: outcome)
     monkeypatch.setenv("SLURM_JOB_ID", "51")
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm.requeue, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(slurm.requeue, "call", lambda *words, **_: calls.append(words))
     monkeypatch.setattr(slurm.requeue, "_REQUEUE_SECONDS", 0)
+    monkeypatch.setattr(slurm.requeue, "_PATIENCE_SECONDS", 0)
     assert slurm.requeue.after(submission, 0, 75, restart=0) == (75 if again else 0)
     assert calls == ([("scontrol", "requeue", "51")] if again else [])
 

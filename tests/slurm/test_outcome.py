@@ -11,8 +11,8 @@ def outcome(kind: str, *, code: int = 1, step: int | None = None, reason: str = 
     return Outcome(kind=kind, code=code, reason=reason, step=step)
 
 
-def line(kind: str, step: int | None = None) -> dict:
-    return {"kind": kind, "step": step}
+def line(kind: str, step: int | None = None, cause: str = "why", nodes: str = "n2") -> dict:
+    return {"kind": kind, "step": step, "cause": cause, "nodes": nodes}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,17 @@ def test_of_all_processes(ranks: dict[int, Outcome], code: int, kind: str, reaso
         (outcome("crashed", step=9), [line("crashed", 9)], "failed", "crashed twice in step 9: why"),
         # Saves in between do not make it another crash.
         (outcome("crashed", step=9), [line("crashed", 9), line("saved", 8)], "failed", "crashed twice in step 9: why"),
+        # Start-up: alike on other nodes, it is the command's own fault; on the same, or by another cause, perhaps not.
         (outcome("crashed"), [line("crashed")], "failed", "crashed twice in start-up: why"),
+        (outcome("crashed"), [line("crashed", nodes="n1")], "requeue", "why"),
+        (outcome("crashed"), [line("crashed", cause="another")], "requeue", "why"),
+        (
+            outcome("crashed", reason="died (process 12 on n1)"),
+            [line("crashed", cause="died (process 7 on n2)")],
+            "failed",
+            "crashed twice in start-up: died (process 12 on n1)",
+        ),
+        (outcome("crashed"), [line("crashed", nodes="n1")] * 2, "failed", "crashed 3 times, max_crashes is 2: why"),
         (
             outcome("crashed", step=9),
             [line("crashed", 1), line("saved", 4), line("crashed", 5)],
@@ -73,7 +83,7 @@ def test_of_all_processes(ranks: dict[int, Outcome], code: int, kind: str, reaso
     ],
 )  # fmt: skip
 def test_decision(now: Outcome, earlier: list[dict], decision: str, reason: str) -> None:
-    assert decide(now, earlier, max_crashes=2) == (decision, reason)
+    assert decide(now, earlier, max_crashes=2, nodes="n1") == (decision, reason)
 
 
 def test_a_command_without_steps_is_told_to_stop_as_often_as_it_likes() -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from peerlearn.cli import main
 from peerlearn.config import load_config
 from peerlearn.runs.directory import RunDirectory
 from slurm.config import SubmitConfig
-from slurm.job import free_port
+from slurm.job import listen
 from slurm.submission import jobs_of, read_submission
 from slurm.submit_command import CLUSTERS
 from tests.e2e.runs import (
@@ -95,17 +94,21 @@ def test_the_batch_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
         "requeue": "",
         "output": f"'{folder}/%j_0_log.out'",
     }
-    setup = script[script.index("# setup") + 1 : script.index("# command")]
-    assert setup[0] == "trap : USR2"
-    after_look = setup.index("peerlearn_private || exit 1") + 1
-    assert setup[after_look : after_look + 3] == [
+    start = script[script.index(f"# {folder}/start.sh:") + 1 :]
+    assert start[: start.index("# the processes")] == [
+        "# setup",
         "module load cuda",
+        "",
+        "# whatever the setup has set",
+        "set +eux; trap : USR2",
+        'declare -px PATH LD_LIBRARY_PATH SLURM_CONF > "$1" 2> /dev/null',
         "export NCCL_DEBUG=INFO",
         "export NOTE='two words'",
+        "",
     ]
-    assert any(line.startswith(f"export PYTHONPATH='{folder}/code") for line in setup)
-    (srun,) = (line for line in script if line.startswith("srun"))
+    (srun,) = (line for line in start if line.startswith("srun"))
     assert "--kill-on-bad-exit=1 --cpus-per-task=6 --mpi=none" in srun
+    assert f"'{folder}/code' slurm.job '{folder}'" in srun
     assert subprocess.run(["bash", "-n"], input="\n".join(script), text=True).returncode == 0
     assert not run.exists()
 
@@ -290,13 +293,10 @@ def test_half_the_batch_on_each_of_two_gpus_equals_one(tmp_path: Path) -> None:
 
 
 def test_a_taken_port_is_passed_over() -> None:
-    first = free_port("41", 0)
-    assert free_port("41", 0) == first
-    assert free_port("41", 1) != first
-    with socket.socket() as taken:
-        taken.bind(("", first))
-        taken.listen()
-        assert free_port("41", 0) == first + 1
+    with listen("41", 0) as first, listen("41", 0) as second, listen("41", 1) as later:
+        ports = [each.getsockname()[1] for each in (first, second, later)]
+    assert ports[1] == ports[0] + 1
+    assert ports[2] not in ports[:2]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_taken_port_is_passed_over() -> None:
         (
             ["--cluster", "slurm", "--environment", "A B"],
             ["pretrain"],
-            "environment: expected NAME=value, entry 1 is none",
+            "environment: expected NAME=value, got 'A B'",
         ),
         (
             ["--cluster", "slurm", "--name", "a;b"],

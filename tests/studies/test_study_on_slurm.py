@@ -223,7 +223,7 @@ def test_a_job_that_is_cancelled_ends_in_the_table_and_resume_measures(cluster: 
     ((_, outcome),) = outcomes(run).items()
     assert outcome.kind == "failed"
     assert f"step 12: {outcome.reason}" in printed
-    assert "CANCELLED" in outcome.reason
+    assert "cancelled" in outcome.reason
     # What has failed is not tried again by itself.
     assert "missing: " in watch(cluster, run, KNN, code=1)
 

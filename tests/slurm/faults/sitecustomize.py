@@ -1,6 +1,7 @@
 """Python imports this first where PYTHONPATH names its folder: a training process then dies at given steps.
 
 CRASH_STEPS: the steps, by commas. CRASH_ONCE: a folder in which each crash leaves a mark, and then does not recur.
+EXIT_FILE: at the start of a step before which this file came, rank 0 removes it and exits with 0, as if it were done.
 HANG_STEPS: from the start of that step on, the first fsync takes longer than anybody waits; once, with CRASH_ONCE.
 STEP_SECONDS: no fault, but so long a rest at the start of each step.
 HOLD_STEP, HOLD_UNTIL: no fault, but no way past the start of that step before that file is there; -1 is the start of
@@ -49,6 +50,13 @@ def _hold(step: int) -> None:
         time.sleep(0.02)
 
 
+def _exit_if_told(rank: int) -> None:
+    file = Path(os.environ.get("EXIT_FILE", "/nowhere"))
+    if rank == 0 and file.exists():
+        file.unlink()
+        os._exit(0)
+
+
 def _hang(descriptor: int) -> None:
     time.sleep(3600)
 
@@ -69,6 +77,7 @@ def _wrap(spine: ModuleType) -> None:
     def crashing(seed: int, step: int, rank: int) -> None:
         if step in _CRASH_STEPS and rank == 0 and not _recurs(step):
             os.kill(os.getpid(), signal.SIGSEGV)
+        _exit_if_told(rank)
         if step in _HANG_STEPS and rank == 0 and not _recurs(step):
             os.fsync = _hang
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
