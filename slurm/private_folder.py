@@ -22,7 +22,7 @@ _COMPLAINT = "peerlearn: "
 # Where others cannot enter the submission's folder, they reach nothing in it, whatever its mode.
 _LOOK = """\
 {name}() (
-    me=$(id -u) modes=-true
+    PATH=/usr/bin:/bin:$PATH me=$(id -u) modes=-true
     said=$(find {chain} -maxdepth 0 {tests}) || said=${{said:-{gone}}}
     [ -n "$(find {folder} -maxdepth 0 -perm /011)" ] || modes=-false
     [ -n "$said" ] || said=$(find {executed} {tests} 2> /dev/null)
@@ -53,7 +53,7 @@ def check_private(folder: Path, executed: Sequence[str]) -> None:
         UserError: another can; the message names the file or folder, its mode or owner, and the remedy.
     """
     found = subprocess.run(
-        ["sh", "-c", private_or_exit(folder, executed)],
+        ["/bin/sh", "-c", private_or_exit(folder, executed)],
         capture_output=True,
         text=True,
         errors="surrogateescape",

@@ -240,15 +240,15 @@ def test_a_path_of_any_signs_is_looked_at(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_gone_or_cannot_be_looked_at_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_gone_or_cannot_be_looked_at_is_not_run(tmp_path: Path) -> None:
     submission = submission_in(tmp_path / "a")
     look = private_or_exit(submission.folder, EXECUTED)
-    sh, no_find = ["/bin/sh", "-c", f"{look}\necho ran"], {"PATH": "/nowhere"}
+    sh = ["/bin/sh", "-c", f"{look}\necho ran"]
     assert subprocess.run(sh, capture_output=True, text=True).stdout == "ran\n"
-    found = subprocess.run(sh, env=no_find, capture_output=True, text=True)
+    no_find = ["/bin/sh", "-c", f"{look.replace('(find', '(no_find')}\necho ran"]
+    found = subprocess.run(no_find, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (1, "")
+    assert "cannot be looked at by find" in found.stderr
     shutil.rmtree(tmp_path / "a" / "slurm")
     found = subprocess.run(sh, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (1, "")

@@ -340,7 +340,7 @@ def test_a_taken_port_is_passed_over() -> None:
         (
             ["--cluster", "slurm", "--environment", "A B"],
             ["pretrain"],
-            "environment: expected NAME=value, got 'A B'",
+            "environment: expected NAME=value, entry 1 is none",
         ),
         (
             ["--cluster", "slurm", "--name", "a;b"],
