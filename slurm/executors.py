@@ -60,7 +60,8 @@ def submit(submission: Submission, name: str, *, at_once: int | None = None) -> 
     if submission.config.executor == "slurm":
         return _submit_to_slurm(submission, name, at_once)
     with _removed_on_failure(submission), _outside_any_job():
-        os.environ.update(submission.config.variables())
+        # submitit's own process would else take modules from the working directory.
+        os.environ.update({**submission.config.variables(), "PYTHONSAFEPATH": "1"})
         # A job of this machine is one task.
         job = _executor_here(submission).submit(Job(str(submission.folder.resolve()), 0))
         record_jobs(submission, [job.job_id])
@@ -97,6 +98,7 @@ def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> 
     folder = submission.folder.resolve()
     script = folder / BATCH_SCRIPTS.replace("*", secrets.token_hex(8))
     with _removed_on_failure(submission):
+        # The variables of the start may be secrets.
         write_text(folder / START_SCRIPT, start_script(submission), mode=PRIVATE)
         write_text(script, batch_script(submission, name, at_once), mode=PRIVATE)
     number, silence = None, None
@@ -209,10 +211,10 @@ def batch_script(submission: Submission, name: str, at_once: int | None = None) 
         ],
         "teardown": [
             "code=$?",
-            f"if [ -s {ready} ]; then . {ready}; rm -f {ready}",
-            'else echo "setup ended with $code, before the command"; [ $code != 0 ] || code=1; fi',
             # It may have been hours.
             PRIVATE_OR_EXIT,
+            f"if [ -s {ready} ]; then . {ready}; rm -f {ready}",
+            'else echo "setup ended with $code, before the command"; [ $code != 0 ] || code=1; fi',
             f'{requeue} "${{SLURM_ARRAY_TASK_ID:-0}}" $code',
             "exit $?",
         ],

@@ -326,7 +326,7 @@ def main(folder: str) -> int:
     try:
         code = Job(folder, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")))()
     except UserError as error:
-        print(f"peerlearn: {error}", file=sys.stderr, flush=True)
+        print(f"{_COMPLAINT}{error}", file=sys.stderr, flush=True)
         return FAILURE
     return FAILURE if code else DONE
 

@@ -6,18 +6,29 @@ import os
 import pwd
 import shlex
 import stat
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-import slurm.weakness
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, RunDirectory
 from peerlearn.runs.output import warn_once
 
-_LOOK = "peerlearn_private"
-PRIVATE_OR_EXIT = f"{_LOOK} || exit 1"
+_NAME = "peerlearn_private"
+PRIVATE_OR_EXIT = f"{_NAME} || exit 1"
+_COMPLAINT = "peerlearn: "
+# Where others cannot enter the submission's folder, they reach nothing in it, whatever its mode.
+_LOOK = """\
+{name}() (
+    PATH=/usr/bin:/bin:$PATH me=$(id -u) modes=-true
+    said=$(find {chain} -maxdepth 0 {tests}) || said=${{said:-{gone}}}
+    [ -n "$(find {folder} -maxdepth 0 -perm /011)" ] || modes=-false
+    [ -n "$said" ] || said=$(find {executed} {tests} 2> /dev/null)
+    [ -z "$said" ] || {{ printf 'peerlearn: %s\\n' "$said" >&2; exit 1; }}
+)
+{again}"""
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +52,58 @@ def check_private(folder: Path, executed: Sequence[str]) -> None:
     Raises:
         UserError: another can; the message names the file or folder, its mode or owner, and the remedy.
     """
-    if said := slurm.weakness.weakness(*_words(folder, executed)):
-        raise UserError(said)
+    found = subprocess.run(
+        ["/bin/sh", "-c", private_or_exit(folder, executed)],
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+    )
+    if found.returncode:
+        raise UserError(found.stderr.strip().removeprefix(_COMPLAINT))
 
 
 def private_or_exit(folder: Path, executed: Sequence[str]) -> str:
-    """The lines of a batch script that end it, and say why, where `check_private` would raise.
+    """The lines of a script that end it, and say why, where `check_private` would raise.
 
-    They define `PRIVATE_OR_EXIT`, by which it looks again later.
+    They need no Python, as the setup of a job may have to come before it, and define `PRIVATE_OR_EXIT`, by which the
+    script looks again later. Slurm keeps a copy of a batch script, so that these lines themselves cannot be changed.
     """
-    *places, names = _words(folder, executed)
-    text = Path(slurm.weakness.__file__).read_text(encoding="utf-8")
-    look = shlex.join([sys.executable, "-I", "-c", text, *places, *names])
-    return f"{_LOOK}() {{ {look}; }}\n{PRIVATE_OR_EXIT}"
+    folder, root = folder.absolute(), root_of(folder)
+    chain = [folder, *folder.parents[: folder.parents.index(root) + 1]][::-1]
+    # A study's file names the profile of its jobs.
+    study = [root / STUDY_FILE] if (root / STUDY_FILE).is_file() else []
+    return _LOOK.format(
+        name=_NAME,
+        chain=_quoted(*chain, *study),
+        folder=_quoted(folder),
+        executed=_quoted(*(folder / name for name in executed)),
+        gone=shlex.quote(f"{root}, where what jobs run as you lies, cannot be looked at by find"),
+        tests=_tests(root),
+        again=PRIVATE_OR_EXIT,
+    )
 
 
-def _words(folder: Path, executed: Sequence[str]) -> tuple[str, str, str, Sequence[str]]:
-    root = root_of(folder)
-    return str(root), str(folder.absolute()), str(root / STUDY_FILE), executed
+def _tests(root: Path) -> str:
+    """What find prints of the first file that another account could change; of modes only where $modes is -true."""
+    decides = "%p, which decides what jobs run as you,"
+    elsewhere = "choose a folder of your own by --run, and do not run what lies there"
+    remedy = f"chmod -R go-w {shlex.quote(str(root))}".replace("\\", "\\\\").replace("%", "%%")
+    link, owner, mode = (
+        shlex.quote(f"{decides} {said}\\n")
+        for said in (
+            f"is a link: {elsewhere}",
+            f"belongs to %u (mode %m): {elsewhere}",
+            f"can be changed by others (mode %m): see that nobody has, then `{remedy}`",
+        )
+    )
+    return (
+        f"\\( -type l -printf {link} -o ! -uid $me ! -uid 0 -printf {owner} "
+        f"-o $modes -perm /022 -printf {mode} \\) -quit"
+    )
+
+
+def _quoted(*paths: Path) -> str:
+    return shlex.join(map(str, paths))
 
 
 def warn_of_parents(root: Path) -> None:

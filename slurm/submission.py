@@ -48,7 +48,7 @@ _SUBMISSION_FILE = "submission.json"
 NUMBERS_FILE = "jobs.json"
 _CODE_FOLDER, _CONFIGS_FOLDER = "code", "configs"
 # What is run of a submission, and what decides what is run.
-EXECUTED = (_CODE_FOLDER, _CONFIGS_FOLDER, _SUBMISSION_FILE, START_SCRIPT)
+EXECUTED = (_CODE_FOLDER, _CONFIGS_FOLDER, OUTCOMES_FOLDER, _SUBMISSION_FILE, START_SCRIPT)
 _LOCK_SECONDS = 120.0
 
 

@@ -1,15 +1,19 @@
 """Who else could change what a job runs: other accounts try it, under the umasks with which groups share folders."""
 
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import slurm.executors
 import slurm.submission
 from peerlearn import PACKAGES
 from peerlearn.errors import UserError
@@ -23,6 +27,7 @@ from slurm.private_folder import (
     warn_of_parents,
 )
 from slurm.submission import (
+    BATCH_SCRIPTS,
     EXECUTED,
     Submission,
     Task,
@@ -207,21 +212,89 @@ def test_it_is_looked_at_again_after_the_job(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_belongs_to_the_account_or_to_root_is_trusted(
+def test_what_belongs_to_the_account_or_to_root_is_trusted(shared: Path) -> None:
+    run = shared / "a"
+    submission = submission_in(run)
+    look = private_or_exit(submission.folder, EXECUTED)
+    assert as_member(look).returncode == 1
+    for path in (run, *run.rglob("*")):
+        os.chown(path, MEMBER, GROUP)
+    assert as_member(look).stderr == ""
+    os.chown(run, 0, 0)
+    assert as_member(look).stderr == ""
+    os.chown(run / "slurm", 1234, 1234)
+    assert f"peerlearn: {run}/slurm, which decides what" in (said := as_member(look).stderr)
+    assert " belongs to 1234 (mode 2700): " in said
+
+
+def test_a_path_of_any_signs_is_looked_at(tmp_path: Path) -> None:
+    run = tmp_path / """a %p\\n'"`$(touch no)` *"""
+    submission = submission_in(run)
+    assert submission_to_run(submission.folder)
+    (run / "slurm").chmod(0o720)
+    with pytest.raises(UserError) as refused:
+        submission_to_run(submission.folder)
+    assert str(refused.value) == (
+        f"{run}/slurm, which decides what jobs run as you, can be changed by others (mode 720): "
+        f"see that nobody has, then `chmod -R go-w {shlex.quote(str(run))}`"
+    )
+
+
+def test_what_is_gone_or_cannot_be_looked_at_is_not_run(tmp_path: Path) -> None:
+    submission = submission_in(tmp_path / "a")
+    look = private_or_exit(submission.folder, EXECUTED)
+    sh = ["/bin/sh", "-c", f"{look}\necho ran"]
+    assert subprocess.run(sh, capture_output=True, text=True).stdout == "ran\n"
+    no_find = ["/bin/sh", "-c", f"{look.replace('(find', '(no_find')}\necho ran"]
+    found = subprocess.run(no_find, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert "cannot be looked at by find" in found.stderr
+    shutil.rmtree(tmp_path / "a" / "slurm")
+    found = subprocess.run(sh, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert f"peerlearn: {tmp_path}/a, where what jobs run as you lies, cannot be" in found.stderr
+
+
+def test_a_batch_script_looks_first_and_holds_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submission = submission_in(tmp_path / "a")
-    for path in (tmp_path / "a", *(tmp_path / "a").rglob("*")):
-        os.chown(path, 1234, 1234)
-    with pytest.raises(UserError, match=r"a, which .* belongs to account 1234 "):
-        submission_to_run(submission.folder)
-    monkeypatch.setattr(os, "geteuid", lambda: 1234)
-    assert submission_to_run(submission.folder)
-    os.chown(tmp_path / "a", 0, 0)
-    assert submission_to_run(submission.folder)
-    os.chown(tmp_path / "a" / "slurm", MEMBER, GROUP)
-    with pytest.raises(UserError, match=r"a/slurm, which .* belongs to nobody "):
-        submission_to_run(submission.folder)
+    run = tmp_path / "a"
+    submission = create_submission(
+        run / "slurm",
+        [Task(words=["configs"], run=str(run))],
+        SubmitConfig(environment=["TOKEN=s3cret"], setup=["export KEY=s3cret"]),
+    )
+    monkeypatch.setattr(slurm.executors, "call", lambda *_, **__: "7\n")
+    assert slurm.executors.submit(submission, "name") == ["7"]
+    (script,) = submission.folder.glob(BATCH_SCRIPTS)
+    lines = script.read_text().splitlines()
+    looks = [number for number, line in enumerate(lines) if line == PRIVATE_OR_EXIT]
+    runs = [n for n, line in enumerate(lines) if re.search(r"start\.sh|\. .*ready|requeue ", line)]
+    runs = [
+        number for number in runs if "find " not in lines[number] and "#SBATCH" not in lines[number]
+    ]
+    assert len(looks) == 2
+    assert len(runs) == 3
+    assert looks[0] < runs[0] < looks[1] < runs[1]
+    holding = [path for path in run.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert sorted(path.name for path in holding) == ["start.sh", "submission.json"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in holding} == {0o600}
+
+
+@pytest.mark.slow(10)
+def test_a_job_of_this_machine_takes_no_module_from_where_it_was_submitted(tmp_path: Path) -> None:
+    for name in ("submitit", "typing", "peerlearn", "slurm"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    words = command("submit", "--cluster", "local", "--wait", "true", "--", "configs")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("peerlearn"), *words[3:]],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_copy_of_an_open_checkout_is_closed(

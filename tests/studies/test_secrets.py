@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import slurm.executors
 import studies.cluster
 from peerlearn.cli import main
-from slurm.submission import Submission
 from studies.here import _spawn
 from tests.studies.small_studies import KNN, write_config
 
@@ -20,13 +20,7 @@ def test_a_study_keeps_the_path_of_a_profile_and_none_of_its_secrets(
     profile = tmp_path / "profile.yaml"
     profile.write_text("environment: [TOKEN=s3cret]\nsetup: [export KEY=s3cret]\n")
     profile.chmod(0o600)
-    submitted: list[Path] = []
-
-    def submit(submission: Submission, name: str, **_: object) -> list[str]:
-        submitted.append(submission.folder)
-        return ["7"]
-
-    monkeypatch.setattr(studies.cluster, "submit", submit)
+    monkeypatch.setattr(slurm.executors, "call", lambda *_, **__: "7\n")
     monkeypatch.setattr(studies.cluster, "own_jobs", lambda **_: [])
     file = write_config(tmp_path, evaluate=[KNN], seeds=[0])
     before = os.umask(0)
@@ -35,17 +29,18 @@ def test_a_study_keeps_the_path_of_a_profile_and_none_of_its_secrets(
     finally:
         os.umask(before)
     study = tmp_path / "s"
-    assert [folder.parent for folder in submitted] == [study / "slurm"] * 2
+    submitted = {file.parent for file in study.glob("slurm/*/submission.json")}
+    assert {folder.name for folder in submitted} == {"pretrain-1", "watch-1"}
     assert f"cluster: {profile}\n" in (study / "study.yaml").read_text()
     paths = [study, *study.rglob("*")]
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in paths}
     assert {str(path): oct(mode) for path, mode in modes.items() if mode & 0o022} == {}
     holding = [path for path in paths if path.is_file() and b"s3cret" in path.read_bytes()]
-    assert holding != []
-    assert {folder for path in holding for folder in path.parents} >= set(submitted)
-    for path in holding:
-        assert modes[path] == 0o600
-        assert modes[path.parent] == 0o700
+    assert set(holding) == {
+        each / name for each in submitted for name in ("submission.json", "start.sh")
+    }
+    assert {modes[path] for path in holding} == {0o600}
+    assert {modes[folder] for folder in submitted} == {0o700}
     printed, complained = capfd.readouterr()
     assert "s3cret" not in printed + complained
 
