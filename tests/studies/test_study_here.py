@@ -251,7 +251,7 @@ def test_a_single_run_is_watched(run: Path) -> None:
 
 def steps(run: Path, exports: str | int, *, live: bool = False) -> list[int]:
     line = Evaluation(line="knn", config={})
-    return [order.step for order in orders(run, [line], exports, live=live)]
+    return [order.step for order in orders(run, [line], exports, live=live)[0]]
 
 
 def test_exports_count_when_all_networks_are_there(run: Path) -> None:
