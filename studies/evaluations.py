@@ -225,6 +225,20 @@ def orders(
     return found, missing
 
 
+def check_export(run: Path, order: Order) -> None:
+    """Make sure that the export is the one that was ordered.
+
+    Raises:
+        UserError: it is gone or damaged, or other networks have taken its place.
+    """
+    folder, networks = run / order.export, _networks(run)
+    why = why_not_whole(folder, networks)
+    if not why and _digest(folder, networks) != order.sha256:
+        why = f"{folder} holds other networks than were ordered"
+    if why:
+        raise UserError(f"{why}: nothing is measured in its place")
+
+
 def _wanted(run: Path, log: Mapping[int, str], exports: str | int, *, live: bool) -> list[int]:
     """The steps whose exports are to be evaluated, whether they are there or not."""
     directory = RunDirectory(run)

@@ -185,6 +185,15 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def is_sound_result(path: Path) -> bool:
+    """Whether the file holds a result."""
+    try:
+        read_result(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _decimals(content: Any) -> Iterator[float]:
     """All decimal numbers in what a JSON file holds."""
     if isinstance(content, float):
