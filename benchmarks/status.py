@@ -77,7 +77,8 @@ def _write_run(root: Path, end: str | None) -> None:
         beat.at_step(last)
         beat.end()
     if end is None:
-        lock._write_owner(root / lock.LOCK_FILES[1], now_text())
+        owner = {"host": platform.node(), "pid": os.getpid(), "started": own["started"]}
+        lock._write_owner(root / lock.LOCK_FILES[1], {**owner, "since": now_text()}, 1)
         return
     run.event(end, attempt=attempt, step=last)
     if end == "done":

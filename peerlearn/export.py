@@ -32,6 +32,7 @@ from peerlearn.runs.export_folders import (
     refuse_detector,
 )
 from peerlearn.runs.files import file_sha256, load_tensors, replace_folder
+from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.text import markdown_cell
 
 
@@ -208,7 +209,7 @@ def load_export(folder: Path | str) -> nn.Module:
     refuse_detector(folder)
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
-        config = json.loads(config_file.read_text())
+        config = read_json_object(config_file)
         architecture, pretrained_cfg = str(config["architecture"]), dict(config["pretrained_cfg"])
         in_chans, image_size, _ = pretrained_cfg["input_size"]
     except OSError as error:
@@ -290,9 +291,9 @@ def check_seal(
 def is_whole(folder: Path) -> bool:
     """Whether the folder holds an export of this project with the bytes that were written."""
     try:
-        config = dict(json.loads((folder / CONFIG_FILE).read_text()))
+        config = read_json_object(folder / CONFIG_FILE)
         check_seal(folder, config)
-    except (OSError, ValueError, TypeError, UserError):
+    except (OSError, ValueError, UserError):
         return False
     return SEAL in config
 

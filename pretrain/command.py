@@ -8,6 +8,9 @@ from peerlearn.commands.configs_command import print_recipes
 from peerlearn.compute import trainer
 from peerlearn.errors import USAGE
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_folders import why_not_whole
+from peerlearn.runs.export_log import last_steps
+from peerlearn.runs.step_folders import step_folder, step_folders
 from peerlearn.runs.training_facts import TrainingFacts
 from pretrain.config import PretrainConfig
 
@@ -37,9 +40,15 @@ def resume(argv: Sequence[str]) -> int:
 
 
 def lacks_results(config: PretrainConfig, run: RunDirectory) -> bool:
-    """Whether the results that the run's method writes at the end are not there (any more)."""
+    """Whether what the end of a run writes is not there (any more): its last exports, the results of its method."""
     from pretrain.method import method_class
 
+    # Without a save nothing can be written again.
+    if step_folders(run.checkpoints) and any(
+        why_not_whole(run.exports / step_folder(step), config.cohort.networks)
+        for step in last_steps(run)
+    ):
+        return True
     return method_class(config.method).lacks_results(run)
 
 

@@ -30,7 +30,14 @@ from peerlearn.export import check_classifier, is_whole
 from peerlearn.runs.deadline import deadline
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import KEY_PREFIX, network_folder
-from peerlearn.runs.step_folders import step_folder, write_best, write_latest
+from peerlearn.runs.export_log import EXPORTED, MISSED
+from peerlearn.runs.step_folders import (
+    best_step,
+    latest_step,
+    step_folder,
+    write_best,
+    write_latest,
+)
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
 from pretrain.config import PretrainConfig
 from pretrain.exports import TrainingImages, export_cohort
@@ -221,9 +228,11 @@ def check_share(config: PretrainConfig, processes: int) -> None:
 
 def export_last_again(training: Training) -> None:
     """Where a run that was killed, or tampered with, lacks exports of its last or best step, or they are damaged."""
-    best = training.method.best
-    steps = [training.step, *([best.step] if best and best.step else [])]
-    if not all(_is_exported(training, step) for step in steps):
+    best, exports = training.method.best, training.run.exports
+    named = [(training.step, latest_step(exports))]
+    if best and best.step:
+        named.append((best.step, best_step(exports)))
+    if not all(step == pointed and _is_exported(training, step) for step, pointed in named):
         export(training, must=True)
 
 
@@ -256,17 +265,21 @@ def export(training: Training, *, must: bool) -> None:
             if config.checkpoint.export_key_networks and peers is not None:
                 write(peers, folder, step=training.step, prefix=KEY_PREFIX)
             write_latest(folder)
+            run.event(EXPORTED, step=training.step)
             if best is not None and best.step:
                 chosen = run.exports / step_folder(best.step)
                 if not _is_exported(training, best.step):
                     write(best.cohort, chosen, step=best.step)
                 write_best(chosen)
+                run.event(EXPORTED, step=best.step, best=True)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        # What `latest` names by now is whole. Then it was the best one that the disk did not take.
+        if latest_step(run.exports) != training.step:
+            shutil.rmtree(folder, ignore_errors=True)
         message = f"{folder} could not be written ({error.strerror})"
         if must:
             raise UserError(
                 f"{message}: make room, then `peerlearn resume {run.root}` writes it"
             ) from error
         logger.warning("%s: training goes on without this export", message)
-        run.event("export_missed", step=training.step, reason=error.strerror)
+        run.event(MISSED, step=training.step, reason=error.strerror)

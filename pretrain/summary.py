@@ -8,6 +8,7 @@ from rich.text import Text
 
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_log import chosen_step
 from peerlearn.runs.output import show
 from peerlearn.runs.score_names import (
     ENSEMBLE,
@@ -25,7 +26,6 @@ from peerlearn.runs.score_names import (
     parse_score_name,
     score_name,
 )
-from peerlearn.runs.step_folders import best_step
 from pretrain.rows import LABEL_FREE
 
 
@@ -61,7 +61,7 @@ def _monitored(run: RunDirectory, dataset: str) -> Table | None:
     """What was watched before and after training: accuracy or, without labels, what features tell alone."""
     episodes = [row for row in run.metric_rows() if score_name(0, EPISODE_TOP1) in row]
     if episodes:
-        return _episodes(episodes, best_step(run.exports), dataset)
+        return _episodes(episodes, chosen_step(run), dataset)
     rows = [row for row in run.metric_rows() if score_name(0, "rankme") in row]
     if not rows:
         return None

@@ -17,7 +17,7 @@ from peerlearn.data.loader import sampler_of
 from peerlearn.data.sampler import Sampler
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import ClassificationScores
-from peerlearn.evaluation.results import CLASSIFICATION
+from peerlearn.evaluation.results import CLASSIFICATION, is_sound_result
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.score_names import score_name
 from pretrain.accuracy import AccuracyMonitor
@@ -230,8 +230,9 @@ class Supervised(Method):
 
     @classmethod
     def lacks_results(cls, run: RunDirectory) -> bool:
-        """Whether there is no result file (any more)."""
-        return not any(run.results.glob(f"{CLASSIFICATION}-*.json"))
+        """Whether there is no result file (any more), or one is damaged."""
+        files = list(run.results.glob(f"{CLASSIFICATION}-*.json"))
+        return not files or not all(map(is_sound_result, files))
 
     def metrics(self) -> dict[str, float]:
         """How the reported ensemble weighs its networks (the mean over classes), and how much teaching counts."""

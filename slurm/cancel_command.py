@@ -8,14 +8,14 @@ from pathlib import Path
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
-from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, check_owner
+from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, RunDirectory, check_owner
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, cancel_jobs
 from slurm.jobs import Record, job_key, records_of, states_of
 from slurm.status import CANCELLED_FILE, find_runs
-from slurm.submission import locked_home
+from slurm.submission import STARTS_BEFORE, locked_home
 
 _PATIENCE_SECONDS = 300.0
 
@@ -115,4 +115,6 @@ def _note(place: Path, record: Record, state: JobState) -> None:
     print(f"{place}: job {record['job']} ({record['verb']}, {was}) is told to end", flush=True)
     # A full disk must not keep a job alive.
     with contextlib.suppress(OSError):
-        append_json_line(place / CANCELLED_FILE, {"job": record["job"], "time": now_text()})
+        starts = RunDirectory(place).newest_attempt()
+        note = {"job": record["job"], "time": now_text(), STARTS_BEFORE: starts}
+        append_json_line(place / CANCELLED_FILE, note)

@@ -12,8 +12,9 @@ from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
 from peerlearn.runs.directory import STUDY_FILE, RunDirectory
 from peerlearn.runs.files import numbered_files
+from peerlearn.runs.standing import integer
 from slurm.jobs import JobWatch, Record, records_of, submission_of
-from slurm.status import RunStatus, find_runs, is_run, read_statuses
+from slurm.status import RunStatus, find_runs, has_not_begun, is_run, read_statuses
 from slurm.submission import TRAINING_VERBS
 
 _POLL_SECONDS = 0.5
@@ -112,7 +113,7 @@ def _may_come(run: Path, rank: int) -> bool:
     started = [event for event in RunDirectory(run).events() if event["event"] == "started"]
     if not started or started[-1].get("attempt") != RunDirectory(run).newest_attempt():
         return True
-    return rank < int(started[-1].get("processes", 1))
+    return rank < (integer(started[-1].get("processes")) or 1)
 
 
 class _Printer:
@@ -184,8 +185,8 @@ def _of_rank(files: dict[int, Path], rank: int, folder: Path, *, wait: bool) -> 
 def _job_to_come(directory: RunDirectory) -> Record | None:
     """The newest job that trains the run, if it has not begun yet, or died before it began."""
     training = [r for r in records_of(directory.root) if r["verb"] in TRAINING_VERBS]
-    started = [str(e.get("time", "")) for e in directory.events() if e["event"] == "started"]
-    if not training or (started and started[-1] >= str(training[-1].get("time", ""))):
+    started = [{}, *directory.events("started")][-1]
+    if not training or not has_not_begun(training[-1], directory.newest_attempt(), started):
         return None
     return training[-1]
 

@@ -1,12 +1,12 @@
 """The runs that a command line names, and their states: from their own files, and from Slurm if it answers.
 
-This module writes nothing.
+No state follows from comparing times of two clocks. This module writes nothing that stays.
 """
 
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,30 +16,33 @@ from typing import NamedTuple
 
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, RunDirectory
+from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.files import read_json_lines
 from peerlearn.runs.heartbeat import (
     SILENT_SECONDS,
     Beat,
     Sightings,
+    beat_file,
     read_beat,
     read_beats,
     read_rank_step,
 )
 from peerlearn.runs.lock import living_owner, look_at_owner
-from peerlearn.runs.standing import Standing, integer, number, read_standing
+from peerlearn.runs.standing import Standing, integer, read_standing
 from slurm.client import JobState
 from slurm.jobs import JobKey, JobWatch, Record, job_key, records_of, submission_of
 from slurm.outcome import Outcome, outcome_of
 from slurm.submission import (
     JOBS_FILE,
     OUTCOMES_FOLDER,
+    STARTS_BEFORE,
     TRAINING_VERBS,
     job_numbers,
     read_submission,
 )
 
-# The jobs that `peerlearn cancel` has ended: {"job", "time"}. Slurm does not remember them without accounting, and
-# never remembers an array's task that was still waiting.
+# The jobs that `peerlearn cancel` has ended: {"job", "time", "starts_before"}. Slurm does not remember them without
+# accounting, and never remembers an array's task that was still waiting.
 CANCELLED_FILE = Path(JOBS_FOLDER) / "cancelled.jsonl"
 
 # The largest depth of a run below a folder on the command line.
@@ -66,7 +69,8 @@ class RunStatus(Standing):
         live: whether the run goes on, or may go on, by itself.
         job: newest job that trains the run.
         restarts: number of starts after the first.
-        heartbeat_age_seconds: age in seconds of the oldest heartbeat of a rank; only while running.
+        heartbeat_age_seconds: age in seconds of the oldest heartbeat of a rank, by the file system's own clock; only
+            while running.
         evaluations_pending: number of jobs that wait to evaluate the run.
         evaluations_running: number of jobs that evaluate the run now.
     """
@@ -100,21 +104,23 @@ def read_statuses(runs: Sequence[Path], watch: JobWatch) -> list[RunStatus]:
         states = watch.states(record for each in records for record in each)
         # All are looked at before one is waited for.
         histories = readers.starmap(_read_history, zip(runs, records, strict=True), chunksize=1)
-        return readers.map(partial(_status_now, states), histories, chunksize=1)
+        return readers.map(partial(_status_now, states, FileAges()), histories, chunksize=1)
 
 
-def _status_now(states: Mapping[JobKey, JobState], history: "_History") -> RunStatus:
-    status = _status(history, states)
+def _status_now(
+    states: Mapping[JobKey, JobState], ages: FileAges, history: "_History"
+) -> RunStatus:
+    status = _status(history, states, ages)
     if status.state == "dead":
         # It may have ended in good order between the readings of two of its files.
-        status = _status(_read_history(history.run, history.records), states)
+        status = _status(_read_history(history.run, history.records), states, ages)
     return status
 
 
-def _status(history: "_History", states: Mapping[JobKey, JobState]) -> RunStatus:
+def _status(history: "_History", states: Mapping[JobKey, JobState], ages: FileAges) -> RunStatus:
     job = history.newest_job(states)
     state, reason, live = _state(history, job, states.get(job_key(job)) if job else None)
-    if state == "failed" and job is not None and _is_newer(job, history.started):
+    if state == "failed" and job is not None and history.has_not_begun(job):
         # The job failed too early to write a reason into the run.
         outcome = _outcome(history.run, job)
         reason = outcome.reason if outcome and outcome.reason else reason
@@ -126,9 +132,7 @@ def _status(history: "_History", states: Mapping[JobKey, JobState]) -> RunStatus
         if record["verb"] not in TRAINING_VERBS
         if (found := states.get(job_key(record))) is not None and found.live
     ]
-    age = None
-    if runs_now:
-        age = max((_silent_seconds(history, beat) for beat in history.beats), default=None)
+    age = _oldest_beat_seconds(history, ages) if runs_now else None
     standing = replace(
         history.standing,
         step=history.step,
@@ -164,7 +168,7 @@ class _History:
         requeues: number of requeues by the jobs that train the run.
         owned: whether a process has written that it holds the run.
         mark: content of DONE or FAILED; None without both.
-        beats: heartbeats of the newest attempt's ranks that can be read; empty where a mark or an event tells more.
+        beats: heartbeats of the newest attempt's ranks that can be read; empty where nothing depends on them.
         step: number of steps done: by the newest start or, before its first step, by earlier ones.
     """
 
@@ -197,6 +201,10 @@ class _History:
         steps_then, steps = then.total_steps - then.step, max(0, then.total_steps - self.step)
         return round(then.seconds_left * steps / steps_then, 1) if steps_then > 0 else 0.0
 
+    def has_not_begun(self, job: Record) -> bool:
+        """Whether a job has not started the program yet."""
+        return has_not_begun(job, self.attempt, self.started)
+
     def newest_job(self, states: Mapping[JobKey, JobState]) -> Record | None:
         """The job that works on the run or waits to, else the last job that did."""
         training = [record for record in self.records if record["verb"] in TRAINING_VERBS]
@@ -223,12 +231,12 @@ def _read_history(run: Path, records: Sequence[Record]) -> _History:
     attempts = directory.attempt_numbers()
     attempt = attempts[-1] if attempts else 0
     stood, standing = _newest_standing(directory, attempts)
-    # Where a mark or an event tells how it ended, no beat tells more.
+    # Where a mark or an event tells how it ended, no beat tells more. But whose mark is it, if there is an owner?
     beats = []
-    if mark is None and last["event"] != "stopped":
-        beats = _read_beats(directory.logs(attempt))
+    if owned if mark is not None else last["event"] != "stopped":
+        beats = read_beats(directory.logs(attempt))
         for beat in beats:
-            if beat.age_seconds is None:
+            if beat.lives() is None:
                 _look(directory.logs(attempt), beat)
     steps = [integer(beat.step) for beat in beats]
     if stood == attempt:
@@ -265,14 +273,6 @@ def _newest_standing(run: RunDirectory, attempts: Sequence[int]) -> tuple[int, S
     return 0, Standing()
 
 
-def _read_beats(folder: Path) -> list[Beat]:
-    return [
-        beat
-        for beat in read_beats(folder)
-        if number(beat.time_seconds) is not None and integer(beat.pid) is not None
-    ]
-
-
 def _state(
     history: _History, job: Record | None, job_state: JobState | None
 ) -> tuple[str, str | None, bool]:
@@ -282,7 +282,8 @@ def _state(
     if job_state is not None and job_state.live and not over:
         return job_state.state.lower(), job_state.reason or None, True
     owner = living_owner(history.run) if history.owned else None
-    if mark is not None and not (owner and mark.time_seconds < _time_of(owner.get("since"))):
+    # The mark of an earlier start stays until the owner's own start begins.
+    if mark is not None and not (owner and not any(_is_of(owner, b) for b in history.beats)):
         return mark.state, mark.reason, False
     if owner:
         return "running", None, True
@@ -295,7 +296,7 @@ def _state(
     if job_state is not None and job_state.unknown:
         if history.last == "requeued":
             return "requeued", job_state.reason, True
-        if job is not None and _is_newer(job, history.started):
+        if job is not None and history.has_not_begun(job):
             return "submitted", job_state.reason, True
     # A job that is done tells nothing about a later start by hand.
     elif job_state is not None and job_state.state != "COMPLETED":
@@ -309,17 +310,23 @@ def _said_slurm_cancelled(state: JobState | None) -> bool:
 
 def _was_cancelled(history: _History, job: Record) -> bool:
     """Whether `peerlearn cancel` ended the job, and the run has not been started after that."""
-    times = [
-        str(note.get("time", ""))
-        for note in read_json_lines(history.run / CANCELLED_FILE)
-        if note.get("job") == job["job"]
-    ]
-    return bool(times) and times[-1] >= str(history.started.get("time", ""))
+    try:
+        lines = list(read_json_lines(history.run / CANCELLED_FILE))
+    except OSError:
+        return False
+    notes = [note for note in lines if note.get("job") == job["job"]]
+    if not notes:
+        return False
+    before = integer(notes[-1].get(STARTS_BEFORE))
+    if before is not None:
+        return history.attempt <= before
+    # Earlier versions noted the time alone.
+    return str(notes[-1].get("time", "")) >= str(history.started.get("time", ""))
 
 
 def _between_starts(history: _History, job: Record | None) -> str:
     """The state of a run whose job runs while no start of the program is under way."""
-    if job and _is_newer(job, history.started):
+    if job and history.has_not_begun(job):
         return "starting"
     return {"stopped": "saved", "done": "finishing"}.get(history.last, "starting")
 
@@ -334,8 +341,14 @@ def _dead(history: _History, job: Record | None) -> tuple[str, str | None, bool]
     since = max((beat.time_seconds for beat in history.beats), default=None)
     if since is None:
         return "dead", "it ended while it was starting", False
-    then = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
-    return "dead", f"no sign of life since {then}", False
+    return "dead", f"no sign of life since {_time_text(since)}", False
+
+
+def _time_text(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        return "a time that makes no sense"
 
 
 class _Mark(NamedTuple):
@@ -343,36 +356,37 @@ class _Mark(NamedTuple):
 
     state: str
     reason: str | None
-    time_seconds: float
 
 
 def _read_mark(run: RunDirectory) -> _Mark | None:
-    with contextlib.suppress(OSError):
-        return _Mark("done", None, run.done_mark.stat().st_mtime)
+    if run.done:
+        return _Mark("done", None)
     with contextlib.suppress(OSError), run.failed_mark.open(errors="replace") as file:
         lines = file.read().split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "it does not say why")
-        return _Mark("failed", _printable(last.strip()), os.fstat(file.fileno()).st_mtime)
+        return _Mark("failed", _printable(last.strip()))
     return None
 
 
+def _is_of(owner: Mapping[str, object], beat: Beat) -> bool:
+    """Whether a heartbeat is of the owner's process."""
+    own = (owner.get("host"), owner.get("pid"), owner.get("started"))
+    return own == (beat.host, beat.pid, beat.started)
+
+
 def _is_alive(history: _History, beat: Beat) -> bool:
-    if beat.failed or beat.gone():
-        return False
-    return _silent_seconds(history, beat) < SILENT_SECONDS
-
-
-def _silent_seconds(history: _History, beat: Beat) -> float:
-    """How long a rank has been silent. One of another machine is looked at until it beats, or has missed beats."""
-    if beat.age_seconds is not None:
-        return beat.age_seconds
+    """Whether a rank lives. One of another machine is looked at until it beats, or has missed beats."""
     logs = RunDirectory(history.run).logs(history.attempt)
-    while True:
-        beat = read_beat(logs, beat.rank) or beat
+    while not beat.failed:
+        lives = beat.lives()
+        if lives is not None:
+            return lives
         seconds, moved = _look(logs, beat)
-        if moved or seconds >= SILENT_SECONDS:
-            return seconds
+        if seconds >= SILENT_SECONDS or moved:
+            return seconds < SILENT_SECONDS
         time.sleep(_POLL_SECONDS)
+        beat = read_beat(logs, beat.rank) or beat
+    return False
 
 
 def _look(logs: Path, beat: Beat) -> tuple[float, bool]:
@@ -380,8 +394,26 @@ def _look(logs: Path, beat: Beat) -> tuple[float, bool]:
     return _sightings.look((logs, beat.rank), (beat, read_rank_step(logs, beat.rank)))
 
 
-def _is_newer(job: Record, started: Record) -> bool:
-    """Whether a job was submitted after the run was last started."""
+def _oldest_beat_seconds(history: _History, ages: FileAges) -> float | None:
+    """The age of the rank's heartbeat that is the oldest; None if one is unknown, or there is none."""
+    logs = RunDirectory(history.run).logs(history.attempt)
+    found = [ages.age_seconds(beat_file(logs, beat.rank)) for beat in history.beats]
+    known = [age for age in found if age is not None]
+    return max(known) if known and len(known) == len(found) else None
+
+
+def has_not_begun(job: Record, attempt: int, started: Record) -> bool:
+    """Whether a job has not started the program yet.
+
+    Args:
+        job: record of the job.
+        attempt: number of the run's newest start.
+        started: event of the newest start.
+    """
+    before = integer(job.get(STARTS_BEFORE))
+    if before is not None:
+        return attempt <= before
+    # Earlier versions recorded the time alone.
     return str(job.get("time", "")) > str(started.get("time", ""))
 
 
@@ -399,19 +431,21 @@ def _local_outcome(job: Record, history: _History) -> Outcome | None:
     """The outcome of a local job, if it wrote one and the run has not been started after that."""
     if job["executor"] == "slurm":
         return None
-    files = (submission_of(history.run, job) / OUTCOMES_FOLDER).glob("*-0-*.json")
-    written = max((file.stat().st_mtime for file in files), default=None)
-    if written is None or any(beat.time_seconds > written for beat in history.beats):
-        return None
-    return _outcome(history.run, job)
+    files = list((submission_of(history.run, job) / OUTCOMES_FOLDER).glob("*-0-*.json"))
+    before = integer(job.get(STARTS_BEFORE))
+    # A job of this machine starts the program once.
+    if before is not None:
+        is_last = bool(files) and history.attempt <= before + 1
+    else:
+        # Earlier versions recorded the time alone. These are times of one file system.
+        logs = RunDirectory(history.run).logs(history.attempt)
+        beats = [beat_file(logs, beat.rank) for beat in history.beats]
+        is_last = bool(files) and _newest_seconds(files) >= _newest_seconds(beats)
+    return _outcome(history.run, job) if is_last else None
 
 
-def _time_of(text: object) -> float:
-    """The time in seconds since 1970; 0 if it cannot be read."""
-    try:
-        return datetime.fromisoformat(str(text)).timestamp()
-    except ValueError:
-        return 0.0
+def _newest_seconds(files: Iterable[Path]) -> float:
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
 def _printable(line: str) -> str:

@@ -229,14 +229,20 @@ def _numbers(status: RunStatus) -> list[str]:
     """The cells of one run: step, images/s, time left, accuracy, heartbeat. A dash means unknown."""
     step = "-" if status.step is None else f"{status.step:,}"
     total = "" if status.total_steps is None else f"/{status.total_steps:,}"
-    rate, left, beat = status.images_per_second, status.seconds_left, status.heartbeat_age_seconds
+    rate, left = status.images_per_second, status.seconds_left
     return [
         f"{step}{total}",
         "-" if rate is None else f"{rate:,.0f}",
         "-" if left is None else time_text(left),
         _accuracy(status),
-        "-" if beat is None else f"{beat:.0f} s ago",
+        _heartbeat(status),
     ]
+
+
+def _heartbeat(status: RunStatus) -> str:
+    if status.heartbeat_age_seconds is not None:
+        return f"{status.heartbeat_age_seconds:.0f} s ago"
+    return "unknown" if status.state == "running" and status.reason is None else "-"
 
 
 def _accuracy(status: RunStatus) -> str:

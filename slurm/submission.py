@@ -18,7 +18,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ TRAINING_VERBS = ("pretrain", "resume")
 JOBS_FILE = Path(JOBS_FOLDER) / "jobs.jsonl"
 OUTCOMES_FOLDER = "outcomes"
 BATCH_SCRIPTS, START_SCRIPT = "batch-*.sh", "start.sh"
+# The key of a job's record that tells how many starts the run had when the job was submitted.
+STARTS_BEFORE = "starts_before"
 _SUBMISSION_FILE = "submission.json"
 NUMBERS_FILE = "jobs.json"
 _CODE_FOLDER, _CONFIGS_FOLDER = "code", "configs"
@@ -60,11 +62,14 @@ class Task:
         words: words after `peerlearn`.
         run: run directory that the command works on; None if it works on none.
         config_yaml: resolved config of the command; None for a verb without a config.
+        starts_before: number of the run's newest start when the command was submitted; None if unknown. Which came
+            first, a job or a start, cannot be told by their times: they are of two machines.
     """
 
     words: list[str]
     run: str | None = None
     config_yaml: str | None = None
+    starts_before: int | None = None
 
     @property
     def trains(self) -> bool:
@@ -176,7 +181,7 @@ def _create(home: Path, tasks: list[Task], config: SubmitConfig) -> Submission:
     folder = _new_folder(home, tasks[0].words[0])
     submission = Submission(
         folder=folder,
-        tasks=tasks,
+        tasks=[replace(task, starts_before=_starts(task)) for task in tasks],
         config=config,
         working_directory=str(Path.cwd()),
         made=(folder, *missing),
@@ -196,6 +201,10 @@ def _create(home: Path, tasks: list[Task], config: SubmitConfig) -> Submission:
     warn_of_parents(root_of(folder.resolve()))
     warn_of_python()
     return submission
+
+
+def _starts(task: Task) -> int | None:
+    return RunDirectory(Path(task.run)).newest_attempt() if task.run else None
 
 
 def remove_submission(submission: Submission) -> None:
@@ -241,6 +250,7 @@ def record_jobs(submission: Submission, jobs: list[str]) -> None:
             "executor": submission.config.executor,
             "folder": str(submission.folder.resolve()),
             "time": now_text(),
+            STARTS_BEFORE: task.starts_before,
         }
         if submission.config.executor == "local":
             record |= local_identity(int(job))

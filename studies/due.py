@@ -2,16 +2,16 @@
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peerlearn.errors import UserError
-from peerlearn.evaluation.results import read_result
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_log import last_steps
 from peerlearn.runs.lock import living_owner, look_at_owner
-from peerlearn.runs.step_folders import best_step, latest_step, step_folder
+from peerlearn.runs.step_folders import step_folder, step_folders
 from slurm.client import OwnJob
 from slurm.jobs import Record, records_of, states_of
 from slurm.submission import TRAINING_VERBS
@@ -26,6 +26,7 @@ from studies.evaluations import (
     orders,
     read_outcome,
     read_outcomes,
+    read_result_of,
 )
 
 Training = Literal["none", "live", "done", "failed", "dead"]
@@ -107,11 +108,13 @@ class Look:
         training: state of each run's training, by its folder.
         ordered: evaluations of the exports that have landed.
         troubles: why the exports of a run cannot be told, by its folder.
+        missing: why an export is not there that ought to be evaluated, by the run's folder and its step.
     """
 
     training: dict[Path, Training]
     ordered: list[Ordered] = field(default_factory=list)
     troubles: dict[Path, str] = field(default_factory=dict)
+    missing: dict[Path, dict[int, str]] = field(default_factory=dict)
 
     def with_standing(self, standing: Standing) -> list[Ordered]:
         """The evaluations that stand so."""
@@ -134,9 +137,11 @@ class Look:
 
     def is_measured(self, run: Path) -> bool:
         """Whether a run is done and every evaluation of it has its results."""
+        if run in self.troubles:
+            return False
         own = [each for each in self.ordered if each.run == run]
         whole = all(each.standing == "done" and not _shortcoming(each) for each in own)
-        return self.training[run] == "done" and whole
+        return self.training[run] == "done" and whole and not self.missing.get(run)
 
 
 def look(work: Work, jobs: Jobs) -> Look:
@@ -146,12 +151,29 @@ def look(work: Work, jobs: Jobs) -> Look:
     found = Look(training={run: training_of(run, jobs) for run in work.runs})
     for run in work.runs:
         try:
-            due = orders(run, work.evaluations, work.exports, live=found.training[run] == "live")
+            due, missing = orders(
+                run, work.evaluations, work.exports, live=found.training[run] == "live"
+            )
         except UserError as error:
             found.troubles[run] = str(error)
             continue
         found.ordered.extend(_ordered(run, order, jobs) for order in due)
+        found.missing[run] = _unmeasured(run, work.evaluations, missing)
     return found
+
+
+def _unmeasured(
+    run: Path, evaluations: Sequence[Evaluation], missing: Mapping[int, str]
+) -> dict[int, str]:
+    """The missing exports that an evaluation is still to be done of."""
+    if not missing:
+        return {}
+    measured = {(each.line, each.step) for each in read_outcomes(run) if each.kind == "done"}
+    return {
+        step: why
+        for step, why in missing.items()
+        if any((each.line, step) not in measured for each in evaluations)
+    }
 
 
 def _ordered(run: Path, order: Order, jobs: Jobs) -> Ordered:
@@ -199,12 +221,15 @@ def problems(work: Work, found: Look) -> list[Problem]:
             listed.append(Problem(run=run.name, what="pretraining", why=why))
         if run in found.troubles:
             listed.append(Problem(run=run.name, what="exports", why=found.troubles[run]))
+        for step, why in found.missing.get(run, {}).items():
+            fix = _how_to_write_again(run, step)
+            listed.append(Problem(run=run.name, what="exports", why=f"step {step}: {why}: {fix}"))
         ordered = [each for each in found.ordered if each.run == run]
         for each in ordered:
             if why := _shortcoming(each):
                 what = f"{each.order.line}, step {each.order.step}"
                 listed.append(Problem(run=run.name, what=what, why=why))
-        if found.training[run] == "done":
+        if found.training[run] == "done" and not found.missing.get(run):
             known = {each.order.line for each in ordered} | {o.line for o in read_outcomes(run)}
             listed += [
                 Problem(run=run.name, what=each.line, why="it has no whole export to evaluate")
@@ -212,6 +237,17 @@ def problems(work: Work, found: Look) -> list[Problem]:
                 if each.line not in known
             ]
     return listed
+
+
+def _how_to_write_again(run: Path, step: int) -> str:
+    """What is to be done about an export that is not there."""
+    directory = RunDirectory(run)
+    saved = [saved for saved, _ in step_folders(directory.checkpoints)]
+    if step in saved:
+        return f"`peerlearn export {run} --step {step}` writes it from its save"
+    if saved and step in last_steps(directory):
+        return f"restore it, or `peerlearn resume {run}` writes it again"
+    return "restore it, if there is a copy: no save of that step is left"
 
 
 def _shortcoming(each: Ordered) -> str:
@@ -223,13 +259,11 @@ def _shortcoming(each: Ordered) -> str:
     assert each.outcome is not None
     if each.standing == "failed":
         return each.outcome.reason
-    for name, file in zip(each.outcome.results, each.outcome.files(each.run), strict=True):
-        try:
-            read_result(file)
-        except FileNotFoundError:
-            return f"its result {name} is gone"
-        except (OSError, ValueError, TypeError):
-            return f"{name} is damaged: restore or remove it"
+    try:
+        for file in each.outcome.files(each.run):
+            read_result_of(each.run, file)
+    except UserError as error:
+        return str(error)
     return ""
 
 
@@ -238,7 +272,9 @@ def failure_of(run: Path) -> str:
     with contextlib.suppress(OSError):
         if lines := RunDirectory(run).failed_mark.read_text(errors="replace").split("\n"):
             return " ".join(line.strip() for line in lines if line.strip())
-    stopped = [e for e in RunDirectory(run).events() if e["event"] in ("started", "stopped")]
+    stopped: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError):
+        stopped = list(RunDirectory(run).events("started", "stopped"))
     if stopped and stopped[-1]["event"] == "stopped":
         return f"it was stopped at step {stopped[-1].get('step')}"
     return "it ended without a word" if stopped else "it never began"
@@ -263,8 +299,7 @@ def drop_bulk(work: Work, found: Look) -> None:
         if not found.is_measured(run) or (work.evaluations and not read_outcomes(run)):
             continue
         shutil.rmtree(directory.checkpoints, ignore_errors=True)
-        stays = [latest_step(directory.exports), best_step(directory.exports)]
-        names = [step_folder(step) for step in stays if step is not None]
+        names = [step_folder(step) for step in last_steps(directory)]
         for folder in directory.exports.glob("step-*"):
             if work.keep == "results" or folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,10 +18,14 @@ import yaml
 from peerlearn.commands.verbs import VERBS
 from peerlearn.config import nearest
 from peerlearn.errors import UsageError, UserError
+from peerlearn.evaluation.results import read_result
 from peerlearn.runs.directory import STUDY_FILE, RunDirectory
-from peerlearn.runs.export_folders import network_folder, read_seal
+from peerlearn.runs.export_folders import network_folder, read_seal, why_not_whole
+from peerlearn.runs.export_log import export_log, last_steps
 from peerlearn.runs.files import write_text
-from peerlearn.runs.step_folders import best_step, latest_step, step_folders
+from peerlearn.runs.json_files import read_json_object
+from peerlearn.runs.step_folders import latest_step, step_folder, step_folders
+from peerlearn.runs.text import printable
 from peerlearn.runs.training_facts import TrainingFacts
 from slurm.plan import plan_task
 from slurm.submission import NUMBERS_FILE
@@ -31,6 +36,8 @@ _ORDER, _OUTCOME = "order.json", "outcome.json"
 _TYPES = {"step": int, "config": dict, "results": list}
 _NO_EVALUATION = ("pretrain", "resume", "study")
 _PLACEHOLDER = "RUN/export/step-N"
+# Errors of reading a YAML file, whatever it holds.
+_DAMAGE = (OSError, ValueError, RecursionError, yaml.YAMLError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +169,9 @@ def fixed_evaluations(root: Path, lines: list[str]) -> list[Evaluation]:
             found.append(Evaluation(line=line, config=dict(config)))
         except FileNotFoundError:
             found.append(resolve_evaluation(line))
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise UserError(f"{file} is damaged: remove it ({error})") from error
+        except (*_DAMAGE, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file} is damaged: remove it ({reason})") from error
     return found
 
 
@@ -185,8 +193,8 @@ def _evaluation_file(root: Path, line: str) -> Path:
 
 def orders(
     run: Path, evaluations: list[Evaluation], exports: str | int, *, live: bool
-) -> list[Order]:
-    """The evaluations of the exports that have landed so far, by step.
+) -> tuple[list[Order], dict[int, str]]:
+    """The evaluations of the exports that have landed so far, by step; and what keeps others from it.
 
     Args:
         run: folder of the run.
@@ -194,42 +202,63 @@ def orders(
         exports: exports to evaluate: last, all, or an interval in epochs.
         live: whether the run goes on, so that further exports may come.
 
+    Returns:
+        The orders; and of the exports that ought to be there, by step, why one is not: it is gone or damaged, or the
+        disk did not take it. None is replaced by another.
+
     Raises:
-        UserError: the files of the run do not tell the steps of an epoch, which an interval needs.
+        UserError: the files of the run do not tell the steps of an epoch, which an interval needs, or the best export.
     """
-    return [
-        Order(
-            line=each.line,
-            config=each.config,
-            step=step,
-            export=os.path.relpath(folder, run),
-            sha256=digest,
-        )
-        for step, folder, digest in _landed(run, exports, live=live)
-        for each in evaluations
-    ]
+    directory, networks = RunDirectory(run), _networks(run)
+    if not networks:
+        return [], {}
+    log = export_log(directory)
+    found: list[Order] = []
+    missing: dict[int, str] = {}
+    for step in _wanted(run, log, exports, live=live):
+        folder = directory.exports / step_folder(step)
+        export = os.path.relpath(folder, run)
+        if digest := _digest(folder, networks):
+            found += [
+                Order(line=each.line, config=each.config, step=step, export=export, sha256=digest)
+                for each in evaluations
+            ]
+        elif log.get(step):
+            missing[step] = f"{export} was never written ({log[step]})"
+        else:
+            missing[step] = why_not_whole(folder, networks).removeprefix(f"{run}/")
+    return found, missing
 
 
-def _landed(run: Path, exports: str | int, *, live: bool) -> list[tuple[int, Path, str]]:
-    """The whole exports to evaluate: step, folder and hash."""
-    root = RunDirectory(run).exports
-    networks = _networks(run)
-    folders = reversed(step_folders(root)) if networks else ()
-    found = [
-        (step, folder, digest)
-        for step, folder in folders
-        if (digest := _digest(folder, networks)) is not None
-    ]
+def check_export(run: Path, order: Order) -> None:
+    """Make sure that the export is the one that was ordered.
+
+    Raises:
+        UserError: it is gone or damaged, or other networks have taken its place.
+    """
+    folder, networks = run / order.export, _networks(run)
+    why = why_not_whole(folder, networks)
+    if not why and _digest(folder, networks) != order.sha256:
+        why = f"{folder} holds other networks than were ordered"
+    if why:
+        raise UserError(f"{why}: nothing is measured in its place")
+
+
+def _wanted(run: Path, log: Mapping[int, str], exports: str | int, *, live: bool) -> list[int]:
+    """The steps whose exports are to be evaluated, whether they are there or not."""
+    directory = RunDirectory(run)
+    steps = {step for step, _ in step_folders(directory.exports)} | log.keys()
+    last: set[int] = set()
     if live:
         # `latest` is written after all networks of an export.
-        latest = latest_step(root)
-        found = [each for each in found if latest is not None and each[0] <= latest]
-    if exports == "all" or not found:
-        return found
-    done = RunDirectory(run).done and not live
-    kept = {found[-1][0], best_step(root)} if done else set()
-    every = exports * _steps_per_epoch(run) if isinstance(exports, int) else None
-    return [each for each in found if each[0] in kept or (every and each[0] % every == 0)]
+        newest = latest_step(directory.exports)
+        steps = {step for step in steps if newest is not None and step <= newest}
+    elif directory.done:
+        last.update(last_steps(directory))
+    if exports == "all":
+        return sorted(steps | last)
+    every = exports * _steps_per_epoch(run) if isinstance(exports, int) and steps else None
+    return sorted({step for step in steps if every and step % every == 0} | last)
 
 
 def _networks(run: Path) -> int:
@@ -237,7 +266,7 @@ def _networks(run: Path) -> int:
     try:
         text = RunDirectory(run).config.read_text(encoding="utf-8")
         return int(yaml.safe_load(text)["cohort"]["networks"])
-    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+    except (*_DAMAGE, TypeError, LookupError, OverflowError):
         return 0
 
 
@@ -251,8 +280,8 @@ def _digest(folder: Path, networks: int) -> str | None:
 
 def _steps_per_epoch(run: Path) -> int:
     try:
-        return max(1, int(TrainingFacts.read(RunDirectory(run).env).steps_per_epoch or 0))
-    except (UserError, OSError, ValueError, TypeError, LookupError) as error:
+        return max(1, TrainingFacts.read(RunDirectory(run).env).steps_per_epoch or 0)
+    except UserError as error:
         raise UserError(
             f"{run}: its env.json does not tell the steps of an epoch, which exports needs"
         ) from error
@@ -323,11 +352,26 @@ def _read(kind: type[_Content], file: Path) -> _Content:
     Raises:
         OSError, ValueError, TypeError: it cannot be read, or is damaged.
     """
-    found = kind(**json.loads(file.read_text(encoding="utf-8")))
+    found = kind(**read_json_object(file))
     for key, value in vars(found).items():
         if type(value) is not _TYPES.get(key, str):
             raise ValueError(f"{key} is {value!r}")
     return found
+
+
+def read_result_of(run: Path, file: Path) -> dict[str, Any]:
+    """A result file of a run.
+
+    Raises:
+        UserError: it is gone or damaged.
+    """
+    name = printable(os.path.relpath(file, run))
+    try:
+        return read_result(file)
+    except FileNotFoundError as error:
+        raise UserError(f"its result {name} is gone") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is damaged: restore or remove it") from error
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

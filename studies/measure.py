@@ -17,6 +17,7 @@ from peerlearn.runs.lock import InUseError, run_lock
 from studies.evaluations import (
     Order,
     Outcome,
+    check_export,
     read_order,
     read_outcome,
     write_failure,
@@ -76,6 +77,7 @@ def _measure(folder: Path, order: Order) -> int:
     config = {**order.config, "checkpoint": str(run / order.export)}
     os.environ[JOB_VARIABLE] = folder.name
     try:
+        check_export(run, order)
         write_text(folder / _CONFIG, yaml.safe_dump(config, sort_keys=False))
         code = dispatch(_command(folder, order))
     except SavedError:

@@ -1,19 +1,20 @@
 """The scores of a study: what its runs and evaluations have measured, over seeds and against the baseline of a row."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peerlearn.errors import UserError
-from peerlearn.evaluation.results import CLASSIFICATION, read_result
+from peerlearn.evaluation.results import CLASSIFICATION
 from peerlearn.evaluation.uncertainty import interval_over_runs, spread_over_runs
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.export_log import chosen_step
 from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
-from peerlearn.runs.step_folders import best_step
 from peerlearn.runs.text import printable
-from studies.evaluations import Problem, read_outcomes
+from studies.evaluations import Problem, read_outcomes, read_result_of
 from studies.statistics import Difference, paired_difference
 from studies.study import Cell, Study, StudyRun
 
@@ -56,6 +57,7 @@ class Measured:
         key: what was measured.
         step: step of the networks.
         metrics: decimal numbers by name.
+        others: what else stands among the metrics.
         n: number of test images or episodes, if the result file tells it.
         protocol: all that decides the metrics beside the networks.
     """
@@ -64,6 +66,7 @@ class Measured:
     key: Key
     step: int
     metrics: dict[str, float]
+    others: dict[str, Any]
     n: int | None
     protocol: dict[str, Any]
 
@@ -132,13 +135,17 @@ def score_study(study: Study) -> tuple[list[Score], list[Problem]]:
     problems: list[Problem] = []
     by_variant: dict[str, Results] = {variant.name: {} for variant in study.variants}
     for run in study.runs:
-        best = best_step(RunDirectory(run.folder).exports)
+        # A spoilt `best` is said where the exports are looked for.
+        best = None
+        with contextlib.suppress(UserError):
+            best = chosen_step(RunDirectory(run.folder))
         for found in _results_of(run, study.config.evaluate, problems):
             moments = by_variant[run.variant.name].setdefault(found.key, {})
             for moment in [(False, found.step), *([_CHOSEN] if found.step == best else [])]:
                 others = moments.setdefault(moment, {})
                 if _are_alike(found, others, problems):
                     others[run.seed] = found
+    problems += _without_numbers(by_variant.values())
     scores: list[Score] = []
     places = {(c.grid, study.row_of(c), study.compared_label(c)): c.variant for c in study.cells}
     for cell in study.cells:
@@ -148,6 +155,25 @@ def score_study(study: Study) -> tuple[list[Score], list[Problem]]:
         scores += _cell_scores(cell, by_variant[cell.variant.name], theirs, label, problems)
     # A variant may stand in several cells.
     return scores, list(dict.fromkeys(problems))
+
+
+def _without_numbers(variants: Iterable[Results]) -> Iterator[Problem]:
+    """The results that have something else where others of the same evaluation have a number."""
+    found = [
+        each
+        for results in variants
+        for moments in results.values()
+        for by_seed in moments.values()
+        for each in by_seed.values()
+    ]
+    numbers: dict[Key, set[str]] = {}
+    for each in found:
+        numbers.setdefault(each.key._replace(network=""), set()).update(each.metrics)
+    for each in found:
+        for name in each.others.keys() & numbers[each.key._replace(network="")]:
+            value = printable(json.dumps(each.others[name]), _LONGEST_VALUE)
+            why = f"network {each.key.network}: its {name} is {value}: remove the result, and measure it again"
+            yield Problem(run=each.run.folder.name, what=each.what, why=why)
 
 
 def _cell_scores(
@@ -236,13 +262,24 @@ def _results_of(run: StudyRun, lines: Sequence[str], problems: list[Problem]) ->
             what = f"{outcome.line}, step {outcome.step}"
             files.append((what, outcome.line, outcome.files(run.folder)))
     for what, line, paths in files:
+        found, troubles = [], []
+        for path in paths:
+            try:
+                found.append(_read(run, line, path))
+            except UserError as error:
+                troubles.append(str(error))
+        if several := _measured_twice(found):
+            troubles.append(
+                f"network {several} has several results: remove all but the one that counts"
+            )
+            found = []
         try:
-            found = [_read(run, line, path) for path in paths]
-            found += _individual(found, run.variant.config.cohort.networks)
+            found += list(_individual(found, run.variant.config.cohort.networks))
         except UserError as error:
-            problems.append(Problem(run=run.folder.name, what=what, why=str(error)))
-        else:
-            yield from sorted(found, key=lambda each: network_rank(each.key.network))
+            # A network without a result may be one whose file is damaged: that is said already.
+            troubles = troubles or [str(error)]
+        problems += [Problem(run=run.folder.name, what=what, why=why) for why in troubles]
+        yield from sorted(found, key=lambda each: network_rank(each.key.network))
 
 
 def _own_files(run: StudyRun, problems: list[Problem]) -> list[Path]:
@@ -250,7 +287,9 @@ def _own_files(run: StudyRun, problems: list[Problem]) -> list[Path]:
     directory = RunDirectory(run.folder)
     if not directory.done:
         return []
-    steps = [event.get("step") for event in directory.events() if event["event"] == "done"]
+    steps = []
+    with contextlib.suppress(OSError):
+        steps = [event.get("step") for event in directory.events("done")]
     step = steps[-1] if steps and type(steps[-1]) is int else None
     files = sorted(directory.results.glob(f"{CLASSIFICATION}-*.json"))
     last = [file for file in files if step is not None and f"-{step:08d}-" in file.name]
@@ -266,44 +305,33 @@ def _read(run: StudyRun, line: str, file: Path) -> Measured:
     Raises:
         UserError: the file is gone or damaged.
     """
-    name = file.relative_to(run.folder)
-    try:
-        result = read_result(file)
-        # Files of earlier versions have no variant.
-        texts = (result["task"], result["dataset"], result.get("variant", ""), result["network"])
-        step, metrics, protocol = result["step"], result["metrics"], result["protocol"]
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
-        n = metrics.get("n")
-        sound = (
-            all(isinstance(text, str) for text in texts)
-            and type(step) is int
-            and isinstance(protocol, dict)
-            and (n is None or type(n) is int)
-            and all(map(math.isfinite, numbers.values()))
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"its result {name} is gone") from error
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise UserError(f"{name} is damaged: restore or remove it")
-    key = Key(line, *texts)
-    return Measured(run=run, key=key, step=step, metrics=numbers, n=n, protocol=protocol)
+    result = read_result_of(run.folder, file)
+    metrics = result["metrics"]
+    texts = (result[key] for key in ("task", "dataset", "variant", "network"))
+    return Measured(
+        run=run,
+        key=Key(line, *texts),
+        step=result["step"],
+        metrics={key: value for key, value in metrics.items() if isinstance(value, float)},
+        others={key: value for key, value in metrics.items() if not isinstance(value, float)},
+        n=metrics.get("n"),
+        protocol=result["protocol"],
+    )
+
+
+def _measured_twice(found: Sequence[Measured]) -> str | None:
+    """A network that has several results; None if there is none."""
+    by_key = {each.key: each for each in found}
+    return next((each.key.network for each in found if by_key[each.key] is not each), None)
 
 
 def _individual(found: Sequence[Measured], networks: int) -> Iterator[Measured]:
     """The mean over the networks of a run for everything that all of them were measured by.
 
     Raises:
-        UserError: a network has several results, has none of the training's own, or was measured otherwise.
+        UserError: a network has none of the training's own results, or was measured otherwise.
     """
     by_key = {each.key: each for each in found}
-    for each in found:
-        if by_key[each.key] is not each:
-            name = each.key.network
-            raise UserError(
-                f"network {name} has several results: remove all but the one that counts"
-            )
     for key in dict.fromkeys(key._replace(network=INDIVIDUAL) for key in by_key):
         own = [by_key.get(key._replace(network=str(m))) for m in range(networks)]
         there = [each for each in own if each is not None]
@@ -321,4 +349,4 @@ def _individual(found: Sequence[Measured], networks: int) -> Iterator[Measured]:
             for name in there[0].metrics
             if all(name in each.metrics for each in there)
         }
-        yield replace(there[0], key=key, metrics=metrics)
+        yield replace(there[0], key=key, metrics=metrics, others={})

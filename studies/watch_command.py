@@ -10,6 +10,7 @@ from slurm.config import SubmitConfig
 from studies.cluster import advance
 from studies.due import Jobs, Work, problems, training_of
 from studies.evaluations import resolve_evaluation, study_of
+from studies.formats import problem_text
 from studies.runner import HERE, go_on, place_of, watch, watch_here, work_of
 from studies.study import is_study, load_study
 from studies.study_file import read_exports
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         return SAVED_RUN_AGAIN if found is None else DONE
     missing = problems(work, found)
     for each in missing:
-        print(f"missing: {each.run}: {each.what}: {each.why}")
+        print(f"missing: {problem_text(each)}")
     return FAILURE if missing else DONE
 
 

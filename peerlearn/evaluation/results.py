@@ -3,16 +3,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
 from peerlearn.evaluation.plots import draw
-from peerlearn.evaluation.uncertainty import spread_over_runs
+from peerlearn.evaluation.uncertainty import is_percentage, spread_over_runs
 from peerlearn.runs.environment import environment
 from peerlearn.runs.files import write_text
+from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.text import file_name_part
 
 SCHEMA_VERSION = 1
@@ -20,6 +21,14 @@ SCHEMA_VERSION = 1
 JOB_VARIABLE = "PEERLEARN_JOB"
 # The task of the accuracies that supervised training itself leaves.
 CLASSIFICATION = "classification"
+# Types of what tells one result from another.
+_TYPES = {
+    **dict.fromkeys(("task", "dataset", "network", "variant"), str),
+    **dict.fromkeys(("metrics", "protocol"), dict),
+    "step": int,
+}
+# Below it, figures can be squared and added up.
+_LARGEST_FIGURE = 1e100
 # From the metrics of several runs to those of their mean.
 Averaging = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
@@ -78,10 +87,7 @@ def write_result(
         UserError: the folder cannot be written.
     """
     identity = {"protocol": protocol, "export_hash": export_hash, "seed": seed}
-    path = (
-        folder
-        / f"{task}-{file_name_part(dataset)}-{step:08d}-{network}-{short_hash(identity)}.json"
-    )
+    path = folder / f"{_file_stem(task, dataset, step, network)}-{short_hash(identity)}.json"
     env = environment()
     result = {
         "schema": SCHEMA_VERSION,
@@ -106,6 +112,11 @@ def write_result(
             f"{folder}: cannot be written ({error.strerror}): choose another folder by --results"
         ) from error
     return path
+
+
+def _file_stem(task: str, dataset: str, step: int, network: str) -> str:
+    """The beginning of a result file's name, which tells what the file is of."""
+    return f"{task}-{file_name_part(dataset)}-{step:08d}-{network}"
 
 
 def short_hash(identity: Mapping[str, Any]) -> str:
@@ -150,8 +161,46 @@ def write_score(
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `write_result` wrote."""
-    return dict(json.loads(path.read_text()))
+    """What `write_result` wrote.
+
+    Raises:
+        OSError: the file is gone, or cannot be read.
+        ValueError: it is damaged: it holds no whole result, or a figure that no score can have.
+    """
+    # Files of earlier versions have no variant.
+    result = {"variant": "", **read_json_object(path)}
+    for key, kind in _TYPES.items():
+        if type(result.get(key)) is not kind:
+            raise ValueError(f"its {key} is {result.get(key)!r}")
+    stem = _file_stem(*(result[key] for key in ("task", "dataset", "step", "network")))
+    if not path.name.startswith(f"{stem}-"):
+        raise ValueError(f"it is of {stem}")
+    if not isinstance(result["metrics"].get("n"), int | None):
+        raise ValueError(f"its n is {result['metrics']['n']!r}")
+    if not all(abs(each) <= _LARGEST_FIGURE for each in _decimals(result)):
+        raise ValueError("it holds a figure that is not finite")
+    for name, value in result["metrics"].items():
+        if isinstance(value, float) and is_percentage(name) and not 0 <= value <= 100:
+            raise ValueError(f"its {name} is {value}")
+    return result
+
+
+def is_sound_result(path: Path) -> bool:
+    """Whether the file holds a result."""
+    try:
+        read_result(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _decimals(content: Any) -> Iterator[float]:
+    """All decimal numbers in what a JSON file holds."""
+    if isinstance(content, float):
+        yield content
+    elif isinstance(content, dict | list):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from _decimals(each)
 
 
 def mean_over_runs(

@@ -12,11 +12,15 @@ from peerlearn.runs.export_folders import (
     exported_networks,
     is_export,
     is_key_network,
+    network_folder,
     network_in,
 )
+from peerlearn.runs.export_log import last_steps
 from peerlearn.runs.score_names import ENSEMBLE as ENSEMBLE
-from peerlearn.runs.step_folders import best_step, latest_step, step_folders, step_of
+from peerlearn.runs.step_folders import step_folder, step_of
 from peerlearn.runs.training_facts import TrainingFacts
+
+_ANY_STEP = "step-N"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
         ensembles: whether networks can be scored together; where they cannot, `all` is each network alone.
 
     Raises:
-        UserError: nothing is exported there.
+        UserError: nothing is exported there, or what `best` or `latest` names is gone, or a network.
         UsageError: no such network; the message lists those there are. Or an ensemble where there are none.
     """
     check_network(network, ensembles=ensembles)
@@ -78,10 +82,9 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
     checkpoint = detector_in(checkpoint) or checkpoint
     if is_export(checkpoint):
         return _select_export(checkpoint, network)
-    exports, best = checkpoint, None
+    exports, is_best = checkpoint, False
     if RunDirectory(checkpoint).begun:
-        best = _best(checkpoint)
-        exports = best or _latest(checkpoint)
+        exports, is_best = _exports_of(checkpoint)
     everything = exported_networks(exports)
     if not everything:
         raise UserError(
@@ -92,6 +95,8 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
     if None in chosen.values():
         known = ", ".join([*everything, "all", *([ENSEMBLE] if ensembles else [])])
         raise UsageError(f"--network {network}: not in {exports}; choose from {known}")
+    if network in ("all", ENSEMBLE):
+        _check_all_there(exports, cohort)
     return Selection(
         folders={name: folder for name, folder in chosen.items() if folder},
         ensemble=network == ENSEMBLE or (ensembles and network == "all" and len(cohort) > 1),
@@ -99,7 +104,7 @@ def select_networks(checkpoint: Path, network: str, *, ensembles: bool = True) -
         exports=exports,
         run=_run_of(exports),
         step=step_of(exports.name) or 0,
-        chosen_by_validation=best is not None,
+        chosen_by_validation=is_best,
     )
 
 
@@ -187,21 +192,46 @@ def _run_of(exports: Path) -> Path | None:
     return run if RunDirectory(run).begun else None
 
 
-def _best(run: Path) -> Path | None:
-    """The folder that `best` names; None where there is none."""
-    exports = RunDirectory(run).exports
-    named = best_step(exports)
-    return next((folder for step, folder in step_folders(exports) if step == named), None)
+def _exports_of(run: Path) -> tuple[Path, bool]:
+    """The folder of the best exports where validation chose some, or else of the last; and whether it is the best.
 
+    Nothing stands for exports that are gone: those of another step would be scored in silence.
 
-def _latest(run: Path) -> Path:
-    """The folder that `latest` names, or the newest where that file is missing or spoilt."""
+    Raises:
+        UserError: nothing has been exported yet, or the exports are gone.
+    """
     exports = RunDirectory(run).exports
-    folders = step_folders(exports)
-    if not folders:
+    others = f"or name others by --checkpoint {exports / _ANY_STEP}"
+    try:
+        steps = last_steps(RunDirectory(run))
+    except UserError as error:
+        raise UserError(f"{error}, {others}") from error
+    if not steps:
         raise UserError(f"{run}: nothing has been exported yet")
-    named = latest_step(exports)
-    return next((folder for step, folder in folders if step == named), folders[0][1])
+    is_best = len(steps) > 1
+    folder = exports / step_folder(steps[-1])
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is gone, the {'best' if is_best else 'last'} exports of the run: restore it, or "
+            f"`peerlearn resume {run}` writes it again, {others}"
+        )
+    return folder, is_best
+
+
+def _check_all_there(exports: Path, cohort: Mapping[str, Path]) -> None:
+    """Make sure that no network of the run is missing where all are scored.
+
+    Raises:
+        UserError: one is.
+    """
+    run = _run_of(exports)
+    networks = _training_config(run).get("cohort.networks") if run else None
+    for number in range(networks if isinstance(networks, int) else 0):
+        if str(number) not in cohort:
+            raise UserError(
+                f"{exports / network_folder(str(number))} is gone, one of {networks} networks of {run}: restore it, or "
+                f"choose by --network: {', '.join(cohort)}"
+            )
 
 
 def results_folder(asked: str | None, selection: Selection) -> Path:

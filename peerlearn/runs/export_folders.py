@@ -6,12 +6,12 @@ RUN/export/step-00001000/  net-0/ (network "0")   net-0-key/ (its momentum netwo
 A network's folder appears at once (`peerlearn.runs.files.replace_folder`), so an existing folder is complete.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
+from peerlearn.runs.json_files import read_json_object
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -55,8 +55,8 @@ def is_export(folder: Path) -> bool:
 def is_detector(folder: Path) -> bool:
     """Whether the folder holds a detector, which stands on a network and is more than that."""
     try:
-        return DETECTOR_KEY in json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError, TypeError):
+        return DETECTOR_KEY in read_json_object(folder / CONFIG_FILE)
+    except (OSError, ValueError):
         return False
 
 
@@ -83,10 +83,26 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
     They are not compared with the files, which would take reading all bytes: `peerlearn.export.is_whole` does that.
     """
     try:
-        seal = json.loads((folder / CONFIG_FILE).read_text())[SEAL]
-    except (OSError, ValueError, TypeError, LookupError):
+        seal = read_json_object(folder / CONFIG_FILE)[SEAL]
+    except (OSError, ValueError, LookupError):
         return None
     return seal if isinstance(seal, dict) and is_export(folder) else None
+
+
+def why_not_whole(folder: Path, networks: int) -> str:
+    """The reason why a step's exports are not whole, as far as it shows without reading all bytes; "" if they are.
+
+    Args:
+        folder: folder of the step.
+        networks: number of networks that the run trains.
+    """
+    if not folder.is_dir():
+        return f"{folder} is gone"
+    for network in range(networks):
+        own = folder / network_folder(str(network))
+        if read_seal(own) is None:
+            return f"{own} is damaged" if own.is_dir() else f"{own} is gone"
+    return ""
 
 
 def exported_networks(folder: Path) -> dict[str, Path]:

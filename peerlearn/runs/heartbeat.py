@@ -2,15 +2,17 @@
 
 A collective that fails says only that some peer is gone. These files say which peer.
 
-Times in files are by the clocks of the machines that wrote them. Whether a process of another machine lives is seen by
-whether what it writes changes (`Sightings`).
+Clocks jump, and those of two machines differ: times in files are for people and decide nothing. A process of this
+machine lives if one with its number and its start is there. One of another machine lives if what it writes changes
+while this process looks (`Sightings`).
 
     RUN/logs/attempt-K/rank-R.heartbeat.json
-    {"rank", "host", "pid", "time_seconds", "step", "collectives", "waiting", "failed"}
+    {"rank", "host", "pid", "started", "time_seconds", "beats", "step", "collectives", "waiting", "failed"}
     RUN/logs/attempt-K/rank-R.step      the exact step of the rank; a heartbeat may be 2 s old when the rank dies
 """
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -18,15 +20,20 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from peerlearn.runs.files import numbered_files, write_text
+from peerlearn.runs.json_files import read_json_object
 
 INTERVAL_SECONDS = 2.0
+# A rank that lives has beaten anew after so many.
+_LOOK_INTERVALS = 2
 # What stands before and after the rank.
 _BEAT_FILE = ("rank-", ".heartbeat.json")
 _STEP_FILE = ("rank-", ".step")
-# A rank that has not beaten for so long is silent: it has missed several beats.
-SILENT_SECONDS = 4 * INTERVAL_SECONDS
+# A rank whose beat stays the same for so many intervals is silent.
+_SILENT_INTERVALS = 4
+SILENT_SECONDS = _SILENT_INTERVALS * INTERVAL_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,9 @@ class Beat:
         rank: rank of the process.
         host: name of its machine.
         pid: number of its process on that machine.
-        time_seconds: time of the beat, in seconds since 1970.
+        started: start of that process, in ticks of its machine; None if unknown. With the number it is unique there.
+        time_seconds: time of the beat by the clock of that machine, in seconds since 1970.
+        beats: number of the beat, by which it differs from the one before whatever the clock does.
         step: step that the rank is in; None before the first step.
         collectives: number of collective operations that the rank has entered.
         waiting: name of the collective operation that the rank is in, or None.
@@ -52,19 +61,17 @@ class Beat:
     collectives: int
     waiting: str | None
     failed: str | None
+    started: int | None = None
+    beats: int = 0
 
-    @property
-    def age_seconds(self) -> float | None:
-        """The age of the beat; None for a beat of another machine, whose clock may be wrong."""
-        return max(0.0, time.time() - self.time_seconds) if self._is_ours else None
-
-    def gone(self) -> bool:
-        """Whether the process is known to be dead. Only its own machine can know."""
-        return self._is_ours and not process_exists(self.pid)
-
-    @property
-    def _is_ours(self) -> bool:
-        return self.host == socket.gethostname()
+    def lives(self) -> bool | None:
+        """Whether the process lives; None where this machine cannot tell: a process of another one."""
+        if self.host != socket.gethostname():
+            return None
+        if not process_exists(self.pid, self.started):
+            return False
+        # The number alone may be that of a later process.
+        return None if self.started is None else True
 
 
 class Heartbeat:
@@ -73,7 +80,9 @@ class Heartbeat:
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
         self.rank = rank
-        self._file = folder / _file_name(rank)
+        self._file = beat_file(folder, rank)
+        self._started = process_started_at(os.getpid())
+        self._beats = itertools.count(1)
         self._collectives = 0
         self._waiting: str | None = None
         self._step: int | None = None
@@ -113,7 +122,9 @@ class Heartbeat:
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
+            started=self._started,
             time_seconds=time.time(),
+            beats=next(self._beats),
             step=self._step,
             collectives=self._collectives,
             waiting=self._waiting,
@@ -129,12 +140,19 @@ class Heartbeat:
             self.write()
 
 
+def beat_file(folder: Path, rank: int) -> Path:
+    """The heartbeat file of a rank."""
+    return folder / f"{_BEAT_FILE[0]}{rank}{_BEAT_FILE[1]}"
+
+
 def read_beat(folder: Path, rank: int) -> Beat | None:
     """The last beat of a rank; None if there is none."""
     try:
-        return Beat(**json.loads((folder / _file_name(rank)).read_text()))
+        beat = Beat(**read_json_object(beat_file(folder, rank)))
     except (OSError, ValueError, TypeError):
         return None
+    hints = get_type_hints(Beat) | {"time_seconds": int | float}
+    return beat if all(isinstance(vars(beat)[key], hint) for key, hint in hints.items()) else None
 
 
 def read_beats(folder: Path) -> list[Beat]:
@@ -206,14 +224,19 @@ def name_culprits(folder: Path, *, rank: int, world_size: int) -> str:
     silent ranks, ranks that are behind the furthest one.
     """
     others = [other for other in range(world_size) if other != rank]
-    before = {other: read_beat(folder, other) for other in others}
+    begun, before = time.monotonic(), {other: read_beat(folder, other) for other in others}
     # Beats from before the failure would hide it.
-    time.sleep(2 * INTERVAL_SECONDS)
-    own = read_beat(folder, rank)
+    time.sleep(_LOOK_INTERVALS * INTERVAL_SECONDS)
     beats = {other: read_beat(folder, other) for other in others}
+    quiet = {r for r, b in beats.items() if b is None or b == before[r]}
+    if quiet and not any(b and (b.failed or b.lives() is False) for b in beats.values()):
+        # To be sure of silence takes longer. Ranks that end meanwhile do so for the sake of these.
+        time.sleep((_SILENT_INTERVALS - _LOOK_INTERVALS) * INTERVAL_SECONDS)
+        beats |= {other: read_beat(folder, other) for other in quiet}
+    own, seconds = read_beat(folder, rank), time.monotonic() - begun
     failed = {r: b for r, b in beats.items() if b and b.failed}
-    gone = {r: b for r, b in beats.items() if b and not b.failed and b.gone()}
-    silent = {r: b for r, b in beats.items() if b is None or _is_silent(b, before[r])}
+    gone = {r: b for r, b in beats.items() if b and not b.failed and b.lives() is False}
+    silent = {r: b for r, b in beats.items() if b is None or b == before[r]}
     furthest = max([b.collectives for b in (own, *beats.values()) if b], default=0)
     behind = {r: b for r, b in beats.items() if b and b.collectives < furthest}
     if failed:
@@ -221,21 +244,24 @@ def name_culprits(folder: Path, *, rank: int, world_size: int) -> str:
     if gone:
         return "; ".join(f"rank {r} died (process {b.pid} on {b.host})" for r, b in gone.items())
     if silent:
-        return "; ".join(f"rank {r} {_silence(b)}" for r, b in silent.items())
+        return "; ".join(f"rank {r} {_silence(b, seconds)}" for r, b in silent.items())
     if behind:
         return "; ".join(f"rank {r} lives but did not come ({b.host})" for r, b in behind.items())
     return "no rank is missing: the network between them may have failed"
 
 
-def process_exists(pid: int) -> bool:
-    """Whether a process of that number runs on this machine."""
+def process_exists(pid: int, started: int | None = None) -> bool:
+    """Whether a process of that number, and of that start where it is known, runs on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
-    return not _is_zombie(pid)
+        pass
+    else:
+        if _is_zombie(pid):
+            return False
+    return started is None or process_started_at(pid) in (None, started)
 
 
 def process_started_at(pid: int) -> int | None:
@@ -257,24 +283,12 @@ def _process_status(pid: int) -> list[str]:
         return []
 
 
-def _is_silent(beat: Beat, before: Beat | None) -> bool:
-    """Whether a rank beats no more. ``before``: its beat two intervals earlier."""
-    if beat.age_seconds is None:
-        return beat == before
-    return beat.age_seconds > SILENT_SECONDS
-
-
-def _silence(beat: Beat | None) -> str:
+def _silence(beat: Beat | None, seconds: float) -> str:
+    """The silence of a rank that was looked at for so long."""
     if beat is None:
         return "never gave a sign"
-    if beat.age_seconds is None:
-        return f"gives no sign of life (process {beat.pid} on {beat.host})"
-    return f"has been silent for {beat.age_seconds:.0f} s (process {beat.pid} on {beat.host})"
+    return f"has been silent for {seconds:.0f} s (process {beat.pid} on {beat.host})"
 
 
 def _step_file_name(rank: int) -> str:
     return f"{_STEP_FILE[0]}{rank}{_STEP_FILE[1]}"
-
-
-def _file_name(rank: int) -> str:
-    return f"{_BEAT_FILE[0]}{rank}{_BEAT_FILE[1]}"

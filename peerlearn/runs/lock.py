@@ -1,13 +1,14 @@
 """One run directory, one live process: a lock file, and a record of its owner.
 
-    RUN/.lock   owner.json {"host", "pid", "job", "since", "time_seconds"}
+    RUN/.lock   owner.json {"host", "pid", "started", "job", "since", "time_seconds", "beats"}
 
 The lock (flock) ends with its process, however the process dies. Some network file systems do not show the lock to
 other machines. There the record decides, which the owner renews every 5 seconds: an owner lives whose record changes
-while this process looks. The time in it is by the owner's clock, and is no measure.
+while this process looks. The times in it are by the owner's clock, and for people alone.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -25,12 +26,15 @@ from peerlearn.errors import UserError
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import Sightings, process_exists, process_started_at
+from peerlearn.runs.json_files import read_json_object
 
 LOCK_FILES = (".lock", "owner.json")
 _BEAT_SECONDS = 5.0
 # An owner on another machine whose record stays the same for so long is dead. Network file systems may show a change
 # late, and two processes in one run directory would spoil it.
 _DEAD_SECONDS = 30.0
+# How long a requeued job waits for its former self on another machine to die.
+_FORMER_SELF_SECONDS = 300.0
 # How long is looked where nothing can be spoiled.
 _LOOK_SECONDS = 12.0
 _POLL_SECONDS = 0.5
@@ -76,11 +80,15 @@ def living_owner(root: Path) -> dict[str, Any] | None:
     An owner on another machine is looked at for a while, unless this process has seen its record change just before.
     """
     owner = _look(root)
-    pid, beat = owner.get("pid"), owner.get("time_seconds")
-    if not isinstance(pid, int) or not isinstance(beat, int | float):
+    host, pid, started = owner.get("host"), owner.get("pid"), owner.get("started")
+    if not isinstance(host, str) or not isinstance(pid, int):
         return None
-    if owner.get("host") == socket.gethostname():
-        return owner if process_exists(pid) and not _started_after(pid, beat) else None
+    if host == socket.gethostname():
+        if not process_exists(pid):
+            return None
+        if isinstance(started, int):
+            return owner if process_exists(pid, started) else None
+        # Earlier versions wrote no start, and the number alone may be that of a later process.
     return _sees_change(root)
 
 
@@ -115,27 +123,26 @@ def _sees_change(root: Path) -> dict[str, Any] | None:
     return None
 
 
-def _started_after(pid: int, time_seconds: float) -> bool:
-    """Whether the process started after that time: then it is another process with the same number."""
-    ticks = process_started_at(pid)
-    if ticks is None:
-        return False
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age > time_seconds + 1
-
-
 @contextmanager
 def _recorded(root: Path) -> Iterator[None]:
     """Keep owner.json up to date from a thread, and remove it at the end."""
     file = root / LOCK_FILES[1]
     ended = threading.Event()
-    since = now_text()
+    own = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": process_started_at(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "since": now_text(),
+    }
 
     def beat() -> None:
-        while not ended.wait(_BEAT_SECONDS):
-            _write_owner(file, since)
+        for number in itertools.count(2):
+            if ended.wait(_BEAT_SECONDS):
+                return
+            _write_owner(file, own, number)
 
-    _write_owner(file, since)
+    _write_owner(file, own, 1)
     thread = threading.Thread(target=beat, name="run lock", daemon=True)
     thread.start()
     try:
@@ -148,14 +155,9 @@ def _recorded(root: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _write_owner(file: Path, since: str) -> None:
-    record = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "since": since,
-        "time_seconds": time.time(),
-    }
+def _write_owner(file: Path, own: dict[str, Any], beats: int) -> None:
+    # Whatever the clock does, the number makes it another record than the last.
+    record = {**own, "time_seconds": time.time(), "beats": beats}
     try:
         write_text(file, json.dumps(record) + "\n", durable=False)
     except OSError:
@@ -165,17 +167,13 @@ def _write_owner(file: Path, since: str) -> None:
 
 def _read_owner(root: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((root / LOCK_FILES[1]).read_text()))
-    except (OSError, ValueError, TypeError):
+        return read_json_object(root / LOCK_FILES[1])
+    except (OSError, ValueError):
         return {}
 
 
 def _alive_elsewhere(root: Path, owner: dict[str, Any]) -> bool:
     """Whether an owner lives on another machine, whose lock this machine may not see: whether its record changes."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is not None and owner.get("job") == job:
-        # SLURM has requeued this very job, so its former process is dead.
-        return False
     if owner.get("host") == socket.gethostname():
         return False
     logger.warning(
@@ -184,13 +182,18 @@ def _alive_elsewhere(root: Path, owner: dict[str, Any]) -> bool:
         _name(owner),
         _DEAD_SECONDS,
     )
-    begun = time.monotonic()
-    while time.monotonic() - begun < _DEAD_SECONDS:
+    job = os.environ.get("SLURM_JOB_ID")
+    # Slurm has requeued this very job, and is ending its former processes: it is theirs to come to their end.
+    patience = _FORMER_SELF_SECONDS if job is not None and owner.get("job") == job else 0.0
+    begun, sightings = time.monotonic(), Sightings()
+    # What an owner leaves behind that comes to its end is no record.
+    while record := _read_owner(root):
+        seconds, moved = sightings.look(root, record)
+        if seconds >= _DEAD_SECONDS:
+            return False
+        if moved and time.monotonic() - begun >= patience:
+            return True
         time.sleep(_POLL_SECONDS)
-        now = _read_owner(root)
-        if now != owner:
-            # What an owner leaves behind that comes to its end is no record.
-            return bool(now)
     return False
 
 

@@ -1,12 +1,14 @@
 """env.json: the environment and the verb of a training, and facts for those who use its networks later."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 from peerlearn.errors import UserError
 from peerlearn.runs.environment import environment
 from peerlearn.runs.files import write_text
+from peerlearn.runs.json_files import read_json_object
 
 _PART, _VERB = "training", "verb"
 
@@ -42,13 +44,14 @@ class TrainingFacts:
         """
         names = [field.name for field in fields(cls)]
         try:
-            content = dict(json.loads(file.read_text())[_PART])
+            content = dict(read_json_object(file)[_PART])
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{file} does not tell the run's {', '.join(names)}") from error
+        hints = get_type_hints(cls) | {"lr": int | float}
         missing = [
             field.name
             for field in fields(cls)
-            if field.default is MISSING and field.name not in content
+            if not isinstance(content.get(field.name, field.default), hints[field.name])
         ]
         if missing:
             raise UserError(f"{file} does not tell the run's {', '.join(missing)}")
@@ -68,6 +71,6 @@ def write_env(file: Path, verb: str, facts: TrainingFacts | None) -> None:
 def training_verb(file: Path) -> str:
     """The verb that trains a run, from its env.json; `pretrain` if that does not tell it."""
     try:
-        return str(json.loads(file.read_text())[_VERB])
-    except (OSError, ValueError, TypeError, LookupError):
+        return str(read_json_object(file)[_VERB])
+    except (OSError, ValueError, LookupError):
         return "pretrain"

@@ -13,6 +13,7 @@ import pretrain.train as training_loop
 from peerlearn.cli import main
 from peerlearn.compute.attempt import Attempt
 from peerlearn.runs.checkpoint import saved_steps
+from studies.evaluations import Evaluation, orders
 from tests.e2e.runs import (
     SMALL,
     STEPS,
@@ -265,6 +266,12 @@ def test_a_disk_that_fills_up_costs_saves_but_not_the_run(disk, monkeypatch, cap
     assert {e["reason"] for e in missed} == {"No space left on device"}
     (export,) = events(run, "export_missed")
     assert (export["step"], export["reason"]) == (6, "No space left on device")
+    assert [event["step"] for event in events(run, "exported")] == [STEPS]
+    # A study says so, and takes no other in its place.
+    line = Evaluation(line="knn", config={})
+    found, missing = orders(run, [line], "all", live=False)
+    assert [order.step for order in found] == [STEPS]
+    assert missing == {6: "export/step-00000006 was never written (No space left on device)"}
     assert [path.name for path in (run / "export").glob("step-*")] == ["step-00000012"]
     error = capsys.readouterr().err
     assert "step 6 could not be saved (No space left on device): training goes on" in error
@@ -272,6 +279,34 @@ def test_a_disk_that_fills_up_costs_saves_but_not_the_run(disk, monkeypatch, cap
     assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
     assert (standing(run).step, standing(run).seconds_left) == (STEPS, 0.0)
     assert all_finite(run)
+
+
+def test_without_room_for_its_last_export_a_run_is_not_done_and_resume_writes_it(
+    disk, monkeypatch, capsys
+):
+    run = disk / "r"
+    begin_step = Attempt.begin_step
+
+    def fill_and_begin(attempt):
+        if attempt.training.step == STEPS - 1:
+            fill(disk, leaving=0)
+        begin_step(attempt)
+
+    monkeypatch.setattr(Attempt, "begin_step", fill_and_begin)
+    assert pretrain(run, *QUIET, "--checkpoint.every_steps", "2") == 1
+    last = f"{run}/export/step-{STEPS:08d}"
+    expected = f"{last} could not be written (No space left on device): make room, then "
+    assert expected + f"`peerlearn resume {run}` writes it" in capsys.readouterr().err
+    assert not (run / "DONE").exists()
+    assert not Path(last).exists()
+    assert main(["knn", "--checkpoint", str(run)]) == 1
+    assert f"{run}: nothing has been exported yet" in capsys.readouterr().err
+    (disk / "filler").unlink()
+    monkeypatch.undo()
+    assert main(["resume", str(run)]) == 0
+    assert (run / "export/latest").read_text() == f"step-{STEPS:08d}\n"
+    assert [event["step"] for event in events(run, "exported")] == [STEPS]
+    assert (run / "DONE").exists()
 
 
 def test_a_disk_that_stays_full_ends_the_run_after_three_misses(disk, monkeypatch, capsys):

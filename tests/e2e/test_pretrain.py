@@ -302,7 +302,7 @@ def test_dry_run_prints_a_config_that_reads_back_and_writes_nothing(tmp_path, mo
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"step-00000099\n", b"../.."])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"../.."])
 def test_a_spoilt_pointer_to_the_latest_exports_is_not_needed(finished, tmp_path, content, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -310,6 +310,26 @@ def test_a_spoilt_pointer_to_the_latest_exports_is_not_needed(finished, tmp_path
     latest.unlink() if content is None else latest.write_bytes(content)
     assert main(["knn", "--checkpoint", str(run), "--k", "9", "--network", "0"]) == 0
     assert list((run / "results").glob("knn-digits-00000012-0-*.json"))
+
+
+@pytest.mark.parametrize("pointer", ["latest", None])
+def test_no_older_export_is_scored_for_the_last_that_is_gone(finished, tmp_path, pointer, capsys):
+    """By any verb. Where `latest` is gone too, the event tells which step was the last."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    last = run / "export/step-00000012"
+    last.rename(run / "export/step-00000006")
+    if pointer is None:
+        (run / "export/latest").unlink()
+    for verb in ("knn", "linear", "fewshot", "detect"):
+        capsys.readouterr()
+        code = main([verb, "--checkpoint", str(run)])
+        error = capsys.readouterr().err
+        assert (code, error.count("\n")) == (1, 1), error
+        assert error.startswith(f"peerlearn: {last} is gone, the last exports of the run: restore")
+        assert f"or `peerlearn resume {run}` writes it again, or name others by " in error
+        assert f"--checkpoint {run}/export/step-N\n" in error
+    assert main(["knn", "--checkpoint", str(run / "export/step-00000006"), "--k", "9"]) == 0
 
 
 def test_several_k_and_temperatures_are_scored_as_each_alone(finished, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Whole few-shot trainings: chosen by validation, killed and resumed, shared by processes, evaluated."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,12 +13,14 @@ import timm
 import torch
 
 from peerlearn.cli import main
+from pretrain import state
 from tests.e2e.runs import (
     assert_same_run,
     assert_same_to_rounding,
     command,
     ends,
     environment,
+    events,
     exported_files,
     launch,
     newest_tensors,
@@ -114,16 +118,53 @@ def test_kill_9_at_any_step_then_resume_is_the_same_to_the_byte(undisturbed, tmp
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("lost", ["latest", "best"])
-def test_exports_that_are_lost_come_back(lost, undisturbed, tmp_path):
+def test_exports_that_are_lost_come_back(lost, done, undisturbed, tmp_path, capsys):
+    """Nothing else is scored in their place meanwhile."""
     run = tmp_path / "r"
     shutil.copytree(undisturbed, run)
     expected = exported_files(run)
     named = (run / "export" / lost).read_text().strip()
-    shutil.rmtree(run / "export" / named / "net-1")
-    (run / "DONE").unlink()
+    if done:
+        shutil.rmtree(run / "export" / named)
+        (run / "export" / lost).unlink()
+    else:
+        shutil.rmtree(run / "export" / named / "net-1")
+        (run / "DONE").unlink()
+    if lost == "best":
+        capsys.readouterr()
+        assert main(["fewshot", "--checkpoint", str(run)]) == 1
+        error = capsys.readouterr().err
+        folder = run / "export" / named
+        what = f"{folder} is gone, the best" if done else f"{folder / 'net-1'} is gone, one of 2"
+        assert error.startswith(f"peerlearn: {what}")
+        assert error.count("\n") == 1
     assert main(["resume", str(run)]) == 0
     assert exported_files(run) == expected
+    assert (run / "DONE").exists()
+
+
+def test_a_disk_that_does_not_take_the_best_network_costs_the_latest_nothing(
+    undisturbed, tmp_path, monkeypatch
+):
+    run, write_best = tmp_path / "r", state.write_best
+
+    def full_in_the_third_epoch(folder):
+        if not (run / "export" / f"step-{STEPS:08d}").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        write_best(folder)
+
+    monkeypatch.setattr(state, "write_best", full_in_the_third_epoch)
+    assert main([*WORDS, "--run", str(run)]) == 0
+    missed = [(event["step"], event["reason"]) for event in events(run, "export_missed")]
+    assert missed == [(12, "No space left on device")]
+    assert (run / "export/step-00000012/net-1/model.safetensors").exists()
+    best = best_of(run)
+    assert [(e["step"], e.get("best")) for e in events(run, "exported")] == [
+        *((12, None), (STEPS, None), (best, True))
+    ]
+    assert exported_files(run) == exported_files(undisturbed)
 
 
 def fewshot(run: Path, results: Path, *others: str) -> list[dict]:
@@ -159,8 +200,11 @@ def test_steps_that_validation_chose_may_differ_between_the_runs_of_a_mean(
     (other / "export/best").write_text(f"step-{step:08d}\n")
     fewshot(one, tmp_path / "results", str(other))
     assert "differ" not in caplog.text + capsys.readouterr().err
-    (other / "export/best").unlink()
-    (one / "export/best").unlink()
+    for run in (one, other):
+        # As if there had been no validation.
+        (run / "export/best").unlink()
+        lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+        (run / "events.jsonl").write_text("".join(x for x in lines if '"best"' not in x))
     (one / "export/latest").write_text("step-00000012\n")
     fewshot(one, tmp_path / "results", str(other))
     assert f"step (12, {STEPS})" in caplog.text + capsys.readouterr().err

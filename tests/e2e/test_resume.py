@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from peerlearn.cli import main
+from peerlearn.runs import lock
 from peerlearn.runs.checkpoint import saved_steps
 from peerlearn.runs.standing import Standing, StandingLog
 from tests.e2e.runs import (
@@ -594,6 +595,7 @@ def test_a_requeued_job_takes_over_its_own_lock(half_done, monkeypatch):
     }
     (half_done / "owner.json").write_text(json.dumps(owner))
     monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr(lock, "_DEAD_SECONDS", 1.0)
     assert main(["resume", str(half_done)]) == 0
 
 

@@ -147,6 +147,16 @@ def test_the_verbs_export_and_knn_take_a_supervised_run(finished, tmp_path, caps
     assert "is done already" in capsys.readouterr().out
 
 
+def test_a_damaged_accuracy_of_a_run_that_is_done_is_written_again(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "r"))
+    (file,) = run.glob("results/classification-*-1-*.json")
+    expected = json.loads(file.read_text())
+    file.write_text(file.read_text().replace('"top1": ', '"top1": NaN, "was": '))
+    assert main(["resume", str(run)]) == 0
+    again = json.loads(file.read_text())
+    assert (again["metrics"], again["protocol"]) == (expected["metrics"], expected["protocol"])
+
+
 RIVALS = [
     *("--cohort.networks", "3", "--cohort.share_stages", "1", "--alpha", "0", "--beta", "0"),
     *("--supervised.ramp_epochs", "2"),

@@ -115,6 +115,9 @@ def test_the_last_lines_of_an_attempt_are_not_lost_to_the_next(
             file.write("the last\n")
         second.parent.mkdir()
         second.write_text("the first\n")
+        beat = json.loads((first.parent / "rank-0.heartbeat.json").read_text())
+        beat |= {"host": "elsewhere", "pid": 1, "started": None}
+        (second.parent / "rank-0.heartbeat.json").write_text(json.dumps(beat))
         (copy / "DONE").touch()
         out, err = following.communicate(timeout=120)
     expected = f"==> {first} <==\none\nthe last\n\n==> {second} <==\nthe first\n"

@@ -1,5 +1,6 @@
 """`peerlearn status`: runs that are killed, stopped, finished and damaged; jobs of this machine and of a real SLURM."""
 
+import errno
 import io
 import itertools
 import json
@@ -10,10 +11,12 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import ANY
@@ -22,11 +25,17 @@ import pytest
 
 from peerlearn.cli import main
 from peerlearn.compute.attempt import Attempt
-from peerlearn.runs import lock
+from peerlearn.runs import file_ages, lock
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import write_text
+from peerlearn.runs.heartbeat import beat_file, process_started_at
 from peerlearn.runs.standing import StandingLog
 from slurm import status as status_module
+from slurm.config import SubmitConfig
+from slurm.jobs import JobWatch
+from slurm.outcome import Outcome, write_outcome
+from slurm.status import read_statuses
+from slurm.submission import Task, create_submission, record_jobs
 from tests.e2e.runs import SMALL, STEPS, command, ends, environment, events, launch, pretrain, rows
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import peerlearn, status, submit, wait_for_step, wait_until
@@ -37,6 +46,13 @@ from tests.warm import run as run_process
 LONG = ["--epochs", "2000", "--monitor.every_epochs", "1"]
 LONG_STEPS = 2000 * 6
 HELD = ("--sbatch", "hold")
+THIS_PROCESS = {
+    "host": socket.gethostname(),
+    "pid": os.getpid(),
+    "started": process_started_at(os.getpid()),
+}
+# Linux numbers processes below 2**22.
+NO_PROCESS = 2**22 + 1
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict]:
@@ -378,8 +394,7 @@ def test_few_files_of_a_run_are_read(copy: Path, read_files: Callable[[Path], li
     assert read_files(copy) == [*done, "logs/attempt-1/standing.json"]
 
     (copy / "DONE").unlink()
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "time_seconds": time.time()}
-    (copy / "owner.json").write_text(json.dumps(owner))
+    (copy / "owner.json").write_text(json.dumps(THIS_PROCESS))
     shutil.copytree(copy / "logs/attempt-1", copy / "logs/attempt-2")
     with (copy / "events.jsonl").open("a") as file:
         file.write(json.dumps({"event": "started", "attempt": 2, "step": 0}) + "\n")
@@ -387,7 +402,8 @@ def test_few_files_of_a_run_are_read(copy: Path, read_files: Callable[[Path], li
     logs = "logs/attempt-2"
     running = [*done[:3], "FAILED", *done[3:], f"{logs}/standing.json", logs]
     beat, step = f"{logs}/rank-0.heartbeat.json", f"{logs}/rank-0.step"
-    assert read_files(copy) == [*running, beat, step, "owner.json"]
+    # The age of a heartbeat takes a new file, once for all runs of a file system.
+    assert read_files(copy) == [*running, beat, step, "owner.json", beat, logs, logs]
 
 
 def test_folders_of_runs(
@@ -446,11 +462,247 @@ def test_follow_on_a_terminal_ends_by_itself_and_by_ctrl_c(
 
 def test_a_process_that_was_given_the_number_of_a_dead_owner_is_not_it(copy: Path) -> None:
     (copy / "DONE").unlink()
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": "2020-01-01"}
-    (copy / "owner.json").write_text(json.dumps({**owner, "time_seconds": time.time()}))
+    (copy / "owner.json").write_text(json.dumps(THIS_PROCESS))
     assert status(copy).state == "running"
-    (copy / "owner.json").write_text(json.dumps({**owner, "time_seconds": 1.6e9}))
+    (copy / "owner.json").write_text(json.dumps({**THIS_PROCESS, "started": 1}))
     assert status(copy).state == "dead"
+
+
+# Clocks
+
+
+def started_by(run: Path, process: dict[str, object], *, attempt: int = 1) -> Path:
+    """The run as it is while a process trains it. Returns the file of its heartbeat."""
+    (run / "DONE").unlink(missing_ok=True)
+    event = {"event": "started", "attempt": attempt, "total_steps": STEPS}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (run / "owner.json").write_text(json.dumps(process))
+    file = beat_file(RunDirectory(run).logs(attempt), 0)
+    beat = json.loads(beat_file(RunDirectory(run).logs(1), 0).read_text())
+    file.parent.mkdir(exist_ok=True)
+    own = {key: process.get(key) for key in ("host", "pid", "started")}
+    file.write_text(json.dumps(beat | own | {"failed": None}))
+    return file
+
+
+HOURS = [0.0, 7200.0, -7200.0, 1e9, -1e9]
+
+
+@pytest.mark.parametrize("skew", HOURS)
+def test_a_living_run_is_running_and_a_dead_one_dead_whatever_the_clocks_say(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    file = started_by(copy, THIS_PROCESS)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"time_seconds": time.time() + skew}))
+    now = time.time()
+    for jump in HOURS:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda jump=jump: now + jump)
+            found = status(copy)
+        assert (found.state, found.live) == ("running", True)
+        assert found.heartbeat_age_seconds is not None
+        assert 0 <= found.heartbeat_age_seconds < 60
+
+    # The main rank has gone, another one has not: the beats alone tell.
+    (copy / "owner.json").unlink()
+    assert status(copy).state == "running"
+    file.write_text(json.dumps(content | {"time_seconds": time.time() + skew, "started": 1}))
+    found = status(copy)
+    assert (found.state, found.live, found.heartbeat_age_seconds) == ("dead", False, None)
+
+
+@pytest.mark.parametrize(("since_then", "age"), [(90.0, 90.0), (-1.0, 0.0), (-7200.0, None)])
+def test_the_age_of_a_heartbeat_is_by_the_clock_of_its_file_system(
+    copy: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    since_then: float,
+    age: float | None,
+) -> None:
+    """The clock of a file server that is hours wrong is wrong for both files."""
+    file = started_by(copy, THIS_PROCESS)
+    logs = sorted(file.parent.iterdir())
+    measured = file_ages._new_file_seconds
+
+    def on_server(folder: Path) -> float:
+        return measured(folder) - 5000.0
+
+    monkeypatch.setattr(file_ages, "_new_file_seconds", on_server)
+    written = time.time() - 5000.0 - since_then
+    os.utime(file, (written, written))
+    found = status(copy)
+    assert found.state == "running"
+    assert found.heartbeat_age_seconds == (None if age is None else pytest.approx(age, abs=3))
+    assert main(["status", str(copy)]) == 0
+    assert (" unknown" if age is None else " s ago") in capsys.readouterr().out
+    assert sorted(file.parent.iterdir()) == logs
+
+
+def test_where_nothing_can_be_written_the_age_is_unknown_and_the_run_is_running(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A colleague's run."""
+    started_by(copy, THIS_PROCESS)
+
+    def refuse(folder: Path) -> float:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_ages, "_new_file_seconds", refuse)
+        found = status(copy)
+    assert (found.state, found.heartbeat_age_seconds) == ("running", None)
+
+
+def test_one_new_file_tells_the_ages_of_a_whole_file_system(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for name in "abc":
+        runs.append(Path(shutil.copytree(copy, tmp_path / name)))
+        started_by(runs[-1], THIS_PROCESS)
+    made = []
+
+    def measure(folder: Path) -> float:
+        made.append(folder)
+        return time.time()
+
+    monkeypatch.setattr(file_ages, "_new_file_seconds", measure)
+    monkeypatch.setattr(status_module, "_READERS", 1)
+    found = read_statuses(runs, JobWatch())
+    assert [each.state for each in found] == ["running"] * 3
+    assert None not in [each.heartbeat_age_seconds for each in found]
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("skew", HOURS)
+@pytest.mark.parametrize("mark", ["DONE", "FAILED"])
+def test_a_mark_counts_once_its_owner_has_begun_whatever_the_clocks_say(
+    copy: Path, mark: str, skew: float
+) -> None:
+    """An owner that has taken the run, but has not begun its own start, finds the mark of an earlier one."""
+    started_by(copy, {**THIS_PROCESS, "pid": NO_PROCESS})
+    (copy / mark).write_text("no memory\n")
+    os.utime(copy / mark, (time.time() + skew,) * 2)
+    (copy / "owner.json").write_text(json.dumps({**THIS_PROCESS, "since": "2020-01-01"}))
+    assert (status(copy).state, status(copy).live) == ("running", True)
+    started_by(copy, {**THIS_PROCESS, "since": "2020-01-01"}, attempt=2)
+    (copy / mark).write_text("no memory\n")
+    os.utime(copy / mark, (time.time() + skew,) * 2)
+    assert (status(copy).state, status(copy).live) == (mark.lower(), False)
+
+
+@pytest.mark.parametrize("skew", HOURS)
+def test_which_came_first_a_job_or_a_start_is_told_by_the_number_of_starts(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    """The submitting machine's clock may be hours before or behind that of the nodes."""
+    (copy / "DONE").unlink()
+    then = datetime.fromtimestamp(max(0.0, time.time() + skew), UTC).isoformat(timespec="seconds")
+    now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds")
+    started = {"event": "started", "time": now, "attempt": 1}
+    (copy / "events.jsonl").write_text(json.dumps(started) + "\n")
+    job = {"job": "7", "verb": "resume", "executor": "slurm", "folder": "gone", "time": then}
+    (copy / "slurm").mkdir()
+    jobs = copy / "slurm" / "jobs.jsonl"
+    watch = JobWatch()
+    monkeypatch.setattr(watch, "_ask", lambda records: None)
+    beat_file(copy / "logs" / "attempt-1", 0).unlink()
+    for before, state in ((1, "submitted"), (0, "dead")):
+        jobs.write_text(json.dumps(job | {"starts_before": before}) + "\n")
+        (found,) = read_statuses([copy], watch)
+        assert (found.state, found.live) == (state, state == "submitted")
+    note = {"job": "7", "time": then}
+    for before, state in ((1, "cancelled"), (0, "dead")):
+        (copy / "slurm" / "cancelled.jsonl").write_text(
+            json.dumps(note | {"starts_before": before}) + "\n"
+        )
+        (found,) = read_statuses([copy], watch)
+        assert (found.state, found.live) == (state, False)
+
+
+@pytest.mark.parametrize("skew", HOURS)
+@pytest.mark.parametrize(("attempt", "state"), [(2, "failed"), (3, "dead")])
+def test_the_outcome_of_a_job_of_this_machine_counts_until_the_run_is_started_again(
+    copy: Path, skew: float, attempt: int, state: str
+) -> None:
+    file = started_by(copy, {**THIS_PROCESS, "pid": NO_PROCESS}, attempt=attempt)
+    (copy / "owner.json").unlink()
+    home = copy / "slurm"
+    home.mkdir()
+    submission = create_submission(
+        home, [Task(words=["resume"], run=str(copy))], SubmitConfig(executor="local")
+    )
+    record_jobs(submission, [str(NO_PROCESS)])
+    jobs = json.loads((home / "jobs.jsonl").read_text())
+    assert jobs["starts_before"] == attempt
+    (home / "jobs.jsonl").write_text(json.dumps(jobs | {"starts_before": 1}) + "\n")
+    outcome = Outcome(kind="crashed", code=1, reason="no memory", step=3)
+    write_outcome(submission.folder, task=0, restart=0, rank=0, outcome=outcome)
+    os.utime(submission.outcomes / "0-0-0.json", (time.time() + skew,) * 2)
+    found = status(copy)
+    assert (found.state, found.live) == (state, False)
+    assert (found.reason == "no memory") == (state == "failed")
+    assert file.exists()
+
+
+BEATING = """
+import sys, time
+from pathlib import Path
+from peerlearn.runs import heartbeat, lock
+real, jumps = time.time, {"ahead": 7200.0, "behind": -7200.0, "still": None}
+jump = jumps[sys.argv[2]]
+time.time = lambda: 1e9 if jump is None else real() + jump
+lock._BEAT_SECONDS = heartbeat.INTERVAL_SECONDS = 0.05
+run = Path(sys.argv[1])
+with lock.run_lock(run):
+    beating = heartbeat.Heartbeat(run / "logs" / "attempt-1", 0)
+    beating.at_step(3)
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("clock", ["ahead", "behind", "still"])
+def test_a_real_process_whose_clock_is_wrong_is_running_until_it_is_killed(
+    copy: Path, clock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on this machine, and as on another one."""
+    (copy / "DONE").unlink()
+    event = {"event": "started", "attempt": 1}
+    (copy / "events.jsonl").write_text(json.dumps(event) + "\n")
+    for module in (lock, status_module):
+        monkeypatch.setattr(module, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(lock, "_LOOK_SECONDS", 2.0)
+    monkeypatch.setattr(status_module, "SILENT_SECONDS", 2.0)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEATING, str(copy), clock],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    host = socket.gethostname
+    seen: list[str] = []
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        for name in (host(), "another"):
+            monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+            found = status(copy)
+            seen.append(found.state)
+            assert found.heartbeat_age_seconds is not None
+            assert found.heartbeat_age_seconds < 60
+    finally:
+        process.kill()
+        process.communicate()
+    for name in (host(), "another"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        # To another machine its last beat may still be news; then it should have beaten again.
+        status(copy)
+        time.sleep(2.2)
+        seen.append(status(copy).state)
+    assert seen == ["running", "running", "dead", "dead"]
 
 
 def test_interval_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:

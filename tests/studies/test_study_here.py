@@ -20,7 +20,9 @@ from studies.evaluations import (
     orders,
     read_order,
     read_outcome,
+    read_outcomes,
     resolve_evaluation,
+    write_order,
 )
 from tests.e2e.runs import command, environment, flip_last_byte
 from tests.owners import beating
@@ -251,7 +253,7 @@ def test_a_single_run_is_watched(run: Path) -> None:
 
 def steps(run: Path, exports: str | int, *, live: bool = False) -> list[int]:
     line = Evaluation(line="knn", config={})
-    return [order.step for order in orders(run, [line], exports, live=live)]
+    return [order.step for order in orders(run, [line], exports, live=live)[0]]
 
 
 def test_exports_count_when_all_networks_are_there(run: Path) -> None:
@@ -385,3 +387,23 @@ def test_measure_takes_what_was_ordered_alone(run: Path, capsys: pytest.CaptureF
     assert main(["measure", str(run)]) == 1
     assert "is no evaluation that a study ordered" in capsys.readouterr().err
     assert not os.path.lexists(run / "evaluations")
+
+
+@pytest.mark.parametrize("instead", [None, "step-00000006"])
+def test_measure_takes_no_other_export_than_the_one_that_was_ordered(
+    run: Path, instead: str | None, capsys: pytest.CaptureFixture
+) -> None:
+    line = Evaluation(line=KNN, config={})
+    (order,) = orders(run, [line], "last", live=False)[0]
+    folder = write_order(run, order)
+    export = run / order.export
+    export.rename(run / "export" / "elsewhere")
+    if instead:
+        shutil.copytree(run / "export" / instead, export)
+    what = "holds other networks than were ordered" if instead else "is gone"
+    why = f"{export} {what}: nothing is measured in its place"
+    assert main(["measure", str(folder)]) == 1
+    assert capsys.readouterr().err == f"peerlearn: {why}\n"
+    (outcome,) = read_outcomes(run)
+    assert (outcome.kind, outcome.reason, outcome.step) == ("failed", why, 12)
+    assert not (run / "results").exists()

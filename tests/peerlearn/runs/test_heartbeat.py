@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from peerlearn.runs.heartbeat import (
     SilenceWatch,
     name_culprits,
     process_exists,
+    process_started_at,
     read_beat,
 )
 
@@ -42,7 +44,9 @@ def write_beat(folder: Path, rank: int, *, age: float = 0.0, **changes: object) 
         rank=rank,
         host=HOST,
         pid=os.getpid(),
+        started=process_started_at(os.getpid()),
         time_seconds=time.time() - age,
+        beats=1,
         step=7,
         collectives=5,
         waiting="gather",
@@ -74,22 +78,29 @@ FATES = {
         f"rank {{}} died (process {NO_PROCESS} on {HOST})",
     ),
     "silent": (
-        *(2, {"age": 99, "collectives": 1}),
-        f"rank {{}} has been silent for 99 s (process {os.getpid()} on {HOST})",
+        *(2, {"age": -1, "collectives": 1}),
+        f"rank {{}} has been silent for 0 s (process {os.getpid()} on {HOST})",
     ),
     # By its time it has just beaten, but it stays the same while it is looked at.
     "silent elsewhere": (
         *(2, {"age": -1, "host": "elsewhere", "pid": NO_PROCESS, "step": 8}),
-        f"rank {{}} gives no sign of life (process {NO_PROCESS} on elsewhere)",
+        f"rank {{}} has been silent for 0 s (process {NO_PROCESS} on elsewhere)",
     ),
     "never there": (2, None, "rank {} never gave a sign"),
+    "a later process has its number": (
+        *(1, {"started": 1, "age": -1}),
+        f"rank {{}} died (process {os.getpid()} on {HOST})",
+    ),
     "behind": (3, {"collectives": 4}, f"rank {{}} lives but did not come ({HOST})"),
     "behind elsewhere": (
         *(3, {"collectives": 0, "host": "elsewhere", "pid": NO_PROCESS}),
         "rank {} lives but did not come (elsewhere)",
     ),
     "here": (4, {}, ""),
-    # By its time it has been silent for ever, but it changes.
+    # By their times they have been silent for ever, or will be, but they change.
+    "here, an hour ago": (4, {"age": 3600}, ""),
+    "here, in an hour": (4, {"age": -3600}, ""),
+    "here, of an earlier version": (4, {"started": None}, ""),
     "here elsewhere": (4, {"host": "elsewhere", "pid": NO_PROCESS, "age": 1e6}, ""),
 }
 NOBODY = "no rank is missing: the network between them may have failed"
@@ -104,9 +115,9 @@ def test_the_gravest_fate_is_told_of_all_ranks_that_met_it(fates, place, tmp_pat
 
     def sleep(seconds: float) -> None:
         for rank, fate in zip(ranks, fates, strict=True):
-            if "elsewhere" in fate and "silent" not in fate:
-                _, changes, _ = FATES[fate]
-                write_beat(folder, rank, **changes)
+            _, changes, _ = FATES[fate]
+            if changes is not None and "silent" not in fate:
+                write_beat(folder, rank, **{"beats": 2, **changes})
 
     own = place % (len(fates) + 1)
     write_beat(folder, own)
@@ -132,21 +143,45 @@ def test_behind_are_those_that_another_rank_or_this_one_has_passed(own, others, 
     folder = tmp_path_factory.mktemp("beats")
     if own is not None:
         write_beat(folder, 0, collectives=own)
+
+    def sleep(seconds: float) -> None:
+        for rank, collectives in enumerate(others, start=1):
+            write_beat(folder, rank, collectives=collectives, beats=2)
+
     for rank, collectives in enumerate(others, start=1):
         write_beat(folder, rank, collectives=collectives)
     furthest = max(*others, -1 if own is None else own)
     behind = [rank for rank, collectives in enumerate(others, start=1) if collectives < furthest]
-    found = name_culprits(folder, rank=0, world_size=len(others) + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heartbeat.time, "sleep", sleep)
+        found = name_culprits(folder, rank=0, world_size=len(others) + 1)
     if behind:
         assert found == "; ".join(f"rank {r} lives but did not come ({HOST})" for r in behind)
     else:
         assert found == NOBODY
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"rank": 1}', '{"rank": 1, "more": 2}'])
+SOUND = dataclasses.asdict(
+    Beat(
+        rank=1, host=HOST, pid=2, time_seconds=3.0, step=4, collectives=5, waiting=None, failed=None
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "7", "[" * 10**5, '{"rank": 1}', '{"rank": 1, "more": 2}'),
+        *(json.dumps(SOUND | {"collectives": "5"}), json.dumps(SOUND | {"pid": None})),
+        *(json.dumps(SOUND | {"time_seconds": math.nan}), "\udcff"),
+    ],
+)
 def test_a_beat_that_cannot_be_read_is_none(tmp_path, content):
     write_beat(tmp_path, 0)
-    (tmp_path / "rank-1.heartbeat.json").write_text(content)
+    file = tmp_path / "rank-1.heartbeat.json"
+    file.write_text(json.dumps(SOUND))
+    assert read_beat(tmp_path, 1).collectives == 5
+    file.write_text(content, errors="surrogateescape")
     assert read_beat(tmp_path, 1) is None
     assert name_culprits(tmp_path, rank=0, world_size=2) == "rank 1 never gave a sign"
 
@@ -167,6 +202,28 @@ def test_beats_are_read_only_after_those_of_before_the_failure_have_been_replace
     write_beat(tmp_path, 1)
     assert name_culprits(tmp_path, rank=0, world_size=2) == "rank 1 failed (only now)"
     assert waited == [4.0]
+
+
+@pytest.mark.parametrize("clock", [0.0, 7200.0, -7200.0])
+def test_a_rank_is_silent_only_after_8_seconds_of_looking_whatever_the_clock_does(
+    tmp_path, monkeypatch, clock
+):
+    """Rank 2, which ends meanwhile because of rank 1, is not to blame."""
+    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 2.0)
+    now, waited = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        waited.append(seconds)
+        write_beat(tmp_path, 2, age=clock, beats=len(waited) + 1, failed="1" * (len(waited) - 1))
+
+    monkeypatch.setattr(heartbeat.time, "sleep", sleep)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    for rank in range(3):
+        write_beat(tmp_path, rank, age=-clock)
+    expected = f"rank 1 has been silent for 8 s (process {os.getpid()} on {HOST})"
+    assert name_culprits(tmp_path, rank=0, world_size=3) == expected
+    assert waited == [4.0, 4.0]
 
 
 def test_silence_is_counted_from_the_last_new_beat_by_this_process_own_clock(tmp_path, monkeypatch):
@@ -206,13 +263,25 @@ def test_what_changes_was_written_by_somebody_who_lived(monkeypatch):
     assert sightings.look("b", 1) == (3.0, False)
 
 
-def test_only_a_beat_of_this_machine_has_an_age(tmp_path):
-    write_beat(tmp_path, 0, age=5)
-    write_beat(tmp_path, 1, age=-3600)
-    write_beat(tmp_path, 2, age=5, host="elsewhere")
-    ages = [read_beat(tmp_path, rank).age_seconds for rank in range(3)]
-    assert ages[0] == pytest.approx(5, abs=1)
-    assert ages[1:] == [0.0, None]
+@pytest.mark.parametrize(
+    ("changes", "lives"),
+    [
+        ({"age": 1e6}, True),
+        ({"age": -1e6}, True),
+        ({"started": 1}, False),
+        ({"pid": NO_PROCESS}, False),
+        ({"pid": NO_PROCESS, "started": None}, False),
+        ({"started": None}, None),
+        ({"host": "elsewhere"}, None),
+        ({"host": "elsewhere", "pid": 10**30}, None),
+        ({"pid": 10**30}, False),
+    ],
+)
+def test_whether_a_process_lives_is_told_by_its_number_and_its_start_not_by_a_clock(
+    tmp_path, changes, lives
+):
+    write_beat(tmp_path, 0, **changes)
+    assert read_beat(tmp_path, 0).lives() is lives
 
 
 # Real processes
@@ -244,13 +313,17 @@ def test_a_process_of_another_user_exists(monkeypatch):
 
     monkeypatch.setattr(os, "kill", kill)
     assert process_exists(1)
+    assert process_exists(1, process_started_at(1))
+    assert not process_exists(1, process_started_at(1) + 1)
 
 
 def test_a_stopped_process_is_not_dead(sleeper, tmp_path):
     sleeper.send_signal(signal.SIGSTOP)
     write_beat(tmp_path, 0)
-    write_beat(tmp_path, 1, pid=sleeper.pid, collectives=4)
-    expected = f"rank 1 lives but did not come ({HOST})"
+    own = {"pid": sleeper.pid, "started": process_started_at(sleeper.pid)}
+    write_beat(tmp_path, 1, **own, collectives=4)
+    assert read_beat(tmp_path, 1).lives() is True
+    expected = f"rank 1 has been silent for 0 s (process {sleeper.pid} on {HOST})"
     assert name_culprits(tmp_path, rank=0, world_size=2) == expected
 
 
@@ -262,6 +335,8 @@ from pathlib import Path
 from peerlearn.runs import heartbeat
 
 heartbeat.INTERVAL_SECONDS = 0.001
+# A clock that stands still, decades ago.
+time.time = lambda: 1e9
 beating = heartbeat.Heartbeat(Path(sys.argv[1]), 1)
 for _ in range(3):
     beating.enter("average")
@@ -281,8 +356,11 @@ def test_a_killed_rank_is_named_dead_by_the_beats_it_left(tmp_path):
         beat = read_beat(tmp_path, 1)
         assert (beat.pid, beat.host, beat.waiting) == (process.pid, HOST, "wait for rank 0")
         write_beat(tmp_path, 0, collectives=4)
-        found = name_culprits(tmp_path, rank=0, world_size=2)
-        assert found == NOBODY
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heartbeat, "INTERVAL_SECONDS", 0.5)
+            for clock in (0.0, 4e9):
+                patch.setattr(heartbeat.time, "time", lambda clock=clock: clock)
+                assert name_culprits(tmp_path, rank=0, world_size=2) == NOBODY
     finally:
         process.kill()
         process.wait()
@@ -303,7 +381,7 @@ def test_a_rank_beats_by_itself_where_it_stands(tmp_path, monkeypatch):
     until(lambda: read_beat(tmp_path, 3).waiting is None)
     later = read_beat(tmp_path, 3)
     assert later.collectives == 1
-    assert later.time_seconds > first.time_seconds
+    assert later.beats > first.beats
     beating.end()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from peerlearn.errors import UserError
 from peerlearn.runs import lock as module
-from peerlearn.runs.heartbeat import Sightings
+from peerlearn.runs.heartbeat import Sightings, process_started_at
 from peerlearn.runs.lock import living_owner, run_lock
 from tests.owners import beating
 
@@ -210,18 +210,94 @@ def test_an_owner_elsewhere_that_ends_while_it_is_looked_at_leaves_the_run_free(
     assert time.monotonic() - begun < 30
 
 
-@pytest.mark.parametrize(
-    ("host", "job"), [("elsewhere", "7"), (socket.gethostname(), "8"), (socket.gethostname(), None)]
-)
-def test_a_requeued_job_and_a_dead_owner_of_this_machine_are_not_looked_at(
-    host, job, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("job", ["7", "8", None])
+def test_a_dead_owner_of_this_machine_is_not_looked_at(job, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(module, "_DEAD_SECONDS", 600.0)
+    host = socket.gethostname()
     record = {"host": host, "pid": 4, "job": job, "since": "then", "time_seconds": time.time()}
     (tmp_path / "owner.json").write_text(json.dumps(record))
     with run_lock(tmp_path) as last:
         assert last.startswith(f"process 4 on {host}")
+
+
+def test_a_requeued_job_waits_until_its_former_self_on_another_machine_is_dead(
+    short_looks, tmp_path, monkeypatch, caplog
+):
+    """It is the same job on two machines, one of which Slurm has lost sight of: both would write the run."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    record = {"host": "elsewhere", "pid": 4, "job": "7", "since": "then", "time_seconds": 0.0}
+    ended = threading.Event()
+
+    def beat() -> None:
+        with beating(tmp_path, record):
+            ended.wait(1.0)
+        ended.set()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    while not (tmp_path / "owner.json").exists():
+        time.sleep(0.01)
+    with run_lock(tmp_path) as last:
+        assert ended.is_set()
+        assert last == "process 4 on elsewhere, SLURM job 7, since then"
+    thread.join()
+
+    monkeypatch.setattr(module, "_FORMER_SELF_SECONDS", 0.5)
+    with beating(tmp_path, record):
+        while not (tmp_path / "owner.json").exists():
+            time.sleep(0.01)
+        with (
+            pytest.raises(UserError, match="in use by process 4 on elsewhere, SLURM job 7"),
+            run_lock(tmp_path),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("jump", [0.0, 7200.0, -7200.0, 1e9])
+def test_a_living_owner_of_this_machine_lives_whatever_the_clock_does(
+    jump, start, tmp_path, monkeypatch
+):
+    holder = start()
+    said(holder)
+    owner = read_owner(tmp_path)
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + jump)
+    assert living_owner(tmp_path) == owner
+    holder.kill()
+    holder.wait()
+    assert read_owner(tmp_path) == owner
+    assert living_owner(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "lives"),
+    [
+        ({}, True),
+        ({"started": 1}, False),
+        ({"pid": 2**22 + 1}, False),
+        ({"pid": 10**30}, False),
+        ({"time_seconds": 0.0}, True),
+        ({"time_seconds": "then"}, True),
+        # Of an earlier version: the number alone tells nothing, and nobody renews it.
+        ({"started": None}, False),
+    ],
+)
+def test_a_later_process_with_the_number_of_a_dead_owner_is_not_it(
+    record, lives, short_looks, tmp_path
+):
+    own = {"host": socket.gethostname(), "pid": os.getpid()}
+    own["started"] = process_started_at(os.getpid())
+    (tmp_path / "owner.json").write_text(json.dumps(own | record))
+    assert (living_owner(tmp_path) is not None) == lives
+
+
+def test_an_owner_of_an_earlier_version_on_this_machine_lives_while_it_beats(short_looks, tmp_path):
+    record = {"host": socket.gethostname(), "pid": os.getpid(), "time_seconds": 0.0}
+    with beating(tmp_path, record):
+        while not (tmp_path / "owner.json").exists():
+            time.sleep(0.01)
+        assert living_owner(tmp_path)["pid"] == os.getpid()
 
 
 def test_many_owners_elsewhere_are_looked_at_at_the_same_time(short_looks, tmp_path):
@@ -238,9 +314,17 @@ def test_many_owners_elsewhere_are_looked_at_at_the_same_time(short_looks, tmp_p
     assert not any(moved for _, moved in (first, *others))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", "null", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "7", "null", "{}", "[" * 10**5, "\udcff"),
+        # Equal to nothing, it would seem to change at every look.
+        '{"host": "elsewhere", "pid": 4, "time_seconds": NaN}',
+    ],
+)
 def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
-    (tmp_path / "owner.json").write_text(content)
+    (tmp_path / "owner.json").write_text(content, errors="surrogateescape")
+    assert living_owner(tmp_path) is None
     with run_lock(tmp_path) as last:
         assert last is None
 
@@ -250,19 +334,21 @@ def test_the_record_beats_while_the_lock_is_held_and_not_after(tmp_path, monkeyp
     beats = []
     write_owner = module._write_owner
 
-    def writing(file: Path, since: str) -> None:
-        write_owner(file, since)
+    def writing(*record: object) -> None:
+        write_owner(*record)
         beats.append(read_owner(tmp_path))
 
     monkeypatch.setattr(module, "_write_owner", writing)
+    monkeypatch.setattr(module.time, "time", lambda: 1e9)
     with run_lock(tmp_path):
         deadline = time.monotonic() + 60
         while len(beats) < 5:
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.001)
     written = len(beats)
-    times = [beat.pop("time_seconds") for beat in beats]
-    assert times == sorted(set(times))
+    # A clock that stands still makes no two of them alike.
+    assert {beat.pop("time_seconds") for beat in beats} == {1e9}
+    assert [beat.pop("beats") for beat in beats] == list(range(1, written + 1))
     assert all(beat == beats[0] for beat in beats)
     assert not (tmp_path / "owner.json").exists()
     time.sleep(0.02)
