@@ -31,9 +31,10 @@ from peerlearn.runs.lock import living_owner, look_at_owner
 from peerlearn.runs.standing import Standing, integer, read_standing
 from slurm.client import JobState
 from slurm.jobs import JobKey, JobWatch, Record, job_key, records_of, submission_of
-from slurm.outcome import Outcome, outcome_of
+from slurm.outcome import SETTLED_SECONDS, Outcome, is_decided, outcome_of
 from slurm.submission import (
     JOBS_FILE,
+    NUMBERS_FILE,
     OUTCOMES_FOLDER,
     STARTS_BEFORE,
     TRAINING_VERBS,
@@ -119,7 +120,7 @@ def _status_now(
 
 def _status(history: "_History", states: Mapping[JobKey, JobState], ages: FileAges) -> RunStatus:
     job = history.newest_job(states)
-    state, reason, live = _state(history, job, states.get(job_key(job)) if job else None)
+    state, reason, live = _state(history, job, states.get(job_key(job)) if job else None, ages)
     if state == "failed" and job is not None and history.has_not_begun(job):
         # The job failed too early to write a reason into the run.
         outcome = _outcome(history.run, job)
@@ -274,7 +275,7 @@ def _newest_standing(run: RunDirectory, attempts: Sequence[int]) -> tuple[int, S
 
 
 def _state(
-    history: _History, job: Record | None, job_state: JobState | None
+    history: _History, job: Record | None, job_state: JobState | None, ages: FileAges
 ) -> tuple[str, str | None, bool]:
     """The state, its reason, and whether the run goes on by itself."""
     mark = history.mark
@@ -293,6 +294,14 @@ def _state(
         return "stopped", "resume continues", False
     if not history.attempt_ended and any(_is_alive(history, beat) for beat in history.beats):
         return "running", None, True
+    if job is not None and (job_state is None or job_state.unknown):
+        decided = history.has_not_begun(job) and is_decided(
+            submission_of(history.run, job), job["job"]
+        )
+        if decided and (outcome := _outcome(history.run, job)):
+            return outcome.kind, outcome.reason, False
+        if job_state is None and _is_fresh(history.run, job, ages):
+            return "submitted", "Slurm does not know it yet", True
     if job_state is not None and job_state.unknown:
         if history.last == "requeued":
             return "requeued", job_state.reason, True
@@ -302,6 +311,14 @@ def _state(
     elif job_state is not None and job_state.state != "COMPLETED":
         return job_state.state.lower(), job_state.reason or None, False
     return _dead(history, job)
+
+
+def _is_fresh(run: Path, job: Record, ages: FileAges) -> bool:
+    """Whether a job of Slurm was submitted so recently that Slurm's list may lag."""
+    if job["executor"] != "slurm":
+        return False
+    age = ages.age_seconds(submission_of(run, job) / NUMBERS_FILE)
+    return age is not None and age < SETTLED_SECONDS
 
 
 def _said_slurm_cancelled(state: JobState | None) -> bool:
@@ -337,7 +354,8 @@ def _dead(history: _History, job: Record | None) -> tuple[str, str | None, bool]
     if outcome is not None and outcome.kind in ("crashed", "failed"):
         return "failed", outcome.reason, False
     if job is not None and not RunDirectory(history.run).begun:
-        return "dead", f"job {job['job']} is gone, and the run never began", False
+        where = "Slurm does not know" if job["executor"] == "slurm" else "this machine does not run"
+        return "dead", f"{where} job {job['job']}, and the run never began", False
     since = max((beat.time_seconds for beat in history.beats), default=None)
     if since is None:
         return "dead", "it ended while it was starting", False

@@ -183,7 +183,12 @@ def test_whatever_setup_does_the_job_is_requeued(
     ],
 )
 def test_a_setup_that_ends_the_start(
-    cluster: Cluster, tmp_path: Path, login: None, setup: str, reason: str
+    cluster: Cluster,
+    tmp_path: Path,
+    login: None,
+    monkeypatch: pytest.MonkeyPatch,
+    setup: str,
+    reason: str,
 ) -> None:
     run = tmp_path / "a"
     job = submit(cluster, run, options=("--setup", setup, "--max_crashes", "0"))
@@ -191,6 +196,9 @@ def test_a_setup_that_ends_the_start(
     (line,) = outcomes(run)
     assert line["kind"] == "crashed"
     assert line["reason"].startswith(f"crashed 1 times, max_crashes is 0: {reason}"), logs(run)
+    assert status(run).text.startswith(f"failed: {line['reason']}")
+    # Its files tell, also where Slurm cannot be asked.
+    monkeypatch.setenv("SLURM_CONF", os.devnull)
     assert status(run).text.startswith(f"failed: {line['reason']}")
 
 

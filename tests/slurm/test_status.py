@@ -768,8 +768,13 @@ def test_a_job_that_squeue_has_forgotten(cluster: Cluster, tmp_path: Path) -> No
     wait_until(lambda: slurm_status(cluster, run, PATH=path)[0]["state"] == "cancelled", "sacct")
     path = programs(tmp_path / "without", squeue="exit 0")
     (found,) = slurm_status(cluster, run, PATH=path)
+    assert (found["state"], found["live"]) == ("submitted", True)
+    assert found["reason"] == "Slurm does not know it yet"
+    # Its list lags no longer than a minute.
+    os.utime(run / "slurm" / "pretrain-1" / "jobs.json", (0, 0))
+    (found,) = slurm_status(cluster, run, PATH=path)
     assert (found["state"], found["live"]) == ("dead", False)
-    assert found["reason"] == f"job {job} is gone, and the run never began"
+    assert found["reason"] == f"Slurm does not know job {job}, and the run never began"
 
 
 def test_a_job_that_runs_and_one_that_waits_for_its_nodes(cluster: Cluster, tmp_path: Path) -> None:
