@@ -8,13 +8,14 @@ from pathlib import Path
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
-from peerlearn.runs.directory import STUDY_FILE, check_owner
+from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, check_owner
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, cancel_jobs
 from slurm.jobs import Record, job_key, records_of, states_of
 from slurm.status import CANCELLED_FILE, find_runs
+from slurm.submission import locked_home
 
 _PATIENCE_SECONDS = 300.0
 
@@ -41,13 +42,29 @@ def main(argv: Sequence[str]) -> int:
     studies = [word for word in words if (word / STUDY_FILE).is_file()]
     for study in studies:
         check_owner(study)
-    try:
-        runs = [*studies, *find_runs(words)]
-    except UserError:
-        if not studies:
-            raise
-        runs = studies
-    # A study's own jobs end first: a living watch would submit further ones.
+    with contextlib.ExitStack() as held:
+        # Nobody submits further jobs of a study meanwhile.
+        for study in studies:
+            held.enter_context(locked_home(study / JOBS_FOLDER))
+        try:
+            runs = [*studies, *find_runs(words)]
+        except UserError:
+            if not studies:
+                raise
+            runs = studies
+        ended = _cancel(runs)
+    for run in runs:
+        if run not in ended and run not in studies:
+            print(f"{run}: nothing to cancel: {_why_nothing(run)}")
+    return DONE
+
+
+def _cancel(runs: Sequence[Path]) -> set[Path]:
+    """End the jobs of runs and studies, a study's own jobs first: a living watch would submit further ones.
+
+    Returns:
+        The runs and studies that had any.
+    """
     jobs = [(run, record) for run in runs for record in records_of(run)]
     # Jobs of this machine first: they need no Slurm.
     ended = {place for place, record in jobs if _cancel_local(place, record)}
@@ -60,10 +77,7 @@ def main(argv: Sequence[str]) -> int:
     for place, record, state in alive:
         _note(place, record, state)
         ended.add(place)
-    for run in runs:
-        if run not in ended and run not in studies:
-            print(f"{run}: nothing to cancel: {_why_nothing(run)}")
-    return DONE
+    return ended
 
 
 def _cancel_local(place: Path, record: Record) -> bool:

@@ -98,12 +98,6 @@ def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> 
     folder = submission.folder.resolve()
     script = folder / BATCH_SCRIPTS.replace("*", secrets.token_hex(8))
     with _removed_on_failure(submission):
-        for character in _NOT_IN_PATHS:
-            if character in str(folder):
-                raise UserError(
-                    f"{submission.folder}: to Slurm {character!r} in a path has a meaning: choose another folder for "
-                    "the run by --run"
-                )
         # The variables of the start may be secrets.
         write_text(folder / START_SCRIPT, start_script(submission), mode=PRIVATE)
         write_text(script, batch_script(submission, name, at_once), mode=PRIVATE)
@@ -185,10 +179,20 @@ def _undisturbed() -> Iterator[None]:
 
 
 def batch_script(submission: Submission, name: str, at_once: int | None = None) -> str:
-    """The batch script for sbatch. It holds whatever the user's setup does: that runs in a shell of its own."""
+    """The batch script for sbatch. It holds whatever the user's setup does: that runs in a shell of its own.
+
+    Raises:
+        UserError: the path of the submission has characters with a meaning to Slurm.
+    """
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
     folder = submission.folder.resolve()
+    for character in _NOT_IN_PATHS:
+        if character in str(folder):
+            raise UserError(
+                f"{submission.folder}: to Slurm {character!r} in a path has a meaning: choose another folder for the "
+                "run by --run"
+            )
     # Where the setup leaves what it takes to call Slurm and Python.
     ready = f'{shlex.quote(str(submission.outcomes.resolve()))}/"ready-$SLURM_JOB_ID-$start"'
     requeue = shlex.join([*module_words(submission.code.resolve(), "slurm.requeue"), str(folder)])

@@ -125,6 +125,9 @@ class Submission:
 def locked_home(home: Path) -> Iterator[None]:
     """Keep other submissions out of this folder for as long as the block lasts. A failure leaves nothing behind.
 
+    Some network file systems do not keep the lock between machines. Nothing is spoiled then: the run's own lock and
+    owner let one training in, and Slurm runs jobs of one name one after another.
+
     Raises:
         UserError: another submission does not end, or the folder cannot be written.
     """

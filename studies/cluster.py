@@ -24,6 +24,7 @@ from slurm.submission import (
     Task,
     create_submission,
     job_numbers,
+    locked_home,
     read_submission,
 )
 from studies.due import (
@@ -32,7 +33,6 @@ from studies.due import (
     Ordered,
     Work,
     drop_bulk,
-    locked,
     look,
     newest_training,
     to_train,
@@ -69,7 +69,7 @@ def submit_pretraining(
     Raises:
         UserError: the jobs are refused, or Slurm does not answer.
     """
-    with locked(root):
+    with locked_home(root / JOBS_FOLDER):
         adopt(root / JOBS_FOLDER)
         known = _jobs([run.folder for run in runs], patience_seconds=_PATIENCE_SECONDS)
         due = [run for run in runs if to_train(training_of(run.folder, known), again=again)]
@@ -149,7 +149,7 @@ def submit_watch(root: Path, words: list[str], cluster: SubmitConfig) -> str | N
         UserError: the job is refused, or Slurm does not answer.
     """
     name = f"watch-{_digest(root)}"
-    with locked(root):
+    with locked_home(root / JOBS_FOLDER):
         jobs = own_jobs(patience_seconds=_PATIENCE_SECONDS)
         waiting = [job for job in jobs if job.name == name and job.state == "PENDING"]
         if waiting:
@@ -168,7 +168,7 @@ def submit_background(root: Path, words: list[str], cluster: SubmitConfig) -> st
     Raises:
         UserError: it cannot be started.
     """
-    with locked(root):
+    with locked_home(root / JOBS_FOLDER):
         if states_of(record for record in records_of(root) if record["executor"] == "local"):
             return None
         return _submit(root / JOBS_FOLDER, [Task(words=words, run=str(root))], cluster)[0]
@@ -180,7 +180,7 @@ def advance(work: Work, cluster: SubmitConfig, *, at_once: int | None) -> Look:
     Raises:
         UserError: Slurm does not answer, a job is refused, or the folder cannot be written.
     """
-    with locked(work.root):
+    with locked_home(work.root / JOBS_FOLDER):
         adopt(work.root / JOBS_FOLDER)
         found = look(work, _jobs(work.runs, missing=_missing))
         live = len(found.with_standing("live"))

@@ -2,17 +2,14 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
-
 from peerlearn.errors import UserError
 from peerlearn.evaluation.results import read_result
-from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
+from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.lock import living_owner, look_at_owner
 from peerlearn.runs.step_folders import best_step, latest_step, step_folder
 from slurm.client import OwnJob
@@ -271,27 +268,3 @@ def drop_bulk(work: Work, found: Look) -> None:
         for folder in directory.exports.glob("step-*"):
             if work.keep == "results" or folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Keep other watchers of this folder from submitting for as long as the block lasts.
-
-    Raises:
-        UserError: another process keeps the lock, or the folder cannot be written.
-    """
-    folder = root / JOBS_FOLDER
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = FileLock(folder / ".study.lock")
-        lock.acquire(timeout=_LOCK_SECONDS)
-    except Timeout as error:
-        raise UserError(
-            f"{folder}: another process has held its lock for {_LOCK_SECONDS:.0f} s"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be locked ({error.strerror})") from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UsageError, UserError
+from peerlearn.runs.directory import JOBS_FOLDER
 from peerlearn.runs.stop import STOP_SIGNALS, Stop, stop_signals
 from slurm.client import own_jobs
 from slurm.config import SubmitConfig
+from slurm.submission import locked_home
 from slurm.submit_command import read_cluster
 from studies.cluster import advance, submit_background, submit_pretraining, submit_watch
 from studies.config import StudyConfig
-from studies.due import Jobs, Look, Work, ask_again, locked, look, problems
+from studies.due import Jobs, Look, Work, ask_again, look, problems
 from studies.evaluations import fixed_evaluations
 from studies.here import Here
 from studies.study import Study, all_seeds, config_file
@@ -41,7 +43,7 @@ def go_on(
     config, work = study.config, work_of(study)
     interval_seconds = interval_seconds or config.interval_seconds
     if again:
-        with locked(study.root):
+        with locked_home(study.root / JOBS_FOLDER):
             ask_again(jobs_now(work, config))
     place = place_of(config.cluster)
     if place.executor == "local" and not watching:

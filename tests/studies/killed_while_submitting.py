@@ -35,7 +35,7 @@ def watch(event: str, arguments: tuple) -> None:
         return
     place = str(arguments[0])
     if event == "open":
-        locked = locked or place.endswith(".study.lock")
+        locked = locked or place.endswith(".submit.lock")
         if arguments[1] in (None, "r", "rb"):
             return
     if not locked or COPY in place:

@@ -33,6 +33,7 @@ from tests.studies.small_studies import (
 from tests.warm import Process
 from tests.warm import run as run_process
 
+FAULTS = ROOT / "tests" / "slurm" / "faults"
 DRIVER = Path(__file__).parent / "killed_while_submitting.py"
 
 
@@ -159,17 +160,7 @@ def test_a_whole_study(cluster: Cluster, tmp_path: Path):
     watcher = json.loads((root / "slurm" / "jobs.jsonl").read_text())["job"]
     wait_for(lambda: list(root.glob("*/evaluations/*/measure-1")), "evaluation")
     cluster.call("scontrol", "requeue", watcher)
-    words = command("resume", str(root))
-    # A namespace of its own gives a process the name of another host.
-    elsewhere = ["unshare", "--uts", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh"]
-    if subprocess.run([*elsewhere, "true"]).returncode:
-        elsewhere = []  # Who is not root may not.
-    resumed = [
-        subprocess.Popen(start, env=variables(cluster), stdout=subprocess.PIPE, text=True)
-        for start in (words, [*elsewhere, *words])
-    ]
-    told = [process.communicate(timeout=600)[0] for process in resumed]
-    assert [process.returncode for process in resumed] == [1, 1], told
+    told = on_two_hosts("resume", str(root), code=1, **variables(cluster))
     wait_for_all_jobs(cluster)
     for seed in (0, 1):
         run = run_of(root, seed)
@@ -182,6 +173,79 @@ def test_a_whole_study(cluster: Cluster, tmp_path: Path):
     content = json.loads((root / "table.json").read_text())
     values = [score["values"] for score in content["scores"] if score["network"] == "ensemble"]
     assert set(values[0]) == {"0", "1"}
+
+
+def on_two_hosts(*words: str, code: int, **environment: str) -> list[str]:
+    """What the same command prints that runs on two hosts at once."""
+    # A namespace of its own gives a process the name of another host.
+    elsewhere = ["unshare", "--uts", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh"]
+    if subprocess.run([*elsewhere, "true"]).returncode:
+        elsewhere = []  # Who is not root may not.
+    both = [
+        subprocess.Popen(
+            [*start, *command(*words)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for start in ([], elsewhere)
+    ]
+    told = [process.communicate(timeout=600)[0] for process in both]
+    assert [process.returncode for process in both] == [code, code], told
+    return told
+
+
+@pytest.mark.slow(120)
+def test_two_hosts_whose_locks_do_not_hold(cluster: Cluster, tmp_path: Path):
+    """`study` on one folder from both, each with the same view of Slurm: jobs come twice, and runs and results once."""
+    root, together = tmp_path / "s", tmp_path / "together"
+    together.mkdir()
+    file = write_config(tmp_path, cluster=write_profile(tmp_path), evaluate=[KNN])
+    unlocked = {
+        **variables(cluster),
+        "PYTHONPATH": f"{FAULTS}:{ROOT}",
+        "SUBMIT_TOGETHER": str(together),
+    }
+    on_two_hosts("study", str(file), code=0, **unlocked)
+    # Both have submitted all runs.
+    assert len(list(root.glob("slurm/pretrain-*"))) == 2
+    wait_for_all_jobs(cluster)
+    on_two_hosts("resume", str(root), code=0, **unlocked)
+    wait_for_all_jobs(cluster)
+    for seed in (0, 1):
+        run = run_of(root, seed)
+        assert RunDirectory(run).done
+        started = [
+            event["step"] for event in RunDirectory(run).events() if event["event"] == "started"
+        ]
+        assert started == [0]
+        assert kinds(run) == {KNN: "done"}
+        assert measurements(run) == 1
+
+
+@pytest.mark.slow(60)
+def test_cancel_while_resume_submits(cluster: Cluster, tmp_path: Path):
+    """`cancel` waits until the jobs of the other shell are known, and ends them all."""
+    root, together = tmp_path / "s", tmp_path / "together"
+    together.mkdir()
+    (together / "locked").touch()
+    profile = Path(write_profile(tmp_path))
+    profile.write_text(profile.read_text() + "sbatch: [hold]\n")
+    file = write_config(tmp_path, cluster=str(profile), evaluate=[KNN])
+    held = {
+        **variables(cluster),
+        "PYTHONPATH": f"{FAULTS}:{ROOT}",
+        "SUBMIT_TOGETHER": str(together),
+    }
+    study = subprocess.Popen(command("study", str(file)), env=held, stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(together.glob("seen-by-*")), "a submitter that has asked Slurm")
+    cancel = subprocess.Popen(
+        command("cancel", str(root)), env=variables(cluster), stdout=subprocess.PIPE, text=True
+    )
+    time.sleep(2)
+    assert cancel.poll() is None
+    (together / "go").touch()
+    assert study.wait(timeout=240) == 0
+    printed = cancel.communicate(timeout=240)[0]
+    assert cancel.returncode == 0
+    assert cluster.call("squeue", "--noheader", "--format=%i %j").split() == [], printed
 
 
 @pytest.mark.slow(60)
