@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,16 +47,17 @@ MEMBER, GROUP = 65534, 100
 
 
 @pytest.fixture(params=[0o002, 0o000], ids=["umask 002", "umask 000"])
-def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def shared(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A folder of a project: its group may write, and what is made in it belongs to the group."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    project = tmp_path / "project"
-    project.mkdir()
-    os.chown(project, 0, GROUP)
-    project.chmod(0o2775)
     before = os.umask(request.param)
-    yield project
+    # Others may not enter the tests' own temporary folders.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        project = Path(folder) / "project"
+        project.mkdir()
+        os.chown(project, 0, GROUP)
+        project.chmod(0o2775)
+        yield project
     os.umask(before)
 
 
