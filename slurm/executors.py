@@ -207,6 +207,7 @@ def batch_script(submission: Submission, name: str, at_once: int | None = None) 
             "trap : USR2",
             "start=${SLURM_RESTART_COUNT:-0}",
             'echo "start $start on $SLURM_JOB_NODELIST"',
+            private_or_exit(folder, EXECUTED),
         ],
         "teardown": [
             "code=$?",
