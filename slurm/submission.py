@@ -40,6 +40,8 @@ STARTS_BEFORE = "starts_before"
 _SUBMISSION_FILE = "submission.json"
 NUMBERS_FILE = "jobs.json"
 _LOCK_SECONDS = 120.0
+# Number of digits.
+_LONGEST_PROCESS_NUMBER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +245,13 @@ def jobs_of(run: Path) -> Iterator[dict[str, Any]]:
     """The records of the jobs that work or worked on a run, oldest first. Incomplete records are left out."""
     for record in read_json_lines(run / JOBS_FILE):
         texts = all(isinstance(record.get(k), str) for k in ("job", "verb", "executor", "folder"))
-        if texts and (record["executor"] != "local" or record["job"].isdecimal()):
+        sound = texts and isinstance(record.get("started"), int | None)
+        if sound and (record["executor"] != "local" or _is_process_number(record["job"])):
             yield record
+
+
+def _is_process_number(job: str) -> bool:
+    return job.isdecimal() and len(job) <= _LONGEST_PROCESS_NUMBER
 
 
 def _new_folder(home: Path, verb: str) -> Path:
