@@ -441,7 +441,7 @@ def _outcome(run: Path, job: Record) -> Outcome | None:
     try:
         task = job_numbers(folder).index(job["job"])
         return outcome_of(read_submission(folder), task, None)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 
 

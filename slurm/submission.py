@@ -52,6 +52,8 @@ _CODE_FOLDER, _CONFIGS_FOLDER = "code", "configs"
 # What is run of a submission, and what decides what is run.
 EXECUTED = (_CODE_FOLDER, _CONFIGS_FOLDER, OUTCOMES_FOLDER, _SUBMISSION_FILE, START_SCRIPT)
 _LOCK_SECONDS = 120.0
+# Number of digits.
+_LONGEST_PROCESS_NUMBER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,8 +283,13 @@ def jobs_of(run: Path) -> Iterator[dict[str, Any]]:
     """The records of the jobs that work or worked on a run, oldest first. Incomplete records are left out."""
     for record in read_json_lines(run / JOBS_FILE):
         texts = all(isinstance(record.get(k), str) for k in ("job", "verb", "executor", "folder"))
-        if texts and (record["executor"] != "local" or record["job"].isdecimal()):
+        sound = texts and isinstance(record.get("started"), int | None)
+        if sound and (record["executor"] != "local" or _is_process_number(record["job"])):
             yield record
+
+
+def _is_process_number(job: str) -> bool:
+    return job.isdecimal() and len(job) <= _LONGEST_PROCESS_NUMBER
 
 
 def _new_folder(home: Path, verb: str) -> Path:

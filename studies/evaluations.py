@@ -21,7 +21,7 @@ from peerlearn.errors import UsageError, UserError
 from peerlearn.evaluation.results import read_result
 from peerlearn.runs.directory import STUDY_FILE, RunDirectory
 from peerlearn.runs.export_folders import network_folder, read_seal, why_not_whole
-from peerlearn.runs.export_log import export_log, last_steps
+from peerlearn.runs.export_log import export_log, last_steps, trained_networks
 from peerlearn.runs.files import write_text
 from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.step_folders import latest_step, step_folder, step_folders
@@ -209,7 +209,7 @@ def orders(
     Raises:
         UserError: the files of the run do not tell the steps of an epoch, which an interval needs, or the best export.
     """
-    directory, networks = RunDirectory(run), _networks(run)
+    directory, networks = RunDirectory(run), trained_networks(run)
     if not networks:
         return [], {}
     log = export_log(directory)
@@ -236,7 +236,7 @@ def check_export(run: Path, order: Order) -> None:
     Raises:
         UserError: it is gone or damaged, or other networks have taken its place.
     """
-    folder, networks = run / order.export, _networks(run)
+    folder, networks = run / order.export, trained_networks(run)
     why = why_not_whole(folder, networks)
     if not why and _digest(folder, networks) != order.sha256:
         why = f"{folder} holds other networks than were ordered"
@@ -259,15 +259,6 @@ def _wanted(run: Path, log: Mapping[int, str], exports: str | int, *, live: bool
         return sorted(steps | last)
     every = exports * _steps_per_epoch(run) if isinstance(exports, int) and steps else None
     return sorted({step for step in steps if every and step % every == 0} | last)
-
-
-def _networks(run: Path) -> int:
-    """The number of networks that the run trains; 0 while it has not begun."""
-    try:
-        text = RunDirectory(run).config.read_text(encoding="utf-8")
-        return int(yaml.safe_load(text)["cohort"]["networks"])
-    except (*_DAMAGE, TypeError, LookupError, OverflowError):
-        return 0
 
 
 def _digest(folder: Path, networks: int) -> str | None:

@@ -15,7 +15,7 @@ from peerlearn.runs.export_folders import (
     network_folder,
     network_in,
 )
-from peerlearn.runs.export_log import last_steps
+from peerlearn.runs.export_log import last_steps, trained_networks
 from peerlearn.runs.score_names import ENSEMBLE as ENSEMBLE
 from peerlearn.runs.step_folders import step_folder, step_of
 from peerlearn.runs.training_facts import TrainingFacts
@@ -225,12 +225,12 @@ def _check_all_there(exports: Path, cohort: Mapping[str, Path]) -> None:
         UserError: one is.
     """
     run = _run_of(exports)
-    networks = _training_config(run).get("cohort.networks") if run else None
-    for number in range(networks if isinstance(networks, int) else 0):
+    networks = trained_networks(run) if run else 0
+    for number in range(networks):
         if str(number) not in cohort:
             raise UserError(
-                f"{exports / network_folder(str(number))} is gone, one of {networks} networks of {run}: restore it, or "
-                f"choose by --network: {', '.join(cohort)}"
+                f"{exports / network_folder(str(number))} is missing, one of {networks} networks of {run}: "
+                f"restore it, or choose by --network: {', '.join(cohort)}"
             )
 
 

@@ -1,6 +1,7 @@
 """The exports that a run has written or missed, by its events: folders alone tell nothing of one that is gone."""
 
 import contextlib
+from pathlib import Path
 
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
@@ -9,6 +10,25 @@ from peerlearn.runs.step_folders import BEST_FILE, best_step, latest_step, step_
 
 EXPORTED = "exported"
 MISSED = "export_missed"
+
+
+def trained_networks(run: Path) -> int:
+    """The number of networks that a run trains, by its config; 0 if it has not begun, or does not tell."""
+    import yaml
+
+    try:
+        text = RunDirectory(run).config.read_text(encoding="utf-8")
+        return int(yaml.safe_load(text)["cohort"]["networks"])
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        yaml.YAMLError,
+    ):
+        return 0
 
 
 def export_log(run: RunDirectory) -> dict[int, str]:

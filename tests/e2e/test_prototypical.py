@@ -137,7 +137,7 @@ def test_exports_that_are_lost_come_back(lost, done, undisturbed, tmp_path, caps
         assert main(["fewshot", "--checkpoint", str(run)]) == 1
         error = capsys.readouterr().err
         folder = run / "export" / named
-        what = f"{folder} is gone, the best" if done else f"{folder / 'net-1'} is gone, one of 2"
+        what = f"{folder} is gone, the best" if done else f"{folder / 'net-1'} is missing, one of 2"
         assert error.startswith(f"peerlearn: {what}")
         assert error.count("\n") == 1
     assert main(["resume", str(run)]) == 0

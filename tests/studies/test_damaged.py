@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,21 @@ def test_an_export_that_the_disk_did_not_take_is_listed_until_it_is_written(tmp_
     assert due_and_missing(work) == ([6, 12], [why])
     write_export(run, 9)
     assert due_and_missing(work) == ([6, 9, 12], [])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"started": []}, {"started": {}}, {"job": "9" * 5000}, {"job": None}, {"executor": ["local"]}],
+)
+def test_a_damaged_record_of_a_job_is_left_out(tmp_path: Path, damage: dict[str, object]) -> None:
+    _, work, run = evaluated(tmp_path, "last", 12)
+    (run / "slurm").mkdir()
+    local = {**JOB, "host": socket.gethostname(), "started": 1}
+    lines = [json.dumps({**local, "job": "8"}), json.dumps({**local, **damage})]
+    (run / JOBS_FILE).write_text("\n".join(lines) + "\n")
+    assert due_and_missing(work) == ([12], [])
+    (status,) = read_statuses([run], JobWatch())
+    assert (status.state, status.job) == ("done", "8")
 
 
 def test_twenty_thousand_records_are_read_in_moments(tmp_path: Path) -> None:
