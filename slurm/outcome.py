@@ -12,11 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN
 from peerlearn.runs.environment import now_text
-from peerlearn.runs.files import append_json_line, read_json_lines, write_text
+from peerlearn.runs.files import (
+    append_json_line,
+    numbered_files,
+    read_json_lines,
+    write_text,
+)
 from peerlearn.runs.standing import read_standing
 from peerlearn.runs.text import printable
 from slurm.client import NOT_ASKED, JobState
@@ -62,10 +67,15 @@ def write_outcome(folder: Path, *, task: int, restart: int, rank: int, outcome: 
 
 
 def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome]:
-    """The outcomes that the processes of one start have written, by rank."""
+    """The outcomes that the processes of one start have written, by rank. What cannot be read is left out."""
     found = {}
-    for file in (folder / OUTCOMES_FOLDER).glob(f"{task}-{restart}-*.json"):
-        found[int(file.stem.rsplit("-", 1)[1])] = Outcome(**json.loads(file.read_text()))
+    for rank, file in numbered_files(
+        folder / OUTCOMES_FOLDER, f"{task}-{restart}-", ".json"
+    ).items():
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            outcome = Outcome(**json.loads(file.read_text()))
+            if isinstance(outcome.code, int) and outcome.kind in get_args(Kind):
+                found[rank] = outcome
     return found
 
 

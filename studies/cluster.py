@@ -13,6 +13,7 @@ from pathlib import Path
 from peerlearn.config import config_to_yaml
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
+from peerlearn.runs.files import numbered_files
 from slurm.client import own_jobs
 from slurm.config import SubmitConfig
 from slurm.executors import adopt, submit
@@ -212,10 +213,9 @@ def submit_evaluation(each: Ordered, cluster: SubmitConfig) -> str:
 
 def _newest_submission(each: Ordered) -> Path | None:
     """The folder of the evaluation's newest job that is known; None if it has none."""
-    found = sorted(
-        each.folder.glob(f"measure-*/{NUMBERS_FILE}"), key=lambda file: file.stat().st_mtime
-    )
-    return found[-1].parent if found else None
+    folders = numbered_files(each.folder, "measure-")
+    known = [number for number, folder in folders.items() if (folder / NUMBERS_FILE).is_file()]
+    return folders[max(known)] if known else None
 
 
 def _note_loss(each: Ordered, folder: Path) -> None:

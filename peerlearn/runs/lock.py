@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peerlearn.errors import UserError
+from peerlearn.errors import CrashError, UserError
 from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import Sightings, process_exists, process_started_at
@@ -42,8 +42,8 @@ _POLL_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 
 
-class InUseError(UserError):
-    """A live process holds the folder."""
+class InUseError(CrashError):
+    """A live process holds the folder: a later start may have it."""
 
 
 @contextmanager

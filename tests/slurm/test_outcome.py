@@ -1,10 +1,12 @@
 """What is made of the end of a start."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.outcome import Outcome, decide, whole_outcome
+from slurm.outcome import Outcome, decide, read_outcomes, whole_outcome, write_outcome
 
 
 def outcome(kind: str, *, code: int = 1, step: int | None = None, reason: str = "why") -> Outcome:
@@ -109,3 +111,15 @@ def test_a_job_that_is_told_to_stop_and_comes_further_goes_on_for_ever(steps: li
     for step in sorted(steps):
         assert decide(outcome("saved", step=step), earlier, max_crashes=0)[0] == "requeue"
         earlier.append(line("saved", step))
+
+
+def test_a_damaged_outcome_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "outcomes").mkdir()
+    whole = outcome("crashed", step=4)
+    write_outcome(tmp_path, task=0, restart=1, rank=2, outcome=whole)
+    folder = tmp_path / "outcomes"
+    for rank, text in enumerate(["[" * 10_000, '{"kind": 5}'], start=3):
+        (folder / f"0-1-{rank}.json").write_text(text)
+    (folder / "0-1-5.json").write_text('{"kind": "odd", "code": 1, "reason": "", "step": 0}')
+    (folder / "0-1-6.json").mkdir()
+    assert read_outcomes(tmp_path, task=0, restart=1) == {2: whole}
