@@ -27,8 +27,9 @@ from torch import Tensor
 
 from peerlearn.compute.device import full_float32
 from pretrain.finite import require_finite
-from pretrain.losses import soft_kl, summed, widen
+from pretrain.losses import summed, widen
 from pretrain.simplex_weights import check_logits, ensemble_weights
+from pretrain.soft_kl import soft_kl
 
 __all__ = [
     "cl_ilr",

@@ -17,7 +17,7 @@ peers agree. The sum of Eq. 5 starts at the first candidate, since it would be n
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,11 @@ from torch import Tensor
 
 from peerlearn.compute.device import full_float32
 from pretrain.finite import require_finite
+from pretrain.flat_loss import Form, flat_queue_terms
+from pretrain.soft_kl import soft_kl
 
+# The number of logits of all pairs of networks from which on passes over tiles are faster (benchmarks/loss.py).
+_FLAT_FROM_LOGITS = 2**15
 # Stands for "not a candidate". Finite, so that differences of two masked logits are 0 and not NaN.
 _EXCLUDED = -1e9
 
@@ -94,7 +98,8 @@ def queue_terms(
     soft_temperature: float = 1.0,
     same_sample_positive: bool = True,
     filled: int | None = None,
-    backend: Literal["auto", "reference"] = "auto",
+    backend: Literal["auto", "reference", "flat"] = "auto",
+    tile_bytes: int = 2**24,
 ) -> MCLTerms:
     """MCL with a queue of negatives per network (MoCo, section 3.4): four scalars.
 
@@ -110,7 +115,10 @@ def queue_terms(
         soft_temperature: T; the soft terms compare softmax(logits / T) and are multiplied by T squared.
         same_sample_positive: False leaves ``query[b, i]`` out of the interactive candidates.
         filled: only the first ``filled`` queue rows exist, 0..K; None means all of them.
-        backend: "reference" is the readable computation; "auto" picks the fastest that applies.
+        backend: "reference" is the readable computation; "flat" makes passes over tiles of the queue, and can be
+            differentiated once; "auto" picks the faster one for the size.
+        tile_bytes: memory of "flat" for tiles in bytes. If the exponentials of all M x M x B x K logits fit, they are
+            kept for backward, which is faster than to compute them again.
 
     Raises:
         NonFiniteError: an input holds NaN or Inf.
@@ -129,11 +137,16 @@ def queue_terms(
     _check_queue_arguments(query, key, queue, filled, backend)
     _check_temperatures(temperature, soft_temperature)
     # Rows never written are sliced away rather than masked: they have no logit at all.
-    rows = queue[:, :filled]
+    rows = queue[:, :filled].detach()
     with full_float32(query.device):
-        query, key, rows = widen(query), widen(key.detach()), widen(rows.detach())
-        for name, tensor in (("query", query), ("key", key), ("queue", rows)):
-            require_finite("scl_hard", name, tensor)
+        query, key = widen(query), widen(key.detach())
+        require_finite("scl_hard", "query", query)
+        require_finite("scl_hard", "key", key)
+        if backend == "flat" or (backend == "auto" and _flat_wins(query, rows)):
+            form = Form(temperature, soft_temperature, same_sample_positive, tile_bytes)
+            return MCLTerms(*flat_queue_terms(query, key, rows, form))
+        rows = widen(rows)
+        require_finite("scl_hard", "queue", rows)
         # Index order: network of the anchor, network of the candidates, anchor, candidate.
         same = torch.einsum("abd,cbd->acb", query, query)
         positive = torch.einsum("abd,cbd->acb", query, key)
@@ -299,57 +312,6 @@ def _mutual_terms(
     return MCLTerms(*(torch.stack(term) for term in (scl_hard, scl_soft, icl_hard, icl_soft)))
 
 
-def soft_kl(teacher: Tensor, student: Tensor, soft_temperature: float) -> Tensor:
-    """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` per row, with gradient to the student only.
-
-    Args:
-        teacher, student: (..., N) logits. soft_temperature: T.
-
-    Returns:
-        (...) divergences, never negative, exact to a few units in the last place even where T squared
-        multiplies a tiny divergence (large T, or peers that nearly agree).
-    """
-    value: Tensor = _SoftKL.apply(teacher, student, soft_temperature)
-    return value
-
-
-class _SoftKL(torch.autograd.Function):
-    """The textbook sum p (log p - log q) loses all digits once p and q are close. With u = log(q / p),
-    sum_k p (e^u - 1 - u) is the same sum without a term that cancels."""
-
-    @staticmethod
-    def forward(ctx: Any, teacher: Tensor, student: Tensor, soft_temperature: float) -> Tensor:
-        log_p = F.log_softmax(teacher / soft_temperature, -1)
-        p = log_p.exp()
-        difference = (student - teacher) / soft_temperature
-        u = difference - torch.logsumexp(log_p + difference, -1, keepdim=True)
-        # Beyond e^30 the student's probability is computed directly: expm1 would overflow.
-        bounded = u.clamp(max=30.0)
-        near = u < 30.0
-        q = F.softmax(student / soft_temperature, -1)
-        value = torch.where(near, p * _exp_minus_1_minus(bounded), q - p - p * u)
-        gap = torch.where(near, p * torch.expm1(bounded), q - p)
-        # q - p sums to 0. What is left is the rounding of the logsumexp, common to all candidates.
-        gap = gap - p * gap.sum(-1, keepdim=True)
-        ctx.save_for_backward(gap * soft_temperature)
-        return value.sum(-1) * soft_temperature**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        (student_gradient,) = ctx.saved_tensors
-        return None, grad.unsqueeze(-1) * student_gradient, None
-
-
-def _exp_minus_1_minus(u: Tensor) -> Tensor:
-    """e^u - 1 - u, by its Taylor series where the subtraction would cancel."""
-    v = u.clamp(-0.1, 0.1)
-    series = torch.full_like(v, 1 / 362880)
-    for factorial in (40320, 5040, 720, 120, 24, 6, 2):
-        series = series * v + 1 / factorial
-    return torch.where(u.abs() < 0.1, v * v * series, torch.expm1(u) - u)
-
-
 def _draw_negatives(negative: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """Keep ``count`` of each row's True entries of the (B, B) mask, drawn uniformly."""
     fewest = int(negative.sum(-1).min())
@@ -379,8 +341,13 @@ def _check_queue_arguments(
         )
     if filled is not None and not 0 <= filled <= queue.shape[1]:
         raise ValueError(f"filled must be 0..{queue.shape[1]} or None, got {filled}")
-    if backend not in ("auto", "reference"):
+    if backend not in ("auto", "reference", "flat"):
         raise ValueError(f"backend must be 'auto' or 'reference', got {backend!r}")
+
+
+def _flat_wins(query: Tensor, rows: Tensor) -> bool:
+    networks, batch, _ = query.shape
+    return networks**2 * batch * rows.shape[1] >= _FLAT_FROM_LOGITS
 
 
 def _check_temperatures(temperature: float, soft_temperature: float) -> None:

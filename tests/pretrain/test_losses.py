@@ -15,9 +15,9 @@ from pretrain.losses import (
     batch_terms,
     queue_terms,
     queue_terms_by_network,
-    soft_kl,
     view_terms,
 )
+from pretrain.soft_kl import soft_kl
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

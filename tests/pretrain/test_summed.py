@@ -12,7 +12,7 @@ from pretrain.losses import MCLTerms, summed
 # Without annotations: positional arguments, then those by keyword alone.
 SIGNATURES = {
     "queue_terms": "(query, key, queue, *, temperature, soft_temperature=1.0, same_sample_positive=True, "
-    "filled=None, backend='auto')",
+    "filled=None, backend='auto', tile_bytes=16777216)",
     "batch_terms": "(embedding, labels, *, temperature, soft_temperature=1.0, same_sample_positive=True, "
     "num_negatives=None, generator=None)",
     "view_terms": "(views, *, temperature, soft_temperature=1.0, same_sample_positive=True, "
