@@ -155,6 +155,8 @@ def _call_once(words: Sequence[str], environment: dict[str, str]) -> str:
     if answer.returncode == 0:
         return answer.stdout
     said = own_words(words[0], answer.stderr or answer.stdout)
+    if answer.returncode < 0:
+        raise NoAnswerError(f"{said} (killed by signal {-answer.returncode})")
     kind = NoAnswerError if any(part in said for part in _NOT_REACHED) else UserError
     raise kind(said)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from peerlearn.config import config_to_yaml
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
+from peerlearn.runs.file_ages import FileAges
 from slurm.client import own_jobs
 from slurm.config import SubmitConfig
 from slurm.executors import adopt, submit
-from slurm.jobs import job_key, records_of, states_of, submission_of
+from slurm.jobs import job_key, may_appear, records_of, states_of, submission_of
 from slurm.outcome import MissingJobs, is_decided, outcome_of
 from slurm.submission import (
     NUMBERS_FILE,
@@ -101,12 +102,14 @@ def _jobs(
         if not RunDirectory(run).done
     }
     states = states_of(records.values(), patience_seconds=patience_seconds)
-    live = set()
+    live, ages = set(), FileAges()
     for run, record in records.items():
         job, state = record["job"], states.get(job_key(record))
         decided = is_decided(submission_of(run, record), job)
-        if (state is not None and state.live) or (
-            missing is not None and not missing.has_ended(job, state, decided=decided)
+        if (
+            (state is not None and state.live)
+            or (not decided and may_appear(run, record, state, ages))
+            or (missing is not None and not missing.has_ended(job, state, decided=decided))
         ):
             live.add(job)
     return replace(jobs, numbers=jobs.numbers | live)
