@@ -10,10 +10,11 @@ from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
 from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, RunDirectory, check_owner
 from peerlearn.runs.environment import now_text
+from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
-from slurm.client import JobState, cancel_jobs
-from slurm.jobs import Record, job_key, records_of, states_of
+from slurm.client import JobState, NoAnswerError, cancel_jobs
+from slurm.jobs import Record, job_key, may_appear, records_of, states_of
 from slurm.status import CANCELLED_FILE, find_runs
 from slurm.submission import STARTS_BEFORE, locked_home
 
@@ -70,14 +71,30 @@ def _cancel(runs: Sequence[Path]) -> set[Path]:
     ended = {place for place, record in jobs if _cancel_local(place, record)}
     slurm = [(place, record) for place, record in jobs if record["executor"] == "slurm"]
     states = states_of((record for _, record in slurm), patience_seconds=_PATIENCE_SECONDS)
-    alive = [
-        (*job, state) for job in slurm if (state := states.get(job_key(job[1]))) and state.live
-    ]
-    cancel_jobs([record["job"] for _, record, _ in alive], patience_seconds=_PATIENCE_SECONDS)
+    alive, ages = [], FileAges()
+    for place, record in slurm:
+        state = states.get(job_key(record))
+        if state is not None and state.live:
+            alive.append((place, record, state))
+        elif may_appear(place, record, state, ages) and _is_ended(record["job"]):
+            alive.append((place, record, JobState(state="SUBMITTED")))
+    listed = [record["job"] for _, record, state in alive if state.live]
+    cancel_jobs(listed, patience_seconds=_PATIENCE_SECONDS)
     for place, record, state in alive:
         _note(place, record, state)
         ended.add(place)
     return ended
+
+
+def _is_ended(job: str) -> bool:
+    """End a job that Slurm does not list yet. False if Slurm has no such job."""
+    try:
+        cancel_jobs([job], patience_seconds=_PATIENCE_SECONDS)
+    except NoAnswerError:
+        raise
+    except UserError:
+        return False
+    return True
 
 
 def _cancel_local(place: Path, record: Record) -> bool:

@@ -155,6 +155,8 @@ def _call_once(words: Sequence[str], environment: dict[str, str]) -> str:
     if answer.returncode == 0:
         return answer.stdout
     said = own_words(words[0], answer.stderr or answer.stdout)
+    if answer.returncode < 0:
+        raise NoAnswerError(f"{said} (killed by signal {-answer.returncode})")
     kind = NoAnswerError if any(part in said for part in _NOT_REACHED) else UserError
     raise kind(said)
 
@@ -296,7 +298,7 @@ def _accounted(jobs: Sequence[str], patience_seconds: float) -> dict[str, JobSta
     states = {}
     for job, state, reason in _rows(listed, 3):
         # The state may be "CANCELLED by 1000".
-        word = state.split()[0]
+        word = (state.split() or ["UNKNOWN"])[0]
         states[job] = JobState(state=word, reason="" if reason == "None" else reason)
         if word in LIVE_STATES:
             said = f"{word.lower()} in the accounting, and squeue does not know it"

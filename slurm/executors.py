@@ -80,7 +80,10 @@ def adopt(home: Path) -> None:
         try:
             job_numbers(script.parent)
         except (OSError, ValueError):
-            submission = read_submission(script.parent)
+            try:
+                submission = read_submission(script.parent)
+            except (OSError, ValueError, TypeError, LookupError, AttributeError):
+                continue  # Nor can a job read it, if there is one: it ends at once.
             if number := _number_of(script.resolve()):
                 record_jobs(submission, _job_of_each_task(submission, number))
 
@@ -100,7 +103,7 @@ def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> 
     with _removed_on_failure(submission):
         # The variables of the start may be secrets.
         write_text(folder / START_SCRIPT, start_script(submission), mode=PRIVATE)
-        write_text(script, batch_script(submission, name, at_once), mode=PRIVATE)
+        write_text(script, batch_script(submission, script, name, at_once), mode=PRIVATE)
     number, silence = None, None
     with _undisturbed():
         try:
@@ -178,8 +181,16 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def batch_script(submission: Submission, name: str, at_once: int | None = None) -> str:
+def batch_script(
+    submission: Submission, script: Path, name: str, at_once: int | None = None
+) -> str:
     """The batch script for sbatch. It holds whatever the user's setup does: that runs in a shell of its own.
+
+    Args:
+        submission: the submission.
+        script: the file that the script is written to.
+        name: name of the job.
+        at_once: largest number of the tasks that run at once; None = as many as the cluster gives.
 
     Raises:
         UserError: the path of the submission has characters with a meaning to Slurm.
@@ -203,11 +214,14 @@ def batch_script(submission: Submission, name: str, at_once: int | None = None) 
     parameters |= {
         "use_srun": False,
         "setup": [
-            # The signal for the processes may reach this shell too, and must not end it.
-            "trap : USR2",
+            # What the user's BASH_ENV or SHELLOPTS have set must not end this shell, nor the signal for the processes.
+            "set +eu; trap : USR2",
             "start=${SLURM_RESTART_COUNT:-0}",
             'echo "start $start on $SLURM_JOB_NODELIST"',
             private_or_exit(folder, EXECUTED),
+            # Slurm may yet start what was given up, and a later submission may have the name of its folder.
+            f"[ -e {shlex.quote(str(folder / script.name))} ] || "
+            "{ echo 'peerlearn: this submission was given up: nothing is run' >&2; exit 1; }",
         ],
         "teardown": [
             "code=$?",
@@ -238,12 +252,14 @@ def start_script(submission: Submission) -> str:
     ]
     variables = config.variables().items()
     lines = [
+        # The setup may set other words, and cannot set this.
+        "readonly peerlearn_ready=$1",
         "# setup",
         *config.setup,
         "",
         "# whatever the setup has set",
-        "set +eux; trap : USR2",
-        'declare -px PATH LD_LIBRARY_PATH SLURM_CONF > "$1" 2> /dev/null',
+        "set +eux; umask go-w; trap : USR2",
+        'declare -px PATH LD_LIBRARY_PATH SLURM_CONF > "$peerlearn_ready" 2> /dev/null',
         *(f"export {name}={shlex.quote(value)}" for name, value in variables),
         "",
         "# the processes",

@@ -9,11 +9,15 @@ from typing import Any
 
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.heartbeat import process_exists, process_started_at
 from peerlearn.runs.lock import living_owner
 from slurm.client import NOT_ASKED, JobState, job_states
-from slurm.submission import TRAINING_VERBS, jobs_of
+from slurm.submission import NUMBERS_FILE, TRAINING_VERBS, jobs_of
 
+# squeue may not know a fresh job yet, and a file of another machine may be seen late. What is missing for so long, in
+# answers that came, is gone.
+SETTLED_SECONDS = 60.0
 _ASK_AGAIN_SECONDS = 60.0
 _PATIENCE_SECONDS = 300.0
 
@@ -71,6 +75,14 @@ def submission_of(run: Path, record: Record) -> Path:
     return folder if folder.is_dir() else RunDirectory(run).jobs / folder.name
 
 
+def may_appear(run: Path, record: Record, state: JobState | None, ages: FileAges) -> bool:
+    """Whether a job that Slurm does not know was submitted so recently that Slurm's list may lag."""
+    if record["executor"] != "slurm" or (state is not None and not state.unknown):
+        return False
+    age = ages.age_seconds(submission_of(run, record) / NUMBERS_FILE)
+    return age is not None and age < SETTLED_SECONDS
+
+
 class JobWatch:
     """Asks for the states of jobs again and again. If Slurm does not answer, it says so once and goes on without."""
 
@@ -116,10 +128,16 @@ def check_free(run: Path) -> None:
         UserError: there is such a job or process.
     """
     training = [record for record in records_of(run) if record["verb"] in TRAINING_VERBS]
-    for (_, job, _), state in states_of(training, patience_seconds=_PATIENCE_SECONDS).items():
-        if state.live:
+    states, ages = states_of(training, patience_seconds=_PATIENCE_SECONDS), FileAges()
+    for record in training:
+        job, state = record["job"], states.get(job_key(record))
+        if state is not None and state.live:
             raise UserError(
                 f"{run}: job {job} ({state.text}) works on it already: `peerlearn cancel {run}` ends it"
+            )
+        if may_appear(run, record, state, ages):
+            raise UserError(
+                f"{run}: job {job} was submitted just now, and Slurm does not list it yet: try again in a minute"
             )
     owner = living_owner(run)
     if owner is not None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_type_hints
 
 from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN
 from peerlearn.runs.environment import now_text
@@ -22,16 +22,14 @@ from peerlearn.runs.files import (
     read_json_lines,
     write_text,
 )
+from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.standing import read_standing
 from peerlearn.runs.text import printable
 from slurm.client import NOT_ASKED, JobState
-from slurm.jobs import JobWatch, job_key
+from slurm.jobs import SETTLED_SECONDS, JobWatch, job_key
 from slurm.submission import OUTCOMES_FOLDER, Submission, job_numbers, local_identity
 
 _POLL_SECONDS = 2.0
-# squeue may not know a fresh job yet, and a file of another machine may be seen late. What is missing for so long, in
-# answers that came, is gone.
-SETTLED_SECONDS = 60.0
 # How a batch script begins the output of a start, and what the processes' own last words are not.
 _START_LINE = re.compile(r"start \d+ on ")
 _OTHERS_WORDS = ("srun:", "slurmstepd:", "job ")
@@ -39,6 +37,8 @@ _TAIL_BYTES = 64 * 1024
 # done; saved, to be continued; crashed, which another start may not repeat; failed by what the user must mend.
 Kind = Literal["done", "saved", "crashed", "failed"]
 Decision = Literal["done", "requeue", "failed"]
+# What a line of the history must hold.
+_LINE = {"kind": str, "decision": str, "reason": str, "attempt": int, "step": int | None}
 # The exit code of a process that cannot write its outcome. 78 is sysexits' code for what the user must mend.
 UNWRITTEN_CODES: dict[Kind, int] = {"done": DONE, "saved": SAVED_RUN_AGAIN, "failed": 78}
 
@@ -67,21 +67,25 @@ def write_outcome(folder: Path, *, task: int, restart: int, rank: int, outcome: 
 
 
 def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome]:
-    """The outcomes that the processes of one start have written, by rank. What cannot be read is left out."""
+    """The outcomes that the processes of one start have written, by rank. A damaged one counts as not written."""
     found = {}
-    for rank, file in numbered_files(
-        folder / OUTCOMES_FOLDER, f"{task}-{restart}-", ".json"
-    ).items():
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            outcome = Outcome(**json.loads(file.read_text()))
-            if isinstance(outcome.code, int) and outcome.kind in get_args(Kind):
+    files = numbered_files(folder / OUTCOMES_FOLDER, f"{task}-{restart}-", ".json")
+    for rank, file in files.items():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            outcome = Outcome(**read_json_object(file))
+            hints = get_type_hints(Outcome) | {"kind": str}
+            if all(isinstance(vars(outcome)[key], hint) for key, hint in hints.items()):
                 found[rank] = outcome
     return found
 
 
 def read_history(folder: Path, task: int) -> list[dict[str, Any]]:
-    """The starts of a task so far, oldest first. A line that a full disk cut short is left out."""
-    return list(read_json_lines(folder / f"outcomes-{task}.jsonl"))
+    """The starts of a task so far, oldest first. A line that is damaged, or cut short by a full disk, is left out."""
+    return [
+        line
+        for line in read_json_lines(folder / f"outcomes-{task}.jsonl")
+        if all(isinstance(line.get(key), hint) for key, hint in _LINE.items())
+    ]
 
 
 def add_to_history(
@@ -236,7 +240,7 @@ def _is_repeated(before: dict[str, Any], outcome: Outcome, nodes: str) -> bool:
         return False
     if outcome.step is not None:
         return True
-    alike = _without_numbers(before.get("cause", "")) == _without_numbers(outcome.reason)
+    alike = _without_numbers(str(before.get("cause", ""))) == _without_numbers(outcome.reason)
     return alike and before.get("nodes") != nodes
 
 

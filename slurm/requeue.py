@@ -167,7 +167,12 @@ def _ask_for_requeue(job: str, patience_seconds: float) -> str | None:
 
 def _goes_on(job: str, patience_seconds: float) -> bool:
     """Whether Slurm takes the job for running: then it neither starts again nor ends by its user's will."""
-    state = job_states([job], patience_seconds=patience_seconds).get(job)
+    try:
+        state = job_states([job], patience_seconds=patience_seconds).get(job)
+    except NoAnswerError:
+        raise
+    except UserError:
+        return False  # Nothing is known.
     return state is not None and state.state == "RUNNING"
 
 

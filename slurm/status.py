@@ -30,11 +30,18 @@ from peerlearn.runs.heartbeat import (
 from peerlearn.runs.lock import living_owner, look_at_owner
 from peerlearn.runs.standing import Standing, integer, read_standing
 from slurm.client import JobState
-from slurm.jobs import JobKey, JobWatch, Record, job_key, records_of, submission_of
-from slurm.outcome import SETTLED_SECONDS, Outcome, is_decided, outcome_of
+from slurm.jobs import (
+    JobKey,
+    JobWatch,
+    Record,
+    job_key,
+    may_appear,
+    records_of,
+    submission_of,
+)
+from slurm.outcome import Outcome, is_decided, outcome_of
 from slurm.submission import (
     JOBS_FILE,
-    NUMBERS_FILE,
     OUTCOMES_FOLDER,
     STARTS_BEFORE,
     TRAINING_VERBS,
@@ -300,7 +307,7 @@ def _state(
         )
         if decided and (outcome := _outcome(history.run, job)):
             return outcome.kind, outcome.reason, False
-        if job_state is None and _is_fresh(history.run, job, ages):
+        if job_state is None and may_appear(history.run, job, None, ages):
             return "submitted", "Slurm does not know it yet", True
     if job_state is not None and job_state.unknown:
         if history.last == "requeued":
@@ -311,14 +318,6 @@ def _state(
     elif job_state is not None and job_state.state != "COMPLETED":
         return job_state.state.lower(), job_state.reason or None, False
     return _dead(history, job)
-
-
-def _is_fresh(run: Path, job: Record, ages: FileAges) -> bool:
-    """Whether a job of Slurm was submitted so recently that Slurm's list may lag."""
-    if job["executor"] != "slurm":
-        return False
-    age = ages.age_seconds(submission_of(run, job) / NUMBERS_FILE)
-    return age is not None and age < SETTLED_SECONDS
 
 
 def _said_slurm_cancelled(state: JobState | None) -> bool:

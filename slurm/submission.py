@@ -241,8 +241,10 @@ def submission_to_run(folder: Path) -> Submission:
 
 
 def record_jobs(submission: Submission, jobs: list[str]) -> None:
-    """Record the job of each task in the submission, and in the run that it works on."""
-    write_text(submission.folder / NUMBERS_FILE, json.dumps(jobs) + "\n")
+    """Record the job of each task in the run that it works on, and then in the submission: there all are recorded.
+
+    A record that is there already stays the only one.
+    """
     for task, job in zip(submission.tasks, jobs, strict=True):
         if task.run is None:
             continue
@@ -258,7 +260,10 @@ def record_jobs(submission: Submission, jobs: list[str]) -> None:
             record |= local_identity(int(job))
         file = Path(task.run) / JOBS_FILE
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        append_json_line(file, record)
+        known = ((each["job"], each["folder"]) for each in jobs_of(Path(task.run)))
+        if (job, record["folder"]) not in known:
+            append_json_line(file, record)
+    write_text(submission.folder / NUMBERS_FILE, json.dumps(jobs) + "\n")
 
 
 def job_numbers(folder: Path) -> list[str]:

@@ -132,7 +132,8 @@ def _print_plan(home: Path, task: Task, config: SubmitConfig, name: str) -> None
     if config.executor == "slurm":
         from slurm.executors import batch_script, start_script
 
-        print(f"# {submission.folder / BATCH_SCRIPTS}:\n{batch_script(submission, name)}")
+        script = submission.folder / BATCH_SCRIPTS
+        print(f"# {script}:\n{batch_script(submission, script, name)}")
         print(f"# {submission.folder / START_SCRIPT}:\n{start_script(submission)}")
 
 

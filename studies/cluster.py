@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from peerlearn.config import config_to_yaml
-from peerlearn.errors import UserError
 from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
+from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.files import numbered_files
 from slurm.client import own_jobs
 from slurm.config import SubmitConfig
 from slurm.executors import adopt, submit
-from slurm.jobs import job_key, records_of, states_of, submission_of
+from slurm.jobs import job_key, may_appear, records_of, states_of, submission_of
 from slurm.outcome import MissingJobs, is_decided, outcome_of
 from slurm.submission import (
     NUMBERS_FILE,
@@ -102,12 +102,14 @@ def _jobs(
         if not RunDirectory(run).done
     }
     states = states_of(records.values(), patience_seconds=patience_seconds)
-    live = set()
+    live, ages = set(), FileAges()
     for run, record in records.items():
         job, state = record["job"], states.get(job_key(record))
         decided = is_decided(submission_of(run, record), job)
-        if (state is not None and state.live) or (
-            missing is not None and not missing.has_ended(job, state, decided=decided)
+        if (
+            (state is not None and state.live)
+            or (not decided and may_appear(run, record, state, ages))
+            or (missing is not None and not missing.has_ended(job, state, decided=decided))
         ):
             live.add(job)
     return replace(jobs, numbers=jobs.numbers | live)
@@ -222,13 +224,13 @@ def _note_loss(each: Ordered, folder: Path) -> None:
     """Write that an evaluation has failed whose job is gone without an outcome."""
     if read_outcome(each.folder) is not None:
         return  # It has ended since the look.
-    job = job_numbers(folder)[0]
-    state = states_of([{"job": job, "executor": "slurm"}]).get(("slurm", job, None))
     try:
-        submission = read_submission(folder)
-        if not _missing.has_ended(job, state, decided=is_decided(folder, job)):
-            return
-        reason = outcome_of(submission, 0, state).reason
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder} does not tell how its job ended: {error}") from error
+        submission, (job,) = read_submission(folder), job_numbers(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        write_failure(each.folder, each.order, f"{folder} does not tell its job: {error}")
+        return
+    state = states_of([{"job": job, "executor": "slurm"}]).get(("slurm", job, None))
+    if not _missing.has_ended(job, state, decided=is_decided(folder, job)):
+        return
+    reason = outcome_of(submission, 0, state).reason
     write_failure(each.folder, each.order, f"job {job}: {reason}")

@@ -162,7 +162,7 @@ def test_whatever_setup_does_the_job_is_requeued(
     run = tmp_path / "a"
     setup = [
         "set -euo pipefail; cd /; unset HOME; alias python=false",
-        "trap 'echo the end' EXIT; trap 'exit 9' USR2 TERM; srun_args() { :; }",
+        "trap 'echo the end' EXIT; trap 'exit 9' USR2 TERM; srun_args() { :; }; set -- other words",
     ]
     job = submit(cluster, run, options=("--setup", *setup))
     wait_for_step(run, 33)
@@ -300,6 +300,8 @@ def test_a_runaway_record_of_the_accounting_locks_no_run(
     (run / "slurm" / "jobs.jsonl").write_text(
         (run / "slurm" / "jobs.jsonl").read_text().replace(f'"{first}"', '"7777777"')
     )
+    # It was not submitted just now.
+    os.utime(run / "slurm" / "pretrain-1" / "jobs.json", (time.time() - 120,) * 2)
     path = programs(sacct='echo "7777777|RUNNING|None"')
     words = ["submit", *PROFILE, *HELD, "--", *submit_words(run)]
     found = subprocess.run(

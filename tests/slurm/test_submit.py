@@ -96,12 +96,13 @@ def test_the_batch_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     }
     start = script[script.index(f"# {folder}/start.sh:") + 1 :]
     assert start[: start.index("# the processes")] == [
+        "readonly peerlearn_ready=$1",
         "# setup",
         "module load cuda",
         "",
         "# whatever the setup has set",
-        "set +eux; trap : USR2",
-        'declare -px PATH LD_LIBRARY_PATH SLURM_CONF > "$1" 2> /dev/null',
+        "set +eux; umask go-w; trap : USR2",
+        'declare -px PATH LD_LIBRARY_PATH SLURM_CONF > "$peerlearn_ready" 2> /dev/null',
         "export NCCL_DEBUG=INFO",
         "export NOTE='two words'",
         "",
