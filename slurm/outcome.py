@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN
 from peerlearn.runs.environment import now_text
@@ -74,7 +74,8 @@ def read_outcomes(folder: Path, *, task: int, restart: int) -> dict[int, Outcome
         with contextlib.suppress(OSError, ValueError, TypeError):
             outcome = Outcome(**read_json_object(file))
             hints = get_type_hints(Outcome) | {"kind": str}
-            if all(isinstance(vars(outcome)[key], hint) for key, hint in hints.items()):
+            typed = all(isinstance(vars(outcome)[key], hint) for key, hint in hints.items())
+            if typed and outcome.kind in get_args(Kind):
                 found[rank] = outcome
     return found
 
