@@ -197,7 +197,7 @@ def test_keep_results_drops_saves_and_exports(study: Path) -> None:
     assert logged(study) == before
     # But it cannot be measured otherwise any more.
     said = peerlearn("study", str(study), "--evaluate", "knn --k 9", code=1)
-    assert "knn --k 9: it has no whole export to evaluate" in said
+    assert "exports: step 6: export/step-00000006 is gone" in " ".join(said.split())
 
 
 @pytest.mark.slow(20)
