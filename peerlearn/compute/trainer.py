@@ -102,12 +102,21 @@ def resume(trainer: Trainer, argv: Sequence[str]) -> int:
     )
     if dry_run:
         return _show(trainer, config)
-    unchanged = config == load_config(trainer.config_class, run.config)
-    if run.done and unchanged and not trainer.lacks_results(config, run):
+    if _is_over(trainer, config, run):
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"{run.root} is done already; more epochs: --epochs N")
+            _say_over(run)
         return DONE
     return _train(trainer, config, run, may_resume=True, allow_elastic=allow_elastic)
+
+
+def _is_over(trainer: Trainer, config: Any, run: RunDirectory) -> bool:
+    """Whether there is nothing left to do for a run of this config."""
+    unchanged = run.done and config == load_config(trainer.config_class, run.config)
+    return unchanged and not trainer.lacks_results(config, run)
+
+
+def _say_over(run: RunDirectory) -> None:
+    print(f"{run.root} is done already; more epochs: --epochs N")
 
 
 def check_stays(words: Sequence[str]) -> None:
@@ -159,6 +168,13 @@ def _train(
 
                 program = trainer.program()
             with joined_ranks(config.device, timeout_seconds=config.rank_timeout_seconds) as ranks:
+                # Asked by the main rank alone: it may have begun to write the run before another asks.
+                resumes = may_resume and ranks.from_main(run.config.exists)
+                # Another process may have come to the end of the run since this one began.
+                if resumes and ranks.from_main(lambda: _is_over(trainer, config, run)):
+                    if ranks.main:
+                        _say_over(run)
+                    return DONE
                 training = run_training(
                     program,
                     verb=trainer.verb,
@@ -166,8 +182,7 @@ def _train(
                     run=run,
                     ranks=ranks,
                     stop=stop,
-                    # Asked by the main rank alone: it may have begun to write the run before another asks.
-                    resumes=may_resume and ranks.from_main(run.config.exists),
+                    resumes=resumes,
                     allow_elastic=allow_elastic,
                 )
                 if ranks.main and training is not None:
