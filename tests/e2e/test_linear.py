@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -424,10 +425,15 @@ def test_results_that_cannot_be_written_are_one_line(runs, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.slow(15)
-@pytest.mark.parametrize("seed", range(3))
-def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(seed, tmp_path):
-    """Linear accuracy, n = 2000, standard error 0.9: MoCo of 90 steps against its own start, by few labels."""
+@pytest.mark.slow(45)
+def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(tmp_path):
+    """Linear accuracy, n = 2000, standard error 0.9: MoCo of 90 steps against its own start, by few labels, 3 seeds."""
+    gains = [_gain_by_training(seed, tmp_path / str(seed)) for seed in range(3)]
+    assert min(gains) > 0, gains
+    assert statistics.mean(gains) > 3.0, gains
+
+
+def _gain_by_training(seed, tmp_path):
     data = ["--data.name", "fashion_mnist", "--data.train_limit", "500"]
     data += ["--data.test_limit", "2000"]
     protocol = ["--method", "logistic_regression", "--inputs", "standardised"]
@@ -446,5 +452,4 @@ def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(seed, tmp_pat
         words = ["--checkpoint", checkpoint, "--network", "0", "--results", folder]
         assert linear(*protocol, *data, *words) == 0
         scores.append(results(folder)["0"]["metrics"]["top1"])
-    print(f"seed {seed}: trained {scores[0]:.2f}, untrained {scores[1]:.2f}")
-    assert scores[0] - scores[1] > 2.0, scores
+    return scores[0] - scores[1]

@@ -186,8 +186,9 @@ def test_evaluators_take_the_best_and_say_so(undisturbed, tmp_path, capsys):
     latest = run / "export" / f"step-{STEPS:08d}"
     assert {result["step"] for result in fewshot(latest, tmp_path / "b")} == {STEPS}
     assert "chose" not in capsys.readouterr().out
+    # The run's events tell it too.
     (run / "export/best").write_text("nonsense")
-    assert {result["step"] for result in fewshot(run, tmp_path / "c")} == {STEPS}
+    assert {result["step"] for result in fewshot(run, tmp_path / "c")} == {best}
 
 
 def test_steps_that_validation_chose_may_differ_between_the_runs_of_a_mean(

@@ -455,14 +455,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     )
 
 
-def test_a_percent_sign_in_the_path(cluster: Cluster, tmp_path: Path) -> None:
-    words = ["submit", *PROFILE, "--", "pretrain", *SMALL, "--run", str(tmp_path / "a%j")]
-    found = peerlearn(cluster, *words)
-    assert found.returncode == 1
-    assert "to Slurm % in a path has a meaning" in found.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_is_to_be_evaluated_must_be_there(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
