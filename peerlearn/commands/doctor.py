@@ -41,7 +41,7 @@ OTHER_LIBRARIES = {
     "scikit-learn": "1.5",
     "scipy": "1.13",
     "matplotlib": "3.9",
-    "filelock": "3.16",
+    "filelock": "3.20.3",
     "safetensors": "0.5",
     "submitit": "1.5",
     "pillow": "11",
