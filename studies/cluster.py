@@ -55,7 +55,7 @@ def submit_pretraining(
     at_once: int | None,
     again: bool,
 ) -> list[str]:
-    """Submit the runs that are not done and have no job, as one array.
+    """Submit the runs that are not done and have no job, as one array. The caller holds the lock.
 
     Args:
         root: folder of the study.
@@ -70,14 +70,13 @@ def submit_pretraining(
     Raises:
         UserError: the jobs are refused, or Slurm does not answer.
     """
-    with locked_home(root / JOBS_FOLDER):
-        adopt(root / JOBS_FOLDER)
-        known = _jobs([run.folder for run in runs], patience_seconds=_PATIENCE_SECONDS)
-        due = [run for run in runs if to_train(training_of(run.folder, known), again=again)]
-        tasks = list(map(_pretraining, due))
-        if not tasks:
-            return []
-        return _submit(root / JOBS_FOLDER, tasks, cluster, at_once=at_once)
+    adopt(root / JOBS_FOLDER)
+    known = _jobs([run.folder for run in runs], patience_seconds=_PATIENCE_SECONDS)
+    due = [run for run in runs if to_train(training_of(run.folder, known), again=again)]
+    tasks = list(map(_pretraining, due))
+    if not tasks:
+        return []
+    return _submit(root / JOBS_FOLDER, tasks, cluster, at_once=at_once)
 
 
 def _jobs(
@@ -141,7 +140,7 @@ def _digest(folder: Path) -> str:
 
 
 def submit_watch(root: Path, words: list[str], cluster: SubmitConfig) -> str | None:
-    """Submit a job that watches the study, unless one waits.
+    """Submit a job that watches the study, unless one waits. The caller holds the lock.
 
     One that runs may be about to end. The new job then starts after it, and ends at once if nothing is left to do.
 
@@ -152,14 +151,13 @@ def submit_watch(root: Path, words: list[str], cluster: SubmitConfig) -> str | N
         UserError: the job is refused, or Slurm does not answer.
     """
     name = f"watch-{_digest(root)}"
-    with locked_home(root / JOBS_FOLDER):
-        jobs = own_jobs(patience_seconds=_PATIENCE_SECONDS)
-        waiting = [job for job in jobs if job.name == name and job.state == "PENDING"]
-        if waiting:
-            return None
-        task = Task(words=words, run=str(root))
-        config = replace(cluster, name=name, dependency="singleton")
-        return _submit(root / JOBS_FOLDER, [task], config)[0]
+    jobs = own_jobs(patience_seconds=_PATIENCE_SECONDS)
+    waiting = [job for job in jobs if job.name == name and job.state == "PENDING"]
+    if waiting:
+        return None
+    task = Task(words=words, run=str(root))
+    config = replace(cluster, name=name, dependency="singleton")
+    return _submit(root / JOBS_FOLDER, [task], config)[0]
 
 
 def submit_background(root: Path, words: list[str], cluster: SubmitConfig) -> str | None:

@@ -71,10 +71,6 @@ def go_on(
 def _submit_runs(study: Study, place: SubmitConfig, *, again: bool) -> None:
     """Submit the runs that are due, and the job that watches them."""
     config = study.config
-    for job in submit_pretraining(
-        study.root, study.runs, place, at_once=config.throttle, again=again
-    ):
-        print(f"job {job}: pretraining of {study.root}", flush=True)
     # One process is enough to watch.
     small = replace(
         place_of(config.evaluated_on),
@@ -84,8 +80,14 @@ def _submit_runs(study: Study, place: SubmitConfig, *, again: bool) -> None:
         cpus_per_task=1,
         memory_gb=None,
     )
-    if config.watch == "job" and (own := submit_watch(study.root, _watch_words(study), small)):
-        print(f"job {own}: watch {study.root}", flush=True)
+    # Whoever cancels the study meanwhile waits, and ends all of them.
+    with locked_home(study.root / JOBS_FOLDER):
+        for job in submit_pretraining(
+            study.root, study.runs, place, at_once=config.throttle, again=again
+        ):
+            print(f"job {job}: pretraining of {study.root}", flush=True)
+        if config.watch == "job" and (own := submit_watch(study.root, _watch_words(study), small)):
+            print(f"job {own}: watch {study.root}", flush=True)
 
 
 def work_of(study: Study) -> Work:

@@ -64,6 +64,17 @@ def _hang(descriptor: int) -> None:
     time.sleep(3600)
 
 
+def _no_lock(home: Path) -> contextlib.nullcontext[None]:
+    return contextlib.nullcontext()
+
+
+@wrapt.when_imported("studies.runner")
+def _submit_unlocked(runner: ModuleType) -> None:
+    together = os.environ.get("SUBMIT_TOGETHER")
+    if together and not Path(together, "locked").exists() and "SLURM_JOB_ID" not in os.environ:
+        runner.locked_home = _no_lock
+
+
 @wrapt.when_imported("studies.cluster")
 def _submit_together(cluster: ModuleType) -> None:
     if "SUBMIT_TOGETHER" not in os.environ or "SLURM_JOB_ID" in os.environ:
@@ -71,7 +82,7 @@ def _submit_together(cluster: ModuleType) -> None:
     together = Path(os.environ["SUBMIT_TOGETHER"])
     own_jobs = cluster.own_jobs
     if not (together / "locked").exists():
-        cluster.locked_home = lambda home: contextlib.nullcontext()
+        cluster.locked_home = _no_lock
 
     def seen_by_both(**words: Any) -> Any:
         jobs = own_jobs(**words)
