@@ -14,8 +14,9 @@ from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.files import append_json_line
 from peerlearn.runs.lock import living_owner
 from slurm.client import JobState, NoAnswerError, cancel_jobs
+from slurm.find_runs import find_runs
 from slurm.jobs import Record, job_key, may_appear, records_of, states_of
-from slurm.status import CANCELLED_FILE, find_runs
+from slurm.status import CANCELLED_FILE
 from slurm.submission import STARTS_BEFORE, locked_home
 
 _PATIENCE_SECONDS = 300.0

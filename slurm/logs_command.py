@@ -13,8 +13,9 @@ from peerlearn.errors import DONE, UserError
 from peerlearn.runs.directory import STUDY_FILE, RunDirectory
 from peerlearn.runs.files import numbered_files
 from peerlearn.runs.standing import integer
+from slurm.find_runs import find_runs, is_run
 from slurm.jobs import JobWatch, Record, records_of, submission_of
-from slurm.status import RunStatus, find_runs, has_not_begun, is_run, read_statuses
+from slurm.status import RunStatus, has_not_begun, read_statuses
 from slurm.submission import TRAINING_VERBS
 
 _POLL_SECONDS = 0.5

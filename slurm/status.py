@@ -1,10 +1,9 @@
-"""The runs that a command line names, and their states: from their own files, and from Slurm if it answers.
+"""The states of runs: from their own files, and from Slurm if it answers.
 
 No state follows from comparing times of two clocks. This module writes nothing that stays.
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +13,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-from peerlearn.errors import UserError
-from peerlearn.runs.directory import JOBS_FOLDER, STUDY_FILE, RunDirectory
+from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
 from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.files import read_json_lines
 from peerlearn.runs.heartbeat import (
@@ -30,6 +28,7 @@ from peerlearn.runs.heartbeat import (
 from peerlearn.runs.lock import living_owner, look_at_owner
 from peerlearn.runs.standing import Standing, integer, read_standing
 from slurm.client import JobState
+from slurm.find_runs import READERS
 from slurm.jobs import (
     JobKey,
     JobWatch,
@@ -41,7 +40,6 @@ from slurm.jobs import (
 )
 from slurm.outcome import Outcome, is_decided, outcome_of
 from slurm.submission import (
-    JOBS_FILE,
     OUTCOMES_FOLDER,
     STARTS_BEFORE,
     TRAINING_VERBS,
@@ -53,13 +51,9 @@ from slurm.submission import (
 # accounting, and never remembers an array's task that was still waiting.
 CANCELLED_FILE = Path(JOBS_FOLDER) / "cancelled.jsonl"
 
-# The largest depth of a run below a folder on the command line.
-_LEVELS = 2
 # Of the heartbeats of other machines, by run and rank.
 _sightings = Sightings()
 _POLL_SECONDS = 0.2
-# Number of runs that are read at once: most of the time is waiting for a file server.
-_READERS = 32
 # The events that tell how a start began or ended.
 _EVENTS = ("started", "stopped", "done", "failed", "requeued", "job_failed")
 
@@ -107,7 +101,7 @@ class RunStatus(Standing):
 def read_statuses(runs: Sequence[Path], watch: JobWatch) -> list[RunStatus]:
     """The status of each run."""
     # Its threads are daemons: Ctrl-C does not wait for them.
-    with ThreadPool(_READERS) as readers:
+    with ThreadPool(READERS) as readers:
         records = readers.map(records_of, runs, chunksize=1)
         states = watch.states(record for each in records for record in each)
         # All are looked at before one is waited for.
@@ -302,21 +296,27 @@ def _state(
     if not history.attempt_ended and any(_is_alive(history, beat) for beat in history.beats):
         return "running", None, True
     if job is not None and (job_state is None or job_state.unknown):
-        decided = history.has_not_begun(job) and is_decided(
-            submission_of(history.run, job), job["job"]
-        )
-        if decided and (outcome := _outcome(history.run, job)):
-            return outcome.kind, outcome.reason, False
-        if job_state is None and may_appear(history.run, job, None, ages):
-            return "submitted", "Slurm does not know it yet", True
-    if job_state is not None and job_state.unknown:
-        if history.last == "requeued":
-            return "requeued", job_state.reason, True
-        if job is not None and history.has_not_begun(job):
-            return "submitted", job_state.reason, True
+        return _untold(history, job, job_state, ages)
     # A job that is done tells nothing about a later start by hand.
-    elif job_state is not None and job_state.state != "COMPLETED":
+    if job_state is not None and job_state.state != "COMPLETED":
         return job_state.state.lower(), job_state.reason or None, False
+    return _dead(history, job)
+
+
+def _untold(
+    history: _History, job: Record, job_state: JobState | None, ages: FileAges
+) -> tuple[str, str | None, bool]:
+    """The state of a run that no process works on, and whose job Slurm does not know (None) or cannot tell of."""
+    waits = history.has_not_begun(job)
+    decided = waits and is_decided(submission_of(history.run, job), job["job"])
+    if decided and (outcome := _outcome(history.run, job)):
+        return outcome.kind, outcome.reason, False
+    if job_state is None and may_appear(history.run, job, None, ages):
+        return "submitted", "Slurm does not know it yet", True
+    if job_state is not None and history.last == "requeued":
+        return "requeued", job_state.reason, True
+    if job_state is not None and waits:
+        return "submitted", job_state.reason, True
     return _dead(history, job)
 
 
@@ -468,53 +468,3 @@ def _newest_seconds(files: Iterable[Path]) -> float:
 def _printable(line: str) -> str:
     """The text without characters that would move the cursor of a terminal."""
     return "".join(character if character.isprintable() else " " for character in line)
-
-
-def find_runs(words: Sequence[Path]) -> list[Path]:
-    """The named runs, and the runs in named folders: a study, `runs`.
-
-    Raises:
-        UserError: a folder is missing, or no folder holds a run.
-    """
-    with ThreadPool(_READERS) as readers:
-        for word, there in zip(words, readers.map(Path.exists, words), strict=True):
-            if not there:
-                raise UserError(
-                    f"{word} is not there: name run directories, or a folder that has some"
-                )
-        places = [_Place(word, _LEVELS) for word in words]
-        while any(place.levels is not None for place in places):
-            insides = readers.map(_look_into, places, chunksize=1)
-            places = [found for inside in insides for found in inside]
-    if not places:
-        raise UserError(f"no run in {', '.join(map(str, words))}: name run directories")
-    return list({place.folder.absolute(): place.folder for place in places}.values())
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder is a run, or was submitted to become one."""
-    if (folder / STUDY_FILE).is_file():
-        return False
-    return RunDirectory(folder).begun or (folder / JOBS_FILE).is_file()
-
-
-class _Place(NamedTuple):
-    """A folder and the number of levels below it in which runs are looked for; None for a run."""
-
-    folder: Path
-    levels: int | None
-
-
-def _look_into(place: _Place) -> list[_Place]:
-    """The place itself if it is a run, else the folders in it."""
-    folder, levels = place
-    if levels is None or is_run(folder):
-        return [_Place(folder, None)]
-    if levels == 0:
-        return []
-    try:
-        with os.scandir(folder) as entries:
-            names = [each.name for each in entries if each.is_dir() and each.name[0] != "."]
-    except OSError:
-        return []
-    return [_Place(folder / name, levels - 1) for name in sorted(names)]

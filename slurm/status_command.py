@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UsageError
 from peerlearn.runs.progress import time_text
+from slurm.find_runs import find_runs
 from slurm.jobs import JobWatch
-from slurm.status import RunStatus, find_runs, read_statuses
+from slurm.status import RunStatus, read_statuses
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

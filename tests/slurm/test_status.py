@@ -568,7 +568,7 @@ def test_one_new_file_tells_the_ages_of_a_whole_file_system(
         return time.time()
 
     monkeypatch.setattr(file_ages, "_new_file_seconds", measure)
-    monkeypatch.setattr(status_module, "_READERS", 1)
+    monkeypatch.setattr(status_module, "READERS", 1)
     found = read_statuses(runs, JobWatch())
     assert [each.state for each in found] == ["running"] * 3
     assert None not in [each.heartbeat_age_seconds for each in found]

@@ -20,8 +20,9 @@ from peerlearn.runs.standing import StandingLog
 from peerlearn.runs.step_folders import step_folder, write_best, write_latest
 from peerlearn.runs.training_facts import TrainingFacts, write_env
 from slurm import status as status_module
+from slurm.find_runs import find_runs
 from slurm.jobs import JobWatch
-from slurm.status import CANCELLED_FILE, find_runs, read_statuses
+from slurm.status import CANCELLED_FILE, read_statuses
 from slurm.status_command import _table
 from slurm.submission import JOBS_FILE
 from studies.due import Jobs, Work, ask_again, look, problems
