@@ -14,11 +14,8 @@ from peerlearn.config import nearest
 from peerlearn.errors import (
     DONE,
     FAILURE,
-    FAULT_FILE,
-    MACHINES,
     SAVED_RUN_AGAIN,
     USAGE,
-    USERS,
     CrashError,
     SaidByMainError,
     SavedError,
@@ -26,6 +23,7 @@ from peerlearn.errors import (
     UserError,
 )
 from peerlearn.runs.files import changed_by_owner_alone
+from peerlearn.runs.launcher import FAULT_FILE, MACHINES, USERS
 from peerlearn.runs.output import with_lossy_output
 from peerlearn.runs.stop import StoppedError, interrupted_by_signals
 from peerlearn.runs.terminal import say, wrapped

@@ -1,9 +1,6 @@
 """Errors that a user can cause and mend, and exit codes. The command line prints such an error as one line."""
 
 DONE, FAILURE, USAGE, SAVED_RUN_AGAIN = 0, 1, 2, 75
-# A supervisor names a file here, in which a command that fails writes whose fault it is: USERS or MACHINES.
-FAULT_FILE = "PEERLEARN_FAULT_FILE"
-USERS, MACHINES = "user", "machine"
 
 
 class UserError(Exception):

@@ -77,7 +77,7 @@ def _cancel(runs: Sequence[Path]) -> set[Path]:
         state = states.get(job_key(record))
         if state is not None and state.live:
             alive.append((place, record, state))
-        elif may_appear(place, record, state, ages) and _is_ended(record["job"]):
+        elif may_appear(place, record, state, ages) and _ends_unlisted(record["job"]):
             alive.append((place, record, JobState(state="SUBMITTED")))
     listed = [record["job"] for _, record, state in alive if state.live]
     cancel_jobs(listed, patience_seconds=_PATIENCE_SECONDS)
@@ -87,8 +87,8 @@ def _cancel(runs: Sequence[Path]) -> set[Path]:
     return ended
 
 
-def _is_ended(job: str) -> bool:
-    """End a job that Slurm does not list yet. False if Slurm has no such job."""
+def _ends_unlisted(job: str) -> bool:
+    """End a job that Slurm does not list yet. Returns False if Slurm has no such job."""
     try:
         cancel_jobs([job], patience_seconds=_PATIENCE_SECONDS)
     except NoAnswerError:

@@ -154,7 +154,7 @@ def _call_once(words: Sequence[str], environment: dict[str, str]) -> str:
         raise NoAnswerError(f"{words[0]} gave no answer for {_CALL_SECONDS:.0f} s") from error
     if answer.returncode == 0:
         return answer.stdout
-    said = own_words(words[0], answer.stderr or answer.stdout)
+    said = _own_words(words[0], answer.stderr or answer.stdout)
     if answer.returncode < 0:
         raise NoAnswerError(f"{said} (killed by signal {-answer.returncode})")
     kind = NoAnswerError if any(part in said for part in _NOT_REACHED) else UserError
@@ -179,7 +179,7 @@ def outside_any_job(environment: dict[str, str]) -> dict[str, str]:
     }
 
 
-def own_words(program: str, text: str) -> str:
+def _own_words(program: str, text: str) -> str:
     """The message of a program, on one line that begins with its name."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = "; ".join(line.removeprefix(f"{program}: ").removeprefix("error: ") for line in lines)

@@ -89,9 +89,14 @@ def adopt(home: Path) -> None:
 
 
 @contextmanager
-def _removed_on_failure(submission: Submission) -> Iterator[None]:
+def _removed_on_failure(
+    submission: Submission, but: type[Exception] | tuple[()] = ()
+) -> Iterator[None]:
+    """Remove the submission if the block fails, but not by an error after which a job may be there."""
     try:
         yield
+    except but:
+        raise
     except BaseException:
         remove_submission(submission)
         raise
@@ -104,25 +109,25 @@ def _submit_to_slurm(submission: Submission, name: str, at_once: int | None) -> 
         # The variables of the start may be secrets.
         write_text(folder / START_SCRIPT, start_script(submission), mode=PRIVATE)
         write_text(script, batch_script(submission, script, name, at_once), mode=PRIVATE)
-    number, silence = None, None
     with _undisturbed():
-        try:
-            printed = call(
-                *("sbatch", "--parsable", str(script)),
-                environment=outside_any_job(dict(os.environ)),
-            )
-            number = _number_in(printed)
-        except NoAnswerError as error:
-            silence = error
-        except BaseException:
-            remove_submission(submission)
-            raise
+        number, why = _sbatch(submission, script)
         if number:
             record_jobs(submission, _job_of_each_task(submission, number))
     if not number:
-        number = _found_again(submission, script, str(silence or "sbatch told no number"))
+        number = _found_again(submission, script, why)
         record_jobs(submission, _job_of_each_task(submission, number))
     return _job_of_each_task(submission, number)
+
+
+def _sbatch(submission: Submission, script: Path) -> tuple[str | None, str]:
+    """Hand a script over: the job's number or, if it was not told, None and why. A refused submission is removed."""
+    try:
+        with _removed_on_failure(submission, but=NoAnswerError):
+            environment = outside_any_job(dict(os.environ))
+            printed = call("sbatch", "--parsable", str(script), environment=environment)
+    except NoAnswerError as error:
+        return None, str(error)
+    return _number_in(printed), "sbatch told no number"
 
 
 def _number_in(printed: str) -> str | None:
@@ -220,7 +225,7 @@ def batch_script(
             'echo "start $start on $SLURM_JOB_NODELIST"',
             private_or_exit(folder, EXECUTED),
             # Slurm may yet start what was given up, and a later submission may have the name of its folder.
-            f"[ -e {shlex.quote(str(folder / script.name))} ] || "
+            f"[ -e {shlex.quote(str(script))} ] || "
             "{ echo 'peerlearn: this submission was given up: nothing is run' >&2; exit 1; }",
         ],
         "teardown": [

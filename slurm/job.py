@@ -25,16 +25,13 @@ from typing import IO, Any
 from peerlearn.errors import (
     DONE,
     FAILURE,
-    FAULT_FILE,
-    MACHINES,
     SAVED_RUN_AGAIN,
-    USERS,
     CrashError,
     UserError,
 )
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
-from peerlearn.runs.launcher import MEETING_SOCKET, module_words
+from peerlearn.runs.launcher import FAULT_FILE, MACHINES, MEETING_SOCKET, USERS, module_words
 from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, submission_to_run
 

@@ -6,7 +6,7 @@ FOLDER/  (mode 0700: files here are run as the user who owns them; docs/security
   configs/task-0.yaml    the resolved config of task 0, which its command reads
   batch-ID.sh, start.sh  what sbatch is given, and what each start runs
   outcomes/, outcomes-0.jsonl    how each start ended, and the decision after it
-  JOB_RANK_log.out   the output of each process; submitit's own files lie beside it
+  JOB_RANK_log.out   the output of each process; for jobs of this machine submitit's files lie beside it
 RUN/slurm/jobs.jsonl   one line for each job that works on RUN
 """
 
