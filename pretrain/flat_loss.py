@@ -71,6 +71,7 @@ def flat_queue_terms(query: Tensor, key: Tensor, rows: Tensor, form: Form) -> Te
         form: how.
 
     Raises:
+        NonFiniteError: the queue rows hold NaN or Inf.
         RuntimeError: in backward: ``key`` or ``rows`` has been changed since, or a second derivative is asked for.
     """
     terms: Tensor = _FlatTerms.apply(query, key.detach(), rows.detach(), form)

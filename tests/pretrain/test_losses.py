@@ -18,13 +18,7 @@ from pretrain.losses import (
     view_terms,
 )
 from pretrain.soft_kl import soft_kl
-
-
-def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
-        dtype
-    )
+from tests.pretrain.embeddings import errors_against_float64, unit, vectors
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
@@ -322,50 +316,18 @@ def test_soft_kl_equals_the_textbook_form_in_float64():
         torch.testing.assert_close(soft_kl(teacher, student, 1.0), textbook, rtol=1e-7, atol=1e-14)
 
 
-def errors_against_float64(query, key, queue, **settings_) -> list[tuple[float, float]]:
-    """Per term: value and gradient error of float32, in units of the promised bound."""
-    networks, batch, _ = query.shape
-    tau = settings_["temperature"]
-    results = []
-    exact_query = query.double().requires_grad_()
-    query = query.clone().requires_grad_()
-    exact = queue_terms(exact_query, key.double(), queue.double(), **settings_)
-    ours = queue_terms(query, key, queue, **settings_)
-    for a, b in zip(ours, exact, strict=True):
-        bound = 1e-5 * max(abs(b.item()), max(1, networks * (networks - 1)) / tau)
-        ga = torch.autograd.grad(a, query, retain_graph=True)[0]
-        gb = torch.autograd.grad(b, exact_query, retain_graph=True)[0]
-        gradient_bound = 1e-5 * max(gb.norm().item(), networks / (tau**2 * math.sqrt(batch)))
-        results.append(
-            (
-                abs(a.item() - b.item()) / bound,
-                (ga.double() - gb).norm().item() / gradient_bound,
-            )
-        )
-    return results
-
-
 @pytest.mark.parametrize("soft_temperature", [0.1, 1.0, 3.0, 100.0])
 @pytest.mark.parametrize("tau", [0.01, 0.07, 0.5])
 @pytest.mark.parametrize("networks", [1, 2, 8])
 @pytest.mark.parametrize("kind", ["random", "near", "duplicated", "one direction"])
 def test_the_numerical_promise_in_float32(networks, tau, soft_temperature, kind):
-    query = unit(networks, 6, 32, seed=19, dtype=torch.float32)
-    key = unit(networks, 6, 32, seed=20, dtype=torch.float32)
-    queue = unit(networks, 50, 32, seed=21, dtype=torch.float32)
-    if kind == "near":
-        noise = 1e-4 * unit(networks, 6, 32, seed=22, dtype=torch.float32)
-        query = F.normalize(query[:1] + noise, dim=-1)
-        key = F.normalize(key[:1] + noise, dim=-1)
-        queue = queue[:1].expand(networks, -1, -1).contiguous()
-    if kind == "duplicated":
-        key, queue = query.clone(), query[:, :1].expand(-1, 50, -1).contiguous()
-    if kind == "one direction":
-        common = unit(1, 1, 32, seed=23, dtype=torch.float32)
-        query, key, queue = (F.normalize(common + 1e-5 * x, dim=-1) for x in (query, key, queue))
-    for value_error, gradient_error in errors_against_float64(
-        query, key, queue, temperature=tau, soft_temperature=soft_temperature
-    ):
+    errors = errors_against_float64(
+        *vectors(kind, networks),
+        temperature=tau,
+        soft_temperature=soft_temperature,
+        backend="reference",
+    )
+    for value_error, gradient_error in errors:
         assert value_error <= 1
         assert gradient_error <= 1
 
