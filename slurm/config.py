@@ -92,11 +92,11 @@ class SubmitConfig:
         ):
             for number, word in enumerate(getattr(self, key), start=1):
                 # A variable may be a password, which no message shows.
-                got = f"entry {number} is none" if key == "environment" else f"got {word!r}"
+                got = f"entry {number} is not" if key == "environment" else f"got {word!r}"
                 require(pattern.fullmatch(word) is not None, f"{key}: expected {example}, {got}")
         for key in ("setup", "environment", "sbatch", "srun"):
             for number, line in enumerate(getattr(self, key), start=1):
-                require("\n" not in line, f"{key} takes single lines, entry {number} is none")
+                require("\n" not in line, f"{key} takes single lines, and entry {number} has more")
         require(
             self.executor == "slurm" or self.nodes == 1,
             f"nodes must be 1 with executor {self.executor}: it is this machine alone",

@@ -341,7 +341,7 @@ def test_a_taken_port_is_passed_over() -> None:
         (
             ["--cluster", "slurm", "--environment", "A B"],
             ["pretrain"],
-            "environment: expected NAME=value, entry 1 is none",
+            "environment: expected NAME=value, entry 1 is not",
         ),
         (
             ["--cluster", "slurm", "--name", "a;b"],
