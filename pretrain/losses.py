@@ -25,7 +25,8 @@ from torch import Tensor
 
 from peerlearn.compute.device import full_float32
 from pretrain.finite import require_finite
-from pretrain.flat_loss import Form, flat_queue_terms
+from pretrain.flat_loss import flat_queue_terms
+from pretrain.row_sums import Form
 from pretrain.soft_kl import soft_kl
 
 # The number of logits of all pairs of networks from which on passes over tiles are faster (benchmarks/loss.py).
@@ -143,8 +144,9 @@ def queue_terms(
         require_finite("scl_hard", "query", query)
         require_finite("scl_hard", "key", key)
         if backend == "flat" or (backend == "auto" and _flat_wins(query, rows)):
-            form = Form(temperature, soft_temperature, same_sample_positive, tile_bytes)
-            return MCLTerms(*flat_queue_terms(query, key, rows, form))
+            form = Form(temperature, soft_temperature, tile_bytes)
+            same = same_sample_positive
+            return MCLTerms(*flat_queue_terms(query, key, rows, form, same_sample_positive=same))
         rows = widen(rows)
         require_finite("scl_hard", "queue", rows)
         # Index order: network of the anchor, network of the candidates, anchor, candidate.
