@@ -56,7 +56,7 @@ def flat_queue_terms(
     if same_sample_positive:
         extra.append((_products(query, query) / form.temperature).masked_fill(own, EXCLUDED))
     log_sums, divergences = _Rows.apply(query, rows, torch.stack(extra, -1), form, bound, None)
-    hard = sum(log_sums - each for each in extra)
+    hard = torch.stack([log_sums - each for each in extra]).sum(0)
     cross = hard.masked_fill(own, 0.0).mean(-1).sum(0)
     return _stacked((log_sums - positive).diagonal().mean(0), cross, divergences).to(query.dtype)
 
@@ -90,10 +90,9 @@ def flat_batch_terms(
     none = embedding.new_empty(networks, networks, embedding.shape[1], 0, dtype=torch.float64)
     bound = _longest(embedding) ** 2
     log_sums, divergences = _Rows.apply(embedding, embedding, none, form, bound, exclude)
-    _, group, sizes = labels.unique(return_inverse=True, return_counts=True)
-    others = sizes[group] - 1
-    class_sums = embedding.new_zeros(networks, len(sizes), embedding.shape[2])
-    class_sums = class_sums.index_add(1, group, embedding)
+    group = _groups(labels)
+    others = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))[group] - 1
+    class_sums = torch.zeros_like(embedding).index_add(1, group, embedding)
     mates = (class_sums[:, group] - embedding) / others.clamp(min=1).unsqueeze(-1)
     hard = (log_sums - _products(embedding, mates) / form.temperature) * (others > 0)
     hard = hard.sum(-1) / (others > 0).sum().clamp(min=1)
@@ -136,14 +135,17 @@ class _Rows(torch.autograd.Function):
         return sums.log_hard(form), sums.divergences(form)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, of_log_sums: Tensor, of_divergences: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the flat loss can be differentiated once, and create_graph asks for more: take backend='reference'"
+                "the flat loss can be differentiated once, and create_graph asks for more: "
+                "take backend='reference', or a smaller batch"
             )
         query, rows, extra = ctx.saved_tensors
         sums, form = ctx.sums, ctx.form
-        weights = weights_of_exponentials(*grads, sums, form)
+        weights = weights_of_exponentials(of_log_sums, of_divergences, sums, form)
         of_query = torch.zeros_like(query)
         of_rows = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         with full_float32(query.device):
@@ -151,8 +153,9 @@ class _Rows(torch.autograd.Function):
             add_gradient(tiles, sums, weights, ctx.kept, of_query, of_rows)
             taken = exponentials(sums.shift, extra / form.base, torch.empty_like(extra))
             of_extra = gradient_of_logits(weights, form, taken, torch.empty_like(taken))
-        for gradient in filter(lambda each: each is not None, (of_query, of_rows)):
-            gradient.div_(form.temperature)
+        of_query.div_(form.temperature)
+        if of_rows is not None:
+            of_rows.div_(form.temperature)
         return of_query, of_rows, of_extra, None, None, None
 
 
@@ -167,6 +170,14 @@ def _no_sums(query: Tensor, form: Form, *, shifted: bool) -> RowSums:
         moment=pair.clone(),
         excess=pair.clone() if form.has_excess else None,
     )
+
+
+def _groups(labels: Tensor) -> Tensor:
+    """Numbers below B for the classes of (B,) labels: `torch.unique` would wait for the device."""
+    order = labels.argsort(stable=True)
+    in_order = labels[order]
+    begins = F.pad(in_order[1:] != in_order[:-1], (1, 0))
+    return torch.empty_like(order).scatter(0, order, begins.cumsum(0))
 
 
 def _products(anchors: Tensor, candidates: Tensor) -> Tensor:

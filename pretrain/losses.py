@@ -25,14 +25,12 @@ from torch import Tensor
 
 from peerlearn.compute.device import full_float32
 from pretrain.finite import require_finite
-from pretrain.flat_loss import flat_queue_terms
-from pretrain.row_sums import Form
+from pretrain.flat_loss import EXCLUDED, flat_batch_terms, flat_queue_terms
+from pretrain.row_sums import TILE_BYTES, Form
 from pretrain.soft_kl import soft_kl
 
 # The number of logits of all pairs of networks from which on passes over tiles are faster (benchmarks/loss.py).
 _FLAT_FROM_LOGITS = 2**15
-# Stands for "not a candidate". Finite, so that differences of two masked logits are 0 and not NaN.
-_EXCLUDED = -1e9
 
 
 class MCLTerms(NamedTuple):
@@ -100,7 +98,7 @@ def queue_terms(
     same_sample_positive: bool = True,
     filled: int | None = None,
     backend: Literal["auto", "reference", "flat"] = "auto",
-    tile_bytes: int = 2**24,
+    tile_bytes: int = TILE_BYTES,
 ) -> MCLTerms:
     """MCL with a queue of negatives per network (MoCo, section 3.4): four scalars.
 
@@ -143,10 +141,11 @@ def queue_terms(
         query, key = widen(query), widen(key.detach())
         require_finite("scl_hard", "query", query)
         require_finite("scl_hard", "key", key)
-        if backend == "flat" or (backend == "auto" and _flat_wins(query, rows)):
+        if backend == "flat" or (backend == "auto" and _flat_wins(query, rows.shape[1])):
             form = Form(temperature, soft_temperature, tile_bytes)
-            same = same_sample_positive
-            return MCLTerms(*flat_queue_terms(query, key, rows, form, same_sample_positive=same))
+            return MCLTerms(
+                *flat_queue_terms(query, key, rows, form, same_sample_positive=same_sample_positive)
+            )
         rows = widen(rows)
         require_finite("scl_hard", "queue", rows)
         # Index order: network of the anchor, network of the candidates, anchor, candidate.
@@ -185,7 +184,8 @@ def batch_terms(
 
     The other samples of an anchor's class are its positives (the mean of their log-probabilities counts), the
     samples of other classes its negatives. An anchor without a positive is left out of the hard terms that need
-    one. Everything is live except the teachers of the soft terms.
+    one. Everything is live except the teachers of the soft terms. Large batches without ``num_negatives`` are computed
+    in passes over tiles, and can be differentiated once.
 
     Args:
         embedding: (M, B, D) float, L2-normalised.
@@ -207,14 +207,25 @@ def batch_terms(
             f"got {tuple(embedding.shape)} and {tuple(labels.shape)}"
         )
     _check_temperatures(temperature, soft_temperature)
-    same = torch.eye(len(labels), dtype=torch.bool, device=embedding.device)
     labels = labels.to(embedding.device)
+    if num_negatives is None and _flat_wins(embedding, len(labels)):
+        form = Form(temperature, soft_temperature, TILE_BYTES)
+        with full_float32(embedding.device):
+            embedding = widen(embedding)
+            require_finite("scl_hard", "embedding", embedding)
+            return MCLTerms(
+                *flat_batch_terms(
+                    embedding, labels, form, same_sample_positive=same_sample_positive
+                )
+            )
+    same = torch.eye(len(labels), dtype=torch.bool, device=embedding.device)
     positive = (labels[:, None] == labels[None, :]) & ~same
     negative = ~(positive | same)
     if num_negatives is not None:
         negative = _draw_negatives(negative, num_negatives, generator)
     has_positive = positive.any(-1)
-    positive_share = positive / positive.sum(-1, keepdim=True).clamp(min=1)
+    positive_share = widen(embedding).new_tensor(1.0) * positive
+    positive_share /= positive_share.sum(-1, keepdim=True).clamp(min=1)
 
     def label_hard(log_p: Tensor) -> Tensor:
         per_anchor = -(log_p.masked_fill(~positive, 0.0) * positive_share).sum(-1)
@@ -231,8 +242,8 @@ def batch_terms(
         logits = torch.einsum("abd,ckd->acbk", embedding, embedding) / temperature
         own_candidates = positive | negative
         cross_candidates = own_candidates | same if same_sample_positive else own_candidates
-        own = [logits[m, m].masked_fill(~own_candidates, _EXCLUDED) for m in range(len(embedding))]
-        cross = logits.masked_fill(~cross_candidates, _EXCLUDED)
+        own = [logits[m, m].masked_fill(~own_candidates, EXCLUDED) for m in range(len(embedding))]
+        cross = logits.masked_fill(~cross_candidates, EXCLUDED)
         return _mutual_terms(
             embedding,
             own,
@@ -347,9 +358,9 @@ def _check_queue_arguments(
         raise ValueError(f"backend must be 'auto' or 'reference', got {backend!r}")
 
 
-def _flat_wins(query: Tensor, rows: Tensor) -> bool:
-    networks, batch, _ = query.shape
-    return networks**2 * batch * rows.shape[1] >= _FLAT_FROM_LOGITS
+def _flat_wins(anchors: Tensor, candidates: int) -> bool:
+    networks, batch, _ = anchors.shape
+    return networks**2 * batch * candidates >= _FLAT_FROM_LOGITS
 
 
 def _check_temperatures(temperature: float, soft_temperature: float) -> None:

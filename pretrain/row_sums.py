@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Row = tuple[int, int]
+TILE_BYTES = 2**24
 # Logits up to this size need no shift: neither an exponential nor a sum of them leaves float32.
 _SAFE_LOGIT = 40.0
 # From this T on the moments' rounding times T squared would show in the divergences.

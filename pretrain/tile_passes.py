@@ -1,7 +1,7 @@
 """Passes over tiles of the logits: the sums of every row, and the gradient of them, in torch operations.
 
-Dimensions: M networks, B anchors, N candidates, D embedding size; a tile has b anchors and t candidates of every network.
-Its logits are (M, M, b, t), [c, a] as in `pretrain.row_sums`.
+Dimensions: M networks, B anchors, N candidates, D embedding size. A tile is of b anchors and t candidates of every
+network; its logits are (M, M, b, t), [c, a] as in `pretrain.row_sums`.
 
 Every operation runs through memory that a CPU's cache holds and that the next tile takes over.
 """
@@ -16,9 +16,10 @@ from pretrain.soft_kl import exp_minus_1_minus
 
 # What is worked on: logits or their gradient, exponentials, products.
 _BUFFERS = 3
-_LARGEST_TILE_BYTES = 2**22
-# Matrix products of other widths are slower by a sixth, much narrower ones by more.
-_WIDTH_STEP, _WIDTH = 64, 320
+_LARGEST_TILE_BYTES = 2**23
+# Matrix products are fastest at this width, and a sixth slower at one that no 64 divides. Tiles of few anchors are made
+# wider, to this many logits, for operations are called once per tile.
+_WIDTH, _WIDTH_STEP, _FEW_LOGITS = 320, 64, 2**18
 
 # Sets the logits of what is no candidate, in a tile of these anchors and candidates, to a large negative number.
 Exclude = Callable[[Tensor, slice, slice], None]
@@ -46,8 +47,10 @@ class Tiles:
         per_logit = networks**2 * query.element_size()
         self.can_keep = per_logit * batch * total <= form.tile_bytes
         logits = min(form.tile_bytes, _LARGEST_TILE_BYTES) // (_BUFFERS * per_logit)
-        self._height = max(min(batch, logits // max(min(_WIDTH, total), 1)), 1)
-        width = logits // self._height
+        self._height = max(min(batch, logits // _WIDTH), 1)
+        width = min(
+            logits // self._height, max(_WIDTH, _FEW_LOGITS // (networks**2 * self._height))
+        )
         width -= width % _WIDTH_STEP if width > _WIDTH_STEP else 0
         self._width = max(min(width, total), 1)
         elements = networks**2 * self._height * self._width
@@ -111,15 +114,19 @@ def add_candidates(
     exponentials(sums.shift, logits, taken)
     soft = _power(taken, form.soft_power)
     sums.soft.add_(soft.sum(-1))
-    difference, product = products[0, 0], products[0, -1]
-    for number, (p, q) in enumerate(pairs_of_rows(len(logits))):
-        torch.sub(logits[p], logits[q], out=difference)
-        sums.moment[number, 0].add_(torch.mul(soft[p], difference, out=product).sum(-1))
-        sums.moment[number, 1].sub_(torch.mul(soft[q], difference, out=product).sum(-1))
+    space = products.flatten(0, 1)
+    number = 0
+    for (p, q), (soft_p, soft_q) in zip(_paired(logits), _paired(soft), strict=True):
+        numbers = slice(number, number + len(q))
+        number += len(q)
+        difference, product = space[: len(q)], space[-len(q) :]
+        torch.sub(p, q, out=difference)
+        sums.moment[numbers, 0] += torch.mul(soft_p, difference, out=product).sum(-1)
+        sums.moment[numbers, 1] -= torch.mul(soft_q, difference, out=product).sum(-1)
         if sums.excess is not None:
             difference.mul_(form.soft_power)
-            for direction, (row, u) in enumerate(((p, -difference), (q, difference))):
-                sums.excess[number, direction].add_((soft[row] * exp_minus_1_minus(u)).sum(-1))
+            sums.excess[numbers, 0] += (soft_p * exp_minus_1_minus(-difference)).sum(-1)
+            sums.excess[numbers, 1] += (soft_q * exp_minus_1_minus(difference)).sum(-1)
     sums.hard.add_(_power(taken, form.base, out=products).sum(-1))
     return sums
 
@@ -172,9 +179,16 @@ def gradient_of_logits(weights: Weights, form: Form, taken: Tensor, out: Tensor)
         torch.mul(taken, taken, out=out).mul_(hard).add_(soft).mul_(taken)
     else:
         torch.pow(taken, form.base, out=out).mul_(hard).addcmul_(soft_taken, soft)
-    for number, (p, q) in enumerate(pairs_of_rows(len(taken))):
-        out[q].addcmul_(soft_taken[p], taught[number, 0], value=-1)
-        out[p].addcmul_(soft_taken[q], taught[number, 1], value=-1)
+    number = 0
+    for (p, q), (soft_p, soft_q) in zip(_paired(out), _paired(soft_taken), strict=True):
+        numbers = slice(number, number + len(q))
+        number += len(q)
+        q.addcmul_(soft_p, taught[numbers, 0], value=-1)
+        if len(p) == len(q):
+            p.addcmul_(soft_q, taught[numbers, 1], value=-1)
+            continue
+        for teacher, weight in zip(soft_q, taught[numbers, 1], strict=True):
+            p[0].addcmul_(teacher, weight, value=-1)
     return out
 
 
@@ -192,6 +206,19 @@ def _shifted(sums: RowSums, form: Form, shift: Tensor) -> RowSums:
         sums.moment * teachers,
         None if sums.excess is None else sums.excess * teachers,
     )
+
+
+def _paired(table: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The rows of `pairs_of_rows` in a table (M, M, ...), in that order, as views.
+
+    Pairs of one first network are taken together: one row or n rows, and the n rows that they teach.
+    """
+    networks = range(len(table) - 1)
+    own = table.flatten(0, 1)[:: len(table) + 1]
+    return [
+        *((own[m : m + 1], own[m + 1 :]) for m in networks),
+        *((table[m, m + 1 :], table[m + 1 :, m]) for m in networks),
+    ]
 
 
 def _power(tensor: Tensor, exponent: float, out: Tensor | None = None) -> Tensor:

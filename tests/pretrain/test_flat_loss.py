@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peerlearn.compute.guards import NonFiniteError
-from pretrain.losses import queue_terms, queue_terms_by_network
+from pretrain.flat_loss import flat_batch_terms
+from pretrain.losses import batch_terms, batch_terms_by_network, queue_terms, queue_terms_by_network
+from pretrain.row_sums import Form
 from tests.pretrain.embeddings import errors_against_float64, unit, vectors
 
 
@@ -164,3 +166,61 @@ def test_the_same_bits_again():
     ]
     for one, other in itertools.pairwise(runs):
         assert all(torch.equal(mine, expected) for mine, expected in zip(one, other, strict=True))
+
+
+@given(
+    networks=st.integers(1, 4),
+    batch=st.integers(2, 13),
+    classes=st.integers(1, 13),
+    temperature=st.sampled_from([0.01, 0.07, 0.5]),
+    soft_temperature=st.sampled_from([0.5, 1.0, 3.0, 100.0]),
+    same=st.booleans(),
+    tile_bytes=st.sampled_from([1, 9000, 2**24]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_labelled_form_equals_the_reference_in_float64(
+    networks, batch, classes, temperature, soft_temperature, same, tile_bytes, seed
+):
+    """Anchors and candidates are live; anchors without a positive and batches of one class are among these."""
+    embedding = unit(networks, batch, 7, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    weights = torch.rand(4, networks, generator=generator).double()
+
+    def weighted(terms: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = torch.autograd.grad((terms * weights).sum(), leaf)
+        return terms.detach(), gradient
+
+    leaf = embedding.clone().requires_grad_()
+    form = Form(temperature, soft_temperature, tile_bytes)
+    ours = weighted(flat_batch_terms(leaf, labels, form, same_sample_positive=same), leaf)
+    readable = batch_terms_by_network(
+        leaf,
+        labels,
+        temperature=temperature,
+        soft_temperature=soft_temperature,
+        same_sample_positive=same,
+    )
+    exact = weighted(torch.stack(tuple(readable)), leaf)
+    for mine, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-8 / temperature)
+
+
+def test_large_labelled_batches_take_the_passes_and_draws_of_negatives_do_not():
+    embedding = unit(2, 128, 32, seed=1, dtype=torch.float32)
+    labels = torch.arange(64).repeat(2)
+    flat = flat_batch_terms(embedding, labels, Form(0.1, 1.0, 2**24), same_sample_positive=True)
+    ours = batch_terms_by_network(embedding, labels, temperature=0.1)
+    assert torch.equal(torch.stack(tuple(ours)), flat)
+    leaf = embedding.clone().requires_grad_()
+    drawn = batch_terms(
+        leaf, labels, temperature=0.1, num_negatives=126, generator=torch.Generator().manual_seed(0)
+    )
+    # All negatives are kept, and the readable form can be differentiated twice.
+    torch.testing.assert_close(torch.stack(tuple(drawn)), flat.sum(1), rtol=1e-5, atol=1e-5)
+    torch.autograd.grad(drawn.total(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="or a smaller batch"):
+        torch.autograd.grad(
+            batch_terms(leaf, labels, temperature=0.1).total(), leaf, create_graph=True
+        )
