@@ -127,9 +127,15 @@ class _Rows(torch.autograd.Function):
             sums = add_candidates(
                 sums, form, logits, torch.empty_like(logits), torch.empty_like(logits)
             )
-        tiles = Tiles(query, rows, form, exclude)
-        keep = ctx.needs_input_grad[0] and sums.shift is None and tiles.can_keep
-        sums, kept = sum_rows(tiles, sums, keep=keep)
+        kept: list[Tensor] = []
+        if form.in_triton:
+            from pretrain import triton_passes
+
+            sums = triton_passes.sum_rows(query, rows, sums, form)
+        else:
+            tiles = Tiles(query, rows, form, exclude)
+            keep = ctx.needs_input_grad[0] and sums.shift is None and tiles.can_keep
+            sums, kept = sum_rows(tiles, sums, keep=keep)
         ctx.save_for_backward(query, rows, extra)
         ctx.sums, ctx.form, ctx.exclude, ctx.kept = sums, form, exclude, kept
         return sums.log_hard(form), sums.divergences(form)
@@ -149,8 +155,13 @@ class _Rows(torch.autograd.Function):
         of_query = torch.zeros_like(query)
         of_rows = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         with full_float32(query.device):
-            tiles = Tiles(query, rows, form, ctx.exclude)
-            add_gradient(tiles, sums, weights, ctx.kept, of_query, of_rows)
+            if form.in_triton:
+                from pretrain import triton_passes
+
+                triton_passes.add_gradient(query, rows, weights, form, of_query)
+            else:
+                tiles = Tiles(query, rows, form, ctx.exclude)
+                add_gradient(tiles, sums, weights, ctx.kept, of_query, of_rows)
             taken = exponentials(sums.shift, extra / form.base, torch.empty_like(extra))
             of_extra = gradient_of_logits(weights, form, taken, torch.empty_like(taken))
         of_query.div_(form.temperature)

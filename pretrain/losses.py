@@ -28,6 +28,7 @@ from pretrain.finite import require_finite
 from pretrain.flat_loss import EXCLUDED, flat_batch_terms, flat_queue_terms
 from pretrain.row_sums import TILE_BYTES, Form
 from pretrain.soft_kl import soft_kl
+from pretrain.triton_choice import runs_in_triton
 
 # The number of logits of all pairs of networks from which on passes over tiles are faster (benchmarks/loss.py).
 _FLAT_FROM_LOGITS = 2**15
@@ -97,7 +98,7 @@ def queue_terms(
     soft_temperature: float = 1.0,
     same_sample_positive: bool = True,
     filled: int | None = None,
-    backend: Literal["auto", "reference", "flat"] = "auto",
+    backend: Literal["auto", "reference", "flat", "triton"] = "auto",
     tile_bytes: int = TILE_BYTES,
 ) -> MCLTerms:
     """MCL with a queue of negatives per network (MoCo, section 3.4): four scalars.
@@ -115,7 +116,8 @@ def queue_terms(
         same_sample_positive: False leaves ``query[b, i]`` out of the interactive candidates.
         filled: only the first ``filled`` queue rows exist, 0..K; None means all of them.
         backend: "reference" is the readable computation; "flat" makes passes over tiles of the queue, and can be
-            differentiated once; "auto" picks the faster one for the size.
+            differentiated once; "triton" does so in kernels for CUDA, and where it cannot is "flat"; "auto" picks the
+            faster one for the size, as far as that has been measured: never "triton" so far.
         tile_bytes: memory of "flat" for tiles in bytes. If the exponentials of all M x M x B x K logits fit, they are
             kept for backward, which is faster than to compute them again.
 
@@ -141,8 +143,12 @@ def queue_terms(
         query, key = widen(query), widen(key.detach())
         require_finite("scl_hard", "query", query)
         require_finite("scl_hard", "key", key)
-        if backend == "flat" or (backend == "auto" and _flat_wins(query, rows.shape[1])):
+        if backend in ("flat", "triton") or (
+            backend == "auto" and _flat_wins(query, rows.shape[1])
+        ):
             form = Form(temperature, soft_temperature, tile_bytes)
+            if backend == "triton":
+                form = form._replace(in_triton=runs_in_triton(query, form))
             return MCLTerms(
                 *flat_queue_terms(query, key, rows, form, same_sample_positive=same_sample_positive)
             )
@@ -354,8 +360,10 @@ def _check_queue_arguments(
         )
     if filled is not None and not 0 <= filled <= queue.shape[1]:
         raise ValueError(f"filled must be 0..{queue.shape[1]} or None, got {filled}")
-    if backend not in ("auto", "reference", "flat"):
-        raise ValueError(f"backend must be 'auto' or 'reference', got {backend!r}")
+    if backend not in ("auto", "reference", "flat", "triton"):
+        raise ValueError(
+            f"backend must be 'auto', 'reference', 'flat' or 'triton', got {backend!r}"
+        )
 
 
 def _flat_wins(anchors: Tensor, candidates: int) -> bool:

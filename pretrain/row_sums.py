@@ -30,11 +30,13 @@ class Form(NamedTuple):
         temperature: tau.
         soft_temperature: T.
         tile_bytes: memory for tiles of logits in bytes.
+        in_triton: whether the passes are Triton kernels.
     """
 
     temperature: float
     soft_temperature: float
-    tile_bytes: int
+    tile_bytes: int = TILE_BYTES
+    in_triton: bool = False
 
     @property
     def base(self) -> float:
