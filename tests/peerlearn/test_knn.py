@@ -432,6 +432,26 @@ def test_a_missing_faiss_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "pip install faiss-gpu" in caplog.text
 
 
+@given(
+    columns=st.integers(1, 200),
+    k=st.integers(1, 12),
+    levels=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_highest_of_long_rows_are_those_of_topk(
+    columns: int, k: int, levels: int, seed: int
+) -> None:
+    """Of equal entries any may be chosen; each is where it is said to be, and none is chosen twice."""
+    k = min(k, columns)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(levels, (5, columns), generator=generator).float()
+    values, places = knn._highest(rows, k)
+    assert torch.equal(values, rows.topk(k, dim=1).values)
+    assert torch.equal(values, rows.gather(1, places))
+    assert all(len(set(row.tolist())) == k for row in places)
+
+
 @pytest.mark.usefixtures("no_faiss")
 def test_the_torch_search_holds_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     train, queries = unit_rows(torch.randn(30, 4)), unit_rows(torch.randn(50, 4))
