@@ -41,7 +41,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def obvious(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     """The sum of the four terms as a user would write it."""
     networks = range(len(query))
-    target = torch.zeros(query.shape[1], dtype=torch.long)
+    target = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
     logits = {}
     for a in networks:
         for b in networks:
@@ -49,17 +49,32 @@ def obvious(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
             negative = torch.einsum("bd,dk->bk", query[a], queue[b].T.clone().detach())
             logits[a, b] = torch.cat([positive, negative], dim=1) / TAU
 
+    return _terms(logits, target)
+
+
+def clean(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    """The same without copies of the queue: all logits by one product."""
+    negative = torch.einsum("abd,ckd->acbk", query, queue)
+    positive = torch.einsum("abd,cbd->acb", query, key).unsqueeze(-1)
+    every = torch.cat([positive, negative], dim=-1) / TAU
+    networks = range(len(query))
+    target = torch.zeros(query.shape[1], dtype=torch.long, device=query.device)
+    return _terms({(a, b): every[a, b] for a in networks for b in networks}, target)
+
+
+def _terms(logits: dict[tuple[int, int], Tensor], target: Tensor) -> Tensor:
+    """The sum of the four terms from the logits (B, 1 + K) of each ordered pair of networks."""
+
     def divergence(student: Tensor, teacher: Tensor) -> Tensor:
         log_q = F.log_softmax(student / SOFT_TEMPERATURE, dim=1)
         p = F.softmax(teacher.detach() / SOFT_TEMPERATURE, dim=1)
         return F.kl_div(log_q, p, reduction="batchmean") * SOFT_TEMPERATURE**2
 
     total = sum(F.cross_entropy(each, target) for each in logits.values())
-    for a in networks:
-        for b in networks:
-            if a != b:
-                total = total + divergence(logits[a, a], logits[b, b])
-                total = total + divergence(logits[a, b], logits[b, a])
+    for a, b in logits:
+        if a != b:
+            total = total + divergence(logits[a, a], logits[b, b])
+            total = total + divergence(logits[a, b], logits[b, a])
     return torch.as_tensor(total)
 
 

@@ -1,0 +1,426 @@
+"""What only a GPU can show: the tests that need one, speed, memory, number formats, and how a run resumes there.
+
+    sh scripts/gpu_check.sh OUT            (or: python -m benchmarks.gpu_check OUT [--small] [--only loss steps])
+
+Each part runs in a process of its own with a time limit, so that one that fails or hangs costs the others nothing. All
+figures go to OUT/gpu_check.json and, as tables, to OUT/gpu_check.md. ``--small`` takes the smallest sizes, for a CPU. Times are wall seconds between two waits for the device; ratios are those of medians, with the range over rounds.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.loss import DIM, clean, gradient, obvious, ours
+from peerlearn.compute.dist import Ranks
+from peerlearn.compute.optimizers import build_optimizer
+from peerlearn.compute.precision import Precision
+from peerlearn.config import parse_config
+from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
+from peerlearn.runs.directory import RunDirectory
+from pretrain.cohort import build_networks
+from pretrain.config import PretrainConfig
+from pretrain.method import build_method
+from pretrain.terms import objective
+
+# Seconds for each part; 20 minutes together.
+LIMITS = {"tests": 420, "loss": 240, "steps": 300, "knn": 60, "resume": 120, "data_wait": 60}
+# Dense products a second in 1e12, by the data sheets, for fp32, tf32 and half formats.
+PEAKS = {"H100": (67, 494, 989), "H200": (67, 494, 989), "A100": (19.5, 156, 312)}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUN = [
+    *("--data.name", "digits", "--data.image_size", "16", "--data.augmentation", "crop_flip"),
+    *("--cohort.backbones", "conv4", "--cohort.embedding_dim", "16", "--queue.size", "256"),
+    *("--batch_size", "32", "--monitor.every_epochs", "0", "--monitor.log_every_steps", "1"),
+]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call, until the device has done it."""
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - start
+
+
+def compare(calls: dict[str, Callable[[], object]], rounds: int) -> list[dict[str, Any]]:
+    """A row per rival: median seconds, and how many times as fast as the first; they take turns.
+
+    A rival that fails is told with its error, and the others go on.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, call in calls.items():
+        try:
+            call()
+            rows[name] = {"rival": name, "peak_mib": _peak_mib(call), "seconds": []}
+        except Exception as error:  # Whatever a compiler may raise.
+            rows[name] = {"rival": name, "failed": str(error).splitlines()[0][:200]}
+    for _ in range(rounds):
+        for name, row in rows.items():
+            if "failed" not in row:
+                row["seconds"].append(seconds(calls[name]))
+    base = next(iter(rows.values())).get("seconds")
+    for row in rows.values():
+        if base and "failed" not in row:
+            ratios = [a / b for a, b in zip(base, row["seconds"], strict=True)]
+            row["times_as_fast"] = statistics.median(base) / statistics.median(row["seconds"])
+            row["range"] = [min(ratios), max(ratios)]
+            row["seconds"] = statistics.median(row["seconds"])
+    return list(rows.values())
+
+
+def part_loss(*, small: bool) -> list[dict[str, Any]]:
+    """The queue form, forward and backward, by the authors' way and by ours."""
+    sizes = [(256, 16384, 2), (256, 65536, 2), (128, 65536, 4), (512, 65536, 4)]
+    rows = []
+    for batch, total, networks in [(8, 64, 2)] if small else sizes:
+        generator = torch.Generator().manual_seed(0)
+        query, key, queue = (
+            F.normalize(torch.randn(networks, n, DIM, generator=generator), dim=-1).to(DEVICE)
+            for n in (batch, batch, total)
+        )
+        half = queue.half()
+        losses: dict[str, Callable[..., Tensor]] = {
+            "authors' way": obvious,
+            "clean": clean,
+            "flat": partial(ours, backend="flat"),
+            "flat, tiles kept": partial(ours, backend="flat", tile_bytes=2**30),
+            "triton": partial(ours, backend="triton"),
+        }
+        if not small:
+            losses["clean, compiled"] = torch.compile(clean, dynamic=False)
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(gradient, loss, query, key, queue) for name, loss in losses.items()
+        }
+        for name in ("flat", "triton"):
+            calls[f"{name}, fp16 queue"] = partial(gradient, losses[name], query, key, half)
+        exact = gradient(
+            partial(ours, backend="reference"), query.double(), key.double(), queue.double()
+        )
+        for row in compare(calls, 2 if small else 20):
+            if "failed" not in row:
+                found = calls[row["rival"]]()
+                assert isinstance(found, Tensor)
+                row["gradient_error"] = float((found - exact).norm() / exact.norm())
+            rows.append({"B": batch, "K": total, "M": networks, **row})
+    return rows
+
+
+def part_steps(*, small: bool) -> list[dict[str, Any]]:
+    """Steps of MCL: forward of queries and keys, loss, backward, optimiser; images are there already."""
+    cases = [
+        ("resnet32", 32, 512, networks, precision)
+        for networks, precision in [(1, "fp32"), (2, "fp32"), (4, "fp32"), *_formats(2)]
+    ] + [
+        ("resnet50", 224, 64, networks, precision)
+        for networks, precision in [(1, "bf16"), (4, "bf16"), (2, "fp32"), *_formats(2)]
+    ]
+    if small:
+        cases = [("resnet32", 8, 4, 1, "fp32"), ("resnet32", 8, 4, 2, "bf16")]
+    rows = []
+    for backbone, size, batch, networks, precision in cases:
+        row = {"backbone": backbone, "pixels": size, "B": batch, "M": networks, "format": precision}
+        try:
+            rows.append(
+                row | _step_figures(backbone, size, batch, networks, precision, small=small)
+            )
+        except torch.cuda.OutOfMemoryError:
+            rows.append(row | {"failed": "out of memory"})
+    return rows
+
+
+def _formats(networks: int) -> list[tuple[int, str]]:
+    return [(networks, precision) for precision in ("tf32", "bf16", "fp16")]
+
+
+def _step_figures(
+    backbone: str, size: int, batch: int, networks: int, precision: str, *, small: bool
+) -> dict[str, Any]:
+    words = ["--cohort.networks", str(networks), "--cohort.backbones", backbone]
+    words += ["--cohort.share_stages", "0", "--queue.size", "128" if small else "65536"]
+    config, _ = parse_config(PretrainConfig, words, verb="pretrain", description="", example="")
+    tf32 = precision == "tf32"
+    number_format = Precision("fp32" if tf32 else precision, DEVICE, tf32=tf32)
+    cohort = build_networks(config, in_chans=3, image_size=size, num_classes=0).to(DEVICE)
+    method = build_method(cohort, config, Ranks(DEVICE))
+    optimizer = build_optimizer(cohort, config.optimizer, lr=0.03)
+    views = tuple(
+        torch.randn(batch, 3, size, size, device=DEVICE).contiguous(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        number += 1
+        method.begin_step(number)
+        optimizer.zero_grad(set_to_none=True)
+        with number_format.autocast():
+            terms = method.terms(views, None)
+        number_format.backward(objective(terms, config))
+        number_format.unscale(optimizer)
+        number_format.step(optimizer)
+        method.end_step()
+
+    step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    peak_mib = _peak_mib(step)
+    times = [seconds(step) for _ in range(2 if small else 20)]
+    median = statistics.median(times)
+    figures = {
+        "seconds": median,
+        "range": [min(times), max(times)],
+        "images_per_second": batch / median,
+        "tflops": counter.get_total_flops() / median / 1e12,
+        "peak_mib": peak_mib,
+    }
+    peak = _peak_tflops(precision)
+    return figures | ({"mfu_percent": 100 * figures["tflops"] / peak} if peak else {})
+
+
+def part_knn(*, small: bool) -> list[dict[str, Any]]:
+    """The search among training features, by torch on this device; faiss on the CPU is `benchmarks/knn.py`."""
+    from peerlearn.knn import knn_scores
+
+    sizes = [(200, 50, 16)] if small else [(50_000, 10_000, 512), (1_000_000, 10_000, 384)]
+    rows = []
+    for total, queries, size in sizes:
+        generator = torch.Generator().manual_seed(0)
+        train, asked = (torch.randn(n, size, generator=generator) for n in (total, queries))
+        labels = torch.randint(10, (total,), generator=generator)
+        call = partial(knn_scores, k=20, temperature=0.07, num_classes=10)
+        calls = {
+            "on the device": partial(call, train.to(DEVICE), labels.to(DEVICE), asked.to(DEVICE))
+        }
+        for row in compare(calls, 2 if small else 3):
+            rows.append({"N": total, "Q": queries, "D": size, **row})
+    return rows
+
+
+def part_resume(*, small: bool) -> list[dict[str, Any]]:
+    """A run that is told to stop and goes on, beside one that is not: how many tensors are equal to the bit."""
+    epochs = "4" if small else "20"
+    with tempfile.TemporaryDirectory() as place:
+        whole, parts = Path(place, "whole"), Path(place, "parts")
+        words = ["--epochs", epochs, "--device", DEVICE.type]
+        _peerlearn("pretrain", *RUN, *words, "--run", str(whole))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "peerlearn", "pretrain", *RUN, *words, "--run", str(parts)],
+            stdout=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not _has_rows(parts, 10):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        if code == 75:
+            _peerlearn("resume", str(parts))
+        ours, theirs = (_last_tensors(run) for run in (whole, parts))
+    gaps = {
+        name: float((ours[name] - theirs[name]).abs().max()) for name in ours if len(ours[name])
+    }
+    return [
+        {
+            "stopped": code == 75,
+            "tensors": len(gaps),
+            "equal_to_the_bit": sum(gap == 0 for gap in gaps.values()),
+            "largest_difference": max(gaps.values()),
+        }
+    ]
+
+
+def part_data_wait(*, small: bool) -> list[dict[str, Any]]:
+    """The share of a run's time for which the loop waits for its batch."""
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place, "run")
+        epochs = "1" if small else "10"
+        _peerlearn("pretrain", *RUN, "--epochs", epochs, "--device", DEVICE.type, "--run", str(run))
+        rows = list(RunDirectory(run).metric_rows())
+    later = rows[len(rows) // 2 :]
+    return [
+        {
+            name: statistics.median(row[name] for row in later)
+            for name in ("images_per_second", "data_wait_percent")
+        }
+    ]
+
+
+def part_tests(*, small: bool) -> list[dict[str, Any]]:
+    """The tests marked gpu, and those of the Triton kernels."""
+    where = ["tests/peerlearn/test_knn.py"] if small else ["tests"]
+    rows = []
+    for words in (["-m", "gpu", *where], ["tests/pretrain/test_triton_loss.py"])[
+        : 1 if small else 2
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        lines = done.stdout.strip().splitlines() or ["nothing was printed"]
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        rows.append({"tests": " ".join(words), "exit_code": done.returncode, "summary": lines[-1]})
+        rows += [{"tests": line, "exit_code": 1, "summary": "failed"} for line in failed]
+    return rows
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_mib(call: Callable[[], object]) -> float | None:
+    """What a call takes at most beside what is held already."""
+    if DEVICE.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def _peak_tflops(precision: str) -> float | None:
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
+    known = next((peaks for card, peaks in PEAKS.items() if card in name), None)
+    return known[{"fp32": 0, "tf32": 1}.get(precision, 2)] if known else None
+
+
+def _peerlearn(*words: str) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "peerlearn", *words], stdout=subprocess.DEVNULL, check=True
+    )
+
+
+def _has_rows(run: Path, count: int) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count("\n") >= count
+
+
+def _last_tensors(run: Path) -> dict[str, Tensor]:
+    groups, _ = load_checkpoint(saved_steps(RunDirectory(run).checkpoints)[0])
+    return {
+        f"{group}/{name}": tensor.double()
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+
+
+PARTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "tests": part_tests,
+    "loss": part_loss,
+    "steps": part_steps,
+    "knn": part_knn,
+    "resume": part_resume,
+    "data_wait": part_data_wait,
+}
+
+
+def run_part(name: str, *, small: bool) -> dict[str, Any]:
+    """A part in a process of its own: its rows, or why there are none."""
+    words = ["--part", name, *(["--small"] if small else [])]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu_check", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, said = process.communicate(timeout=LIMITS[name])
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return {"failed": f"it took more than {LIMITS[name]} s"}
+    taken = round(time.monotonic() - start, 1)
+    if process.returncode:
+        return {"failed": (said.strip().splitlines() or ["no reason given"])[-1], "took": taken}
+    return {"rows": json.loads(printed.splitlines()[-1]), "took": taken}
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    facts = ", ".join(f"{key} {value}" for key, value in report["facts"].items())
+    lines = ["# GPU check", "", facts]
+    for name, part in report["parts"].items():
+        (subject, *_) = (PARTS[name].__doc__ or "").splitlines()
+        lines += ["", f"## {name}", "", subject, ""]
+        if "failed" in part:
+            lines.append(f"**Failed**: {part['failed']}")
+            continue
+        keys = list(dict.fromkeys(key for row in part["rows"] for key in row))
+        lines += [_line(keys), _line(["---"] * len(keys))]
+        lines += [_line([_cell(row.get(key)) for key in keys]) for row in part["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " .. ".join(_cell(each) for each in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "/")
+
+
+def main() -> int:
+    """Run all parts, or one of them in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, nargs="?", help="folder of the report")
+    parser.add_argument("--small", action="store_true", help="the smallest sizes")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(PARTS[options.part](small=options.small)))
+        return 0
+    if options.output is None:
+        parser.error("OUT is missing: the folder that the report is written to")
+    options.output.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
+    facts = {"device": device, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "timm", "triton"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "missing"
+    report: dict[str, Any] = {"facts": facts, "small": options.small, "parts": {}}
+    for name in options.only:
+        part = report["parts"][name] = run_part(name, small=options.small)
+        print(f"{name}: {part.get('failed') or str(len(part['rows'])) + ' rows'}", flush=True)
+        # After each part, so that what is known stands if the machine is taken away.
+        (options.output / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
+        (options.output / "gpu_check.md").write_text(page(report))
+    bad = [
+        row
+        for part in report["parts"].values()
+        for row in part.get("rows", [])
+        if row.get("exit_code")
+    ]
+    return 1 if bad or any("failed" in part for part in report["parts"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
