@@ -1,6 +1,6 @@
 """Whole training steps of ResNet-32 at 32 px, ours beside lightly's MoCo and the authors' way of MCL; one CPU thread.
 
-    python benchmarks/step.py [--batch_size 64] [--rounds 5] [--groups moco queue_65536 compile] [--output FILE]
+    python benchmarks/step.py [--batch_size 64] [--rounds 5] [--groups small_queue large_queue ...] [--output FILE]
 
 Every step gets the same two views of each image. Ours are `pretrain.train.train_step`, with all that a run does in it:
 buffers remembered against NaN, finite checks, the optimiser; not the reading of images. Lightly's MoCo is put together
@@ -8,8 +8,10 @@ from lightly's own modules as in its tutorial, with the same backbone, head, que
 The authors' way of MCL is written from the facts: networks one after another, momentum tensor by tensor, a queue for
 each network that is cloned for each ordered pair, logits concatenated (`benchmarks.loss.obvious`), images NCHW.
 
-The rivals of a group alternate within one process. Times are CPU seconds; ratios are those of medians, with the range
-over rounds. Compiled: the same with `compile: true`.
+The rivals of a group take turns, each in a process of its own, so that none works on memory that another has freed.
+Times are CPU seconds; ratios are those of medians, with the range over rounds. A run of ours keeps freed memory
+(`peerlearn.compute.memory`). The peers have the default malloc, as their users do; then all of a group once more with
+freed memory kept, which shows the algorithms alone. Compiled: the same with `compile: true`.
 """
 
 import argparse
@@ -21,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from torch import Tensor, nn
 
 from benchmarks.cifar_images import write_cifar
 from benchmarks.loss import SOFT_TEMPERATURE, TAU, obvious
-from benchmarks.timing import alternate
+from benchmarks.timing import cpu_seconds
 from peerlearn.backbones import create_backbone
 from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
+from peerlearn.compute.memory import keep_freed_memory
 from peerlearn.config import parse_config
 from peerlearn.data.loader import ViewBatch
 from peerlearn.runs.directory import RunDirectory
@@ -45,17 +47,22 @@ from pretrain.train import train_step
 
 BACKBONE, DIM, LR, SGD_MOMENTUM, DECAY, KEY_MOMENTUM = "resnet32", 128, 0.06, 0.9, 5e-4, 0.999
 SMALL_QUEUE, LARGE_QUEUE = 4096, 65536
-# By group: pairs of rivals, slower first, whose ratio is printed, with the goal of the ratio.
-RATIOS = {
-    "moco": [("MCL x2", "MoCo", "at most 2.05"), ("lightly MoCo", "MoCo", "at least 1.15")],
-    "queue_65536": [("authors' MCL x2", "MCL x2", "at least 1.3")],
-    "compile": [
-        ("lightly MoCo", "MoCo, compiled", "-"),
-        ("MoCo", "MoCo, compiled", "-"),
-        ("MCL x2", "MCL x2, compiled", "-"),
-        ("MCL x2, compiled", "MoCo, compiled", "-"),
-    ],
-    "compile_65536": [("authors' MCL x2", "MCL x2, compiled", "-")],
+LIGHTLY, AUTHORS = "lightly MoCo", "authors' MCL x2"
+# By group: rows of the queue, and what is compared: two rivals and the goal of the ratio of their times.
+GROUPS = {
+    "small_queue": (
+        SMALL_QUEUE,
+        [("MCL x2", "MoCo", "at most 2.05"), (LIGHTLY, "MoCo", "at least 1.15")],
+    ),
+    "large_queue": (LARGE_QUEUE, [(AUTHORS, "MCL x2", "at least 1.3")]),
+    "small_queue_compiled": (
+        SMALL_QUEUE,
+        [
+            (LIGHTLY, "MoCo, compiled", "more"),
+            ("MCL x2, compiled", "MoCo, compiled", "at most 2.05"),
+        ],
+    ),
+    "large_queue_compiled": (LARGE_QUEUE, [(AUTHORS, "MCL x2, compiled", "more")]),
 }
 Views = tuple[Tensor, Tensor]
 
@@ -180,61 +187,123 @@ def _fill(queue: Tensor) -> None:
     queue.copy_(F.normalize(torch.randn(queue.shape, generator=generator), dim=-1))
 
 
-def rivals(group: str, batch_size: int, root: Path) -> dict[str, Callable[[], object]]:
-    """The steps that a group compares."""
+def make(rival: str, queue: int, batch_size: int, root: Path) -> Callable[[], object]:
+    """The step of one rival."""
     generator = torch.Generator().manual_seed(1)
     first, second = (torch.randn(batch_size, 3, 32, 32, generator=generator) for _ in range(2))
     views = (first, second)
-    compiled = ("--compile", "true")
-    large = group.endswith(str(LARGE_QUEUE))
-    queue = LARGE_QUEUE if large else SMALL_QUEUE
-    ours = partial(our_step, views, root, queue=queue)
-    every: dict[str, Callable[[], Callable[[], object]]] = {
-        "MoCo": partial(ours, networks=1),
-        "MCL x2": partial(ours, networks=2),
-        "lightly MoCo": partial(lightly_step, views, queue=queue),
-        "authors' MCL x2": partial(authors_step, views, networks=2, queue=queue),
-        "MoCo, compiled": partial(ours, networks=1, more=compiled),
-        "MCL x2, compiled": partial(ours, networks=2, more=compiled),
-    }
-    asked = {name for pair in RATIOS[group] for name in pair[:2]}
-    return {name: make() for name, make in every.items() if name in asked}
+    if rival == LIGHTLY:
+        return lightly_step(views, queue=queue)
+    if rival == AUTHORS:
+        return authors_step(views, networks=2, queue=queue)
+    name, _, compiled = rival.partition(", ")
+    networks = 2 if name == "MCL x2" else 1
+    more = ("--compile", "true") if compiled else ()
+    return our_step(views, root, networks=networks, queue=queue, more=more)
 
 
-def measure(group: str, batch_size: int, rounds: int) -> dict[str, Any]:
-    """All rivals of a group, in this process."""
+def serve(rival: str, queue: int, batch_size: int, *, keeps_memory: bool) -> None:
+    """Run a step for every line that comes in, and tell its CPU seconds."""
     torch.set_num_threads(1)
+    if keeps_memory:
+        keep_freed_memory()
     with tempfile.TemporaryDirectory() as place:
         write_cifar(Path(place), "cifar10", share=0.01)
-        calls = rivals(group, batch_size, Path(place))
-        for call in calls.values():
-            # Compilation, buffers of the optimiser, kernels chosen by size.
-            call()
-            call()
-        seconds = alternate(calls, rounds)
+        step = make(rival, queue, batch_size, Path(place))
+        for _ in range(2):
+            # Compilation, state of the optimiser, kernels chosen by size.
+            step()
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            print(cpu_seconds(step), flush=True)
+
+
+class Rival:
+    """A process that runs steps."""
+
+    def __init__(self, rival: str, *words: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.step", "--serve", rival, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(self) -> str:
+        """The next line that it prints, of those that are answers."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == "ready" or line[0].isdigit():
+                return line
+        raise RuntimeError("a rival has failed, see above")
+
+    def seconds(self) -> float:
+        """CPU seconds of one more step."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self.answer())
+
+    def end(self) -> None:
+        """Let it end."""
+        self._process.communicate()
+
+
+def measure(group: str, batch_size: int, rounds: int, *, all_keep_memory: bool) -> dict[str, Any]:
+    """The steps of all rivals of a group, and what is compared."""
+    queue, compared = GROUPS[group]
+    names = list(dict.fromkeys(name for pair in compared for name in pair[:2]))
+    rivals = {}
+    for name in names:
+        words = ["--queue", str(queue), "--batch_size", str(batch_size)]
+        if all_keep_memory or name not in (LIGHTLY, AUTHORS):
+            words.append("--keeps_memory")
+        rivals[name] = Rival(name, *words)
+        rivals[name].answer()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, rival in rivals.items():
+            seconds[name].append(rival.seconds())
+    for rival in rivals.values():
+        rival.end()
     return {
         "group": group,
         "batch_size": batch_size,
+        "queue": queue,
+        "malloc_of_peers": "freed memory kept" if all_keep_memory else "default",
         "seconds": {name: [round(s, 4) for s in each] for name, each in seconds.items()},
+        "ratios": [ratio(seconds, *pair) for pair in compared],
     }
 
 
-def ratios(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is compared in a group: ratio of the medians, and its range over the rounds."""
-    seconds, found = result["seconds"], []
-    for slow, fast, goal in RATIOS[result["group"]]:
-        rounds = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
-        ratio = statistics.median(seconds[slow]) / statistics.median(seconds[fast])
-        found.append(
-            {
-                "of": slow,
-                "to": fast,
-                "goal": goal,
-                "ratio": round(ratio, 3),
-                "range": [round(min(rounds), 3), round(max(rounds), 3)],
-            }
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str, goal: str) -> dict[str, Any]:
+    """The ratio of the medians, and its range over the rounds."""
+    rounds = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+    return {
+        "of": slow,
+        "to": fast,
+        "goal": goal,
+        "ratio": round(statistics.median(seconds[slow]) / statistics.median(seconds[fast]), 3),
+        "range": [round(min(rounds), 3), round(max(rounds), 3)],
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the medians and the ratios of a group."""
+    print(
+        f"{result['group']}, B {result['batch_size']}, K {result['queue']}, malloc of the peers: "
+        f"{result['malloc_of_peers']}"
+    )
+    for name, each in result["seconds"].items():
+        median = statistics.median(each)
+        print(f"  {name:18} {median:7.3f} s  ({min(each):.3f} .. {max(each):.3f})")
+    for each in result["ratios"]:
+        low, high = each["range"]
+        compared = f"{each['of']} / {each['to']}"
+        print(
+            f"  {compared:36} {each['ratio']:.2f} ({low:.2f} .. {high:.2f}), goal {each['goal']}",
+            flush=True,
         )
-    return found
 
 
 def main() -> None:
@@ -242,36 +311,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--groups", nargs="+", default=list(RATIOS), choices=list(RATIOS))
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    for hidden in ("--serve", "--queue"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--keeps_memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.groups[0], options.batch_size, options.rounds)))
+    if options.serve:
+        serve(
+            options.serve,
+            int(options.queue),
+            options.batch_size,
+            keeps_memory=options.keeps_memory,
+        )
         return
     print(f"{platform.machine()}, one thread, torch {torch.__version__}, {options.rounds} rounds")
     results = []
     for group in options.groups:
-        words = ["--one", "--groups", group, "--batch_size", str(options.batch_size)]
-        found = subprocess.run(
-            [sys.executable, "-m", "benchmarks.step", *words, "--rounds", str(options.rounds)],
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        result = json.loads(found.stdout.splitlines()[-1])
-        result["ratios"] = ratios(result)
-        results.append(result)
-        for name, each in result["seconds"].items():
-            print(
-                f"{group:14} {name:18} {statistics.median(each):7.3f} s  ({min(each):.3f} .. {max(each):.3f})"
-            )
-        for each in result["ratios"]:
-            low, high = each["range"]
-            print(
-                f"{group:14} {each['of']} / {each['to']}: {each['ratio']:.2f} ({low:.2f} .. {high:.2f}), "
-                f"goal {each['goal']}",
-                flush=True,
-            )
+        for kept in (False, True):
+            results.append(measure(group, options.batch_size, options.rounds, all_keep_memory=kept))
+            show(results[-1])
     if options.output:
         facts = {
             "benchmark": "step",
