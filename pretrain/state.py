@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlearn.compute.dist import Ranks
+from peerlearn.compute.gradient_average import GradientAverage
 from peerlearn.compute.guards import StepGuard, require_finite_weights
 from peerlearn.compute.optimizers import (
     build_optimizer,
@@ -71,6 +72,7 @@ class Training(Resumable):
     cohort: Cohort
     method: Method
     optimizer: torch.optim.Optimizer
+    gradient_average: GradientAverage
     precision: Precision
     guard: StepGuard
     unreadable: UnreadableImages
@@ -204,6 +206,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         cohort=cohort,
         method=method,
         optimizer=build_optimizer(cohort, config.optimizer, lr=config.lr),
+        gradient_average=GradientAverage(cohort.parameters(), ranks),
         precision=Precision(config.precision, device, tf32=config.tf32),
         guard=StepGuard(networks_of(method), max_skipped_in_a_row=config.max_skipped_steps),
         unreadable=UnreadableImages(len(dataset), config.data.max_unreadable_percent),
