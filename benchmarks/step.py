@@ -270,6 +270,7 @@ def measure(group: str, batch_size: int, rounds: int, *, all_keep_memory: bool) 
         "group": group,
         "batch_size": batch_size,
         "queue": queue,
+        "rounds": rounds,
         "malloc_of_peers": "freed memory kept" if all_keep_memory else "default",
         "seconds": {name: [round(s, 4) for s in each] for name, each in seconds.items()},
         "ratios": [ratio(seconds, *pair) for pair in compared],
@@ -339,7 +340,6 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "threads": 1,
-            "rounds": options.rounds,
         }
         options.output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
 
