@@ -140,6 +140,7 @@ def measure(recipe: str, count: int, images: int, rounds: int) -> dict[str, Any]
         "recipe": recipe,
         "steps_measured": count,
         "steps_of_epoch": training.steps_per_epoch,
+        "rounds": rounds,
         "every_epochs": every,
         "epoch_seconds": round(statistics.median(epochs), 1),
         "measurement_seconds": round(statistics.median(measured), 2),
@@ -192,7 +193,6 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "threads": 1,
-            "rounds": options.rounds,
         }
         options.output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
 
