@@ -5,7 +5,7 @@ Dimensions: M networks, B batch, D embedding size, C classes.
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,14 @@ from peerlearn.counter_random import INITIAL_WEIGHTS, random_bits
 from peerlearn.errors import UserError
 from peerlearn.evaluation.features import eval_mode
 from peerlearn.networks.shared_stages import (
+    check_shared,
     default_share_stages,
-    run_branches,
-    run_trunk,
+    run_high_stages,
+    run_low_stages,
     share_low_stages,
 )
 from pretrain.batch_norm import split_batch_norm
+from pretrain.compiled import Compiled
 from pretrain.config import CohortConfig, PretrainConfig
 from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import widen
@@ -41,6 +43,7 @@ class Cohort(nn.Module):
         heads: M projections to the embedding, or none.
         classifiers: M linear layers to class logits, or none.
         gate: what the networks' logits are mixed by, in methods that learn it; or None.
+        compiled: what runs the backbones in training; None = they run as they are, as they do in eval mode.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Cohort(nn.Module):
         self.classifiers = nn.ModuleList(classifiers)
         self.gate: nn.Module | None = None
         self.shared_stages = shared_stages
+        self.compiled: Compiled | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, channels, H, W) to L2-normalised embeddings (M, B, D)."""
@@ -66,11 +70,19 @@ class Cohort(nn.Module):
 
     def trunk(self, images: Tensor) -> Tensor:
         """What the shared stages make of images: (B, channels, H, W); the images themselves where none are shared."""
-        return run_trunk(list(self.backbones), images, self.shared_stages)
+        return self._run(run_low_stages, 0, images) if self.shared_stages else images
 
     def branches(self, trunk: Tensor) -> list[Tensor]:
         """Every network's features (B, num_features) from what `trunk` gave."""
-        return run_branches(list(self.backbones), trunk, self.shared_stages)
+        check_shared(list(self.backbones), self.shared_stages)
+        return [self._run(run_high_stages, m, trunk) for m in range(len(self.backbones))]
+
+    def _run(self, stages: Callable[..., Tensor], network: int, images: Tensor) -> Tensor:
+        """What stages of one network make of images, or of a trunk."""
+        arguments = self.backbones[network], images, self.shared_stages
+        if self.compiled is None or not self.training:
+            return stages(*arguments)
+        return self.compiled.call(stages, *arguments)
 
     def embed(self, features: Sequence[Tensor]) -> Tensor:
         """Every network's features to L2-normalised embeddings (M, B, D)."""

@@ -257,6 +257,8 @@ class PretrainConfig:
         precision: number format of the networks' passes: fp32, bf16 or fp16 (with loss scaling); losses are always
             fp32.
         tf32: whether CUDA may multiply float32 with 10-bit mantissas.
+        compile: whether torch.compile makes the networks' passes faster in training; the first step takes a minute or
+            more then, and the last bits differ.
         max_skipped_steps: number of steps with NaN or Inf in a row, each of them skipped, after which the run goes back
             to the save before them. The second time it stops.
         rank_timeout_seconds: longest time in seconds for which a process waits for the others.
@@ -282,6 +284,7 @@ class PretrainConfig:
     device: str = changeable("auto")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = False
+    compile: bool = False
     max_skipped_steps: int = 3
     rank_timeout_seconds: float = changeable(600.0)
     cohort: CohortConfig = field(default_factory=CohortConfig)
@@ -316,6 +319,10 @@ class PretrainConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
         require_device(self.device)
+        require(
+            not (self.compile and self.cohort.sync_batch_norm),
+            "compile must be false with cohort.sync_batch_norm, whose processes talk in the middle of a pass",
+        )
         self._check_terms()
         parts = self.accumulation_steps * self.cohort.batch_norm_splits
         require(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peerlearn.compute.dist import Ranks
+from peerlearn.compute.gradient_average import GradientAverage
 from peerlearn.compute.guards import StepGuard, require_finite_weights
 from peerlearn.compute.optimizers import (
     build_optimizer,
@@ -39,6 +40,7 @@ from peerlearn.runs.step_folders import (
     write_latest,
 )
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
+from pretrain.compiled import Compiled
 from pretrain.config import PretrainConfig
 from pretrain.exports import TrainingImages, export_cohort
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
@@ -71,6 +73,7 @@ class Training(Resumable):
     cohort: Cohort
     method: Method
     optimizer: torch.optim.Optimizer
+    gradient_average: GradientAverage
     precision: Precision
     guard: StepGuard
     unreadable: UnreadableImages
@@ -190,6 +193,11 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     for backbone in cohort.backbones if num_classes else ():
         # Before training, not at the first export.
         check_classifier(backbone, num_classes, in_chans=dataset.channels, image_size=image_size)
+    if config.compile:
+        # The method's copies of the cohort share it.
+        cohort.compiled = Compiled()
+        if ranks.main:
+            print("the first step compiles the networks, which takes a minute or more")
     method = build_method(cohort, config, ranks, steps_per_epoch=loader.steps_per_epoch)
     watch = None
     if config.monitor.every_epochs and ranks.main:
@@ -204,6 +212,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         cohort=cohort,
         method=method,
         optimizer=build_optimizer(cohort, config.optimizer, lr=config.lr),
+        gradient_average=GradientAverage(cohort.parameters(), ranks),
         precision=Precision(config.precision, device, tf32=config.tf32),
         guard=StepGuard(networks_of(method), max_skipped_in_a_row=config.max_skipped_steps),
         unreadable=UnreadableImages(len(dataset), config.data.max_unreadable_percent),

@@ -109,13 +109,15 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
             for part in _micro_batches(batch, config.accumulation_steps):  # 3
                 with precision.autocast():
                     terms = method.terms(*part)
+                if len(parts) == config.accumulation_steps - 1:
+                    training.gradient_average.begin()
                 precision.backward(objective(terms, config) / config.accumulation_steps)
                 parts.append(type(terms)(*(term.detach() for term in terms)))
         except NonFiniteError as error:
             # Of what every rank computes alike: none of them waits for another in backward.
             refused = str(error)
+    training.gradient_average.finish()
     own = gradients(cohort.parameters())
-    ranks.average_(own)
     bad_terms = torch.ones((), dtype=torch.bool, device=ranks.device)
     if refused is None:
         bad_terms = ~terms_are_finite(checks, parts)

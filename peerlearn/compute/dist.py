@@ -33,12 +33,14 @@ from peerlearn.runs.stop import StoppedError, not_interrupted
 _PATIENCE_SECONDS = 2 * 3600.0
 _POLL_SECONDS = 0.01
 _EVALUATION_TIMEOUT_SECONDS = 600.0
-# Elements of one all-reduce: enough to use the bandwidth, and few enough for a small copy.
-_BUCKET_ELEMENTS = 2**25
+# Elements of one all-reduce: enough to use the bandwidth, and few enough for a small copy and for the first ones to be
+# sent while backward still computes the others.
+_BUCKET_ELEMENTS = 2**22
 # Newer versions of torch have another name for it, and warn of the older name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 T = TypeVar("T")
+T_Tensor = TypeVar("T_Tensor", bound=Tensor)
 
 logger = logging.getLogger(__name__)
 
@@ -126,12 +128,17 @@ class Ranks:
         """
         if self.world_size == 1:
             return
-        for bucket in _buckets(tensors):
+        for bucket in buckets_of(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).div_(self.world_size)
             with self._collective("average"):
                 dist.all_reduce(flat)
             for tensor, mean in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(mean.view(tensor.shape))
+
+    def begin_sum(self, values: Tensor) -> "Sum":
+        """Begin to add up a tensor over the ranks, in place. All ranks begin their sums in the same order."""
+        with self._collective("average"):
+            return Sum(self, values, dist.all_reduce(values, async_op=True))
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum of a small tensor over all ranks, as a new tensor."""
@@ -260,6 +267,25 @@ class Ranks:
         return name_culprits(self._heartbeat.folder, rank=self.rank, world_size=self.world_size)
 
 
+class Sum:
+    """A sum over the ranks that is on its way."""
+
+    def __init__(self, ranks: Ranks, values: Tensor, work: Any) -> None:
+        self._ranks = ranks
+        self._values = values
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """The sum.
+
+        Raises:
+            LostRankError: another rank is gone.
+        """
+        with self._ranks._collective("average"):
+            self._work.wait()
+        return self._values
+
+
 class LostRankError(CrashError):
     """Another rank is gone. The message names that rank."""
 
@@ -361,9 +387,9 @@ class _Gather(torch.autograd.Function):
         return total.narrow(ctx.dim, ctx.ranks.rank * ctx.size, ctx.size), None, None
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def buckets_of(tensors: Sequence[T_Tensor]) -> Iterator[list[T_Tensor]]:
     """Consecutive tensors of one dtype, of at most ``_BUCKET_ELEMENTS`` together unless a single tensor has more."""
-    bucket: list[Tensor] = []
+    bucket: list[T_Tensor] = []
     elements = 0
     for tensor in tensors:
         full = elements + tensor.numel() > _BUCKET_ELEMENTS

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import LostRankError, Ranks
 from peerlearn.compute.guards import DivergedError
+from peerlearn.compute.memory import keep_freed_memory
 from peerlearn.compute.resumable import Resumable
 from peerlearn.compute.resume import RefusedResumeError, resume_latest, roll_back
 from peerlearn.compute.saves import check_room
@@ -85,6 +86,8 @@ def run_training(
         UserError: the training failed. The message names the reason in one line, as do FAILED and the log of the rank.
     """
     log_to_terminal(main=ranks.main)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     with contextlib.ExitStack() as held:
         taken_from: str | None = None
         with stop.at_once():

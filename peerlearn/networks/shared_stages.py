@@ -84,30 +84,37 @@ def forward_shared(backbones: Sequence[nn.Module], images: Tensor, stages: int) 
     Raises:
         ValueError: the networks do not share these stages.
     """
-    return run_branches(backbones, run_trunk(backbones, images, stages), stages)
+    check_shared(backbones, stages)
+    trunk = run_low_stages(backbones[0], images, stages) if stages else images
+    return [run_high_stages(backbone, trunk, stages) for backbone in backbones]
 
 
-def run_trunk(backbones: Sequence[nn.Module], images: Tensor, stages: int) -> Tensor:
-    """The output of the shared stages, (B, channels, height, width); the images themselves for 0 stages."""
-    return _run(_split(backbones[0], stages)[0], images) if stages else images
+def run_low_stages(backbone: nn.Module, images: Tensor, stages: int) -> Tensor:
+    """What the stem and the first `stages` stages of one network make of images, (B, channels, height, width)."""
+    return _run(_split(backbone, stages)[0], images)
 
 
-def run_branches(backbones: Sequence[nn.Module], trunk: Tensor, stages: int) -> list[Tensor]:
-    """The features (B, num_features) of every network, from the output of `run_trunk`.
+def run_high_stages(backbone: nn.Module, trunk: Tensor, stages: int) -> Tensor:
+    """The features (B, num_features) of one network, from the output of its first `stages` stages."""
+    if stages == 0:
+        features: Tensor = backbone(trunk)
+        return features
+    return _run(_split(backbone, stages)[1], trunk)
+
+
+def check_shared(backbones: Sequence[nn.Module], stages: int) -> None:
+    """Make sure that the networks share their first `stages` stages.
 
     Raises:
-        ValueError: the networks do not share these stages.
+        ValueError: they do not.
     """
     if stages == 0:
-        return [backbone(trunk) for backbone in backbones]
+        return
     shared, _ = _split(backbones[0], stages)
-    features = []
     for backbone in backbones:
-        low, own = _split(backbone, stages)
+        low, _ = _split(backbone, stages)
         if any(low[name] is not shared[name] for name in shared):
             raise ValueError(f"the networks do not share their first {stages} stages")
-        features.append(_run(own, trunk))
-    return features
 
 
 Modules = dict[str, nn.Module]
