@@ -15,7 +15,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -197,11 +197,14 @@ def check_faiss() -> Check:
 
 
 def check_ffcv() -> Check:
-    return _check_package(
+    check = _check_package(
         "ffcv",
         required=False,
-        fix="apt install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install ffcv",
+        fix="sh scripts/system_packages.sh ffcv && pip install --editable '.[ffcv]'",
     )
+    if check.ok:
+        return check
+    return replace(check, found=f"{check.found}: packed files (data.backend ffcv) cannot be read")
 
 
 def check_submitit() -> Check:

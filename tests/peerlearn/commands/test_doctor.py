@@ -176,7 +176,7 @@ class TestPackages:
             (doctor.check_torchvision, "torchvision", True, "torch torchvision"),
             (doctor.check_timm, "timm", True, "pip install 'timm>=1.0.20'"),
             (doctor.check_accelerate, "accelerate", True, "pip install 'accelerate>=1.10'"),
-            (doctor.check_ffcv, "ffcv", False, "libturbojpeg0-dev && pip install ffcv"),
+            (doctor.check_ffcv, "ffcv", False, "system_packages.sh ffcv && pip install --editable '.[ffcv]'"),
             (doctor.check_submitit, "submitit", False, "pip install submitit"),
         ],
     )
