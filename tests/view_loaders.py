@@ -1,8 +1,11 @@
 """Loaders for tests that say how large a batch is, and leave the sampler to the dataset; packed datasets for them."""
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from peerlearn.data.beton_dataset import is_packed, packed_dataset
 from peerlearn.data.beton_writer import pack
@@ -30,6 +33,9 @@ def view_loader(
     return ViewLoader(dataset, sampler=sampler, seed=seed, **arguments)
 
 
+NEEDS_FFCV = pytest.mark.skipif(
+    importlib.util.find_spec("ffcv") is None, reason="needs the extra ffcv"
+)
 # Packed files of this process. They go with it.
 _packed = tempfile.TemporaryDirectory(prefix="packed-")
 

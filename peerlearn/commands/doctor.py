@@ -21,6 +21,7 @@ from types import ModuleType
 
 from peerlearn.compute.cpu import BF16_UNITS, cpu_flags
 from peerlearn.config import ArgumentParser
+from peerlearn.data.ffcv_package import HOW_TO_INSTALL
 from peerlearn.errors import DONE, FAILURE
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -200,7 +201,7 @@ def check_ffcv() -> Check:
     check = _check_package(
         "ffcv",
         required=False,
-        fix="sh scripts/system_packages.sh ffcv && pip install --editable '.[ffcv]'",
+        fix=HOW_TO_INSTALL,
     )
     if check.ok:
         return check

@@ -40,7 +40,7 @@ _PAGE_BYTES = 2**23
 # That of ffcv's own writer.
 _JPEG_QUALITY = 90
 # Another decoder may be off by so many grey levels on average. A file that differs more is encoded anew.
-_DECODERS_DIFFER = 2.0
+_DECODERS_DIFFER = 4.0
 _JPEG_START = b"\xff\xd8"
 
 logger = logging.getLogger(__name__)

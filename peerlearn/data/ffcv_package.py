@@ -6,8 +6,6 @@ anything raises in them, they wait for ever.
 
 import warnings
 
-import torch
-
 from peerlearn.errors import UserError
 from peerlearn.runs.text import printable
 
@@ -16,6 +14,9 @@ HOW_TO_INSTALL = "sh scripts/system_packages.sh ffcv && pip install --editable '
 
 def why_no_ffcv() -> str:
     """Why ffcv cannot be used, in one line; "" if it can."""
+    # Imported here: the doctor looks for ffcv where torch may be missing.
+    import torch
+
     threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():

@@ -29,11 +29,11 @@ from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
-from tests.view_loaders import view_loader
+from tests.view_loaders import NEEDS_FFCV, view_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-BACKENDS = ["memory", "folder", "ffcv"]
+BACKENDS = ["memory", "folder", pytest.param("ffcv", marks=NEEDS_FFCV)]
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 SEED = 11
@@ -198,7 +198,7 @@ def test_parameters_are_those_of_each_image_alone(
             assert torch.equal(ours, torch.cat(expected))
 
 
-@pytest.mark.parametrize("backend", ["folder", "ffcv"])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_images_of_several_sizes(backend: str, files: ImageDataset, tmp_path: Path):
     sizes = [(9, 30), (30, 9), (12, 12), (40, 41), (5, 7)]
     paths = tuple(tmp_path / f"{i}.png" for i in range(len(sizes)))
