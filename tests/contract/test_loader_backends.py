@@ -29,7 +29,7 @@ from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
-from tests.view_loaders import NEEDS_FFCV, view_loader
+from tests.view_loaders import NEEDS_FFCV, packed_copy, view_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -430,6 +430,23 @@ def test_cuda_substitutes_like_the_cpu(damaged: ImageDataset, backend: str, work
         assert ours.unreadable == expected.unreadable
         for one, other in zip(ours.views, expected.views, strict=True):
             torch.testing.assert_close(one.cpu(), other, atol=1e-4, rtol=0)
+
+
+@NEEDS_FFCV
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_batches_of_a_packed_file_are_those_of_the_files(
+    files: ImageDataset, workers: int
+):
+    views = [
+        list(
+            evaluation_batches(
+                each, image_size=14, batch_size=5, device=CPU, workers=workers, start=3
+            )
+        )
+        for each in (files, packed_copy(files))
+    ]
+    assert len(views[0]) == 4
+    assert all(map(torch.equal, *views))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
