@@ -33,9 +33,9 @@ def view_loader(
     return ViewLoader(dataset, sampler=sampler, seed=seed, **arguments)
 
 
-NEEDS_FFCV = pytest.mark.skipif(
-    importlib.util.find_spec("ffcv") is None, reason="needs the extra ffcv"
-)
+HAS_FFCV = importlib.util.find_spec("ffcv") is not None
+NEEDS_FFCV = pytest.mark.skipif(not HAS_FFCV, reason="needs the extra ffcv")
+BACKENDS = ["memory", "folder", pytest.param("ffcv", marks=NEEDS_FFCV)]
 # Packed files of this process. They go with it.
 _packed = tempfile.TemporaryDirectory(prefix="packed-")
 

@@ -1,4 +1,4 @@
-"""What every backend of ViewLoader promises; a new one joins by its name in ``BACKENDS``.
+"""What every backend of ViewLoader promises; a new one joins by its name in ``BACKENDS`` of tests/view_loaders.py.
 
 The reference is worked out here, from the permutation and the parameters of each single image.
 """
@@ -29,11 +29,10 @@ from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
-from tests.view_loaders import NEEDS_FFCV, packed_copy, view_loader
+from tests.view_loaders import BACKENDS, NEEDS_FFCV, packed_copy, view_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-BACKENDS = ["memory", "folder", pytest.param("ffcv", marks=NEEDS_FFCV)]
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 SEED = 11
