@@ -32,7 +32,7 @@ from peerlearn.data.beton_writer import pack
 from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.data.loader import ViewLoader, sampler_of
 
-VERSIONS = ("torch", "numpy", "pillow", "ffcv", "numba", "opencv-python")
+VERSIONS = ("torch", "numpy", "pillow", "simplejpeg", "ffcv", "numba", "opencv-python")
 
 
 class Case(NamedTuple):

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -184,7 +183,7 @@ def packed_place(path: Path) -> tuple[Path, int] | None:
     return path.parent, int(path.name)
 
 
-def packed_rows(paths: Sequence[Any]) -> tuple[PackedFile, Tensor]:
+def packed_rows(paths: Sequence[Path]) -> tuple[PackedFile, Tensor]:
     """The packed file that all these paths lead into, and the number of each image in it, (N,)."""
     (file,) = {path.parent for path in paths}
     return open_packed(file), torch.tensor([int(path.name) for path in paths])

@@ -6,7 +6,6 @@ or the disk fails. Images are decoded by worker processes.
 
 import dataclasses
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -42,8 +41,6 @@ _JPEG_QUALITY = 90
 # Another decoder may be off by so many grey levels on average. A file that differs more is encoded anew.
 _DECODERS_DIFFER = 4.0
 _JPEG_START = b"\xff\xd8"
-
-logger = logging.getLogger(__name__)
 
 
 def pack(

@@ -22,7 +22,7 @@ _LOOK_SECONDS = 1.0
 def ahead(
     function: Callable[[Job], Result], jobs: Iterable[Job], *, threads: int
 ) -> Generator[Result, None, None]:
-    """function(job) in the order of the jobs, computed up to 2 x ``threads`` jobs ahead of who asks.
+    """function(job) in the order of the jobs, computed up to ``threads`` + 1 jobs ahead of who asks.
 
     The threads end with the iterator: at its end, at an error, or when it is closed.
 
@@ -52,7 +52,7 @@ def ahead(
         for job in jobs:
             pending.append(Future())
             tasks.put((pending[-1], job))
-            if len(pending) > 2 * threads:
+            if len(pending) > threads + 1:
                 yield _result(pending.popleft())
         while pending:
             yield _result(pending.popleft())
@@ -89,7 +89,8 @@ def _result(future: "Future[Result]") -> Result:
             return future.result(timeout=_LOOK_SECONDS)
         except TimeoutError as error:
             if future.done():
-                raise
+                # Just now, or the job itself has raised it.
+                return future.result()
             if time.monotonic() - begun > _PATIENCE_SECONDS:
                 raise CrashError(
                     f"a thread that reads images has handed over nothing for {_PATIENCE_SECONDS:.0f} s: does the disk "
