@@ -38,7 +38,11 @@ $(READY): pyproject.toml scripts/system_packages.sh
 	$(PYTHON) -c 'import sys; sys.exit("peerlearn needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install --editable '.[dev]'
+	@if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then extras=dev,ffcv; else extras=dev; \
+		echo "no OpenCV or libturbojpeg to compile ffcv with, so packed files cannot be read; to have it:" \
+			"sh scripts/system_packages.sh ffcv && $(BIN)/python -m pip install --editable '.[ffcv]'"; fi; \
+	$(BIN)/python -m pip install --editable ".[$$extras]" || { \
+		echo "without ffcv, which could not be compiled:" && $(BIN)/python -m pip install --editable '.[dev]'; }
 	touch $(READY)
 
 clean:

@@ -3,7 +3,8 @@
     sh scripts/gpu_check.sh OUT            (or: python -m benchmarks.gpu_check OUT [--small] [--only loss steps])
 
 Each part runs in a process of its own with a time limit, so that one that fails or hangs costs the others nothing. All
-figures go to OUT/gpu_check.json and, as tables, to OUT/gpu_check.md. ``--small`` takes the smallest sizes, for a CPU. Times are wall seconds between two waits for the device; ratios are those of medians, with the range over rounds.
+figures go to OUT/gpu_check.json and, as tables, to OUT/gpu_check.md. ``--small`` takes the smallest sizes, for a CPU.
+Times are wall seconds between two waits for the device; ratios are those of medians, with the range over rounds.
 """
 
 import argparse

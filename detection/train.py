@@ -64,8 +64,8 @@ def _train(attempt: Attempt[Detection]) -> bool:
             row = {"lr": lr}
             if losses:
                 each = {name: float(loss) for name, loss in losses.items()}
-                rate = attempt.log.images_per_second(training.step, training.config.batch_size)
-                row = {"loss": sum(each.values()), "images_per_second": rate, **row, **each}
+                pace = attempt.log.pace(training.step, training.config.batch_size)
+                row = {"loss": sum(each.values()), **pace, **row, **each}
         if training.data.validation and (
             ended or training.step % training.config.validate_every == 0
         ):

@@ -171,11 +171,9 @@ def _train(attempt: Attempt[FineTuning]) -> bool:
                 or training.step % training.steps_per_epoch == 0
             ):
                 row = {score_name(name, "loss"): float(loss) for name, loss in losses.items()}
-                rate = attempt.log.images_per_second(training.step, training.batch_size)
+                pace = attempt.log.pace(training.step, training.batch_size)
                 loss = sum(row.values()) / len(row)
-                attempt.log.write(
-                    training.step, {"loss": loss, "images_per_second": rate, "lr": lr, **row}
-                )
+                attempt.log.write(training.step, {"loss": loss, **pace, "lr": lr, **row})
             attempt.report.advance(1, attempt.log.text)
             if attempt.save_if_due():
                 return False

@@ -12,7 +12,7 @@ from peerlearn.data.published import DatasetName
 from peerlearn.runs.save_config import SaveConfig
 from pretrain.method_config import PrototypicalConfig, QueueConfig, SupervisedConfig
 
-Backend = Literal["memory", "folder"]
+Backend = Literal["memory", "folder", "ffcv"]
 AugmentationName = Literal[
     "moco_v1",
     "moco_v2",
@@ -108,8 +108,10 @@ class DataConfig:
         split: split to train on: train; for stl10 also unlabeled and train+unlabeled.
         fallback: dataset to take where `name` is not to be had, with a line that says so; null = stop. A root that is
             given, and a name that is given on the command line, make it null.
-        backend: place where crops are cut: memory (images decoded once) or folder (images decoded by workers); null =
-            memory for images of one size that take at most 2 GiB, else folder.
+        backend: place that the images of a batch come from: memory (images decoded once), folder (files decoded by
+            workers) or ffcv (a packed file, decoded by threads); null = ffcv where `packed` is given, else memory for
+            images of one size that take at most 2 GiB, else folder.
+        packed: packed file of the split, which `peerlearn data build` makes; null = none.
         limit: number of training images, the first ones; null = all.
         validation_percent: percentage of every class that is held out, drawn by the seed. The method supervised is
             watched on it, so that the test split is looked at once, at the end; 0 = none.
@@ -119,7 +121,7 @@ class DataConfig:
         crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
         image_size: side of the views in pixels; null = the dataset's own; for image files the usual length of their
             shorter side, but at most 224.
-        workers: number of processes that read images.
+        workers: number of processes that read images; of threads with the backend ffcv.
         max_unreadable_percent: largest percentage of the images that may be unreadable before the run stops. Another
             image takes the place of an unreadable one, and events.jsonl lists it.
     """
@@ -129,6 +131,7 @@ class DataConfig:
     split: str = "train"
     fallback: DatasetName | None = changeable(None, voided_by=("name", "root"))
     backend: Backend | None = None
+    packed: str | None = changeable(None)
     limit: int | None = None
     validation_percent: float = 0.0
     shots: int | None = None
@@ -139,6 +142,14 @@ class DataConfig:
     max_unreadable_percent: float = changeable(1.0)
 
     def __post_init__(self) -> None:
+        require(
+            self.backend != "ffcv" or self.packed is not None,
+            "data.backend ffcv needs data.packed: the file that `peerlearn data build` makes",
+        )
+        require(
+            self.packed is None or self.backend in (None, "ffcv"),
+            f"data.packed is for data.backend ffcv, and data.backend is {self.backend}: leave one of them out",
+        )
         scale = self.crop_scale
         require(
             scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),

@@ -124,7 +124,7 @@ def _images(config: PretrainConfig, kind: type[Method]) -> _Images:
 def _held_bytes(dataset: ImageDataset, data: TrainingData) -> int:
     if isinstance(dataset.images, Tensor):
         return dataset.images.nbytes
-    if data.backend == "folder":
+    if data.backend != "memory":
         return 0
     return dataset.channels * native_size(dataset) ** 2 * len(dataset)
 

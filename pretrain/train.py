@@ -151,8 +151,8 @@ def _log(attempt: Attempt[Training], done: StepDone) -> None:
         row = {"lr": done.lr, "skipped_steps": training.guard.skipped} | training.method.metrics()
         if not done.skipped:
             losses = loss_row(_mean(done.terms, training.ranks), training.config)
-            rate = log.images_per_second(training.step, training.config.images_per_step)
-            row = {"loss": losses.pop("loss"), "images_per_second": rate, **losses} | row
+            pace = log.pace(training.step, training.config.images_per_step)
+            row = {"loss": losses.pop("loss"), **pace, **losses} | row
             row |= gradient_norms(training.cohort) | training.precision.metrics()
         if training.dataset.has_files:
             row["unreadable_images"] = training.unreadable.in_epoch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -12,15 +13,19 @@ from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import AUGMENTATIONS, Augmentation
+from peerlearn.data.beton_dataset import check_packed_from, is_packed, packed_dataset
+from peerlearn.data.beton_facts import read_facts
 from peerlearn.data.class_splits import check_disjoint
 from peerlearn.data.datasets import (
     DATASET_NAMES,
     ImageDataset,
+    first_images,
     has_split,
     load_dataset,
     select_images,
 )
-from peerlearn.data.downloads import NotHereError
+from peerlearn.data.downloads import NotHereError, without_downloads
+from peerlearn.data.ffcv_package import HOW_TO_INSTALL, why_no_ffcv
 from peerlearn.data.image_folders import image_extent
 from peerlearn.data.published import is_split_by_class
 from peerlearn.data.subsets import few_shots, hold_out
@@ -108,11 +113,11 @@ def _tell(data: TrainingData, settings: DataConfig) -> None:
     for remark in dict.fromkeys(remark for split in splits for remark in split.remarks):
         logger.warning("%s", remark)
     if data.train.has_files and None in (settings.backend, settings.image_size):
-        place = (
-            "images decoded once into memory"
-            if data.backend == "memory"
-            else "files that workers decode"
-        )
+        place = {
+            "memory": "images decoded once into memory",
+            "folder": "files that workers decode",
+            "ffcv": "a packed file",
+        }[data.backend]
         print(
             f"{data.train.title}: views of {data.image_size} pixels, cut from {place} (data.image_size and "
             "data.backend set others)"
@@ -161,6 +166,10 @@ def _labelled(dataset: ImageDataset) -> bool:
 
 
 def _load(data: DataConfig, ranks: Ranks, *, own_classes: bool) -> tuple[ImageDataset, str | None]:
+    if data.packed is not None:
+        return _load_packed(
+            data, Path(os.path.expanduser(data.packed)), ranks, own_classes=own_classes
+        ), data.root
     load = partial(load_dataset, limit=data.limit, own_classes=own_classes)
     try:
         return load(data.name, data.split, root=data.root), data.root
@@ -171,6 +180,43 @@ def _load(data: DataConfig, ranks: Ranks, *, own_classes: bool) -> tuple[ImageDa
         if ranks.main:
             print(f"{data.name} cannot be had ({error}): training on {data.fallback} instead")
         return load(data.fallback, data.split), None
+
+
+def _load_packed(data: DataConfig, file: Path, ranks: Ranks, *, own_classes: bool) -> ImageDataset:
+    """The dataset in a packed file, compared with the images that it was packed from where these are at hand.
+
+    Without ffcv those are taken themselves, and a line says so.
+
+    Raises:
+        UserError: the file is damaged or holds another dataset; or neither it nor the images can be read.
+    """
+    originals, why_none = None, ""
+    try:
+        with without_downloads():
+            originals = load_dataset(data.name, data.split, root=data.root, own_classes=own_classes)
+    except UserError as error:
+        # A root is where the user says that the images are.
+        if data.root is not None:
+            raise
+        why_none = str(error)
+    no_ffcv = why_no_ffcv()
+    if no_ffcv and originals is None:
+        raise UserError(
+            f"data.packed {file} cannot be read ({no_ffcv}: {HOW_TO_INSTALL}), nor can the images that it was packed "
+            f"from ({why_none})"
+        )
+    if no_ffcv and originals is not None:
+        if ranks.main:
+            print(
+                f"{no_ffcv} ({HOW_TO_INSTALL}): training on the images of {originals.title} themselves, not on those "
+                f"in {file}"
+            )
+        dataset = originals
+    else:
+        dataset = packed_dataset(file, data.name, data.split, quiet=not ranks.main)
+        if originals is not None:
+            check_packed_from(read_facts(file), file, originals)
+    return dataset if data.limit is None else first_images(dataset, data.limit)
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:
@@ -195,7 +241,9 @@ def native_size(dataset: ImageDataset) -> int:
 
 def chosen_backend(data: DataConfig, dataset: ImageDataset) -> Backend:
     """The config's backend, or memory where it can hold the images: all of one size, and of at most 2 GiB."""
-    if data.backend is not None:
+    if is_packed(dataset):
+        return "ffcv"
+    if data.backend in ("memory", "folder"):
         return data.backend
     if isinstance(dataset.images, Tensor):
         return "memory"

@@ -20,8 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peerlearn.runs.metrics import CLOCK_WORDS
+
 HOME = Path(__file__).resolve().parent.parent
-CLOCK_WORDS = ("seconds", "per_second", "memory")
 
 SMALL = [
     *("--data.name", "digits", "--data.image_size", "16", "--data.limit", "300", "--epochs", "2"),

@@ -1,5 +1,6 @@
 """`peerlearn data`: what is done to data sets before anything is trained on them.
 
+build: the images of a data set become one packed file.
 convert: pickles of few-shot data sets become folders of PNG files.
 verify: what is wrong with detection data or a folder of images.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peerlearn.commands.data_build import add_build
 from peerlearn.commands.data_verify import add_verify
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UserError
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn data convert SOURCE --output DIR` and `peerlearn data verify SOURCE`.
+    """`peerlearn data build`, `peerlearn data convert SOURCE --output DIR` and `peerlearn data verify SOURCE`.
 
     Returns:
         The exit code.
@@ -47,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     convert.set_defaults(run=_convert)
     add_verify(actions)
+    add_build(actions)
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)

@@ -15,12 +15,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 from peerlearn.compute.cpu import BF16_UNITS, cpu_flags
 from peerlearn.config import ArgumentParser
+from peerlearn.data.ffcv_package import HOW_TO_INSTALL
 from peerlearn.errors import DONE, FAILURE
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -197,11 +198,14 @@ def check_faiss() -> Check:
 
 
 def check_ffcv() -> Check:
-    return _check_package(
+    check = _check_package(
         "ffcv",
         required=False,
-        fix="apt install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install ffcv",
+        fix=HOW_TO_INSTALL,
     )
+    if check.ok:
+        return check
+    return replace(check, found=f"{check.found}: packed files (data.backend ffcv) cannot be read")
 
 
 def check_submitit() -> Check:

@@ -55,7 +55,7 @@ class Attempt(Generic[T]):
         """
         alone = self.training.ranks.world_size == 1
         while True:
-            with self._stop.at_once() if alone else contextlib.nullcontext():
+            with self.log.waiting(), self._stop.at_once() if alone else contextlib.nullcontext():
                 batch = next(epoch, None)
             if batch is None:
                 return

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from peerlearn.data.augment import evaluation_view, normalise, pixels
+from peerlearn.data.beton_dataset import is_packed
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.image_folders import DecodeError
+from peerlearn.data.threads import ahead
 from peerlearn.data.unreadable import Unreadable, decode_images
 from peerlearn.data.workers import results, worker_pool
 
@@ -41,7 +43,8 @@ def evaluation_batches(
         image_size: height and width of the views in pixels.
         batch_size: images per batch; the last batch may have fewer.
         device: device of the views. Images in memory are resized on it.
-        workers: number of processes that decode image files and round their views to uint8.
+        workers: number of processes that decode image files and round their views to uint8; of threads for the images
+            of a packed file.
         start: number of the first image.
         stop: number after the last image; None = all.
         unreadable: list to which images that cannot be decoded are added; they are seen as black.
@@ -62,8 +65,13 @@ def evaluation_batches(
     else:
         function = partial(_evaluation_views, size=image_size)
         jobs = [images[cut.start : cut.stop] for cut in cuts]
-        pool = worker_pool(function, jobs, workers=workers, device=device)
-        noted = _noting_unreadable(results(pool), cuts, images, unreadable)
+        # Threads: each process would have to import ffcv.
+        evaluated = (
+            ahead(function, jobs, threads=workers)
+            if is_packed(dataset)
+            else results(worker_pool(function, jobs, workers=workers, device=device))
+        )
+        noted = _noting_unreadable(evaluated, cuts, images, unreadable)
         views = (pixels(batch, device) for batch in noted)
     for view in views:
         yield normalise(view, dataset.mean, dataset.std)

@@ -3,7 +3,7 @@
 Dimensions: N images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,18 +59,32 @@ def held_in_memory(
     Raises:
         UserError: more images cannot be decoded, or the images have several sizes.
     """
-    source = torch.arange(len(dataset))
     if isinstance(dataset.images, Tensor):
-        return HeldImages(dataset.images, source, {})
+        return HeldImages(dataset.images, torch.arange(len(dataset)), {})
     with phase("reading", len(dataset), quiet=quiet) as advance:
         images, unreadable = _decoded_files(dataset.images, workers, advance)
     check_unreadable_rate(
         len(unreadable), len(dataset), max_unreadable_percent, list(unreadable.values())
     )
+    return HeldImages(images, readable_sources(len(dataset), unreadable, seed=seed), unreadable)
+
+
+def readable_sources(images: int, unreadable: Mapping[int, Unreadable], *, seed: int) -> Tensor:
+    """The number of the image to take for each image, int64 (N,): its own, or that of its substitute.
+
+    Args:
+        images: number of images, N.
+        unreadable: those that cannot be decoded, by their number.
+        seed: seed by which substitutes are drawn.
+
+    Raises:
+        UserError: no substitute is found.
+    """
+    source = torch.arange(images)
     for index, image in unreadable.items():
-        drawn = substitutes(image, images=len(dataset), seed=seed)
+        drawn = substitutes(image, images=images, seed=seed)
         source[index] = next(other for other in drawn if other not in unreadable)
-    return HeldImages(images, source, unreadable)
+    return source
 
 
 def _decoded_files(

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from peerlearn.data.beton_file import open_packed, packed_place
 from peerlearn.data.downloads import find_or_download
 from peerlearn.data.file_search import FoundFiles, find_images, search, subfolders
 from peerlearn.data.files import Content, read_lines
@@ -48,12 +49,17 @@ def decode_image(path: Path) -> Tensor:
     16-bit grey images keep their high byte (Pillow alone would saturate them).
     What a PNG file holds beside its pixels (texts, colour profiles) is left aside where it is damaged or large.
     Nothing is printed, whatever the file holds.
+    The path may be that of an image of a packed file (``peerlearn.data.beton_file``), which may be grey: (1, height,
+    width).
 
     Raises:
         DecodeError: the file is damaged, its pixels have 32 bits or are floats, or the image is
             beyond Pillow's limit against decompression bombs (89 million pixels; Pillow alone would
             only warn, up to twice as many).
     """
+    place = packed_place(path)
+    if place is not None:
+        return _packed_image(path, *place)
     try:
         return _decoded(path)
     except Exception as error:  # Damaged bytes can make Pillow's decoders raise anything.
@@ -65,6 +71,13 @@ def decode_image(path: Path) -> Tensor:
             # What is wrong with the whole file tells more.
             pass
         raise DecodeError(path, _reason(error)) from error
+
+
+def _packed_image(path: Path, file: Path, number: int) -> Tensor:
+    packed = open_packed(file)
+    if packed.unreadable[number]:
+        raise DecodeError(path, "it could not be decoded when it was packed")
+    return packed.read(number).permute(2, 0, 1).contiguous()
 
 
 def _decoded(source: Path | io.BytesIO) -> Tensor:
@@ -83,6 +96,10 @@ def _opened(source: Path | io.BytesIO) -> Iterator[Image.Image]:
 
 def image_extent(path: Path) -> tuple[int, int] | None:
     """Width and height of an image file, from its first bytes; None if they do not tell it."""
+    place = packed_place(path)
+    if place is not None:
+        packed, number = open_packed(place[0]), place[1]
+        return None if packed.unreadable[number] else packed.extent(number)
     try:
         with _opened(path) as image:
             return image.size

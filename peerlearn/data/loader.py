@@ -8,7 +8,8 @@ the place of an unreadable one.
 Dimensions: N images, B batch per rank. Image tensors are (B, channels, height, width).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
@@ -29,15 +30,26 @@ from peerlearn.data.augment import (
     pixels,
     resized_crop,
 )
+from peerlearn.data.beton_facts import read_facts
+from peerlearn.data.beton_file import packed_rows
 from peerlearn.data.datasets import ImageDataset
-from peerlearn.data.held_images import HeldImages, held_in_memory
+from peerlearn.data.held_images import HeldImages, held_in_memory, readable_sources
 from peerlearn.data.sampler import Sampler, block_of, check_class_aware, class_aware, shuffled
-from peerlearn.data.unreadable import Decoded, Unreadable, decode_images, read_substitute
+from peerlearn.data.threads import ahead
+from peerlearn.data.unreadable import (
+    Decoded,
+    Unreadable,
+    check_unreadable_rate,
+    decode_images,
+    read_substitute,
+)
 from peerlearn.data.workers import Jobs, results, worker_pool
 from peerlearn.errors import UserError
 
 # Largest share of the device's free memory that images may take. The rest is for the networks.
 _RESIDENT_SHARE = 0.25
+# Up to so many pixels of an image the matrices of ``resized_crop`` are faster than one image after another on a CPU.
+_SMALL_PIXELS = 48**2
 
 
 class ViewBatch(NamedTuple):
@@ -100,31 +112,34 @@ class ViewLoader:
     the device. Image files are decoded once, at the start. The images stay on a CUDA device if they
     take at most a quarter of its free memory, else in main memory. The backend ``folder`` decodes
     the images of a batch anew in each epoch, by worker processes, which hand over crops rounded to
-    uint8: they differ from memory's by up to 1/510. Flips and colours follow on the device in both.
+    uint8: they differ from memory's by up to 1/510. The backend ``ffcv`` takes images of a packed file, which threads
+    decode ahead, whole and once for all views; they are cut on the device, and equal memory's where the file holds
+    the pixels. Flips and colours follow on the device in all three.
 
     Args:
         dataset: images to view.
         augmentation: recipe of the views.
         sampler: images of every batch, over all ranks.
-        backend: memory or folder, as above.
+        backend: memory, folder or ffcv, as above.
         image_size: height and width of the views in pixels.
         seed: seed of the views.
         device: device of the views.
         views: number of views of each image.
         rank: number of this rank.
         world_size: number of ranks.
-        workers: number of processes that decode images; 0 = this one.
-        max_unreadable_percent: largest share of images that memory may fail to decode. With folder
+        workers: number of processes that decode images, with ffcv of threads; 0 = this one.
+        max_unreadable_percent: largest share of images that memory or ffcv may fail to decode. With folder
             the caller counts, over an epoch and all ranks, and calls ``check_unreadable_rate``.
 
     Attributes:
         steps_per_epoch: number of batches in an epoch.
-        unreadable: images of the whole dataset that memory could not decode at the start. With
+        unreadable: images of the whole dataset that memory or ffcv could not decode before the start. With
             folder, each batch tells its own.
 
     Raises:
-        UserError: the ranks cannot share a batch evenly, or memory finds images of several sizes or too many
-            unreadable ones. While an epoch runs, folder raises it for an image of which no substitute can be decoded.
+        UserError: the ranks cannot share a batch evenly, memory finds images of several sizes, or memory or ffcv too
+            many unreadable ones. While an epoch runs, folder raises it for an image of which no substitute can be
+            decoded, and ffcv where its file turns out damaged.
     """
 
     def __init__(
@@ -133,7 +148,7 @@ class ViewLoader:
         augmentation: Augmentation,
         *,
         sampler: Sampler,
-        backend: Literal["memory", "folder"],
+        backend: Literal["memory", "folder", "ffcv"],
         image_size: int,
         seed: int,
         device: torch.device,
@@ -165,6 +180,14 @@ class ViewLoader:
             self._cropper = _MemoryCropper(held, self._recipe, device)
         elif backend == "folder":
             self._cropper = _FolderCropper(dataset.images, self._recipe, device, workers)
+        elif backend == "ffcv":
+            assert not isinstance(dataset.images, Tensor)
+            packed = _PackedCropper(dataset.images, self._recipe, device, workers)
+            self.unreadable = tuple(packed.unreadable.values())
+            check_unreadable_rate(
+                len(self.unreadable), len(dataset), max_unreadable_percent, self.unreadable
+            )
+            self._cropper = packed
         else:
             raise ValueError(f"unknown backend {backend!r}")
 
@@ -283,12 +306,14 @@ class _MemoryCropper:
             yield _CroppedBatch(
                 index=draws.index,
                 source=source,
-                unreadable=tuple(
-                    self._unreadable[i] for i in draws.index.tolist() if i in self._unreadable
-                ),
+                unreadable=_those_of(draws, self._unreadable),
                 parameters=parameters,
                 crops=tuple(crops),
             )
+
+
+def _those_of(draws: _Draws, unreadable: Mapping[int, Unreadable]) -> tuple[Unreadable, ...]:
+    return tuple(unreadable[i] for i in draws.index.tolist() if i in unreadable)
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
@@ -296,6 +321,63 @@ def _fits(images: Tensor, device: torch.device) -> bool:
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return images.nbytes <= _RESIDENT_SHARE * free_bytes
+
+
+class _PackedCropper:
+    """Each image is decoded once for all views, by threads, which end with the epoch.
+
+    Attributes:
+        unreadable: images that could not be decoded when they were packed, by their number.
+    """
+
+    def __init__(
+        self, images: tuple[Path, ...], recipe: _Recipe, device: torch.device, workers: int
+    ) -> None:
+        self._packed, self._numbers = packed_rows(images)
+        self._recipe, self._device, self._workers = recipe, device, workers
+        reasons = {each.index: each for each in read_facts(self._packed.file).unreadable}
+        self.unreadable = {
+            index: reasons[int(self._numbers[index])]._replace(index=index)
+            for index in self._packed.unreadable[self._numbers].nonzero()[:, 0].tolist()
+        }
+        self._source = readable_sources(len(images), self.unreadable, seed=recipe.seed)
+        largest = int((self._packed.heights * self._packed.widths).max())
+        self._together = device.type != "cpu" or largest <= _SMALL_PIXELS
+
+    def cut(self, batches: Iterator[_Draws]) -> Iterator[_CroppedBatch]:
+        sent, awaited = tee(batches)
+        numbers = (self._numbers[self._source[draws.index]] for draws in sent)
+        read: Callable[[Tensor], Tensor | list[Tensor]] = (
+            partial(self._packed.read_together, pinned=self._device.type == "cuda")
+            if self._together
+            else self._packed.read_each
+        )
+        with closing(ahead(read, numbers, threads=self._workers)) as decoded:
+            for draws, images in zip(awaited, decoded, strict=True):
+                source = self._source[draws.index]
+                row = self._numbers[source]
+                parameters = self._recipe.parameters(
+                    draws, height=self._packed.heights[row], width=self._packed.widths[row]
+                )
+                yield _CroppedBatch(
+                    index=draws.index,
+                    source=source,
+                    unreadable=_those_of(draws, self.unreadable),
+                    parameters=parameters,
+                    crops=tuple(self._crop(images, one.box) for one in parameters),
+                )
+
+    def _crop(self, images: Tensor | list[Tensor], box: Tensor) -> Tensor:
+        """Cut one box from each image, as ``resized_crop`` does."""
+        size = self._recipe.image_size
+        if isinstance(images, Tensor):
+            on_device = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            return resized_crop(on_device, box, size)
+        cuts = [
+            _resized(image.permute(2, 0, 1), one, size)
+            for image, one in zip(images, box.tolist(), strict=True)
+        ]
+        return torch.stack(cuts).div_(255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,7 +500,12 @@ def _substitute(
 
 
 def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
-    """``resized_crop`` of one image, rounded to uint8 (channels, size, size).
+    """``resized_crop`` of one image, rounded to uint8 (channels, size, size)."""
+    return _resized(image, box, size).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _resized(image: Tensor, box: list[int], size: int) -> Tensor:
+    """``resized_crop`` of one image, in grey levels, float32 (channels, size, size).
 
     ``resized_crop`` multiplies by dense matrices, which is fast for batches on a device. For one large image this
     function is faster.
@@ -432,4 +519,4 @@ def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
         below, after = height - above - crop.shape[2], width - before - crop.shape[3]
         crop = pad(crop, (before, after, above, below))
     resized = interpolate(crop, (size, size), mode="bilinear", antialias=True)
-    return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+    return resized[0]

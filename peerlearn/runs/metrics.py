@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peerlearn.runs.directory import RunDirectory
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # The fields in which a run and its resumed twin may differ: "attempt", and those with one of these in their names.
-CLOCK_WORDS = ("seconds", "per_second", "memory")
+CLOCK_WORDS = ("seconds", "per_second", "memory", "data_wait")
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class MetricsLog:
         self._steps_per_epoch = steps_per_epoch
         self._start = self._last = time.monotonic()
         self._last_step = step
+        self._waited_seconds = 0.0
         self._board = _open_board(run, step) if writes else None
         self._standing: StandingLog | None = None
         if writes:
@@ -55,10 +56,25 @@ class MetricsLog:
                 run.logs(attempt), earlier, step=step, total_steps=total_steps
             )
 
-    def images_per_second(self, step: int, batch_size: int) -> float:
-        """The images per second since the last row, at ``batch_size`` images per step."""
+    def pace(self, step: int, batch_size: int) -> dict[str, float]:
+        """The rate since the last row, for the next: at ``batch_size`` images per step the images per second, and the
+        share of the time, in percent, in which the loop has waited for its batches.
+        """
+        seconds = time.monotonic() - self._last
         images = (step - self._last_step) * batch_size
-        return round(images / (time.monotonic() - self._last), 1)
+        return {
+            "images_per_second": round(images / seconds, 1),
+            "data_wait_percent": round(100 * self._waited_seconds / seconds, 1),
+        }
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it, the loop waits for its next batch."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited_seconds += time.monotonic() - begun
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Add the step and the clock to a row, and write it."""
@@ -74,13 +90,10 @@ class MetricsLog:
             self._standing.add(header | row)
             self._show(step, row)
         if "loss" in row:
-            rate = (
-                f"  {row['images_per_second']:,.0f} images/s" if "images_per_second" in row else ""
-            )
-            self.loss_text = f"epoch {epoch:.2f}  loss {row['loss']:.3f}{_of_each(row)}{rate}"
+            self.loss_text = f"epoch {epoch:.2f}  loss {row['loss']:.3f}{_of_each(row)}{_pace(row)}"
         self._accuracy_text = _accuracies(row) or self._accuracy_text
         # The time of the monitor and of the writing is no training time.
-        self._last, self._last_step = time.monotonic(), step
+        self._last, self._last_step, self._waited_seconds = time.monotonic(), step, 0.0
 
     @property
     def text(self) -> str:
@@ -113,6 +126,16 @@ def _of_each(row: Mapping[str, Any]) -> str:
     names = {key: parse_score_name(key) for key in row}
     losses = [row[key] for key, name in names.items() if name and name.figure == "loss"]
     return f" ({', '.join(f'{loss:.3f}' for loss in losses)})" if len(losses) > 1 else ""
+
+
+def _pace(row: Mapping[str, Any]) -> str:
+    """How fast it goes: ``  512 images/s, 3 % waiting for data``; "" where the row does not tell."""
+    if "images_per_second" not in row:
+        return ""
+    waits = (
+        f", {row['data_wait_percent']:.0f} % waiting for data" if "data_wait_percent" in row else ""
+    )
+    return f"  {row['images_per_second']:,.0f} images/s{waits}"
 
 
 def _accuracies(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What every backend of ViewLoader promises; a new one joins by its name in ``BACKENDS``.
+"""What every backend of ViewLoader promises; a new one joins by its name in ``BACKENDS`` of tests/view_loaders.py.
 
 The reference is worked out here, from the permutation and the parameters of each single image.
 """
@@ -29,11 +29,10 @@ from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
-from tests.view_loaders import view_loader
+from tests.view_loaders import BACKENDS, NEEDS_FFCV, packed_copy, view_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-BACKENDS = ["memory", "folder"]
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 SEED = 11
@@ -161,7 +160,7 @@ def test_views_are_the_reference_within_one_grey_level(
             difference = (in_pixels(pixels) - in_pixels(expected)).abs().max()
             assert difference <= 1 / 255
             # Rounding to uint8 is all that may lie between.
-            assert difference <= (1e-5 if backend == "memory" else 0.5 / 255 + 1e-5)
+            assert difference <= (0.5 / 255 if backend == "folder" else 0) + 1e-5
 
 
 @pytest.mark.parametrize("recipe", ["moco_v1", "moco_v2"])
@@ -198,14 +197,15 @@ def test_parameters_are_those_of_each_image_alone(
             assert torch.equal(ours, torch.cat(expected))
 
 
-def test_images_of_several_sizes_in_folder(files: ImageDataset, tmp_path: Path):
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_images_of_several_sizes(backend: str, files: ImageDataset, tmp_path: Path):
     sizes = [(9, 30), (30, 9), (12, 12), (40, 41), (5, 7)]
     paths = tuple(tmp_path / f"{i}.png" for i in range(len(sizes)))
     for path, size in zip(paths, sizes, strict=True):
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
     dataset = replace(files, images=paths, labels=None)
-    (batch,) = make(dataset, "folder", batch_size_global=5).epoch(0)
+    (batch,) = make(dataset, backend, batch_size_global=5).epoch(0)
     for view, pixels in enumerate(batch.views):
         for i, ours in zip(batch.index.tolist(), pixels, strict=True):
             expected = reference_view(dataset, CROP_FLIP, 0, i, view)
@@ -429,6 +429,23 @@ def test_cuda_substitutes_like_the_cpu(damaged: ImageDataset, backend: str, work
         assert ours.unreadable == expected.unreadable
         for one, other in zip(ours.views, expected.views, strict=True):
             torch.testing.assert_close(one.cpu(), other, atol=1e-4, rtol=0)
+
+
+@NEEDS_FFCV
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_batches_of_a_packed_file_are_those_of_the_files(
+    files: ImageDataset, workers: int
+):
+    views = [
+        list(
+            evaluation_batches(
+                each, image_size=14, batch_size=5, device=CPU, workers=workers, start=3
+            )
+        )
+        for each in (files, packed_copy(files))
+    ]
+    assert len(views[0]) == 4
+    assert all(map(torch.equal, *views))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,5 +1,7 @@
 """What a run chooses by what it finds: the size of the views, and where they are cut."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,13 @@ import torch
 from PIL import Image
 
 from peerlearn.compute.dist import Ranks
+from peerlearn.data.beton_dataset import is_packed
+from peerlearn.data.beton_writer import pack
 from peerlearn.data.datasets import load_dataset
 from peerlearn.errors import UserError
 from pretrain.config import DataConfig, PretrainConfig
 from pretrain.training_data import TrainingData, chosen_backend, load_training_data
+from tests.view_loaders import NEEDS_FFCV
 
 RANKS = Ranks(torch.device("cpu"))
 
@@ -95,3 +100,88 @@ def test_missing_labels_are_told_with_the_file_in_the_way(tmp_path):
         load(tmp_path, method="supervised")
     assert "method supervised needs a label for every image, which" in str(error.value)
     assert f"({tmp_path / 'train/0000.png'} lies beside the class folders a, b" in str(error.value)
+
+
+# Packed files
+
+
+def pack_folder(root: Path) -> Path:
+    file = root.with_suffix(".beton")
+    pack(load_dataset("folder", root=str(root)), file, format="raw")
+    return file
+
+
+def load_packed(file: Path, root: Path | None, **data: object) -> TrainingData:
+    settings = {"name": "folder", "image_size": 8, **data}
+    settings = DataConfig(root=root and str(root), packed=str(file), **settings)
+    return load_training_data(PretrainConfig(data=settings), RANKS, "unused")
+
+
+def test_packed_needs_its_backend_and_the_other_way_round():
+    with pytest.raises(ValueError, match=r"data.backend ffcv needs data.packed: .*data build"):
+        DataConfig(backend="ffcv")
+    for backend in ("memory", "folder"):
+        with pytest.raises(ValueError, match=f"data.packed is for data.backend ffcv.* {backend}:"):
+            DataConfig(backend=backend, packed="a.beton")
+
+
+@NEEDS_FFCV
+@pytest.mark.parametrize("backend", [None, "ffcv"])
+def test_a_packed_file_is_trained_on_with_and_without_the_images(backend, tmp_path, capsys):
+    root = write(tmp_path / "a", *[(40, 30)] * 5)
+    expected = load_dataset("folder", root=str(root))
+    file = pack_folder(root)
+    for given in (root, None):
+        if given is None:
+            shutil.rmtree(root)
+        data = load_packed(file, given, backend=backend)
+        assert (data.backend, data.train.title, len(data.train)) == ("ffcv", "a", 5)
+        assert is_packed(data.train)
+        assert data.train.read(3).shape == (3, 30, 40)
+        assert data.train.class_names == expected.class_names
+        assert len(load_packed(file, given, limit=2).train) == 2
+    # As of the images themselves.
+    assert load_packed(file, None, image_size=None).image_size == 30
+    assert "cut from a packed file" in capsys.readouterr().out
+
+
+@NEEDS_FFCV
+def test_a_packed_file_of_other_images_is_refused(tmp_path):
+    root = write(tmp_path / "a", *[(40, 30)] * 5)
+    file = pack_folder(root)
+    (root / "0004.png").rename(root / "0009.png")
+    with pytest.raises(UserError, match=r"a.beton holds other labels or names of images than a tr"):
+        load_packed(file, root)
+    (root / "0009.png").unlink()
+    with pytest.raises(UserError, match=r"a.beton holds 5 images, and a train has 4: "):
+        load_packed(file, root)
+    with pytest.raises(UserError, match=r"a.beton holds folder train, not digits train: "):
+        load_packed(file, None, name="digits")
+
+
+@NEEDS_FFCV
+def test_without_ffcv_the_images_themselves_are_taken_and_a_line_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    root = write(tmp_path / "a", *[(40, 30)] * 5)
+    file = pack_folder(root)
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    data = load_packed(file, root, backend="ffcv")
+    assert (data.backend, is_packed(data.train)) == ("memory", False)
+    line = capsys.readouterr().out
+    assert line.startswith("ffcv is not installed (sh scripts/system_packages.sh ffcv")
+    assert line.endswith(f"training on the images of a themselves, not on those in {file}\n")
+    with pytest.raises(
+        UserError,
+        match=r"\Adata.packed [^\n]*a.beton cannot be read \(ffcv is not installed[^\n]*, nor can the images that it "
+        r"was packed from \(folder needs data.root[^\n]*\)\Z",
+    ):
+        load_packed(file, None)
+
+
+@NEEDS_FFCV
+def test_a_root_that_is_wrong_is_not_passed_over(tmp_path):
+    file = pack_folder(write(tmp_path / "a", *[(40, 30)] * 5))
+    with pytest.raises(UserError, match=r"data.root .*gone is not a folder"):
+        load_packed(file, tmp_path / "gone")

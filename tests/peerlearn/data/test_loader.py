@@ -30,7 +30,7 @@ from peerlearn.data.sampler import class_aware
 from peerlearn.data.workers import results, worker_pool
 from peerlearn.errors import CrashError, UserError
 from peerlearn.runs.heartbeat import process_exists
-from tests.view_loaders import view_loader
+from tests.view_loaders import BACKENDS, view_loader
 
 CPU = torch.device("cpu")
 
@@ -267,7 +267,7 @@ CLASS_AWARE = {"batch_size_global": 8, "images_per_class": 2}
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, -1, 3, 0, 1, -1, 2, 0, 1, 2, 0, 1, 2, 0, -1]
 
 
-@pytest.mark.parametrize("backend", ["memory", "folder"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_ranks_share_the_batches_of_the_class_aware_sampler(backend: str, world_size: int):
     dataset = few_labelled(LABELS)
@@ -332,7 +332,7 @@ def test_class_aware_views_are_those_of_the_draw_numbers():
                 torch.testing.assert_close(pixels[row], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["memory", "folder"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_substitute_brings_its_own_label_into_a_group(backend: str, tmp_path: Path):
     dataset = image_folder(tmp_path, *[(3, 4)] * 8)
     dataset.images[5].write_bytes(b"")
@@ -385,7 +385,7 @@ def test_one_image_is_cut_at_every_shift_as_by_torchvision(shape: tuple[int, int
 
 
 @pytest.mark.parametrize("size", [9, 12])
-@pytest.mark.parametrize("backend", ["memory", "folder"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_crops_are_torchvision_s_pad_and_crop(backend: str, size: int):
     """Exactly where nothing is resized; every shift occurs."""
     dataset = few_labelled([0] * 300, (9, 9))
@@ -416,7 +416,7 @@ def test_padded_crops_are_torchvision_s_pad_and_crop(backend: str, size: int):
                 torch.testing.assert_close(pixels[row], expected / 255, atol=1e-7, rtol=0)
             else:
                 expected = tv.resize(expected / 255, [size, size], antialias=True)
-                atol = 1e-6 if backend == "memory" else 0.5 / 255 + 1e-5
+                atol = 0.5 / 255 + 1e-5 if backend == "folder" else 1e-6
                 torch.testing.assert_close(pixels[row], expected, atol=atol, rtol=0)
 
 

@@ -14,9 +14,9 @@ from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewBatch, ViewLoader
 from peerlearn.errors import UserError
-from tests.view_loaders import view_loader
+from tests.view_loaders import HAS_FFCV, view_loader
 
-BACKENDS = st.sampled_from(["memory", "folder"])
+BACKENDS = st.sampled_from(["memory", "folder", *(["ffcv"] if HAS_FFCV else [])])
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 EPOCHS = st.integers(0, 2**40)
 PERMUTATION = 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peerlearn.runs.directory import RunDirectory
-from peerlearn.runs.metrics import MetricsLog
+from peerlearn.runs.metrics import CLOCK_WORDS, MetricsLog
 
 
 def log_two_rows(folder: Path) -> list[dict]:
@@ -59,3 +59,51 @@ def test_tensorboard_that_fails_is_one_warning(place: str, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["gr\udcfcn", "a [red]\n😀 %d", "-x", "r" * 200])
 def test_a_run_of_any_name_is_logged(name: str, tmp_path):
     assert log_two_rows(tmp_path / name) == ROWS
+
+
+def test_pace_is_that_since_the_last_row(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("peerlearn.runs.metrics.time.monotonic", lambda: now[0])
+    (tmp_path / "run").mkdir()
+    run = RunDirectory(tmp_path / "run")
+    log = MetricsLog(run, attempt=1, step=0, steps_per_epoch=9, total_steps=9, writes=True)
+
+    def step(waits: float, works: float) -> None:
+        with log.waiting():
+            now[0] += waits
+        now[0] += works
+
+    step(1.0, 3.0)
+    step(0.5, 3.5)
+    pace = log.pace(2, 16)
+    assert pace == {"images_per_second": 4.0, "data_wait_percent": 18.8}
+    log.write(2, {"loss": 1.0, **pace})
+    assert log.text == "epoch 0.22  loss 1.000  4 images/s, 19 % waiting for data"
+    step(0.0, 2.0)
+    assert log.pace(3, 16) == {"images_per_second": 8.0, "data_wait_percent": 0.0}
+    log.close()
+
+
+def test_what_is_waited_for_is_waited_for_too_where_it_fails(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("peerlearn.runs.metrics.time.monotonic", lambda: now[0])
+    (tmp_path / "run").mkdir()
+    run = RunDirectory(tmp_path / "run")
+    log = MetricsLog(run, attempt=1, step=0, steps_per_epoch=9, total_steps=9, writes=False)
+
+    def no_batch() -> None:
+        with log.waiting():
+            now[0] = 3.0
+            raise ValueError("no batch")
+
+    with pytest.raises(ValueError, match="no batch"):
+        no_batch()
+    now[0] = 4.0
+    assert log.pace(1, 8)["data_wait_percent"] == 75.0
+
+
+def test_clocks_are_known_by_their_names():
+    """What a resumed run and its twin may differ in."""
+    fields = ("seconds", "images_per_second", "data_wait_percent", "peak_memory_bytes")
+    assert all(any(word in field for word in CLOCK_WORDS) for field in fields)
+    assert not any(word in field for word in CLOCK_WORDS for field in ("loss", "net/0/knn_top1"))
