@@ -18,13 +18,12 @@ from torch import Tensor
 from torchvision import transforms
 
 from peerlearn.data.augment import (
-    AUGMENTATIONS,
-    Augmentation,
     distort,
     draw_view_parameters,
     normalise,
     resized_crop,
 )
+from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _SIZE = 32

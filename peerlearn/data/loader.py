@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from peerlearn.data.augment import (
-    Augmentation,
     ViewParameters,
     distort,
     draw_view_parameters,
@@ -31,6 +30,7 @@ from peerlearn.data.augment import (
 )
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.held_images import HeldImages, held_in_memory
+from peerlearn.data.recipes import Augmentation
 from peerlearn.data.sampler import Sampler, block_of, check_class_aware, class_aware, shuffled
 from peerlearn.data.unreadable import Decoded, Unreadable, decode_images, read_substitute
 from peerlearn.data.workers import Jobs, results, worker_pool
@@ -104,7 +104,7 @@ class ViewLoader:
 
     Args:
         dataset: images to view.
-        augmentation: recipe of the views.
+        augmentation: recipe of the views, or one recipe for each of them.
         sampler: images of every batch, over all ranks.
         backend: memory or folder, as above.
         image_size: height and width of the views in pixels.
@@ -130,7 +130,7 @@ class ViewLoader:
     def __init__(
         self,
         dataset: ImageDataset,
-        augmentation: Augmentation,
+        augmentation: Augmentation | Sequence[Augmentation],
         *,
         sampler: Sampler,
         backend: Literal["memory", "folder"],
@@ -148,9 +148,11 @@ class ViewLoader:
         self._sampler = sampler
         self._dataset = dataset
         self._device = device
-        self._recipe = _Recipe(
-            augmentation=augmentation, views=views, image_size=image_size, seed=seed
-        )
+        if isinstance(augmentation, Augmentation):
+            augmentation = [augmentation] * views
+        if len(augmentation) != views:
+            raise ValueError(f"{views} views need as many recipes, got {len(augmentation)}")
+        self._recipe = _Recipe(views=tuple(augmentation), image_size=image_size, seed=seed)
         self.unreadable: tuple[Unreadable, ...] = ()
         self._cropper: _Cropper
         if backend == "memory":
@@ -172,11 +174,13 @@ class ViewLoader:
         """The batches of an epoch from ``start_step`` on, equal to those of the whole epoch."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
-        augmentation, dataset = self._recipe.augmentation, self._dataset
+        recipes, dataset = self._recipe.views, self._dataset
         for batch in self._cropper.cut(self._draws(epoch, start_step)):
             views = (
-                distort(pixels(crops, self._device), parameters, augmentation)
-                for crops, parameters in zip(batch.crops, batch.parameters, strict=True)
+                distort(pixels(crops, self._device), parameters, recipe)
+                for crops, parameters, recipe in zip(
+                    batch.crops, batch.parameters, recipes, strict=True
+                )
             )
             yield ViewBatch(
                 index=batch.index,
@@ -209,8 +213,7 @@ def _labels(dataset: ImageDataset) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    augmentation: Augmentation
-    views: int
+    views: tuple[Augmentation, ...]
     image_size: int
     seed: int
 
@@ -220,7 +223,7 @@ class _Recipe:
         """One set of parameters for each view of a batch of images of these sizes."""
         return tuple(
             draw_view_parameters(
-                self.augmentation,
+                augmentation,
                 seed=self.seed,
                 epoch=draws.epoch,
                 index=draws.index,
@@ -229,7 +232,7 @@ class _Recipe:
                 height=height,
                 width=width,
             )
-            for view in range(self.views)
+            for view, augmentation in enumerate(self.views)
         )
 
 

@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from peerlearn.counter_random import random_bits
-from peerlearn.data.augment import AUGMENTATIONS, draw_view_parameters
+from peerlearn.data.augment import draw_view_parameters
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader, sampler_of
+from peerlearn.data.recipes import AUGMENTATIONS, SECOND_VIEWS, Augmentation
 
 FILE = Path(__file__).with_suffix(".json")
 SEED, EPOCH = 7, 3
@@ -67,11 +68,17 @@ def arithmetic() -> str:
     )
 
 
+def recipes(name: str) -> list[Augmentation]:
+    """The recipes of both views."""
+    first = AUGMENTATIONS[name]
+    return [first, SECOND_VIEWS.get(name, first)]
+
+
 def parameters(name: str) -> str:
     """The hash of what a recipe draws, in the fields that it had from the beginning."""
     drawn = [
         draw_view_parameters(
-            AUGMENTATIONS[name],
+            recipe,
             seed=SEED,
             epoch=EPOCH,
             index=torch.arange(200),
@@ -80,7 +87,7 @@ def parameters(name: str) -> str:
             height=torch.arange(200) % 40 + 20,
             width=torch.arange(200) % 31 + 30,
         )
-        for view in range(2)
+        for view, recipe in enumerate(recipes(name))
     ]
     return sha256(*(value for one in drawn for value in one[:11]))
 
@@ -108,7 +115,7 @@ def views(name: str, source: str, folder: Path) -> list[Tensor]:
     )
     loader = ViewLoader(
         dataset,
-        AUGMENTATIONS[name],
+        recipes(name),
         sampler=sampler_of(dataset, batch_size_global=number, seed=SEED),
         backend=backend,
         image_size=size,

@@ -189,7 +189,7 @@ import multiprocessing
 import sys
 import time
 import torch
-from peerlearn.data.augment import AUGMENTATIONS
+from peerlearn.data.recipes import AUGMENTATIONS
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader, sampler_of
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from peerlearn.data.augment import AUGMENTATIONS
+from peerlearn.data.recipes import AUGMENTATIONS
 from tests.peerlearn.data.recorded_views import FILE, SOURCES, arithmetic, measured
 
 RECORDED = json.loads(FILE.read_text())
