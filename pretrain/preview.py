@@ -90,7 +90,7 @@ def preview(config: PretrainConfig) -> Preview:
     each = Counter(zip(config.cohort.architectures(), own, strict=True))
     lines = [
         f"images: {images.number:,} of {images.said}, views of {size} pixels",
-        *_views(recipes),
+        *views_in_words(recipes),
         f"steps: {steps:,} in each of {config.epochs:,} epochs, {steps * config.epochs:,} in all, of "
         f"{config.images_per_step:,} images",
         f"parameters: {trained:,} in all; "
@@ -100,7 +100,8 @@ def preview(config: PretrainConfig) -> Preview:
     return Preview(lines, steps * config.epochs * config.images_per_step)
 
 
-def _views(recipes: Sequence[Augmentation]) -> list[str]:
+def views_in_words(recipes: Sequence[Augmentation]) -> list[str]:
+    """What is done to each view, a line for all views or one for each."""
     words = [recipe.in_words() for recipe in recipes]
     if len({*words}) == 1:
         return [f"each view: {words[0]}"]
