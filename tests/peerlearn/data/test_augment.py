@@ -245,6 +245,23 @@ def test_factors_are_uniform_in_torchvision_s_ranges():
         assert stats.kstest(values, "uniform", args=(low, high - low)).pvalue > 1e-3, name
 
 
+def test_a_value_changes_nothing_but_what_it_names():
+    before = drawn(EVERYTHING, 500)
+    for changes, fields in (
+        ({"solarize_probability": 0.5}, ["solarize"]),
+        ({"blur_probability": 0.1, "blur_sigma": (1.0, 3.0)}, ["blur", "sigma"]),
+        ({"crop_scale": (0.5, 0.6)}, ["box"]),
+        ({"jitter": (0.1, 0.7, 0.9, 0.5)}, ["brightness"]),
+    ):
+        after = drawn(replace(EVERYTHING, **changes), 500)
+        differing = [
+            name
+            for name in ViewParameters._fields
+            if not torch.equal(getattr(before, name), getattr(after, name))
+        ]
+        assert differing == fields
+
+
 def test_the_24_orders_of_jitter_are_equally_likely():
     order = drawn(EVERYTHING, 24_000).order
     codes = order @ torch.tensor([64, 16, 4, 1])
