@@ -1,66 +1,27 @@
 """Two views of decoded 32x32 images on one core: MoCo's PIL pipeline against the batched tensors.
 
-    python benchmarks/augment.py [--rounds 9] [--batch 512]
+    python benchmarks/augment.py [--rounds 9] [--batch 512] [--output FILE]
 
 The two alternate within one run, in turns of about equal length. Times are CPU seconds of one
 thread. Both end in normalised float32 views. PIL's views are collated into batches as by a DataLoader.
 """
 
 import argparse
-import random
-import statistics
-import time
-from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
 
-from peerlearn.data.augment import (
-    AUGMENTATIONS,
-    Augmentation,
-    distort,
-    draw_view_parameters,
-    normalise,
-    resized_crop,
-)
+from benchmarks.image_rates import keep, moco_chain, report, two_views
+from benchmarks.timing import alternate
+from peerlearn.data.augment import distort, draw_view_parameters, normalise, resized_crop
+from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _SIZE = 32
 _TENSOR_BATCHES = 10
-
-
-class _PilBlur:
-    """The blur of MoCo v2 (moco/loader.py)."""
-
-    def __init__(self, sigma: tuple[float, float]) -> None:
-        self.sigma = sigma
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.sigma)))
-
-
-def _pil_pipeline(recipe: Augmentation) -> transforms.Compose:
-    """The torchvision v1 chain of main_moco.py and of the CIFAR-10 notebook, for these recipes."""
-    jitter = transforms.ColorJitter(*recipe.jitter)
-    steps = [
-        transforms.RandomResizedCrop(_SIZE, scale=recipe.crop_scale),
-        transforms.RandomApply([jitter], p=recipe.jitter_probability),
-        transforms.RandomGrayscale(p=recipe.grayscale_probability),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(_MEAN, _STD),
-    ]
-    if recipe.blur_probability:
-        blur = transforms.RandomApply([_PilBlur(recipe.blur_sigma)], p=recipe.blur_probability)
-        steps.insert(3, blur)
-    return transforms.Compose(steps)
-
-
-def _pil_views(pipeline: transforms.Compose, images: list[Image.Image]) -> list[Tensor]:
-    views = [[pipeline(image), pipeline(image)] for image in images]
-    return [torch.stack(view) for view in zip(*views, strict=True)]
 
 
 def _tensor_views(recipe: Augmentation, images: Tensor, epoch: int) -> list[Tensor]:
@@ -82,35 +43,29 @@ def _tensor_views(recipe: Augmentation, images: Tensor, epoch: int) -> list[Tens
     return views
 
 
-def _cpu_seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def _measure(
-    recipe: Augmentation, images: Tensor, *, rounds: int, batches: int
-) -> tuple[list[float], list[float]]:
-    """CPU seconds per batch of PIL and of the tensors, round by round, after one round to warm up."""
-    pipeline = _pil_pipeline(recipe)
-    pil_images = [transforms.functional.to_pil_image(image) for image in images]
-
-    def pil() -> None:
-        _pil_views(pipeline, pil_images)
+def _measure(recipe: Augmentation, images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of a batch, round by round, after one round to warm up."""
+    chain = moco_chain(recipe, _SIZE, _MEAN, _STD)
+    pil_images = [to_pil_image(image) for image in images]
+    epochs = count()
 
     def tensors() -> None:
-        for epoch in range(batches):
-            _tensor_views(recipe, images, epoch)
+        for _ in range(_TENSOR_BATCHES):
+            _tensor_views(recipe, images, next(epochs))
 
-    seconds = [(_cpu_seconds(pil), _cpu_seconds(tensors) / batches) for _ in range(rounds + 1)]
-    pil_seconds, tensor_seconds = zip(*seconds[1:], strict=True)
-    return list(pil_seconds), list(tensor_seconds)
+    rivals = {"PIL, as MoCo": lambda: two_views(chain, pil_images), "batched tensors": tensors}
+    alternate(rivals, 1)
+    pil_seconds, tensor_seconds = alternate(rivals, rounds).values()
+    each = [seconds / _TENSOR_BATCHES for seconds in tensor_seconds]
+    return {"PIL, as MoCo": pil_seconds, "batched tensors": each}
 
 
 def main() -> None:
+    """Print rates and ratios by recipe, and write them to a file where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--output", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     # A process that trains has freed large tensors before, and from then on glibc keeps freed
@@ -121,18 +76,16 @@ def main() -> None:
     coarse = torch.rand(options.batch, 3, 8, 8)
     smooth = torch.nn.functional.interpolate(coarse, (_SIZE, _SIZE), mode="bilinear")
     images = (smooth * 255).to(torch.uint8)
-    for name in ("moco_cifar", "moco_v2"):
-        pil, tensors = _measure(
-            AUGMENTATIONS[name], images, rounds=options.rounds, batches=_TENSOR_BATCHES
+    measured = [
+        report(
+            _measure(AUGMENTATIONS[name], images, options.rounds),
+            options.batch,
+            title=f"two views of 32 x 32, {name}",
         )
-        ratio = statistics.median(pil) / statistics.median(tensors)
-        paired = statistics.median(p / t for p, t in zip(pil, tensors, strict=True))
-        print(
-            f"{name}: PIL {options.batch / statistics.median(pil):.0f} images/s, "
-            f"tensors {options.batch / statistics.median(tensors):.0f} images/s; ratio of medians "
-            f"{ratio:.1f}, of the fastest {min(pil) / min(tensors):.1f}, median of ratios "
-            f"{paired:.1f} (batch {options.batch}, {options.rounds} rounds)"
-        )
+        for name in ("moco_v2", "moco_cifar")
+    ]
+    if options.output:
+        keep(options.output, "augment", measured)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from timing import alternate
 
-from peerlearn.data.augment import AUGMENTATIONS
 from peerlearn.data.beton_dataset import packed_dataset
 from peerlearn.data.beton_file import open_packed
 from peerlearn.data.beton_writer import pack
 from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.data.loader import ViewLoader, sampler_of
+from peerlearn.data.recipes import AUGMENTATIONS
 
 VERSIONS = ("torch", "numpy", "pillow", "simplejpeg", "ffcv", "numba", "opencv-python")
 

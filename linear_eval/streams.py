@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from linear_eval.classifiers import Batches
 from linear_eval.config import LinearConfig
 from peerlearn.compute.dist import Ranks
-from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader, sampler_of
+from peerlearn.data.recipes import Augmentation
 from peerlearn.errors import UserError
 from peerlearn.evaluation.feature_sets import with_ensemble
 from peerlearn.evaluation.networks import by_input

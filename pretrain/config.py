@@ -7,21 +7,14 @@ from typing import TYPE_CHECKING, Literal
 from peerlearn.compute.device_names import require_device
 from peerlearn.compute.optimizers import OptimizerConfig
 from peerlearn.compute.schedules import ScheduleConfig
-from peerlearn.config import changeable, require
+from peerlearn.config import added, changeable, require
 from peerlearn.data.published import DatasetName
+from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 from peerlearn.runs.save_config import SaveConfig
 from pretrain.method_config import PrototypicalConfig, QueueConfig, SupervisedConfig
+from pretrain.views_config import ViewsConfig, recipes_of
 
 Backend = Literal["memory", "folder", "ffcv"]
-AugmentationName = Literal[
-    "moco_v1",
-    "moco_v2",
-    "moco_cifar",
-    "crop_flip",
-    "supervised_cifar",
-    "supervised_imagenet",
-    "none",
-]
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
 
 # The class of every method (`pretrain.method`), by name: --help must not wait for torch, which they need.
@@ -32,8 +25,10 @@ METHODS = {
     "prototypical": "pretrain.prototypical:Prototypical",
 }
 if TYPE_CHECKING:
+    AugmentationName = str
     MethodName = str
 else:
+    AugmentationName = Literal[tuple(AUGMENTATIONS)]
     MethodName = Literal[tuple(METHODS)]
 
 
@@ -116,9 +111,11 @@ class DataConfig:
         validation_percent: percentage of every class that is held out, drawn by the seed. The method supervised is
             watched on it, so that the test split is looked at once, at the end; 0 = none.
         shots: number of training images of every class, drawn by the seed; null = all.
-        augmentation: recipe of the random views: moco_v1, moco_v2, moco_cifar, crop_flip, supervised_cifar (pad, crop,
-            flip), supervised_imagenet (crop of 8 to 100 % of the area, flip) or none (the largest centred square).
+        augmentation: recipe of the random views, of which `data.views` may change every value: moco_v1, moco_v2,
+            moco_cifar, byol (two unlike views), crop_flip, supervised_cifar (pad, crop, flip), supervised_imagenet
+            (crop of 8 to 100 % of the area, flip) or none (the largest centred square).
         crop_scale: smallest and largest share of the image's area that a crop keeps; null = the recipe's own.
+        views: values in the place of the recipe's.
         image_size: side of the views in pixels; null = the dataset's own; for image files the usual length of their
             shorter side, but at most 224.
         workers: number of processes that read images; of threads with the backend ffcv.
@@ -137,6 +134,7 @@ class DataConfig:
     shots: int | None = None
     augmentation: AugmentationName = "moco_v2"
     crop_scale: list[float] | None = None
+    views: ViewsConfig = added(default_factory=ViewsConfig)
     image_size: int | None = None
     workers: int = changeable(2)
     max_unreadable_percent: float = changeable(1.0)
@@ -155,10 +153,7 @@ class DataConfig:
             scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
             f"data.crop_scale must be two rising shares within 0..1, got {scale}",
         )
-        require(
-            scale is None or self.augmentation not in ("supervised_cifar", "none"),
-            f"data.crop_scale must be null with data.augmentation {self.augmentation}, which does not scale",
-        )
+        self.recipes()
         for name in ("limit", "shots"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name} must be at least 1, got {value}")
@@ -175,6 +170,10 @@ class DataConfig:
             0 <= self.max_unreadable_percent <= 100,
             f"data.max_unreadable_percent must be within 0..100, got {self.max_unreadable_percent}",
         )
+
+    def recipes(self) -> tuple[Augmentation, Augmentation]:
+        """The recipes of the first and of the second view."""
+        return recipes_of(self.augmentation, self.crop_scale, self.views)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
-from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import sampler_of
+from peerlearn.data.recipes import Augmentation
 from peerlearn.data.sampler import Sampler
 from peerlearn.evaluation.classification import ClassificationScores
 from peerlearn.runs.directory import RunDirectory
@@ -112,7 +112,7 @@ class Method(Protocol):
         return {}
 
     def build_monitor(
-        self, data: TrainingData, *, augmentation: Augmentation, image_size: int
+        self, data: TrainingData, *, augmentation: Sequence[Augmentation], image_size: int
     ) -> Watch:
         """What is watched while training: kNN accuracy and signs of a collapse."""
         monitor = Monitor(

@@ -6,14 +6,15 @@ Nothing here touches training: networks run in eval mode, and random views come 
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset, first_images, load_dataset
 from peerlearn.data.loader import ViewLoader, sampler_of
 from peerlearn.data.published import is_split_by_class
+from peerlearn.data.recipes import Augmentation
 from peerlearn.data.unreadable import Unreadable, warn_of_unreadable
 from peerlearn.errors import UserError
 from peerlearn.evaluation.data import warn_of_missing_classes
@@ -77,7 +78,7 @@ class Monitor:
         dataset: ImageDataset,
         data_root: str | None,
         *,
-        augmentation: Augmentation,
+        augmentation: Sequence[Augmentation],
         backend: Backend,
         image_size: int,
         device: torch.device,

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from peerlearn.compute.optimizers import build_optimizer, bytes_to_come
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.downloads import NotHereError, without_downloads
 from peerlearn.data.published import PUBLISHED
+from peerlearn.data.recipes import Augmentation
 from peerlearn.errors import UserError
 from peerlearn.export import check_classifier
 from pretrain.cohort import Cohort, build_networks
@@ -29,6 +31,7 @@ from pretrain.training_data import (
     TrainingData,
     load_training_data,
     native_size,
+    view_recipes,
 )
 
 _MIB, _GIB = 2**20, 2**30
@@ -65,6 +68,7 @@ def preview(config: PretrainConfig) -> Preview:
     """
     check_share(config, _processes())
     kind = method_class(config.method)
+    recipes = view_recipes(config, kind.views)
     images = _images(config, kind)
     size = config.data.image_size or images.size
     num_classes = images.classes if kind.labels == "classified" else 0
@@ -86,6 +90,7 @@ def preview(config: PretrainConfig) -> Preview:
     each = Counter(zip(config.cohort.architectures(), own, strict=True))
     lines = [
         f"images: {images.number:,} of {images.said}, views of {size} pixels",
+        *views_in_words(recipes),
         f"steps: {steps:,} in each of {config.epochs:,} epochs, {steps * config.epochs:,} in all, of "
         f"{config.images_per_step:,} images",
         f"parameters: {trained:,} in all; "
@@ -93,6 +98,14 @@ def preview(config: PretrainConfig) -> Preview:
         _memory(config, method, activations, images),
     ]
     return Preview(lines, steps * config.epochs * config.images_per_step)
+
+
+def views_in_words(recipes: Sequence[Augmentation]) -> list[str]:
+    """What is done to each view, a line for all views or one for each."""
+    words = [recipe.in_words() for recipe in recipes]
+    if len({*words}) == 1:
+        return [f"each view: {words[0]}"]
+    return [f"view {number}: {each}" for number, each in enumerate(words, start=1)]
 
 
 def _processes() -> int:

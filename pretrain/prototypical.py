@@ -3,7 +3,7 @@
 Dimensions: M networks, B batch, W ways, S shots, Q queries of a class, F features, E episodes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -15,9 +15,9 @@ from torch import Tensor
 from peerlearn.compute.device import full_float32
 from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import TRAINING_EPISODES, random_bits
-from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import sampler_of
+from peerlearn.data.recipes import Augmentation
 from peerlearn.data.sampler import EpochOrder, Sampler, counted
 from peerlearn.evaluation.episodes import Distance, draw_from
 from peerlearn.runs.score_names import EPISODE_TOP1, score_name
@@ -129,7 +129,7 @@ class Prototypical(Method):
         self.best.load_state_tensors(state)
 
     def build_monitor(
-        self, data: TrainingData, *, augmentation: Augmentation, image_size: int
+        self, data: TrainingData, *, augmentation: Sequence[Augmentation], image_size: int
     ) -> Watch:
         """Accuracy over episodes of the validation classes."""
         monitor = EpisodeMonitor(self.config, data, image_size=image_size, device=self.ranks.device)

@@ -46,8 +46,8 @@ from pretrain.exports import TrainingImages, export_cohort
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
 from pretrain.training_data import (
     TrainingData,
-    augmentation_of,
     load_training_data,
+    view_recipes,
 )
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     kind = method_class(config.method)
     data = ranks.main_first(lambda: load_training_data(config, ranks, kind.labels))
     dataset = data.train
-    augmentation = augmentation_of(config.data)
+    augmentation = view_recipes(config, kind.views)
     image_size = data.image_size
     num_classes = dataset.num_classes if kind.labels == "classified" else 0
     loader = ViewLoader(

@@ -4,6 +4,7 @@ Dimensions: M networks, B batch, D embedding size, C classes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import NUM_NEGATIVES, random_bits
-from peerlearn.data.augment import Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import sampler_of
+from peerlearn.data.recipes import Augmentation
 from peerlearn.data.sampler import Sampler
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import ClassificationScores
@@ -216,7 +217,7 @@ class Supervised(Method):
         self.ensemble_weights.copy_(state["ensemble"]["weights"])
 
     def build_monitor(
-        self, data: TrainingData, *, augmentation: Augmentation, image_size: int
+        self, data: TrainingData, *, augmentation: Sequence[Augmentation], image_size: int
     ) -> Watch:
         """Accuracy on what is held out or, where nothing is, on the test split."""
         monitor = AccuracyMonitor(

@@ -1,6 +1,5 @@
 """Which images a run trains on, which it is watched on, and how their views are made."""
 
-import dataclasses
 import logging
 import os
 import statistics
@@ -12,7 +11,6 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
-from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.beton_dataset import check_packed_from, is_packed, packed_dataset
 from peerlearn.data.beton_facts import read_facts
 from peerlearn.data.class_splits import check_disjoint
@@ -28,9 +26,11 @@ from peerlearn.data.downloads import NotHereError, without_downloads
 from peerlearn.data.ffcv_package import HOW_TO_INSTALL, why_no_ffcv
 from peerlearn.data.image_folders import image_extent
 from peerlearn.data.published import is_split_by_class
+from peerlearn.data.recipes import Augmentation
 from peerlearn.data.subsets import few_shots, hold_out
 from peerlearn.errors import UserError
 from pretrain.config import Backend, DataConfig, PretrainConfig
+from pretrain.views_config import given
 
 # What a method needs labels for: nothing; to train classifiers of the classes that the test split has too; or to train
 # on some classes, choose an epoch by others, and be tested on others again.
@@ -219,13 +219,20 @@ def _load_packed(data: DataConfig, file: Path, ranks: Ranks, *, own_classes: boo
     return dataset if data.limit is None else first_images(dataset, data.limit)
 
 
-def augmentation_of(data: DataConfig) -> Augmentation:
-    """The recipe of the config's views."""
-    recipe = AUGMENTATIONS[data.augmentation]
-    if data.crop_scale is None:
-        return recipe
-    smallest, largest = data.crop_scale
-    return dataclasses.replace(recipe, crop_scale=(smallest, largest))
+def view_recipes(config: PretrainConfig, views: int) -> tuple[Augmentation, ...]:
+    """The recipe of each of a method's views.
+
+    Raises:
+        UserError: the config changes a second view, and the method draws but one.
+    """
+    own = given(config.data.views.second)
+    if views == 1 and own:
+        raise UserError(
+            f"data.views.second.{next(iter(own))} must be null with method {config.method}, which draws one view of "
+            "each image"
+        )
+    first, second = config.data.recipes()
+    return (first, *[second] * (views - 1))
 
 
 def native_size(dataset: ImageDataset) -> int:

@@ -3,9 +3,11 @@
 build: the images of a data set become one packed file.
 convert: pickles of few-shot data sets become folders of PNG files.
 verify: what is wrong with detection data or a folder of images.
+show: the random views of a run as a picture (`pretrain.data_show`).
 """
 
 import argparse
+import importlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn data build`, `peerlearn data convert SOURCE --output DIR` and `peerlearn data verify SOURCE`.
+    """`peerlearn data build`, `data convert SOURCE --output DIR`, `data verify SOURCE` and `data show CONFIG`.
 
     Returns:
         The exit code.
     """
+    if argv[:1] == ["show"]:
+        return int(importlib.import_module("pretrain.data_show").main(argv[1:]))
     parser = ArgumentParser(prog="peerlearn data", description="Prepare and check data sets.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     about = "turn the pickles of a few-shot data set into folders of PNG files"
@@ -50,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     convert.set_defaults(run=_convert)
     add_verify(actions)
     add_build(actions)
+    actions.add_parser("show", help="draw the random views of a run as a picture")
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)

@@ -46,6 +46,7 @@ OTHER_LIBRARIES = {
     "safetensors": "0.5",
     "submitit": "1.5",
     "pillow": "11",
+    "simplejpeg": "1.9",
     "numpy": "2",
     "pyyaml": "6",
     "wrapt": "1.16",

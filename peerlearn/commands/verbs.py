@@ -81,7 +81,9 @@ VERBS = {
         "peerlearn.exchange.import_command", "main", "read another program's checkpoint"
     ),
     "data": Verb(
-        "peerlearn.commands.data_command", "main", "check data sets, turn pickled ones into folders"
+        "peerlearn.commands.data_command",
+        "main",
+        "check data sets, turn pickled ones into folders, draw a run's views",
     ),
     "configs": Verb("peerlearn.commands.configs_command", "main", "list the shipped configs"),
     "doctor": Verb(

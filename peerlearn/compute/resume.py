@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from peerlearn.compute.resumable import Resumable
-from peerlearn.config import load_config, may_change
+from peerlearn.config import load_config, may_change, with_added
 from peerlearn.errors import UserError
 from peerlearn.runs.checkpoint import (
     DamagedSaveError,
@@ -178,6 +178,7 @@ def _restore_generators(training: Resumable, tensors: Mapping[str, Tensor]) -> N
 
 def _check_config(training: Resumable, saved: Mapping[str, Any]) -> None:
     """Refuse a config that would make this another run, and record changes that are safe."""
+    saved = with_added(type(training.config), saved)
     changes = dict(config_changes(saved, asdict(training.config)))
     unsafe = {
         key: change

@@ -7,6 +7,7 @@ dataclass itself refuses a value out of range, by `require`. Verbs without a con
 
 from peerlearn.config.door import check_complete, find_config, load_config, parse_config
 from peerlearn.config.fields import (
+    added,
     changeable,
     changeable_keys,
     config_keys,
@@ -15,6 +16,7 @@ from peerlearn.config.fields import (
     flat_config,
     may_change,
     require,
+    with_added,
 )
 from peerlearn.config.files import read_yaml
 from peerlearn.config.names import nearest
@@ -22,6 +24,7 @@ from peerlearn.config.words import ArgumentParser, without
 
 __all__ = [
     "ArgumentParser",
+    "added",
     "changeable",
     "changeable_keys",
     "check_complete",
@@ -36,5 +39,6 @@ __all__ = [
     "parse_config",
     "read_yaml",
     "require",
+    "with_added",
     "without",
 ]

@@ -79,14 +79,17 @@ def load_config(config_class: type[Config], path: Path) -> Config:
 
 
 def check_complete(config_class: Any, path: Path) -> None:
-    """Make sure that a file which `config_to_yaml` wrote still holds every key.
+    """Make sure that a file which `config_to_yaml` wrote still holds every key that it was written with.
 
     Raises:
         UserError: the file was cut short, or emptied.
     """
-    groups = config_keys(config_class)
-    present = read_file(path, groups)
-    missing = [key for key in groups if not groups[key] and key not in present]
+    present = read_file(path, config_keys(config_class))
+    missing = [
+        key.name
+        for key in keys_of(config_class)
+        if not (key.is_group or key.is_added or key.name in present)
+    ]
     if missing:
         raise UserError(
             f"{path}: lacks {missing[0]!r}"

@@ -12,6 +12,7 @@ import yaml
 # Keys in a field's metadata.
 _CHANGEABLE = "changeable"
 _VOIDED_BY = "voided_by"
+_ADDED = "added"
 
 
 class Key(NamedTuple):
@@ -24,6 +25,7 @@ class Key(NamedTuple):
         default: its default; `dataclasses.MISSING` where it must be given.
         explained: what the docstring of its class says of it.
         voided_by: the dotted keys which, given later than this one, make it null.
+        is_added: whether runs of earlier versions lack it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Key(NamedTuple):
     default: Any
     explained: str
     voided_by: tuple[str, ...]
+    is_added: bool = False
 
     @property
     def required(self) -> bool:
@@ -61,11 +64,13 @@ def keys_of(config_class: Any, prefix: str = "", made: Any = None) -> Iterator[K
             default=default,
             explained=explained.get(field.name, ""),
             voided_by=tuple(prefix + other for other in field.metadata.get(_VOIDED_BY, ())),
+            is_added=field.metadata.get(_ADDED, False),
         )
         yield key
         if key.is_group:
             group_default = None if key.required else default
-            yield from keys_of(hint, f"{key.name}.", group_default)
+            for inner in keys_of(hint, f"{key.name}.", group_default):
+                yield inner._replace(is_added=inner.is_added or key.is_added)
 
 
 def _explained(config_class: Any) -> dict[str, str]:
@@ -109,6 +114,32 @@ def changeable(
     if default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def added(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
+    """A field of a config that the saved runs of earlier versions lack: its default does what they did.
+
+    Args:
+        default: as in `dataclasses.field`.
+        default_factory: as in `dataclasses.field`; if the field is a group of keys, they lack all of them.
+    """
+    if default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata={_ADDED: True})
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
+
+def with_added(config_class: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a saved config, and the defaults of the `added` keys that it lacks."""
+    whole = dict(saved)
+    for key in keys_of(config_class):
+        *groups, name = key.name.split(".")
+        if key.is_added and not key.is_group:
+            inner = whole
+            for group in groups:
+                inner[group] = dict(inner.get(group, {}))
+                inner = inner[group]
+            inner.setdefault(name, _plain(key.default))
+    return whole
 
 
 def changeable_keys(config_class: Any) -> list[str]:

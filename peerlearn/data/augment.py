@@ -6,7 +6,6 @@ Dimensions: B batch. Image tensors are (B, channels, height, width) with 1 or 3 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,99 +15,14 @@ from torch.nn.functional import batch_norm, interpolate, pad
 
 from peerlearn.compute.device import full_float32
 from peerlearn.counter_random import VIEWS, random_bits, uniform
+from peerlearn.data.recipes import Augmentation
 
 _CROP_ATTEMPTS = 10
-# Positions of the jitter operations in ``ViewParameters.order``, torchvision's numbering.
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+# The jitter operations in ``ViewParameters.order``, torchvision's numbering; 0 is brightness.
+_CONTRAST, _SATURATION, _HUE = range(1, 4)
 # ITU-R 601-2 luma as torchvision rounds it.
 _LUMA = (0.2989, 0.587, 0.114)
 _BLOCK_VALUES = 3 * 2**18
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """A recipe of random views.
-
-    Attributes:
-        crop_scale: range of the crop's share of the image area.
-        crop_ratio: range of the crop's width divided by its height.
-        crop_padding: largest shift of the crop in pixels of the image. Where it is positive, the crop is as large as
-            the image, ``crop_scale`` and ``crop_ratio`` do not count, and what lies outside the image is black.
-        centred: whether the crop is the largest centred square, and the other keys of the crop do not count.
-        flip_probability: probability of a horizontal flip.
-        jitter: strengths of brightness, contrast, saturation and hue, with the meaning of torchvision's ColorJitter.
-        jitter_probability: probability of the jitter.
-        grayscale_probability: probability of greying.
-        grayscale_first: whether greying comes before the jitter instead of after it.
-        blur_probability: probability of the blur.
-        blur_sigma: range of the blur's sigma in pixels of the finished crop.
-
-    Raises:
-        ValueError: a value lies outside its range; probabilities lie in [0, 1].
-    """
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    crop_padding: int = 0
-    centred: bool = False
-    flip_probability: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    jitter_probability: float = 0.0
-    grayscale_probability: float = 0.0
-    grayscale_first: bool = False
-    blur_probability: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "grayscale", "blur"):
-            probability = getattr(self, f"{name}_probability")
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name}_probability must lie in [0, 1], got {probability}")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must rise within (0, 1], got {self.crop_scale}")
-        for name in ("crop_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be a rising positive range, got {(low, high)}")
-        if self.crop_padding < 0:
-            raise ValueError(f"crop_padding must be at least 0, got {self.crop_padding}")
-        if min(self.jitter) < 0 or self.jitter[_HUE] > 0.5:
-            raise ValueError(f"jitter must be >= 0, hue at most 0.5, got {self.jitter}")
-
-
-AUGMENTATIONS: dict[str, Augmentation] = {
-    # He et al., "Momentum Contrast", arXiv 1911.05722; facebookresearch/moco main_moco.py.
-    "moco_v1": Augmentation(
-        jitter=(0.4, 0.4, 0.4, 0.4),
-        jitter_probability=1.0,
-        grayscale_probability=0.2,
-        grayscale_first=True,
-    ),
-    # Chen et al., arXiv 2003.04297; facebookresearch/moco main_moco.py --aug-plus.
-    "moco_v2": Augmentation(
-        jitter=(0.4, 0.4, 0.4, 0.1),
-        jitter_probability=0.8,
-        grayscale_probability=0.2,
-        blur_probability=0.5,
-        blur_sigma=(0.1, 2.0),
-    ),
-    # facebookresearch/moco colab/moco_cifar10_demo.ipynb; the crop is torchvision's default.
-    "moco_cifar": Augmentation(
-        crop_scale=(0.08, 1.0),
-        jitter=(0.4, 0.4, 0.4, 0.1),
-        jitter_probability=0.8,
-        grayscale_probability=0.2,
-    ),
-    # The crop and flip of MoCo v1 alone, for grey images.
-    "crop_flip": Augmentation(),
-    # Huang et al., "Densely Connected Convolutional Networks", arXiv 1608.06993, section 4.1, as is
-    # usual for CIFAR; the padding is black, that of torchvision's RandomCrop(32, padding=4).
-    "supervised_cifar": Augmentation(crop_padding=4),
-    # pytorch/examples imagenet/main.py: RandomResizedCrop(224), RandomHorizontalFlip.
-    "supervised_imagenet": Augmentation(crop_scale=(0.08, 1.0)),
-    # yinboc/prototypical-network-pytorch mini_imagenet.py: Resize(84), CenterCrop(84).
-    "none": Augmentation(centred=True, flip_probability=0.0),
-}
 
 
 class ViewParameters(NamedTuple):
@@ -130,6 +44,7 @@ class ViewParameters(NamedTuple):
     grayscale: Tensor  # (B,) bool
     blur: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float64
+    solarize: Tensor  # (B,) bool
 
 
 def draw_view_parameters(
@@ -159,9 +74,10 @@ def draw_view_parameters(
         width: width of the images in pixels, (B,) where sizes differ.
     """
     key = random_bits(VIEWS, seed, epoch, view, index, draw)
-    counts = (2 * _CROP_ATTEMPTS + 2, 4, 4, 4, 1)
+    # What is added comes last: a draw keeps its place for ever, or every run would change.
+    counts = (2 * _CROP_ATTEMPTS + 2, 4, 4, 4, 1, 1)
     draws = uniform(key[:, None], torch.arange(sum(counts)))
-    box, switches, factors, order, sigma = draws.split(counts, dim=1)
+    box, switches, factors, order, sigma, solarize = draws.split(counts, dim=1)
     probabilities = (
         augmentation.flip_probability,
         augmentation.jitter_probability,
@@ -185,6 +101,7 @@ def draw_view_parameters(
         grayscale=grayscale,
         blur=blur,
         sigma=_between(sigma[:, 0], *augmentation.blur_sigma),
+        solarize=solarize[:, 0] < augmentation.solarize_probability,
     )
 
 
@@ -343,7 +260,7 @@ def _resize_weights(start: Tensor, length: Tensor, extent: int, size: int, margi
 
 
 def distort(crops: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> Tensor:
-    """Flip, jitter, grey and blur each crop in the recipe's order.
+    """Flip, jitter, grey, blur and solarise each crop in the recipe's order.
 
     Values equal those of torchvision's functions on the float image, clamped as there. On one
     channel saturation, hue and greying do nothing.
@@ -367,6 +284,7 @@ def distort(crops: Tensor, parameters: ViewParameters, augmentation: Augmentatio
             if not augmentation.grayscale_first:
                 _grayscale(images, chosen, augmentation)
             _blur(images, chosen, augmentation)
+            _solarize(images, chosen, augmentation)
     return distorted
 
 
@@ -508,6 +426,16 @@ def _blur(images: Tensor, parameters: ViewParameters, augmentation: Augmentation
     work = images.index_select(0, chosen)
     _filter(work, weights, weights, work)
     images.index_copy_(0, chosen, work)
+
+
+def _solarize(images: Tensor, parameters: ViewParameters, augmentation: Augmentation) -> None:
+    """In place: values from the threshold on are inverted."""
+    if not augmentation.solarize_probability:
+        return
+    chosen = _positions(parameters.solarize, images.device)
+    work = images.index_select(0, chosen)
+    bright = work >= augmentation.solarize_threshold
+    images.index_copy_(0, chosen, torch.where(bright, 1 - work, work))
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 from torch import Tensor
 
 from peerlearn.data.beton_file import open_packed, packed_place
@@ -61,7 +62,8 @@ def decode_image(path: Path) -> Tensor:
     if place is not None:
         return _packed_image(path, *place)
     try:
-        return _decoded(path)
+        decoded = _decoded_jpeg(path)
+        return _decoded(path) if decoded is None else decoded
     except Exception as error:  # Damaged bytes can make Pillow's decoders raise anything.
         try:
             pixels_alone = _essential_png(path)
@@ -80,9 +82,36 @@ def _packed_image(path: Path, file: Path, number: int) -> Tensor:
     return packed.read(number).permute(2, 0, 1).contiguous()
 
 
+def _decoded_jpeg(path: Path) -> Tensor | None:
+    """The pixels of a sound JPEG file in grey or colour, as Pillow decodes them, in less time; None for other files.
+
+    Pillow judges the file's head. simplejpeg refuses whatever its library only warns of. Such files are left to Pillow,
+    which takes some of them.
+    """
+    with path.open("rb") as file:
+        content = file.read(len(_JPEG_SIGNATURE))
+        if content != _JPEG_SIGNATURE:
+            return None
+        content += file.read()
+    with _opened(io.BytesIO(content)) as image:
+        (width, height), mode = image.size, image.mode
+    if mode not in ("RGB", "L"):
+        return None
+    try:
+        pixels = decode_jpeg(content, "RGB")
+    except ValueError:
+        return None
+    return _channels_first(pixels) if pixels.shape == (height, width, 3) else None
+
+
 def _decoded(source: Path | io.BytesIO) -> Tensor:
     with _opened(source) as image, _silenced(image):
-        return torch.from_numpy(_rgb(image)).permute(2, 0, 1).contiguous()
+        return _channels_first(_rgb(image))
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    # Several times as fast as torch's own copy.
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 @contextmanager
@@ -107,6 +136,7 @@ def image_extent(path: Path) -> tuple[int, int] | None:
         return None
 
 
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_ESSENTIALS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 

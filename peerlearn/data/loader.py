@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from peerlearn.data.augment import (
-    Augmentation,
     ViewParameters,
     distort,
     draw_view_parameters,
@@ -34,6 +33,7 @@ from peerlearn.data.beton_facts import read_facts
 from peerlearn.data.beton_file import packed_rows
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.held_images import HeldImages, held_in_memory, readable_sources
+from peerlearn.data.recipes import Augmentation
 from peerlearn.data.sampler import Sampler, block_of, check_class_aware, class_aware, shuffled
 from peerlearn.data.threads import ahead
 from peerlearn.data.unreadable import (
@@ -118,7 +118,7 @@ class ViewLoader:
 
     Args:
         dataset: images to view.
-        augmentation: recipe of the views.
+        augmentation: recipe of the views, or one recipe for each of them.
         sampler: images of every batch, over all ranks.
         backend: memory, folder or ffcv, as above.
         image_size: height and width of the views in pixels.
@@ -145,7 +145,7 @@ class ViewLoader:
     def __init__(
         self,
         dataset: ImageDataset,
-        augmentation: Augmentation,
+        augmentation: Augmentation | Sequence[Augmentation],
         *,
         sampler: Sampler,
         backend: Literal["memory", "folder", "ffcv"],
@@ -163,9 +163,11 @@ class ViewLoader:
         self._sampler = sampler
         self._dataset = dataset
         self._device = device
-        self._recipe = _Recipe(
-            augmentation=augmentation, views=views, image_size=image_size, seed=seed
-        )
+        if isinstance(augmentation, Augmentation):
+            augmentation = [augmentation] * views
+        if len(augmentation) != views:
+            raise ValueError(f"{views} views need as many recipes, got {len(augmentation)}")
+        self._recipe = _Recipe(views=tuple(augmentation), image_size=image_size, seed=seed)
         self.unreadable: tuple[Unreadable, ...] = ()
         self._cropper: _Cropper
         if backend == "memory":
@@ -195,11 +197,13 @@ class ViewLoader:
         """The batches of an epoch from ``start_step`` on, equal to those of the whole epoch."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
-        augmentation, dataset = self._recipe.augmentation, self._dataset
+        recipes, dataset = self._recipe.views, self._dataset
         for batch in self._cropper.cut(self._draws(epoch, start_step)):
             views = (
-                distort(pixels(crops, self._device), parameters, augmentation)
-                for crops, parameters in zip(batch.crops, batch.parameters, strict=True)
+                distort(pixels(crops, self._device), parameters, recipe)
+                for crops, parameters, recipe in zip(
+                    batch.crops, batch.parameters, recipes, strict=True
+                )
             )
             yield ViewBatch(
                 index=batch.index,
@@ -232,8 +236,7 @@ def _labels(dataset: ImageDataset) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    augmentation: Augmentation
-    views: int
+    views: tuple[Augmentation, ...]
     image_size: int
     seed: int
 
@@ -243,7 +246,7 @@ class _Recipe:
         """One set of parameters for each view of a batch of images of these sizes."""
         return tuple(
             draw_view_parameters(
-                self.augmentation,
+                augmentation,
                 seed=self.seed,
                 epoch=draws.epoch,
                 index=draws.index,
@@ -252,7 +255,7 @@ class _Recipe:
                 height=height,
                 width=width,
             )
-            for view in range(self.views)
+            for view, augmentation in enumerate(self.views)
         )
 
 
@@ -457,16 +460,14 @@ def _cut(job: _CropJob, *, recipe: _Recipe) -> _CropResult:
     )
     height = torch.tensor([image.shape[1] for image in images])
     width = torch.tensor([image.shape[2] for image in images])
-    crops = (
-        torch.stack(
-            [
-                _resized_cut(image, box, recipe.image_size)
-                for image, box in zip(images, parameters.box.tolist(), strict=True)
-            ]
-        )
-        for parameters in recipe.parameters(draws, height=height, width=width)
-    )
-    return _CropResult(failures, height, width, tuple(crops))
+    size = recipe.image_size
+    views = []
+    for parameters in recipe.parameters(draws, height=height, width=width):
+        crops = torch.empty(len(images), images[0].shape[0], size, size, dtype=torch.uint8)
+        for image, box, crop in zip(images, parameters.box.tolist(), crops, strict=True):
+            _cut_resized(image, box, crop)
+        views.append(crops)
+    return _CropResult(failures, height, width, tuple(views))
 
 
 def _substitute(
@@ -499,9 +500,11 @@ def _substitute(
     return source, tuple(unreadable)
 
 
-def _resized_cut(image: Tensor, box: list[int], size: int) -> Tensor:
-    """``resized_crop`` of one image, rounded to uint8 (channels, size, size)."""
-    return _resized(image, box, size).round_().clamp_(0, 255).to(torch.uint8)
+def _cut_resized(image: Tensor, box: list[int], out: Tensor) -> None:
+    """Set ``out``, uint8 (channels, size, size), to the ``resized_crop`` of one image, rounded."""
+    resized = _resized(image, box, out.shape[-1])
+    # numpy turns floats into bytes several times as fast as torch does.
+    np.copyto(out.numpy(), resized.round_().clamp_(0, 255).numpy(), casting="unsafe")
 
 
 def _resized(image: Tensor, box: list[int], size: int) -> Tensor:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from peerlearn.counter_random import PERMUTATION, SUBSTITUTE, permutation, random_bits
 from peerlearn.data.augment import (
-    AUGMENTATIONS,
-    Augmentation,
     ViewParameters,
     distort,
     draw_view_parameters,
@@ -27,6 +25,7 @@ from peerlearn.data.augment import (
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.loader import ViewBatch, ViewLoader
+from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.errors import UserError
 from tests.view_loaders import BACKENDS, NEEDS_FFCV, packed_copy, view_loader

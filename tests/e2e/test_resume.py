@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from peerlearn.cli import main
 from peerlearn.runs import lock
@@ -374,6 +375,18 @@ def test_a_config_that_was_cut_short_is_not_filled_with_defaults(half_done, caps
         file.write_text(content)
         assert main(["resume", str(half_done)]) != 0
         assert message in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_that_knew_fewer_keys_goes_on(undisturbed, half_done):
+    config = yaml.safe_load((half_done / "config.yaml").read_text())
+    del config["data"]["views"]
+    (half_done / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    for save in (half_done / "checkpoints").glob("step-*"):
+        rewrite_state(save, lambda state: state["config"]["data"].pop("views"))
+    found = resume(half_done)
+    assert found.returncode == 0, found.stderr
+    assert not events(half_done, "config_changed")
+    assert_same_run(half_done, undisturbed)
 
 
 def test_a_save_that_cannot_be_deleted_stays_and_the_run_goes_on(half_done, tmp_path):

@@ -25,8 +25,12 @@ SMALL = PretrainConfig(
 
 
 def test_images_steps_parameters_and_memory():
-    images, steps, parameters, memory = preview(SMALL).lines
+    images, views, steps, parameters, memory = preview(SMALL).lines
     assert images == "images: 100 of digits train, views of 16 pixels"
+    assert views == (
+        "each view: crop_scale 0.2 1, crop_ratio 0.75 1.333, flip_probability 0.5, jitter 0.4 0.4 0.4 0.1, "
+        "jitter_probability 0.8, grayscale_probability 0.2, blur_probability 0.5, blur_sigma 0.1 2"
+    )
     assert steps == "steps: 3 in each of 3 epochs, 9 in all, of 32 images"
     cohort = build_networks(SMALL, in_chans=1, image_size=16, num_classes=0)
     total = sum(p.numel() for p in cohort.parameters())
@@ -96,7 +100,7 @@ def test_a_dataset_that_is_not_here_is_not_downloaded_and_is_told_as_published(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = DataConfig(name="cifar100", fallback="digits")
-    images, steps, *_ = preview(replace(SMALL, data=data)).lines
+    images, _, steps, *_ = preview(replace(SMALL, data=data)).lines
     assert images == (
         "images: 50,000 of cifar100 train (not on this machine: the run downloads it, or trains on digits where that "
         "fails), views of 32 pixels"

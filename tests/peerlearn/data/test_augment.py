@@ -13,8 +13,6 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from peerlearn.data.augment import (
-    AUGMENTATIONS,
-    Augmentation,
     ViewParameters,
     distort,
     draw_view_parameters,
@@ -22,6 +20,7 @@ from peerlearn.data.augment import (
     normalise,
     resized_crop,
 )
+from peerlearn.data.recipes import AUGMENTATIONS, SECOND_VIEWS, Augmentation
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
@@ -32,6 +31,8 @@ EVERYTHING = Augmentation(
     blur_probability=0.6,
     blur_sigma=(0.1, 2.0),
 )
+# Apart: at its threshold the last bit of a value makes all the difference.
+SOLARIZING = replace(EVERYTHING, solarize_probability=0.4, solarize_threshold=0.6)
 
 
 def drawn(augmentation, batch, *, height=32, width=32, first=0, seed=0, epoch=0, draw=0, view=0):
@@ -63,6 +64,7 @@ def parameters_for(batch, **chosen) -> ViewParameters:
         grayscale=off,
         blur=off,
         sigma=one,
+        solarize=off,
     )
     return neutral._replace(**chosen)
 
@@ -96,12 +98,22 @@ def torchvision_distorted(image: Tensor, parameters: ViewParameters, i: int, gra
 
 
 def assert_distorts_like_torchvision(crops, parameters, augmentation, atol=4e-6):
-    expected = [
-        torchvision_distorted(crop, parameters, i, augmentation.grayscale_first)
-        for i, crop in enumerate(crops)
-    ]
+    before_solarising = torch.stack(
+        [
+            torchvision_distorted(crop, parameters, i, augmentation.grayscale_first)
+            for i, crop in enumerate(crops)
+        ]
+    )
+    threshold = augmentation.solarize_threshold
+    expected = before_solarising.clone()
+    for i in parameters.solarize.nonzero()[:, 0].tolist():
+        expected[i] = tv.solarize(before_solarising[i], threshold)
+    # Rounding decides which side of the threshold a value lies on that is as good as there.
+    decided = (before_solarising - threshold).abs() > atol
+    decided |= ~parameters.solarize[:, None, None, None]
+    assert decided.double().mean() > 0.99
     distorted = distort(crops, parameters, augmentation)
-    torch.testing.assert_close(distorted, torch.stack(expected), atol=atol, rtol=0)
+    torch.testing.assert_close(distorted[decided], expected[decided], atol=atol, rtol=0)
 
 
 # Drawing
@@ -205,11 +217,11 @@ def test_crops_that_never_fit_are_torchvision_s_centre_crop(height, width):
     assert box.tolist() == [list(expected)] * 20
 
 
-@pytest.mark.parametrize("augmentation", [*AUGMENTATIONS.values(), EVERYTHING])
+@pytest.mark.parametrize("augmentation", [*AUGMENTATIONS.values(), EVERYTHING, SOLARIZING])
 def test_switches_have_their_probabilities(augmentation):
     count = 20_000
     parameters = drawn(augmentation, count)
-    for name in ("flip", "jitter", "grayscale", "blur"):
+    for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
         probability = getattr(augmentation, f"{name}_probability")
         happened = int(getattr(parameters, name).sum())
         if probability in (0, 1):
@@ -233,6 +245,23 @@ def test_factors_are_uniform_in_torchvision_s_ranges():
         assert stats.kstest(values, "uniform", args=(low, high - low)).pvalue > 1e-3, name
 
 
+def test_a_value_changes_nothing_but_what_it_names():
+    before = drawn(EVERYTHING, 500)
+    for changes, fields in (
+        ({"solarize_probability": 0.5}, ["solarize"]),
+        ({"blur_probability": 0.1, "blur_sigma": (1.0, 3.0)}, ["blur", "sigma"]),
+        ({"crop_scale": (0.5, 0.6)}, ["box"]),
+        ({"jitter": (0.1, 0.7, 0.9, 0.5)}, ["brightness"]),
+    ):
+        after = drawn(replace(EVERYTHING, **changes), 500)
+        differing = [
+            name
+            for name in ViewParameters._fields
+            if not torch.equal(getattr(before, name), getattr(after, name))
+        ]
+        assert differing == fields
+
+
 def test_the_24_orders_of_jitter_are_equally_likely():
     order = drawn(EVERYTHING, 24_000).order
     codes = order @ torch.tensor([64, 16, 4, 1])
@@ -245,12 +274,12 @@ def test_parameters_of_a_view_and_of_both_views_are_uncorrelated():
     count = 20_000
     columns = []
     for view in range(2):
-        p = drawn(Augmentation(**vars(EVERYTHING)), count, height=10**4, width=10**4, view=view)
+        p = drawn(SOLARIZING, count, height=10**4, width=10**4, view=view)
         rows = [value.double().reshape(count, -1).T for value in p]
         columns += [torch.cat(rows)[1:]]
     correlation = torch.corrcoef(torch.cat(columns))
     # Within box (with its own shape) and within order (a permutation) values do depend.
-    names = [0] * 3 + list(range(1, 7)) + [7] * 4 + list(range(8, 11))
+    names = [0] * 3 + list(range(1, 7)) + [7] * 4 + list(range(8, 12))
     groups = torch.tensor(names + [100 + name for name in names])
     unlike = groups[:, None] != groups
     assert correlation[unlike].abs().max() < 5.5 / math.sqrt(count)
@@ -389,10 +418,10 @@ def test_supervised_imagenet_crops_are_random_resized_crop_s_default():
 # Pixels
 
 
-@pytest.mark.parametrize("name", [*AUGMENTATIONS, "everything"])
+@pytest.mark.parametrize("name", [*AUGMENTATIONS, "solarizing"])
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 5)])
 def test_recipes_equal_torchvision_s_functions(name, channels, size):
-    augmentation = AUGMENTATIONS.get(name, EVERYTHING)
+    augmentation = AUGMENTATIONS.get(name, SOLARIZING)
     crops = images_of(64, channels, size, size)
     assert_distorts_like_torchvision(crops, drawn(augmentation, 64), augmentation)
 
@@ -641,6 +670,18 @@ def test_published_recipes():
         assert recipe.crop_ratio == (3 / 4, 4 / 3)
 
 
+def test_byol_s_two_views_differ_as_published():
+    # Grill et al., appendix B, table 6.
+    first, second = AUGMENTATIONS["byol"], SECOND_VIEWS["byol"]
+    assert (first.blur_probability, first.solarize_probability) == (1.0, 0.0)
+    assert (second.blur_probability, second.solarize_probability) == (0.1, 0.2)
+    for recipe in (first, second):
+        assert (recipe.crop_scale, recipe.crop_ratio) == ((0.08, 1), (3 / 4, 4 / 3))
+        assert (recipe.jitter, recipe.jitter_probability) == ((0.4, 0.4, 0.2, 0.1), 0.8)
+        assert (recipe.grayscale_probability, recipe.flip_probability) == (0.2, 0.5)
+        assert (recipe.blur_sigma, recipe.solarize_threshold) == ((0.1, 2.0), 0.5)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -651,7 +692,13 @@ def test_published_recipes():
         {"crop_scale": (0.5, 1.2)},
         {"crop_ratio": (2.0, 1.0)},
         {"crop_padding": -1},
+        {"crop_padding": 1001},
+        {"crop_ratio": (0.01, 1.0)},
         {"blur_sigma": (0.0, 1.0)},
+        {"blur_sigma": (0.1, 2000.0)},
+        {"jitter": (0.4, 101.0, 0.4, 0.1)},
+        {"solarize_probability": 1.5},
+        {"solarize_threshold": -0.1},
         {"jitter": (0.4, -0.4, 0.4, 0.1)},
         {"jitter": (0.4, 0.4, 0.4, 0.6)},
     ],

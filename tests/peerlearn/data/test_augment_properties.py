@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlearn.data.augment import Augmentation, ViewParameters, draw_view_parameters
+from peerlearn.data.augment import ViewParameters, draw_view_parameters
+from peerlearn.data.recipes import Augmentation
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 SIDES = st.integers(1, 600)

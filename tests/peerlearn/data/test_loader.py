@@ -21,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from peerlearn.data.augment import AUGMENTATIONS, Augmentation, draw_view_parameters
+from peerlearn.data.augment import draw_view_parameters
 from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.data.held_images import held_in_memory
 from peerlearn.data.image_folders import decode_image
-from peerlearn.data.loader import ViewLoader, _fits, _resized_cut
+from peerlearn.data.loader import ViewLoader, _cut_resized, _fits
+from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 from peerlearn.data.sampler import class_aware
 from peerlearn.data.workers import results, worker_pool
 from peerlearn.errors import CrashError, UserError
@@ -189,7 +190,7 @@ import multiprocessing
 import sys
 import time
 import torch
-from peerlearn.data.augment import AUGMENTATIONS
+from peerlearn.data.recipes import AUGMENTATIONS
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewLoader, sampler_of
 
@@ -369,6 +370,12 @@ def padded_crop(image: torch.Tensor, box: list[int]) -> torch.Tensor:
     return tv.crop(tv.pad(image, [40] * 4, fill=0), top + 40, left + 40, height, width)
 
 
+def cut_resized(image: torch.Tensor, box: list[int], size: int) -> torch.Tensor:
+    out = torch.empty(len(image), size, size, dtype=torch.uint8)
+    _cut_resized(image, box, out)
+    return out
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (4, 6)])
 def test_one_image_is_cut_at_every_shift_as_by_torchvision(shape: tuple[int, int]):
     image = few_labelled([0], shape).images[0]
@@ -377,10 +384,10 @@ def test_one_image_is_cut_at_every_shift_as_by_torchvision(shape: tuple[int, int
             box = [top, left, *shape]
             expected = padded_crop(image, box)
             if shape == (5, 5):
-                assert torch.equal(_resized_cut(image, box, 5), expected)
+                assert torch.equal(cut_resized(image, box, 5), expected)
             resized = tv.resize(expected.float(), [9, 9], antialias=True)
             assert torch.equal(
-                _resized_cut(image, box, 9), resized.round().clamp(0, 255).to(torch.uint8)
+                cut_resized(image, box, 9), resized.round().clamp(0, 255).to(torch.uint8)
             )
 
 

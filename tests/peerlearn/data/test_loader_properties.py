@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlearn.data.augment import AUGMENTATIONS, Augmentation
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import ViewBatch, ViewLoader
+from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 from peerlearn.errors import UserError
 from tests.view_loaders import HAS_FFCV, view_loader
 

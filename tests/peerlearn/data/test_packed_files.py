@@ -23,7 +23,6 @@ from PIL import Image
 
 from peerlearn.data import beton_facts, beton_file, threads
 from peerlearn.data import loader as loading
-from peerlearn.data.augment import AUGMENTATIONS
 from peerlearn.data.beton_dataset import check_packed_from, packed_dataset
 from peerlearn.data.beton_facts import checked_facts, read_facts
 from peerlearn.data.beton_file import PackedFile, open_packed
@@ -32,6 +31,7 @@ from peerlearn.data.datasets import ImageDataset, first_images, load_dataset
 from peerlearn.data.ffcv_package import why_no_ffcv
 from peerlearn.data.image_folders import DecodeError
 from peerlearn.data.loader import ViewLoader
+from peerlearn.data.recipes import AUGMENTATIONS
 from peerlearn.data.threads import ahead
 from peerlearn.errors import CrashError, UserError
 from tests.view_loaders import NEEDS_FFCV, packed_copy, view_loader

@@ -20,8 +20,6 @@ from torchvision.datasets.folder import default_loader
 
 from peerlearn.counter_random import SUBSTITUTE, random_bits
 from peerlearn.data.augment import (
-    AUGMENTATIONS,
-    Augmentation,
     ViewParameters,
     distort,
     draw_view_parameters,
@@ -30,6 +28,7 @@ from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.evaluation_views import evaluation_batches
 from peerlearn.data.image_folders import DecodeError, decode_image
 from peerlearn.data.loader import ViewBatch, ViewLoader
+from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 from peerlearn.data.unreadable import (
     Unreadable,
     check_unreadable_rate,
