@@ -128,7 +128,7 @@ class DataConfig:
     split: str = "train"
     fallback: DatasetName | None = changeable(None, voided_by=("name", "root"))
     backend: Backend | None = None
-    packed: str | None = changeable(None)
+    packed: str | None = changeable(None, is_added=True)
     limit: int | None = None
     validation_percent: float = 0.0
     shots: int | None = None
@@ -294,7 +294,7 @@ class PretrainConfig:
     device: str = changeable("auto")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool = False
-    compile: bool = False
+    compile: bool = added(False)
     max_skipped_steps: int = 3
     rank_timeout_seconds: float = changeable(600.0)
     cohort: CohortConfig = field(default_factory=CohortConfig)

@@ -49,13 +49,12 @@ def flat_queue_terms(
     lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=query.dtype)
     # NaN and Inf show in the lengths.
     require_finite("scl_hard", "queue", lengths.unsqueeze(-1))
-    bound = _longest(query) * max(_longest(query), _longest(key), _longest(lengths.unsqueeze(-1)))
     own = torch.eye(len(query), dtype=torch.bool, device=query.device).unsqueeze(-1)
     positive = _products(query, key) / form.temperature
     extra = [positive]
     if same_sample_positive:
         extra.append((_products(query, query) / form.temperature).masked_fill(own, EXCLUDED))
-    log_sums, divergences = _Rows.apply(query, rows, torch.stack(extra, -1), form, bound, None)
+    log_sums, divergences = _Rows.apply(query, rows, torch.stack(extra, -1), form, None)
     hard = torch.stack([log_sums - each for each in extra]).sum(0)
     cross = hard.masked_fill(own, 0.0).mean(-1).sum(0)
     return _stacked((log_sums - positive).diagonal().mean(0), cross, divergences).to(query.dtype)
@@ -88,8 +87,7 @@ def flat_batch_terms(
             themselves[network, network].fill_(EXCLUDED)
 
     none = embedding.new_empty(networks, networks, embedding.shape[1], 0, dtype=torch.float64)
-    bound = _longest(embedding) ** 2
-    log_sums, divergences = _Rows.apply(embedding, embedding, none, form, bound, exclude)
+    log_sums, divergences = _Rows.apply(embedding, embedding, none, form, exclude)
     group = _groups(labels)
     others = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))[group] - 1
     class_sums = torch.zeros_like(embedding).index_add(1, group, embedding)
@@ -118,10 +116,9 @@ class _Rows(torch.autograd.Function):
         rows: Tensor,
         extra: Tensor,
         form: Form,
-        largest_cosine: float,
         exclude: Exclude | None,
     ) -> tuple[Tensor, Tensor]:
-        sums = _no_sums(query, form, shifted=not form.is_safe(largest_cosine))
+        sums = _no_sums(query, form)
         if extra.shape[-1]:
             logits = extra / form.base
             sums = add_candidates(
@@ -167,15 +164,15 @@ class _Rows(torch.autograd.Function):
         of_query.div_(form.temperature)
         if of_rows is not None:
             of_rows.div_(form.temperature)
-        return of_query, of_rows, of_extra, None, None, None
+        return of_query, of_rows, of_extra, None, None
 
 
-def _no_sums(query: Tensor, form: Form, *, shifted: bool) -> RowSums:
+def _no_sums(query: Tensor, form: Form) -> RowSums:
     networks, batch, _ = query.shape
     row = query.new_zeros(networks, networks, batch, dtype=torch.float64)
     pair = row.new_zeros(networks * (networks - 1), 2, batch)
     return RowSums(
-        shift=row + EXCLUDED if shifted else None,
+        shift=None if form.is_safe else row + EXCLUDED,
         hard=row.clone(),
         soft=row.clone(),
         moment=pair.clone(),
@@ -197,13 +194,6 @@ def _products(anchors: Tensor, candidates: Tensor) -> Tensor:
     return (anchors * candidates.unsqueeze(1)).sum(-1).double()
 
 
-def _longest(vectors: Tensor) -> float:
-    """The largest length, by which no product of vectors is exceeded."""
-    if vectors.device.type != "cpu":
-        return 1.0  # As promised. To look would wait for the device.
-    return float(vectors.detach().norm(dim=-1).max()) if vectors.numel() else 0.0
-
-
 def _stacked(scl_hard: Tensor, icl_hard: Tensor, divergences: Tensor) -> Tensor:
     """(4, M) from (M,), (M,) and the divergences (P, 2, B) of pairs of rows."""
     networks = len(scl_hard)
@@ -212,7 +202,7 @@ def _stacked(scl_hard: Tensor, icl_hard: Tensor, divergences: Tensor) -> Tensor:
         for pair in pairs_of_rows(networks)
         for student in pair[::-1]
     ]
-    index = torch.tensor(students, dtype=torch.long, device=scl_hard.device)
-    share = F.one_hot(index, 2 * networks).to(divergences.dtype)
+    share = F.one_hot(torch.tensor(students, dtype=torch.long), 2 * networks).double()
+    share = share.to(scl_hard.device, non_blocking=True)
     scl_soft, icl_soft = (divergences.mean(-1).flatten() @ share).view(2, networks)
     return torch.stack([scl_hard, scl_soft, icl_hard, icl_soft])

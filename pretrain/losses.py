@@ -230,7 +230,7 @@ def batch_terms(
     if num_negatives is not None:
         negative = _draw_negatives(negative, num_negatives, generator)
     has_positive = positive.any(-1)
-    positive_share = widen(embedding).new_tensor(1.0) * positive
+    positive_share = positive.to(widen(embedding).dtype)
     positive_share /= positive_share.sum(-1, keepdim=True).clamp(min=1)
 
     def label_hard(log_p: Tensor) -> Tensor:

@@ -53,9 +53,10 @@ class Form(NamedTuple):
         """Whether divergences need the sums of `RowSums.excess`."""
         return self.soft_temperature > _LARGE_SOFT_TEMPERATURE
 
-    def is_safe(self, cosine: float) -> bool:
-        """Whether logits of cosines up to this one can do without a shift."""
-        return cosine / self.temperature / min(self.soft_temperature, 1.0) <= _SAFE_LOGIT
+    @property
+    def is_safe(self) -> bool:
+        """Whether the logits of unit vectors can do without a shift."""
+        return 1 / self.temperature / min(self.soft_temperature, 1.0) <= _SAFE_LOGIT
 
 
 def pairs_of_rows(networks: int) -> list[tuple[Row, Row]]:

@@ -27,8 +27,7 @@ def _obstacle(query: Tensor, form: Form) -> str | None:
         return "the package triton is not installed"
     if query.dtype != torch.float32:
         return f"it computes in float32, not {str(query.dtype).removeprefix('torch.')}"
-    # Of unit vectors, as on every CUDA device.
-    if not form.is_safe(1.0):
+    if not form.is_safe:
         return (
             f"a temperature of {form.temperature} with soft_temperature {form.soft_temperature} needs shifted "
             "exponentials"

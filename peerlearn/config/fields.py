@@ -100,6 +100,7 @@ def changeable(
     default_factory: Any = dataclasses.MISSING,
     to_more: bool = False,
     voided_by: Sequence[str] = (),
+    is_added: bool = False,
 ) -> Any:
     """A field of a config that may change between a save and its resumption without making it another run.
 
@@ -109,8 +110,13 @@ def changeable(
         to_more: whether the value may only grow.
         voided_by: fields of the same group: one that is given on the command line makes this one null, unless it is
             given there too.
+        is_added: whether the field is `added` too.
     """
-    metadata = {_CHANGEABLE: "more" if to_more else "free", _VOIDED_BY: voided_by}
+    metadata = {
+        _CHANGEABLE: "more" if to_more else "free",
+        _VOIDED_BY: voided_by,
+        _ADDED: is_added,
+    }
     if default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -379,10 +379,15 @@ def test_a_config_that_was_cut_short_is_not_filled_with_defaults(half_done, caps
 
 def test_a_run_of_an_earlier_version_that_knew_fewer_keys_goes_on(undisturbed, half_done):
     config = yaml.safe_load((half_done / "config.yaml").read_text())
-    del config["data"]["views"]
+    del config["data"]["views"], config["data"]["packed"], config["compile"]
     (half_done / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def without_new_keys(state: dict) -> None:
+        del state["config"]["data"]["views"], state["config"]["data"]["packed"]
+        del state["config"]["compile"]
+
     for save in (half_done / "checkpoints").glob("step-*"):
-        rewrite_state(save, lambda state: state["config"]["data"].pop("views"))
+        rewrite_state(save, without_new_keys)
     found = resume(half_done)
     assert found.returncode == 0, found.stderr
     assert not events(half_done, "config_changed")

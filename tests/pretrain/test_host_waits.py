@@ -102,6 +102,7 @@ CASES = {
     "moco": ("--cohort.networks", "2"),
     "moco in parts": ("--cohort.batch_norm_splits", "4", "--symmetric", "true"),
     "moco with micro-batches": ("--accumulation_steps", "4"),
+    "moco in tiles": ("--cohort.networks", "6", "--cohort.share_stages", "0"),
     "simclr": ("--method", "simclr", "--cohort.networks", "3"),
     "supervised dml": ("--method", "supervised", "--supervised.teaching", "dml"),
 }
