@@ -1,7 +1,7 @@
 """Average precision of detections: batched, against a loop over boxes (the VOC rules) and pycocotools (the COCO rule).
 
     pip install -e '.[benchmarks]'
-    python benchmarks/detection_metric.py [--rounds 3] [--images 200] [--detections 100] [--alone]
+    python -m benchmarks.detection_metric [--rounds 3] [--images 200] [--detections 100] [--alone] [--output FILE]
 
 Both sides take the same boxes and alternate within one run. Times are CPU seconds of one thread. Ratios are those of
 medians. The figures in brackets are AP of either.
@@ -12,12 +12,13 @@ import platform
 import resource
 import statistics
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
 
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, write_results
 from detection.voc import Rule, evaluate
 from tests.detection.oracles import plain_devkit, pycocotools
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--detections", type=int, default=100, help="of each image")
     parser.add_argument("--alone", action="store_true", help="no rival is run")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(
@@ -70,10 +72,13 @@ def main() -> None:
         f"{options.rounds} rounds, {options.images:,} images of {options.detections} detections, {CLASSES} classes"
     )
     detections, targets = _images(options.images, options.detections)
+    measured = []
     for rule in get_args(Rule):
         sides = {"batched": partial(_batched, detections, targets, rule)}
         if not options.alone:
-            sides["rival"] = partial(_rival, detections, targets, rule)
+            sides["pycocotools" if rule == "coco" else "loop over boxes"] = partial(
+                _rival, detections, targets, rule
+            )
         found = {name: run() for name, run in sides.items()}
         seconds = alternate(sides, options.rounds)
         medians = {name: statistics.median(each) for name, each in seconds.items()}
@@ -82,6 +87,9 @@ def main() -> None:
             for name in sides
         )
         print(f"{rule}: {told}", flush=True)
+        title = f"rule {rule}, {options.images:,} images of {options.detections} detections"
+        measured.append({"title": title, "seconds": seconds})
+    write_results(options.output, "detection_metric", measured, rounds=options.rounds)
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"highest memory of the process {highest:.2f} GiB")
 

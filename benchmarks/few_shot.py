@@ -1,7 +1,7 @@
 """Few-shot evaluation: all episodes batched, against a loop over episodes, and easyfsl's networks in that loop.
 
     pip install -e '.[benchmarks]'
-    python benchmarks/few_shot.py [--rounds 3] [--episodes 1000]
+    python -m benchmarks.few_shot [--rounds 3] [--episodes 1000] [--output benchmarks/results/few_shot.json]
 
 The three take the same features and episodes and alternate within one run. Times are CPU seconds of one thread. Ratios
 are those of medians. Without easyfsl, the loop alone is compared.
@@ -12,11 +12,12 @@ import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import alternate, cpu_seconds
+from benchmarks.timing import alternate, cpu_seconds, write_results
 from peerlearn.evaluation.episodes import Episodes, draw_episodes, nearest_centroid, score_episodes
 
 try:
@@ -60,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, one thread, torch {torch.__version__}, {options.rounds} rounds")
@@ -70,6 +72,7 @@ def main() -> None:
         )
     )
     print(f"drawing {options.episodes:,} episodes of 5 shots: {drawing:.2f} s")
+    measured = []
     for shots, d in CASES:
         generator = torch.Generator().manual_seed(0)
         centres = torch.randn(CLASSES, d, generator=generator)
@@ -91,7 +94,10 @@ def main() -> None:
             f" ({medians[name] / medians['batched']:.1f} times; {means[name]:.2f} %)"
             for name in rivals
         )
-        print(f"{options.episodes:,} episodes of {shots} shots, D {d:,}: {told}")
+        title = f"{options.episodes:,} episodes of {shots} shots, D {d:,}"
+        print(f"{title}: {told}")
+        measured.append({"title": title, "seconds": seconds})
+    write_results(options.output, "few_shot", measured, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What the benchmarks of views share: the chain of the MoCo repository, and how rates are printed and kept."""
 
-import json
-import platform
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,8 +13,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 
+from benchmarks.timing import write_results
 from peerlearn.data.recipes import Augmentation
-from peerlearn.runs.files import write_text
 
 
 class _PilBlur:
@@ -85,14 +83,5 @@ def report(seconds: Mapping[str, Sequence[float]], images: int, *, title: str) -
 
 def keep(file: Path, benchmark: str, measured: Sequence[Mapping[str, Any]]) -> None:
     """Write a result file."""
-    about = {
-        "benchmark": benchmark,
-        "threads": 1,
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
-        "measured": measured,
-    }
-    write_text(file, json.dumps(about, indent=2) + "\n")
+    versions = {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    write_results(file, benchmark, measured, **versions)

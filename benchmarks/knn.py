@@ -134,6 +134,7 @@ def main() -> None:
         facts = {
             "benchmark": "knn",
             "machine": platform.machine(),
+            "python": platform.python_version(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
             "faiss": faiss.__version__,

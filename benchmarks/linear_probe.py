@@ -1,24 +1,24 @@
 """Linear evaluation: 13 learning rates in one pass against one, and logistic regression against scikit-learn's.
 
-    python benchmarks/linear_probe.py [--rounds 5]
+    python -m benchmarks.linear_probe [--rounds 5] [--output benchmarks/results/linear_probe.json]
 
 Each pair alternates within one run. Times are CPU seconds of one thread. Ratios are those of medians.
 """
 
 import argparse
 import platform
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import sklearn
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, times_as_fast, write_results
 from linear_eval.classifiers import Batches, Problem, classify_by_sgd, kept_batches
 from linear_eval.config import LinearConfig
 from linear_eval.logistic import fit_logistic
@@ -35,20 +35,23 @@ IMAGES, FEATURES, CLASSES = 60_000, 512, 10
 GRID = [1e-4, 1e-3, 1e-2, 1e-1]
 
 
-def _compare(first: Callable[[], object], second: Callable[[], object], rounds: int) -> str:
-    """Print the medians of a pair and their ratio, after one round to warm up."""
-    rivals = {"first": first, "second": second}
-    alternate(rivals, 1)
-    sides = alternate(rivals, rounds).values()
-    one, other = (statistics.median(side) for side in sides)
-    spread = [b / a for a, b in zip(*sides, strict=True)]
-    return f"{one:.2f} s and {other:.2f} s, ratio {other / one:.2f} ({min(spread):.2f} .. {max(spread):.2f})"
+Measured = dict[str, Any]
 
 
-def _sweep(rounds: int) -> None:
+def _compare(title: str, sides: dict[str, Callable[[], object]], rounds: int) -> Measured:
+    """Measure a pair, ours first, after one round to warm up, and print the ratio."""
+    print(f"{title}: ", end="", flush=True)
+    alternate(sides, 1)
+    seconds = alternate(sides, rounds)
+    ours, rival = sides
+    print(f"{rival} takes {times_as_fast(seconds[rival], seconds[ours])} times the time of {ours}")
+    return {"title": title, "seconds": seconds}
+
+
+def _sweep(rounds: int) -> list[Measured]:
     """One epoch of augmented Fashion-MNIST images through a network, and of kept features alone."""
     config = LinearConfig(checkpoint="none", epochs=1, base_lr=LRS)
-    ranks = Ranks(CPU)
+    ranks, measured = Ranks(CPU), []
     for name, limit in (("conv4", 2048), ("resnet18", 512)):
         images = load_dataset("fashion_mnist", "train", limit=limit)
         assert images.labels is not None
@@ -73,14 +76,16 @@ def _sweep(rounds: int) -> None:
             ("augmented images", streamed),
             ("kept features", kept_batches(kept, batch_size=256, seed=0, device=CPU)),
         ):
-            print(f"{name}, {label}: 1 and 13 learning rates in one pass: ", end="", flush=True)
             one, many = (_run(config, kept, batches, lrs) for lrs in (LRS[-1:], LRS))
-            print(_compare(one, many, rounds))
+            sides = {"13 rates": many, "1 rate": one}
+            measured.append(_compare(f"{name}, {label}, one pass", sides, rounds))
             if name == "resnet18":
                 continue
-            print(f"{name}, {label}: one pass for 13, and 13 passes: ", end="", flush=True)
             each = [_run(config, kept, batches, [lr]) for lr in LRS]
-            print(_compare(many, lambda each=each: [run() for run in each], max(rounds // 2, 1)))
+            sides = {"one pass": many, "13 passes": lambda each=each: [run() for run in each]}
+            title = f"{name}, {label}, 13 learning rates"
+            measured.append(_compare(title, sides, max(rounds // 2, 1)))
+    return measured
 
 
 def _run(
@@ -93,7 +98,7 @@ def _run(
     return lambda: classify_by_sgd(chosen, problem, batches, device=CPU, quiet=True)
 
 
-def _logistic(rounds: int) -> None:
+def _logistic(rounds: int) -> Measured:
     """A grid of C on features of ten overlapping clusters, 60,000 x 512."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
@@ -109,17 +114,14 @@ def _logistic(rounds: int) -> None:
         for c in GRID:
             LogisticRegression(C=c, tol=1e-4, max_iter=1000).fit(features.double(), labels)
 
-    print(
-        f"logistic regression, {IMAGES:,} x {FEATURES}, {len(GRID)} C: ours and scikit-learn's: ",
-        end="",
-        flush=True,
-    )
-    print(_compare(ours, one_by_one, max(rounds // 2, 1)))
+    title = f"logistic regression, {IMAGES:,} x {FEATURES}, {len(GRID)} C"
+    return _compare(title, {"ours": ours, "scikit-learn": one_by_one}, max(rounds // 2, 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -127,8 +129,8 @@ def main() -> None:
         f"{platform.machine()}, one thread, torch {torch.__version__}, scikit-learn {sklearn.__version__}, "
         f"{options.rounds} rounds"
     )
-    _sweep(options.rounds)
-    _logistic(options.rounds)
+    measured = [*_sweep(options.rounds), _logistic(options.rounds)]
+    write_results(options.output, "linear_probe", measured, rounds=options.rounds)
 
 
 if __name__ == "__main__":
