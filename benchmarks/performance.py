@@ -103,8 +103,8 @@ def _steps() -> str:
 `python -m benchmarks.step --output benchmarks/results/step.json` ({_where(found)})
 
 A whole training step of {found["backbone"]} at 32 pixels, B {batch}. A run of ours keeps freed memory (mallopt),
-which the peers do not; with "freed memory kept" all do, and that is the comparison of like with like. Compiled steps were measured
-in a run of their own, with an earlier form of the loss.
+which the peers do not; with "freed memory kept" all do, and that is the comparison of like with like. Compiled steps
+were measured in a run of their own, with an earlier form of the loss.
 
 {_table(["time of / to", "K", "malloc of the peers", "goal", "ratio"], rows)}
 """
