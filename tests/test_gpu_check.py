@@ -47,6 +47,7 @@ def test_every_part_leaves_figures(report: Path) -> None:
     assert all(row["images_per_second"] > 0 for row in rows["steps"])
     # On a CPU a resumed run is equal to the bit.
     assert rows["resume"][0]["stopped"]
+    assert rows["resume"][0]["equal_to_the_bit"] == rows["resume"][0]["tensors"] > 100
     assert rows["resume"][0]["largest_difference"] == 0
     assert 0 <= rows["data_wait"][0]["data_wait_percent"] <= 100
 
