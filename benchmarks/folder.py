@@ -25,7 +25,7 @@ from benchmarks.image_rates import keep, moco_chain, report, two_views
 from benchmarks.timing import alternate
 from peerlearn.data import image_folders
 from peerlearn.data.augment import distort, normalise, pixels
-from peerlearn.data.loader import _crop_job, _CropResult, _cut, _Draws, _Recipe
+from peerlearn.data.croppers import Draws, Recipe, _crop_job, _CropResult, _cut
 from peerlearn.data.recipes import AUGMENTATIONS
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,17 +57,17 @@ def _write_photos(folder: Path, number: int) -> list[Path]:
 
 def _measure(files: list[Path], rounds: int) -> dict[str, list[float]]:
     augmentation = AUGMENTATIONS[_RECIPE]
-    recipe = _Recipe(views=(augmentation, augmentation), image_size=_SIZE, seed=0)
+    recipe = Recipe(views=(augmentation, augmentation), image_size=_SIZE, seed=0)
     index, draw = torch.arange(len(files)), torch.zeros(len(files), dtype=torch.int64)
     epochs = count()
 
-    def draws() -> _Draws:
-        return _Draws(epoch=next(epochs), index=index, draw=draw)
+    def draws() -> Draws:
+        return Draws(epoch=next(epochs), index=index, draw=draw)
 
     def opened() -> list[Image.Image]:
         return [Image.open(file).convert("RGB") for file in files]
 
-    def ours(now: _Draws) -> _CropResult:
+    def ours(now: Draws) -> _CropResult:
         return _cut(_crop_job(tuple(files), now), recipe=recipe)
 
     def by_pillow() -> None:

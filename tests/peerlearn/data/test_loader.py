@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from peerlearn.data.augment import draw_view_parameters
+from peerlearn.data.croppers import _cut_resized, _fits
 from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.data.held_images import held_in_memory
 from peerlearn.data.image_folders import decode_image
-from peerlearn.data.loader import ViewLoader, _cut_resized, _fits
+from peerlearn.data.loader import ViewLoader
 from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
 from peerlearn.data.sampler import class_aware
 from peerlearn.data.workers import results, worker_pool

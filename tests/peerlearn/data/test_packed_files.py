@@ -21,8 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from peerlearn.data import beton_facts, beton_file, threads
-from peerlearn.data import loader as loading
+from peerlearn.data import beton_facts, beton_file, croppers, threads
 from peerlearn.data.beton_dataset import check_packed_from, packed_dataset
 from peerlearn.data.beton_facts import checked_facts, read_facts
 from peerlearn.data.beton_file import PackedFile, open_packed
@@ -365,7 +364,7 @@ def test_large_images_are_cut_one_by_one_and_equal_those_cut_together(
     arguments = {"augmentation": AUGMENTATIONS[recipe], "batch_size_global": 8}
     batches = []
     for limit in (0, 10**9):
-        monkeypatch.setattr(loading, "_SMALL_PIXELS", limit)
+        monkeypatch.setattr(croppers, "_SMALL_PIXELS", limit)
         batches.append(list(make(dataset, **arguments).epoch(0)))
     folder = load_dataset("folder", root=str(tmp_path / "photos"))
     batches.append(list(make(folder, **arguments, backend="folder").epoch(0)))
