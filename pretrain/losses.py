@@ -115,9 +115,10 @@ def queue_terms(
         soft_temperature: T; the soft terms compare softmax(logits / T) and are multiplied by T squared.
         same_sample_positive: False leaves ``query[b, i]`` out of the interactive candidates.
         filled: only the first ``filled`` queue rows exist, 0..K; None means all of them.
-        backend: "reference" is the readable computation; "flat" makes passes over tiles of the queue, and can be
-            differentiated once; "triton" does so in kernels for CUDA, and where it cannot is "flat"; "auto" picks the
-            faster one for the size, as far as that has been measured: never "triton" so far.
+        backend: "reference" is the readable computation; "flat" makes passes over tiles of the queue, can be
+            differentiated once, and trusts that vectors are of unit length (far longer ones overflow); "triton" does so
+            in kernels for CUDA, and where it cannot is "flat"; "auto" picks the faster one for the size, as far as that
+            has been measured: never "triton" so far.
         tile_bytes: memory of "flat" for tiles in bytes. If the exponentials of all M x M x B x K logits fit, they are
             kept for backward, which is faster than to compute them again.
 

@@ -200,12 +200,11 @@ def _load_packed(data: DataConfig, file: Path, ranks: Ranks, *, own_classes: boo
             raise
         why_none = str(error)
     no_ffcv = why_no_ffcv()
-    if no_ffcv and originals is None:
-        raise UserError(
-            f"data.packed {file} cannot be read ({no_ffcv}: {HOW_TO_INSTALL}), nor can the images that it was packed "
-            f"from ({why_none})"
-        )
-    if no_ffcv and originals is not None:
+    if not no_ffcv:
+        dataset = packed_dataset(file, data.name, data.split, quiet=not ranks.main)
+        if originals is not None:
+            check_packed_from(read_facts(file), file, originals)
+    elif originals is not None:
         if ranks.main:
             print(
                 f"{no_ffcv} ({HOW_TO_INSTALL}): training on the images of {originals.title} themselves, not on those "
@@ -213,9 +212,10 @@ def _load_packed(data: DataConfig, file: Path, ranks: Ranks, *, own_classes: boo
             )
         dataset = originals
     else:
-        dataset = packed_dataset(file, data.name, data.split, quiet=not ranks.main)
-        if originals is not None:
-            check_packed_from(read_facts(file), file, originals)
+        raise UserError(
+            f"data.packed {file} cannot be read ({no_ffcv}: {HOW_TO_INSTALL}), nor can the images that it was packed "
+            f"from ({why_none})"
+        )
     return dataset if data.limit is None else first_images(dataset, data.limit)
 
 
