@@ -9,7 +9,6 @@ is the share of queries that float32 left in doubt. The last two figures are top
 """
 
 import argparse
-import json
 import platform
 import statistics
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import faiss
 import torch
 from torch import Tensor
 
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, write_results
 from peerlearn import knn
 from peerlearn.knn import knn_scores, knn_top1
 
@@ -130,21 +129,14 @@ def main() -> None:
                 }
             )
     searches = _searches(options.rounds)
-    if options.output:
-        facts = {
-            "benchmark": "knn",
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-            "faiss": faiss.__version__,
-            "threads": 1,
-            "k": K,
-            "rounds": options.rounds,
-        }
-        options.output.write_text(
-            json.dumps({**facts, "searches": searches, "scores": scores}, indent=2) + "\n"
-        )
+    write_results(
+        options.output,
+        "knn",
+        {"searches": searches, "scores": scores},
+        faiss=faiss.__version__,
+        k=K,
+        rounds=options.rounds,
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, write_results
 from pretrain.losses import queue_terms
 
 SIZES = ["256,16384,2", "256,65536,2", "128,65536,4"]
@@ -207,16 +207,7 @@ def main() -> None:
             )
             results.append(json.loads(found.stdout))
             print("\n".join(lines(results[-1])), flush=True)
-    if options.output:
-        facts = {
-            "benchmark": "loss",
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": 1,
-            "rounds": options.rounds,
-        }
-        options.output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    write_results(options.output, "loss", results, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Times are CPU seconds of one thread.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cifar_images import write_cifar
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, write_results
 from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
 from peerlearn.compute.memory import keep_freed_memory
@@ -186,15 +185,7 @@ def main() -> None:
             f"{result['percent_of_epochs']:.2f} % ({low:.2f} .. {high:.2f})",
             flush=True,
         )
-    if options.output:
-        facts = {
-            "benchmark": "monitor",
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": 1,
-        }
-        options.output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    write_results(options.output, "monitor", results)
 
 
 if __name__ == "__main__":

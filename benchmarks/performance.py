@@ -49,7 +49,7 @@ were never run on one: no size chooses them by itself. `queue_terms(..., backend
 def _loss() -> str:
     found = _read("loss")
     rows = []
-    for result in found["results"]:
+    for result in found["measured"]:
         seconds = result["seconds"]
         floor = statistics.median(seconds["floor"])
         for name in ("reference", "flat", "flat, tiles kept"):
@@ -93,10 +93,10 @@ def _steps() -> str:
             each["goal"],
             f"{each['ratio']:.2f} ({each['range'][0]:.2f} .. {each['range'][1]:.2f})",
         ]
-        for result in found["results"]
+        for result in found["measured"]
         for each in result["ratios"]
     ]
-    batch = found["results"][0]["batch_size"]
+    batch = found["measured"][0]["batch_size"]
     return f"""
 ## A step
 
@@ -119,7 +119,7 @@ def _monitor() -> str:
             f"{each['percent_of_epochs']:.1f} %",
             str(each["rounds"]),
         ]
-        for each in found["results"]
+        for each in found["measured"]
     ]
     return f"""
 ## What watching costs
@@ -198,7 +198,7 @@ def _knn() -> str:
             str(each["size"]),
             times_as_fast(each["seconds"]["faiss"], each["seconds"]["torch"]),
         ]
-        for each in found["searches"]
+        for each in found["measured"]["searches"]
     ]
     scores = [
         [
@@ -209,13 +209,13 @@ def _knn() -> str:
             times_as_fast(each["seconds"]["ours"], each["seconds"]["plain"]),
             f"{100 * each['searched_again']:.1f} %",
         ]
-        for each in found["scores"]
+        for each in found["measured"]["scores"]
     ]
     return f"""
 ## kNN
 
 `python -m benchmarks.knn --rounds {found["rounds"]} --output benchmarks/results/knn.json` ({_where(found)}, faiss
-{found["faiss"]}, {found["cpu_capability"]}, k {found["k"]})
+{found["faiss"]}, k {found["k"]})
 
 The search alone, by torch, which takes the place of faiss where that is missing. On this CPU faiss is the faster one,
 and is taken.

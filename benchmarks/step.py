@@ -16,7 +16,6 @@ freed memory kept, which shows the algorithms alone. Compiled: the same with `co
 
 import argparse
 import copy
-import json
 import platform
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar_images import write_cifar
 from benchmarks.loss import SOFT_TEMPERATURE, TAU, obvious
-from benchmarks.timing import cpu_seconds
+from benchmarks.timing import cpu_seconds, write_results
 from peerlearn.backbones import create_backbone
 from peerlearn.compute.attempt import Attempt
 from peerlearn.compute.dist import Ranks
@@ -332,16 +331,7 @@ def main() -> None:
         for kept in (False, True):
             results.append(measure(group, options.batch_size, options.rounds, all_keep_memory=kept))
             show(results[-1])
-    if options.output:
-        facts = {
-            "benchmark": "step",
-            "backbone": BACKBONE,
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": 1,
-        }
-        options.output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    write_results(options.output, "step", results, backbone=BACKBONE)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ def times_as_fast(slow: Sequence[float], fast: Sequence[float]) -> str:
     return f"{median:.2f} ({min(rounds):.2f} .. {max(rounds):.2f})"
 
 
-def write_results(
-    file: Path | None, benchmark: str, measured: Sequence[Mapping[str, Any]], **facts: Any
-) -> None:
+def write_results(file: Path | None, benchmark: str, measured: Any, **facts: Any) -> None:
     """Write a result file, if one is asked for, with what it was measured by."""
     if file is None:
         return
