@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from peerlearn.data.published import DATASET_NAMES
 from peerlearn.errors import DONE, UsageError
 
 
@@ -23,7 +24,12 @@ def add_build(actions: "argparse._SubParsersAction[Any]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument(
-        "--data.name", dest="name", required=True, metavar="NAME", help="name of the data set"
+        "--data.name",
+        dest="name",
+        required=True,
+        choices=DATASET_NAMES,
+        metavar="NAME",
+        help=f"name of the data set: {', '.join(DATASET_NAMES)}",
     )
     build.add_argument(
         "--data.root",

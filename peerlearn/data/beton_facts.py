@@ -102,9 +102,9 @@ def checked_facts(file: Path, *, quiet: bool = False) -> PackedFacts:
     Raises:
         UserError: the file, or its facts, cannot be read or are damaged.
     """
-    facts = read_facts(file)
     try:
         stat = os.stat(file)
+        facts = read_facts(file)
         if stat.st_size != facts.size_bytes:
             raise UserError(
                 f"{file} is damaged: it has {stat.st_size:,} bytes, not {facts.size_bytes:,}: copy it again; {_BUILD}"

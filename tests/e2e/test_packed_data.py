@@ -52,6 +52,16 @@ def test_build_says_what_it_wrote_and_how_to_use_it(tmp_path, capsys):
         assert build(tmp_path / "e.beton", *wrong) == 2
 
 
+def test_an_unknown_data_set_is_refused_before_anything_is_read(tmp_path, capsys):
+    file = tmp_path / "a.beton"
+    words = ["data", "build", "--data.name", "fasion_mnist", "--format", "raw"]
+    assert main([*words, "--output", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--data.name" in line
+    assert "'fashion_mnist'" in line
+    assert not file.exists()
+
+
 def test_a_run_from_a_packed_file_is_that_from_memory(digits, tmp_path):
     """To the rounding of crops, which grows over the steps."""
     assert pretrain(tmp_path / "packed", *keys(digits)) == 0

@@ -302,6 +302,11 @@ class TestDamage:
         with pytest.raises(UserError, match=r"\A[^\n]*a.beton is no packed file \([^\n]*\Z"):
             PackedFile(file)
 
+    def test_a_path_at_which_nothing_lies_is_named_and_not_its_facts(self, tmp_path: Path):
+        file = tmp_path / "nowhere.beton"
+        with pytest.raises(UserError, match=r"cannot read [^\n]*nowhere.beton \(No such file"):
+            packed_dataset(file, "folder", "train")
+
     def test_a_file_that_is_gone(self, tmp_path: Path):
         file = packed(tmp_path)
         file.unlink()
