@@ -145,9 +145,9 @@ def test_a_signal_while_one_batch_is_read_saves_the_steps_before_it(
     words += ["--queue.size", "64"]
     assert pretrain(tmp_path / "whole", *words) == 0
     run = tmp_path / "b"
-    import peerlearn.data.loader
+    import peerlearn.data.croppers
 
-    interrupt(peerlearn.data.loader, "decode_images", signal.SIGTERM, 4)
+    interrupt(peerlearn.data.croppers, "decode_images", signal.SIGTERM, 4)
     assert pretrain(run, *words, "--checkpoint.every_steps", "100") == 75
     monkeypatch.undo()
     assert [folder.name for folder in saved_steps(run / "checkpoints")] == ["step-00000003"]
