@@ -5,7 +5,8 @@ Dimensions: M networks, B batch, D embedding size, C classes.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +37,12 @@ logger = logging.getLogger(__name__)
 class Cohort(nn.Module):
     """M backbones, each with a projection head, a classifier, or both, of its own.
 
-    The low stages may be one and the same modules in every backbone (section 3.1): they run once per forward and
-    appear once among the parameters. Each backbone alone stays a complete network.
+    The low stages, or all of them, may be one and the same modules in every backbone (section 3.1): they run once per
+    forward and appear once among the parameters. Each backbone alone stays a complete network.
 
     Attributes:
+        shared_stages: number of low stages that the backbones share; all = they are one and the same module.
+        frozen: numbers of the networks that do not learn. They stay in eval mode, and no gradient reaches them.
         heads: M projections to the embedding, or none.
         classifiers: M linear layers to class logits, or none.
         gate: what the networks' logits are mixed by, in methods that learn it; or None.
@@ -52,10 +55,13 @@ class Cohort(nn.Module):
         heads: Sequence[nn.Module],
         *,
         classifiers: Sequence[nn.Module] = (),
-        shared_stages: int = 0,
+        shared_stages: int | Literal["all"] = 0,
+        frozen: Collection[int] = (),
     ) -> None:
         super().__init__()
-        if shared_stages:
+        if shared_stages == "all":
+            backbones = [backbones[0]] * len(backbones)
+        elif shared_stages:
             share_low_stages(backbones, shared_stages)
         self.backbones = nn.ModuleList(backbones)
         self.heads = nn.ModuleList(heads)
@@ -63,26 +69,53 @@ class Cohort(nn.Module):
         self.gate: nn.Module | None = None
         self.shared_stages = shared_stages
         self.compiled: Compiled | None = None
+        self.frozen = frozenset(frozen)
+        for part in self._frozen_parts():
+            part.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, channels, H, W) to L2-normalised embeddings (M, B, D)."""
         return self.embed(self.branches(self.trunk(images)))
 
     def trunk(self, images: Tensor) -> Tensor:
-        """What the shared stages make of images: (B, channels, H, W); the images themselves where none are shared."""
-        return self._run(run_low_stages, 0, images) if self.shared_stages else images
+        """What the shared stages make of images: (B, channels, H, W), or features (B, num_features) where they are all.
+
+        Where none are shared: the images themselves.
+        """
+        if self.shared_stages == "all":
+            return self._run(run_high_stages, 0, images, 0)
+        return (
+            self._run(run_low_stages, 0, images, self.shared_stages)
+            if self.shared_stages
+            else images
+        )
 
     def branches(self, trunk: Tensor) -> list[Tensor]:
         """Every network's features (B, num_features) from what `trunk` gave."""
+        if self.shared_stages == "all":
+            return [trunk] * len(self.backbones)
         check_shared(list(self.backbones), self.shared_stages)
-        return [self._run(run_high_stages, m, trunk) for m in range(len(self.backbones))]
+        networks = range(len(self.backbones))
+        return [self._run(run_high_stages, m, trunk, self.shared_stages) for m in networks]
 
-    def _run(self, stages: Callable[..., Tensor], network: int, images: Tensor) -> Tensor:
-        """What stages of one network make of images, or of a trunk."""
-        arguments = self.backbones[network], images, self.shared_stages
-        if self.compiled is None or not self.training:
-            return stages(*arguments)
-        return self.compiled.call(stages, *arguments)
+    def _run(
+        self, stages: Callable[..., Tensor], network: int, images: Tensor, shared: int
+    ) -> Tensor:
+        """What stages of one network make of images, or of the trunk of so many shared stages."""
+        backbone = self.backbones[network]
+        if self.compiled is None or not backbone.training:
+            return stages(backbone, images, shared)
+        return self.compiled.call(stages, backbone, images, shared)
+
+    def train(self, mode: bool = True) -> "Cohort":
+        """Into training mode, or out of it. Frozen networks stay in eval mode."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def _frozen_parts(self) -> Iterator[nn.Module]:
+        return (part for m in self.frozen for _, part in self.parts(m))
 
     def embed(self, features: Sequence[Tensor]) -> Tensor:
         """Every network's features to L2-normalised embeddings (M, B, D)."""
@@ -175,8 +208,10 @@ def build_cohort(
         backbones.append(backbone)
     shared = config.share_stages
     if shared is None:
-        shared = default_share_stages(backbones)
-    cohort = Cohort(backbones, heads, classifiers=classifiers, shared_stages=shared)
+        shared = 0 if config.frozen else default_share_stages(backbones)
+    cohort = Cohort(
+        backbones, heads, classifiers=classifiers, shared_stages=shared, frozen=config.frozen
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_bits(INITIAL_WEIGHTS, seed, config.networks)))
         cohort.gate = _build_gate(cohort, teaching, in_chans=in_chans, image_size=image_size)
@@ -276,29 +311,37 @@ def _build_gate(
 
 
 def momentum_peers(cohort: Cohort) -> Cohort:
-    """A copy of the cohort that no gradient reaches: the key networks (MoCo). Shared stages stay shared."""
-    return copy.deepcopy(cohort).requires_grad_(False)
+    """A copy of the cohort that no gradient reaches: the key networks (MoCo). Shared stages stay shared.
+
+    Frozen networks are not copied: they are their own momentum networks.
+    """
+    kept = {id(part): part for m in cohort.frozen for _, part in cohort.parts(m)}
+    return copy.deepcopy(cohort, kept).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_momentum(peers: Cohort, cohort: Cohort, momentum: float) -> None:
-    """``key = momentum * key + (1 - momentum) * query`` for every parameter once, in place (MoCo Eq. 2).
+    """``key = momentum * key + (1 - momentum) * query`` for every parameter that learns once, in place (MoCo Eq. 2).
 
     Buffers are left alone: the key networks' batch-norm statistics come from their own forward passes.
     """
-    keys: list[Tensor] = list(peers.parameters())
-    queries: list[Tensor] = list(cohort.parameters())
+    pairs = zip(peers.parameters(), cohort.parameters(), strict=True)
+    moving = [(key, query) for key, query in pairs if query.requires_grad]
+    keys: list[Tensor] = [key for key, _ in moving]
+    queries: list[Tensor] = [query for _, query in moving]
     torch._foreach_mul_(keys, momentum)
     torch._foreach_add_(keys, queries, alpha=1.0 - momentum)
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
-    """The running means and variances of the batch norms, each once."""
+    """The running means and variances of the batch norms that are in training mode, each once."""
     # Networks have other buffers too, such as blur kernels and tables of positions, which stay as they are.
     return [
         buffer
-        for name, buffer in module.named_buffers()
-        if name.rpartition(".")[2] in ("running_mean", "running_var")
+        for part in module.modules()
+        if part.training
+        for name, buffer in part.named_buffers(recurse=False)
+        if name in ("running_mean", "running_var")
     ]
 
 

@@ -40,8 +40,10 @@ class CohortConfig:
         networks: number of networks, M; 1 is the plain method without peers.
         backbones: architecture of the networks: one name for all of them, or a list of M names; any timm network, or a
             CIFAR network.
-        share_stages: number of low stages that all networks share; 0 = none, null = the paper's rule (none for two
-            networks; for more, all but the last stage of CIFAR networks and all but the last two of others).
+        share_stages: number of low stages that all networks share; 0 = none, all = the whole backbone (one network with
+            M heads), null = the paper's rule (none for two networks; for more, all but the last stage of CIFAR networks
+            and all but the last two of others; none where networks are frozen).
+        frozen: numbers of the networks that teach and do not learn, from 0.
         embedding_dim: size of the embedding that the losses compare, D.
         projection: kind of projection head: linear, mlp (two layers with a ReLU between), or none (the features are
             the embedding, of size embedding_dim).
@@ -54,7 +56,8 @@ class CohortConfig:
 
     networks: int = 2
     backbones: str | list[str] = "resnet18"
-    share_stages: int | None = None
+    share_stages: int | Literal["all"] | None = None
+    frozen: list[int] = added(default_factory=list)
     embedding_dim: int = 128
     projection: Literal["linear", "mlp", "none"] = "linear"
     small_images: bool = False
@@ -70,9 +73,15 @@ class CohortConfig:
             f"got {self.backbones}",
         )
         require(
-            self.share_stages is None or self.share_stages >= 0,
-            f"cohort.share_stages must be null or at least 0, got {self.share_stages}",
+            not isinstance(self.share_stages, int) or self.share_stages >= 0,
+            f"cohort.share_stages must be all, null or at least 0, got {self.share_stages}",
         )
+        require(
+            self.share_stages != "all" or len({*self.architectures()}) == 1,
+            f"cohort.share_stages all puts every head on one backbone, and cohort.backbones are {self.backbones}: "
+            "name one",
+        )
+        self._check_frozen()
         require(
             self.embedding_dim >= 1,
             f"cohort.embedding_dim must be at least 1, got {self.embedding_dim}",
@@ -85,6 +94,21 @@ class CohortConfig:
             not (self.sync_batch_norm and self.batch_norm_splits > 1),
             "cohort.sync_batch_norm and cohort.batch_norm_splits exclude each other: the one joins "
             "what the other parts",
+        )
+
+    def _check_frozen(self) -> None:
+        require(
+            all(0 <= number < self.networks for number in self.frozen),
+            f"cohort.frozen must hold numbers of networks, 0 to {self.networks - 1}, got {self.frozen}",
+        )
+        require(
+            len({*self.frozen}) < self.networks,
+            f"cohort.frozen must leave a network that learns, got {self.frozen} of {self.networks}",
+        )
+        require(
+            not self.frozen or self.share_stages in (None, 0),
+            f"cohort.share_stages must be 0 with cohort.frozen, got {self.share_stages}: what is shared would be "
+            "frozen too",
         )
 
     def architectures(self) -> list[str]:

@@ -23,8 +23,8 @@ class EnsembleGate(nn.Module):
         self.norm = nn.BatchNorm2d(networks)
 
     def forward(self, features: Tensor) -> Tensor:
-        """From (B, channels, H, W) to (B, M), every row positive with sum 1."""
-        pooled = features.mean(dim=(2, 3))
+        """From (B, channels, H, W), or pooled already (B, channels), to (B, M), every row positive with sum 1."""
+        pooled = features.mean(dim=(2, 3)) if features.ndim == 4 else features
         scores = self.norm(self.fc(pooled)[:, :, None, None]).flatten(1)
         return F.softmax(F.relu(scores), dim=-1)
 

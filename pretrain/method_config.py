@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from peerlearn.config import require
+from peerlearn.config import added, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +14,12 @@ class QueueConfig:
     Attributes:
         size: number of keys held per network, K.
         momentum: momentum of the key networks' moving average, per step.
+        momentum_schedule: course of the momentum over the run: constant, or cosine (from `momentum` to 1 at the end).
     """
 
     size: int = 65536
     momentum: float = 0.999
+    momentum_schedule: Literal["constant", "cosine"] = added("constant")
 
     def __post_init__(self) -> None:
         require(self.size >= 1, f"queue.size must be at least 1, got {self.size}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peerlearn.compute.dist import Ranks
+from peerlearn.compute.schedules import ema_momentum
 from peerlearn.counter_random import SHUFFLE_BN, permutation
 from pretrain.cohort import (
     Cohort,
@@ -40,6 +41,8 @@ class MoCo(Method):
         self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
     ) -> None:
         super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
+        self._total_steps = config.epochs * steps_per_epoch
+        self._momentum = config.queue.momentum
         self.peers = momentum_peers(cohort)
         self.queue = KeyQueue(
             config.cohort.networks,
@@ -66,7 +69,13 @@ class MoCo(Method):
     def begin_step(self, step: int) -> None:
         """Move the key networks, before they encode anything."""
         self._step = step
-        update_momentum(self.peers, self.cohort, self.config.queue.momentum)
+        self._momentum = ema_momentum(
+            step,
+            momentum=self.config.queue.momentum,
+            schedule=self.config.queue.momentum_schedule,
+            total_steps=self._total_steps,
+        )
+        update_momentum(self.peers, self.cohort, self._momentum)
 
     def terms(self, views: tuple[Tensor, ...], labels: Tensor | None = None) -> MCLTerms:
         """The terms of one micro-batch, two views (B, channels, S, S) of each image: four (M,) vectors.
@@ -149,8 +158,14 @@ class MoCo(Method):
         self.queue.load_state_tensors(state["queue"])
 
     def metrics(self) -> dict[str, float]:
-        """The share of the queue that holds keys. The loss rises while it fills: negatives are added."""
-        return {"queue/filled_percent": 100.0 * self.queue.filled / self.queue.size}
+        """The share of the queue that holds keys, and the step's momentum where it moves.
+
+        The loss rises while the queue fills: negatives are added.
+        """
+        row = {"queue/filled_percent": 100.0 * self.queue.filled / self.queue.size}
+        if self.config.queue.momentum_schedule != "constant":
+            row["queue/momentum"] = self._momentum
+        return row
 
 
 class SimCLR(Method):

@@ -86,14 +86,15 @@ def preview(config: PretrainConfig) -> Preview:
         )
     steps = config.steps_per_epoch(images.number)
     own = [sum(p.numel() for p in backbone.parameters()) for backbone in cohort.backbones]
-    trained = sum(p.numel() for p in cohort.parameters())
+    parameters = sum(p.numel() for p in cohort.parameters())
+    frozen = sum(p.numel() for p in cohort.parameters() if not p.requires_grad)
     each = Counter(zip(config.cohort.architectures(), own, strict=True))
     lines = [
         f"images: {images.number:,} of {images.said}, views of {size} pixels",
         *views_in_words(recipes),
         f"steps: {steps:,} in each of {config.epochs:,} epochs, {steps * config.epochs:,} in all, of "
         f"{config.images_per_step:,} images",
-        f"parameters: {trained:,} in all; "
+        f"parameters: {parameters:,} in all{f', {frozen:,} of them frozen' if frozen else ''}; "
         + ", ".join(f"{times} x {name} of {count:,}" for (name, count), times in each.items()),
         _memory(config, method, activations, images),
     ]
@@ -187,14 +188,16 @@ def _activation_bytes(cohort: Cohort, images: Tensor, config: PretrainConfig) ->
 
 
 def _memory(config: PretrainConfig, method: Method, activations: int, images: _Images) -> str:
-    weights = sum(p.nbytes for p in method.cohort.parameters())
+    parameters = list(method.cohort.parameters())
+    weights = sum(p.nbytes for p in parameters)
+    gradients = sum(p.nbytes for p in parameters if p.requires_grad)
     optimizer = bytes_to_come(build_optimizer(method.cohort, config.optimizer, lr=config.lr))
     own = sum(t.nbytes for group in method.state_tensors().values() for t in group.values())
     # Momentum networks encode a view without gradients, unless both views are queries in turn.
     with_gradient = method.views - (method.peers is not None and not config.symmetric)
     at_once = config.images_per_step // config.accumulation_steps
     parts = {
-        "weights, gradients and optimiser": 2 * weights + optimizer,
+        "weights, gradients and optimiser": weights + gradients + optimizer,
         "activations": activations * with_gradient * at_once,
     }
     if own:

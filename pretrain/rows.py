@@ -2,6 +2,7 @@
 
 import torch
 
+from peerlearn.compute.guards import gradients
 from peerlearn.runs.score_names import (
     NEIGHBOUR_AGREEMENT,
     TOP1,
@@ -37,14 +38,15 @@ def gradient_norms(cohort: Cohort) -> dict[str, float]:
 
     The terms are sums over networks and pairs, so their scale grows with M; this shows by how much.
     """
-    norms = []
+    norms = {}
     for m in range(len(cohort.backbones)):
-        parameters = (p for _, part in cohort.parts(m) for p in part.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-    return {
-        score_name(m, "gradient_norm"): norm for m, norm in enumerate(torch.stack(norms).tolist())
-    }
+        own = gradients(p for _, part in cohort.parts(m) for p in part.parameters())
+        # Frozen networks have none.
+        if own:
+            norms[score_name(m, "gradient_norm")] = torch.linalg.vector_norm(
+                torch.stack(torch._foreach_norm(own))
+            )
+    return dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True))
 
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:

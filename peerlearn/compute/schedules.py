@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step."""
+"""Learning rates, and the momentum of moving averages, as pure functions of the step."""
 
 import math
 from dataclasses import dataclass, field
@@ -60,3 +60,16 @@ def learning_rate(
         passed = sum(step >= epoch * steps_per_epoch for epoch in schedule.milestones_epochs)
         return lr * schedule.gamma**passed
     return lr
+
+
+def ema_momentum(
+    step: int, *, momentum: float, schedule: Literal["constant", "cosine"], total_steps: int
+) -> float:
+    """The momentum of a moving average of weights at optimiser step ``step``, counted from 0.
+
+    Cosine rises from ``momentum`` to 1 at ``total_steps``: ``1 - (1 - momentum) (cos(pi step / total_steps) + 1) / 2``
+    (BYOL, Grill et al. 2020, section 3.2; MoCo v3 has the same).
+    """
+    if schedule == "constant":
+        return momentum
+    return 1 - (1 - momentum) * 0.5 * (1 + math.cos(math.pi * step / total_steps))

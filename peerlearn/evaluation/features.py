@@ -35,7 +35,7 @@ def extract_features(
     """Encode every image once with every backbone, in eval mode and in the dataset's order.
 
     Args:
-        backbones: map (B, channels, S, S) to (B, D).
+        backbones: map (B, channels, S, S) to (B, D). One that is given twice runs once.
         image_size: S, side of the evaluation view.
         progress: is told the number of images of each batch done, of all ranks together; None = they are shown as a
             part of whatever is reported, "measuring".
@@ -53,7 +53,8 @@ def extract_features(
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     # Contiguous parts, as equal as can be: no image is left out and none is seen twice.
     first, last = (len(dataset) * part // world_size for part in (rank, rank + 1))
-    features: list[list[Tensor]] = [[] for _ in backbones]
+    distinct = {id(backbone): backbone for backbone in backbones}
+    features: dict[int, list[Tensor]] = {key: [] for key in distinct}
     with eval_mode(backbones), ExitStack() as held:
         if progress is None:
             progress = held.enter_context(phase("measuring", len(dataset), quiet=rank > 0))
@@ -68,15 +69,16 @@ def extract_features(
             unreadable=unreadable,
         ):
             images = images.contiguous(memory_format=torch.channels_last)
-            for batches, backbone in zip(features, backbones, strict=True):
-                batches.append(backbone(images).float().cpu())
+            for key, backbone in distinct.items():
+                features[key].append(backbone(images).float().cpu())
             progress(len(images) * world_size)
-    parts = [torch.cat(batches) if batches else torch.empty(0) for batches in features]
-    whole = [_gather_rows(part, len(dataset), ranks) for part in parts] if ranks else parts
-    for rows in whole:
+    whole = {}
+    for key, batches in features.items():
+        part = torch.cat(batches) if batches else torch.empty(0)
+        whole[key] = _gather_rows(part, len(dataset), ranks) if ranks else part
         for image in (unreadable or [])[known:]:
-            rows[image.index] = 0
-    return whole
+            whole[key][image.index] = 0
+    return [whole[id(backbone)] for backbone in backbones]
 
 
 def _gather_rows(part: Tensor, total: int, ranks: Ranks) -> Tensor:

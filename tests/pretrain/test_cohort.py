@@ -101,6 +101,57 @@ def test_the_gradient_of_a_shared_weight_is_the_sum_over_the_networks():
     torch.testing.assert_close(weight.grad, sum(parts))
 
 
+@pytest.mark.parametrize("backbone", ["resnet32", "conv4", "vit_tiny_patch16_224"])
+def test_heads_alone_cost_one_backbone_with_named_stages_or_without(backbone):
+    cohort, alone = (
+        build(networks=networks, backbones=backbone, share_stages=shared)
+        for networks, shared in ((3, "all"), (1, 0))
+    )
+    assert cohort.backbones[0] is cohort.backbones[1] is cohort.backbones[2]
+    one, head = (sum(p.numel() for p in part.parameters()) for _, part in alone.parts(0))
+    assert sum(p.numel() for p in cohort.parameters()) == one + 3 * head
+    # The same seed's first network, and heads of their own.
+    for a, b in zip(cohort.backbones[1].parameters(), alone.backbones[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    calls: list[int] = []
+    cohort.backbones[0].register_forward_hook(lambda *_: calls.append(1))
+    embedding = cohort.eval()(images())
+    assert len(calls) == 1
+    features = alone.eval().backbones[0](images())
+    for m, head in enumerate(cohort.heads):
+        expected = nn.functional.normalize(head(features), dim=-1)
+        torch.testing.assert_close(embedding[m], expected, msg=str(m))
+    assert not torch.allclose(embedding[0], embedding[1])
+
+
+def test_heads_alone_have_momentum_heads_on_one_momentum_backbone():
+    cohort = build(networks=3, share_stages="all")
+    peers = momentum_peers(cohort)
+    assert peers.backbones[0] is peers.backbones[2]
+    assert peers.backbones[0] is not cohort.backbones[0]
+    assert len({id(head) for head in peers.heads}) == 3
+    names = named_state(cohort)
+    assert {name.split(".")[1] for name in names if name.startswith("backbones")} == {"0"}
+    assert {name.split(".")[1] for name in names if name.startswith("heads")} == {"0", "1", "2"}
+
+
+def test_the_gradient_of_the_backbone_below_heads_alone_is_the_sum_over_them():
+    cohort = build(networks=3, share_stages="all").double()
+    weight = cohort.backbones[0].layer1[0].conv1.weight
+    embedding = cohort(images().double())
+    parts = [
+        torch.autograd.grad(embedding[m, :, 0].sin().sum(), weight, retain_graph=True)[0]
+        for m in range(3)
+    ]
+    embedding[:, :, 0].sin().sum().backward()
+    torch.testing.assert_close(weight.grad, sum(parts))
+
+
+def test_heads_alone_need_one_architecture():
+    with pytest.raises(ValueError, match=r"cohort\.share_stages all .* cohort\.backbones"):
+        CohortConfig(networks=2, backbones=["resnet32", "resnet56"], share_stages="all")
+
+
 @pytest.mark.parametrize("networks", [2, 3])
 def test_momentum_moves_every_parameter_once_and_no_buffer(networks):
     cohort = build(networks=networks)

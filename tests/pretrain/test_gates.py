@@ -22,6 +22,11 @@ class TestEnsembleGate:
         features[0, 1] = torch.tensor([[1.0, 3.0], [4.0, 0.0]]) * math.log(3)
         torch.testing.assert_close(gate(features), torch.tensor([[2 / 6, 3 / 6, 1 / 6]]))
 
+    def test_pooled_features_are_taken_as_they_are(self):
+        gate = EnsembleGate(2, 3).eval()
+        features = torch.randn(4, 2, 3, 3)
+        torch.testing.assert_close(gate(features.mean((2, 3))), gate(features))
+
     def test_in_training_the_batch_normalises(self):
         gate = EnsembleGate(1, 2)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Learning rates against closed forms and torch's own schedulers."""
+"""Learning rates and momenta against closed forms and torch's own schedulers."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerlearn.compute.schedules import ScheduleConfig, learning_rate
+from peerlearn.compute.schedules import ScheduleConfig, ema_momentum, learning_rate
 
 
 def rates(schedule: ScheduleConfig, *, epochs: int, steps_per_epoch: int, lr: float = 0.3):
@@ -54,3 +54,21 @@ def test_never_negative_nor_above_the_peak(name, warmup, epochs, steps_per_epoch
     schedule = ScheduleConfig(name=name, warmup_epochs=warmup, milestones_epochs=[1, 2])
     for rate in rates(schedule, epochs=epochs, steps_per_epoch=steps_per_epoch):
         assert 0 <= rate <= 0.3 * (1 + 1e-12)
+
+
+def test_the_cosine_of_a_momentum_rises_to_one():
+    momenta = [
+        ema_momentum(step, momentum=0.9, schedule="cosine", total_steps=12) for step in range(13)
+    ]
+    assert momenta[0] == 0.9
+    assert momenta[4] == pytest.approx(1 - 0.1 * 3 / 4)
+    assert momenta[6] == pytest.approx(0.95)
+    assert momenta[8] == pytest.approx(1 - 0.1 * 1 / 4)
+    assert momenta[12] == 1.0
+    assert momenta == sorted(momenta)
+
+
+def test_a_constant_momentum_stays():
+    assert {
+        ema_momentum(step, momentum=0.999, schedule="constant", total_steps=3) for step in range(4)
+    } == {0.999}
