@@ -129,8 +129,8 @@ def _timm_name(name: str, small_images: bool) -> str:
         raise UserError(f"no network is called {name!r}; {hint}")
     if "." in name:
         raise UserError(
-            f"{name!r} names published weights, and networks start from random ones here; "
-            f"write {name.split('.')[0]!r}"
+            f"{name!r} names published weights, and networks are named without them here; write "
+            f"{name.split('.')[0]!r}, and in pretraining cohort.init timm for weights that timm's cache holds"
         )
     if not small_images:
         return name

@@ -84,6 +84,7 @@ def _facts(training: "Training") -> TrainingFacts:
         lr=training.config.lr,
         processes=training.ranks.world_size,
         steps_per_epoch=training.steps_per_epoch,
+        initial_weights=[each.as_json() for each in training.initial_weights],
     )
 
 

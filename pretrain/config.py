@@ -17,6 +17,9 @@ from pretrain.views_config import ViewsConfig, recipes_of
 Backend = Literal["memory", "folder", "ffcv"]
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
 
+# Words of cohort.init that are no paths: no weights, and those that timm's cache holds.
+RANDOM, TIMM = "random", "timm"
+
 # The class of every method (`pretrain.method`), by name: --help must not wait for torch, which they need.
 METHODS = {
     "moco": "pretrain.methods:MoCo",
@@ -44,6 +47,9 @@ class CohortConfig:
             M heads), null = the paper's rule (none for two networks; for more, all but the last stage of CIFAR networks
             and all but the last two of others; none where networks are frozen).
         frozen: numbers of the networks that teach and do not learn, from 0.
+        init: weights that the networks start from: one for all, or a list of M. Each is a run, a step's folder, the
+            folder of one network, a file of safetensors, timm (published weights that timm's cache holds) or random;
+            null = random for all.
         embedding_dim: size of the embedding that the losses compare, D.
         projection: kind of projection head: linear, mlp (two layers with a ReLU between), or none (the features are
             the embedding, of size embedding_dim).
@@ -58,6 +64,7 @@ class CohortConfig:
     backbones: str | list[str] = "resnet18"
     share_stages: int | Literal["all"] | None = None
     frozen: list[int] = added(default_factory=list)
+    init: str | list[str] | None = added(None)
     embedding_dim: int = 128
     projection: Literal["linear", "mlp", "none"] = "linear"
     small_images: bool = False
@@ -82,6 +89,10 @@ class CohortConfig:
             "name one",
         )
         self._check_frozen()
+        require(
+            not isinstance(self.init, list) or len(self.init) in (1, self.networks),
+            f"cohort.init must be one word or cohort.networks = {self.networks} words, got {self.init}",
+        )
         require(
             self.embedding_dim >= 1,
             f"cohort.embedding_dim must be at least 1, got {self.embedding_dim}",
@@ -113,8 +124,17 @@ class CohortConfig:
 
     def architectures(self) -> list[str]:
         """The M backbone names."""
-        names = [self.backbones] if isinstance(self.backbones, str) else self.backbones
-        return names * self.networks if len(names) == 1 else list(names)
+        return _for_each(self.backbones, self.networks)
+
+    def initial(self) -> list[str]:
+        """The M words for the weights that the networks start from."""
+        return _for_each(self.init or RANDOM, self.networks)
+
+
+def _for_each(words: str | list[str], networks: int) -> list[str]:
+    """One word for each network, of one for all or as many as there are."""
+    words = [words] if isinstance(words, str) else words
+    return words * networks if len(words) == 1 else list(words)
 
 
 @dataclass(frozen=True, kw_only=True)

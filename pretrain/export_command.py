@@ -96,6 +96,7 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
     """
     from pretrain.cohort import build_networks, load_named_state
     from pretrain.exports import TrainingImages, export_cohort
+    from pretrain.initial_weights import initial_weights_of
 
     save, tensors, state = _read_save(run, step)
     # config.yaml may have been changed since.
@@ -120,7 +121,15 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
         raise UserError(f"{save}: {error}") from error
     folder = scratch / step_folder(state["step"])
     prefix = KEY_PREFIX if is_key_network(names[0]) else ""
-    export_cohort(cohort, folder, config=config, images=images, step=state["step"], prefix=prefix)
+    export_cohort(
+        cohort,
+        folder,
+        config=config,
+        images=images,
+        step=state["step"],
+        initial=initial_weights_of(state),
+        prefix=prefix,
+    )
     return [folder / network_folder(name) for name in names]
 
 

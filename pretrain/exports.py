@@ -15,6 +15,7 @@ from peerlearn.export import save_export
 from peerlearn.runs.export_folders import network_folder
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
+from pretrain.initial_weights import InitialWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +91,14 @@ def export_cohort(
     config: PretrainConfig,
     images: TrainingImages,
     step: int,
+    initial: Sequence[InitialWeights] = (),
     prefix: str = "",
 ) -> None:
     """Write every network's backbone, with its classifier if it has one, below ``folder``.
 
-    The prefix of their names is `KEY_PREFIX` for momentum networks.
+    The prefix of their names is `KEY_PREFIX` for momentum networks. ``initial`` tells what networks started from.
     """
+    started = {each.network: each.on_card() for each in initial}
     names = config.cohort.architectures()
     for m, (backbone, name) in enumerate(zip(cohort.backbones, names, strict=True)):
         save_export(
@@ -119,5 +122,7 @@ def export_cohort(
                 "step": step,
                 "epochs": config.epochs,
                 "seed": config.seed,
+                **({"frozen": True} if m in cohort.frozen else {}),
+                **({"started from": started[m]} if m in started else {}),
             },
         )

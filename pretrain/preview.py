@@ -24,6 +24,7 @@ from peerlearn.errors import UserError
 from peerlearn.export import check_classifier
 from pretrain.cohort import Cohort, build_networks
 from pretrain.config import PretrainConfig
+from pretrain.initial_weights import load_initial_weights, remarks
 from pretrain.method import Method, build_method, method_class
 from pretrain.state import check_share
 from pretrain.training_data import (
@@ -81,6 +82,8 @@ def preview(config: PretrainConfig) -> Preview:
         for backbone in cohort.backbones if num_classes else ():
             check_classifier(backbone, num_classes, in_chans=images.channels, image_size=size)
         method = build_method(cohort, config, Ranks(torch.device("meta")))
+    loaded = load_initial_weights(cohort, config.cohort, in_chans=images.channels, image_size=size)
+    with torch.device("meta"):
         activations = _activation_bytes(
             cohort, torch.zeros(tried, images.channels, size, size), config
         )
@@ -96,6 +99,7 @@ def preview(config: PretrainConfig) -> Preview:
         f"{config.images_per_step:,} images",
         f"parameters: {parameters:,} in all{f', {frozen:,} of them frozen' if frozen else ''}; "
         + ", ".join(f"{times} x {name} of {count:,}" for (name, count), times in each.items()),
+        *remarks(cohort, loaded),
         _memory(config, method, activations, images),
     ]
     return Preview(lines, steps * config.epochs * config.images_per_step)

@@ -39,10 +39,18 @@ from peerlearn.runs.step_folders import (
     write_best,
     write_latest,
 )
+from peerlearn.runs.terminal import say
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
 from pretrain.compiled import Compiled
 from pretrain.config import PretrainConfig
 from pretrain.exports import TrainingImages, export_cohort
+from pretrain.initial_weights import (
+    InitialWeights,
+    check_alike,
+    initial_weights_of,
+    load_initial_weights,
+    remarks,
+)
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
 from pretrain.training_data import (
     TrainingData,
@@ -62,6 +70,7 @@ class Training(Resumable):
         watch: what is measured after epochs, on the main rank where the config asks for it.
         results: final accuracies by network, of methods that measure some.
         unwritten_row: row of the newest step, which still lacks what the monitor measures; None once it is written.
+        initial_weights: what the networks started from, of each that did not start from random weights.
     """
 
     config: PretrainConfig
@@ -81,6 +90,7 @@ class Training(Resumable):
     step: int = 0
     results: dict[str, ClassificationScores] = field(default_factory=dict)
     unwritten_row: dict[str, float] | None = None
+    initial_weights: list[InitialWeights] = field(default_factory=list)
 
     @property
     def dataset(self) -> ImageDataset:
@@ -124,6 +134,18 @@ class Training(Resumable):
             f"{len(self.dataset):,} images of {self.dataset.title}"
         )
 
+    def initialise(self) -> None:
+        config, images = self.config.cohort, self.images
+        self.initial_weights = load_initial_weights(
+            self.cohort, config, in_chans=images.channels, image_size=images.image_size
+        )
+        check_alike(self.initial_weights, self.ranks)
+        if self.method.peers is not None:
+            load_named_state(self.method.peers, named_state(self.cohort))
+        if self.ranks.main:
+            for line in remarks(self.cohort, self.initial_weights):
+                say(line)
+
     def trained(self) -> nn.Module:
         return self.cohort
 
@@ -143,6 +165,7 @@ class Training(Resumable):
             "loss_scaling": self.precision.state(),
             "unreadable": self.unreadable.state(),
             "unwritten_row": self.unwritten_row,
+            "initial_weights": [each.as_json() for each in self.initial_weights],
         }
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -152,6 +175,7 @@ class Training(Resumable):
         self.precision.load_state(state["loss_scaling"])
         self.unreadable.load_state(state["unreadable"])
         self.unwritten_row = state.get("unwritten_row")
+        self.initial_weights = initial_weights_of(state)
 
 
 def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
@@ -267,7 +291,9 @@ def export(training: Training, *, must: bool) -> None:
     run.check_there()
     folder = run.exports / step_folder(training.step)
     best, peers = training.method.best, training.method.peers
-    write = partial(export_cohort, config=config, images=training.images)
+    write = partial(
+        export_cohort, config=config, images=training.images, initial=training.initial_weights
+    )
     try:
         with deadline(config.checkpoint.max_seconds, f"{folder}: the export"):
             write(training.cohort, folder, step=training.step)

@@ -51,6 +51,9 @@ def train(attempt: Attempt[Training]) -> bool:
     training = attempt.training
     training.cohort.train()
     if training.step == 0:
+        if training.initial_weights and training.ranks.main:
+            networks = [each.as_json() for each in training.initial_weights]
+            training.run.event("initial_weights", networks=networks)
         _measure_untrained(attempt)
     if training.unwritten_row is not None:
         _write_row(attempt)

@@ -103,6 +103,8 @@ def run_training(
         try:
             if resumes:
                 resume_latest(training, allow_elastic=allow_elastic)
+            if training.step == 0:
+                training.initialise()
             number = ranks.from_main(
                 lambda: _start(
                     training, verb, program.facts(training), held, taken_from, resumes=resumes

@@ -66,6 +66,14 @@ class Resumable(Protocol):
         """The networks and the data in one line, for people."""
         return type(self).__name__
 
+    def initialise(self) -> None:
+        """Set what a training begins with beyond what `build` makes; not called where a save is restored.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        return
+
     @abstractmethod
     def trained(self) -> nn.Module:
         """The module that learns. Nothing of it is saved if it holds NaN or Inf."""

@@ -39,6 +39,8 @@ _ELSEWHERE = {
     "soft_temperature": "kd_t kd_temperature distill_temperature",
     "cohort.backbones": "a arch arch_name architecture architectures backbone base_encoder encoder model model_name "
     "net network timm_model backbone_name",
+    "cohort.init": "pretrained pretrained_weights init init_from init_weights initial_weights weights load_from "
+    "start_from finetune finetune_from",
     "cohort.networks": "num_networks n_networks number_net num_branches num_peers peers members num_models",
     "cohort.embedding_dim": "dim embed_dim emb_dim feat_dim feature_dim moco_dim out_dim proj_dim proj_output_dim",
     "cohort.projection": "mlp head projector",

@@ -25,6 +25,8 @@ class TrainingFacts:
         lr: learning rate, scaled from the config's base_lr.
         processes: number of processes that train together.
         steps_per_epoch: number of optimiser steps in an epoch; None in files that do not tell it.
+        initial_weights: facts about the weights that networks started from, one entry for each network that did not
+            start from random ones; None in files that do not tell it.
     """
 
     dataset: str
@@ -34,6 +36,7 @@ class TrainingFacts:
     lr: float
     processes: int
     steps_per_epoch: int | None = None
+    initial_weights: list | None = None  # type: ignore[type-arg]
 
     @classmethod
     def read(cls, file: Path) -> "TrainingFacts":

@@ -51,6 +51,14 @@ def finish(processes: int, run: Path, *more: str, driver: Path | None = None) ->
         (2, ("--symmetric", "true", "--cohort.batch_norm_splits", "2")),
         (2, ("--method", "simclr", "--cohort.batch_norm_splits", "4")),
         (2, ("--method", "simclr", "--cohort.sync_batch_norm", "true")),
+        (2, ("--cohort.share_stages", "all", "--cohort.batch_norm_splits", "2")),
+        (
+            2,
+            (
+                *("--cohort.frozen", "1", "--cohort.batch_norm_splits", "2"),
+                *("--queue.momentum_schedule", "cosine"),
+            ),
+        ),
         # Shared stages, a queue that wraps in mid-batch, and 203 images: the last incomplete batch is dropped.
         (
             4,
