@@ -3,7 +3,6 @@
 No state follows from comparing times of two clocks. This module writes nothing that stays.
 """
 
-import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -378,11 +377,8 @@ class _Mark(NamedTuple):
 def _read_mark(run: RunDirectory) -> _Mark | None:
     if run.done:
         return _Mark("done", None)
-    with contextlib.suppress(OSError), run.failed_mark.open(errors="replace") as file:
-        lines = file.read().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it does not say why")
-        return _Mark("failed", _printable(last.strip()))
-    return None
+    reason = run.failure()
+    return None if reason is None else _Mark("failed", _printable(reason))
 
 
 def _is_of(owner: Mapping[str, object], beat: Beat) -> bool:

@@ -72,6 +72,13 @@ VERBS = {
     "status": Verb(
         "slurm.status_command", "main", "show the state of runs and of their jobs", read=True
     ),
+    "runs": Verb(
+        "peerlearn.commands.runs_command",
+        "main",
+        "show all runs, what differs between them and their best scores, in one table",
+        read=True,
+    ),
+    "note": Verb("peerlearn.commands.note_command", "main", "note something of a run, and tag it"),
     "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
     "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it", read=True),
     "export": Verb(

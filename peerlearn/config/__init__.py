@@ -19,7 +19,7 @@ from peerlearn.config.fields import (
     with_added,
 )
 from peerlearn.config.files import read_yaml
-from peerlearn.config.names import nearest
+from peerlearn.config.names import nearest, nearest_key
 from peerlearn.config.words import ArgumentParser, without
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "load_config",
     "may_change",
     "nearest",
+    "nearest_key",
     "parse_config",
     "read_yaml",
     "require",

@@ -1,6 +1,6 @@
 """The run directory: one folder that holds everything a run reads and writes.
 
-RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  tb/  DONE | FAILED
+RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  notes.jsonl  tb/  DONE | FAILED
       logs/attempt-K/{rank-R.log, standing.json}  checkpoints/  export/  results/  slurm/
 
 Other code gets these paths from here.
@@ -146,6 +146,11 @@ class RunDirectory:
         return self.root / "events.jsonl"
 
     @property
+    def notes(self) -> Path:
+        """What people have noted of the run."""
+        return self.root / "notes.jsonl"
+
+    @property
     def env(self) -> Path:
         return self.root / "env.json"
 
@@ -200,6 +205,15 @@ class RunDirectory:
     @property
     def done(self) -> bool:
         return self.done_mark.exists()
+
+    def failure(self) -> str | None:
+        """The reason in FAILED: its last line that is not empty; None where the run has not failed."""
+        try:
+            lines = self.failed_mark.read_text(errors="replace").split("\n")
+        except OSError:
+            return None
+        last = next((line for line in reversed(lines) if line.strip()), "it does not say why")
+        return last.strip()
 
     def start_attempt(self, verb: str, facts: TrainingFacts | None) -> int:
         """Number this start of the program, make its log folder, write env.json, clear an earlier DONE or FAILED.
