@@ -13,6 +13,7 @@ from peerlearn.runs.export_log import last_steps
 from peerlearn.runs.step_folders import step_folder, step_folders
 from peerlearn.runs.training_facts import TrainingFacts
 from pretrain.config import PretrainConfig
+from pretrain.own_data import with_choices
 
 if TYPE_CHECKING:
     from peerlearn.compute.program import Program
@@ -24,14 +25,19 @@ SHIPPED = Path(__file__).parent / "configs"
 def main(argv: Sequence[str]) -> int:
     """`peerlearn pretrain [CONFIG] [--key value ...] [--auto_resume] [--dry_run]`. Returns the exit code.
 
-    Without a word of what to train it prints the recipes: nobody should start 46,800 steps by asking what there is.
+    Images of one's own without a config get settings that fit them. Without a word of what to train it prints the
+    recipes: nobody should start 46,800 steps by asking what there is.
     """
     if all(word.split("=")[0] == "--run" for word in argv if word.startswith("-")) and (
         not argv or argv[0].startswith("-")
     ):
         print_recipes("pretrain")
         return USAGE
-    return trainer.start(_TRAINER, argv)
+    words = [word for word in argv if word != trainer.AUTO_RESUME]
+    resumes = argv[len(words) :] and [trainer.AUTO_RESUME]
+    if words and words[0].startswith("-"):
+        words = with_choices(words, auto_resume=bool(resumes))
+    return trainer.start(_TRAINER, [*words, *resumes])
 
 
 def resume(argv: Sequence[str]) -> int:

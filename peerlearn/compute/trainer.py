@@ -25,7 +25,7 @@ from peerlearn.runs.terminal import say
 if TYPE_CHECKING:
     from peerlearn.compute.program import Program
 
-_AUTO_RESUME, _ALLOW_ELASTIC = "--auto_resume", "--allow_elastic"
+AUTO_RESUME, _ALLOW_ELASTIC = "--auto_resume", "--allow_elastic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Trainer:
 
 def start(trainer: Trainer, argv: Sequence[str]) -> int:
     """`peerlearn VERB [CONFIG] [--key value ...] [--auto_resume] [--dry_run]`. Returns the exit code."""
-    words = [word for word in argv if word != _AUTO_RESUME]
+    words = [word for word in argv if word != AUTO_RESUME]
     auto_resume = len(words) < len(argv)
     config, dry_run = parse_config(
         trainer.config_class,
