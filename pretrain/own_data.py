@@ -247,7 +247,7 @@ def _steps(
     yield Choice(
         "monitor.every_epochs",
         (str(every),),
-        f"{epochs // every} looks at the features in {epochs} epochs",
+        f"measurements of the features: {epochs // every}",
     )
 
 

@@ -1,5 +1,6 @@
 """`peerlearn pretrain --data.name folder` without a config: what is found, what is chosen, and what stays as it is."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from peerlearn import HOME
 from peerlearn.cli import main
 from peerlearn.config import flat_config, load_config
 from peerlearn.errors import UserError
@@ -254,3 +256,22 @@ def test_nothing_is_chosen_where_a_config_or_labels_settle_it(tmp_path, capsys, 
         more += ["--cohort.networks", "1", "--alpha", "0", "--beta", "0"]
     assert main([*words, *more]) == 0
     assert "is chosen" not in capsys.readouterr().out
+
+
+def test_the_commands_of_the_page_run_one_after_another(tmp_path, monkeypatch, capsys):
+    """Those of docs/your_images.md, with smaller networks and images."""
+    page = (HOME / "docs/your_images.md").read_text()
+    commands = re.findall(r"^\$ peerlearn (.+)$", page, re.MULTILINE)
+    assert [words.split()[0] for words in commands] == [
+        *("pretrain", "knn", "pretrain", "linear", "export"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_images(tmp_path / "photos", {".": 20})
+    counts = {"train/a": 10, "train/b": 10, "val/a": 4, "val/b": 4}
+    write_images(tmp_path / "labelled", counts)
+    for command in commands:
+        words = command.split()
+        more = QUICK if words[0] == "pretrain" else ["--device", "cpu", "--data.workers", "0"]
+        assert main([*words, *(more if words[0] != "export" else [])]) == 0, command
+    assert (tmp_path / "clothes/net-1/model.safetensors").is_file()
