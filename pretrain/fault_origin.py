@@ -91,11 +91,14 @@ class FaultOrigin(TorchDispatchMode):
         Args:
             cohorts: networks, and their momentum networks where there are any.
         """
+        places: dict[nn.Module, tuple[str, str]] = {}
+        for prefix, cohort in zip(("", KEY_PREFIX), cohorts, strict=False):
+            # Frozen networks are their own momentum networks.
+            places = _places(cohort, prefix) | places
         with contextlib.ExitStack() as held:
-            for prefix, cohort in zip(("", KEY_PREFIX), cohorts, strict=False):
-                for module, place in _places(cohort, prefix).items():
-                    held.callback(module.register_forward_pre_hook(self._enter(place)).remove)
-                    held.callback(module.register_forward_hook(self._leave).remove)
+            for module, place in places.items():
+                held.callback(module.register_forward_pre_hook(self._enter(place)).remove)
+                held.callback(module.register_forward_hook(self._leave).remove)
             # For the lines that made a node. Its own look for NaN would end the step on one rank alone.
             held.enter_context(torch.autograd.set_detect_anomaly(True, check_nan=False))
             held.enter_context(self)

@@ -41,7 +41,7 @@ class MoCo(Method):
         self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
     ) -> None:
         super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
-        self._total_steps = config.epochs * steps_per_epoch
+        self._steps_per_epoch = steps_per_epoch
         self._momentum = config.queue.momentum
         self.peers = momentum_peers(cohort)
         self.queue = KeyQueue(
@@ -73,7 +73,7 @@ class MoCo(Method):
             step,
             momentum=self.config.queue.momentum,
             schedule=self.config.queue.momentum_schedule,
-            total_steps=self._total_steps,
+            total_steps=self.config.epochs * self._steps_per_epoch,
         )
         update_momentum(self.peers, self.cohort, self._momentum)
 

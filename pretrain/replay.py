@@ -169,7 +169,7 @@ def _claimed(temporary: Path) -> Iterator[None]:
 def _restore(
     training: Training, run: RunDirectory, history: list[Stretch], step: int
 ) -> dict[str, Any]:
-    """Restore the newest whole save from before the step, if there is one.
+    """Restore the newest whole save from before the step, or begin as the run did.
 
     Returns:
         Where the replay begins, and the environment that trained the step, as far as it is known.
@@ -185,6 +185,8 @@ def _restore(
             check_images(training, folder, state)
 
         known = restore(training, folder, check)["environment"]
+    if training.step == 0:
+        training.initialise()
     steps = range(training.step + 1, step + 1)
     processes = sorted({stretch_of(history, each).processes for each in steps})
     if processes != [ranks.world_size]:
@@ -231,7 +233,9 @@ def _go_to(
             training.unreadable.begin_epoch(epoch)
             for batch in training.loader.epoch(epoch, start):
                 epochs = stretch_of(history, training.step + 1).epochs
-                training.config = dataclasses.replace(training.config, epochs=epochs)
+                # By the epochs of the time the learning rate falls, and the momentum of the key networks rises.
+                changed = dataclasses.replace(training.config, epochs=epochs)
+                training.config = training.method.config = changed
                 if training.step == step - 1:
                     return batch, spoiling
                 try:

@@ -255,22 +255,23 @@ def test_a_step_that_fp16_leaves_out_has_the_scale_of_its_time(tmp_path, capsys)
 
 
 @pytest.mark.slow(7)
-def test_steps_of_before_a_run_had_more_epochs_have_the_learning_rate_of_then(tmp_path):
+def test_steps_of_before_a_run_had_more_epochs_have_the_schedules_of_then(tmp_path):
     run = tmp_path / "r"
-    assert pretrain(run, *QUIET, "--epochs", "1") == 0
+    words = ["--queue.momentum_schedule", "cosine", "--epochs", "1"]
+    assert pretrain(run, *QUIET, *words) == 0
     assert main(["resume", str(run), "--epochs", "2"]) == 0
     for step in (5, 9):
         told = replay(run, step)
         assert told["agrees"]["row"]["differences"] == {}
         assert told["attempt"] == 1 + step // 6
-    # From the start, through both learning rates.
+    # From the start, through both schedules.
     shutil.rmtree(run / "checkpoints")
     told = replay(run, 9)
     assert told["from"] == "the start"
     assert told["agrees"]["row"]["differences"] == {}
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(20)
 def test_a_run_that_goes_on_and_is_killed_can_be_asked(tmp_path):
     run = tmp_path / "k"
     process = Process(
