@@ -3,44 +3,16 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
-from typing import TYPE_CHECKING, NamedTuple
 
 from peerlearn.config import ArgumentParser, config_to_yaml, parse_config
 from peerlearn.errors import DONE, UsageError, UserError
-from peerlearn.runs.text import printable
 from pretrain.command import SHIPPED
 from pretrain.config import PretrainConfig
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from torch import Tensor
+from pretrain.view_sheet import Row, Sheet, draw_sheet, image_name
 
 _MOST_IMAGES = 32
 # So many views stand beside each image: those of several epochs.
 _VIEWS_IN_A_ROW = 6
-# In inches. A caption of so many signs fits into a line of the sheet.
-_PANEL_INCHES, _LINE_INCHES = 1.25, 0.17
-_LINE_LETTERS = 180
-
-
-class _Row(NamedTuple):
-    """An image of the sheet.
-
-    name: number of the image in the data set, and its class.
-    panels: the image, uint8 (channels, h, w), and its views, float in [0, 1].
-    """
-
-    name: str
-    panels: "list[Tensor]"
-
-
-class _Sheet(NamedTuple):
-    """What is drawn: titles of the columns, rows, and the text above."""
-
-    titles: list[str]
-    rows: list[_Row]
-    caption: str
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,14 +58,10 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--output {output} must end in .png: the picture is a PNG file")
     if os.path.isdir(output):
         raise UsageError(f"--output {output} is a folder: name a file")
-    # Imported here: a wrong word should not wait for torch and matplotlib.
-    from peerlearn.evaluation.plots import plain_style
-
     sheet = _sheet(config, arguments.images)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with plain_style():
-            _draw(output, sheet)
+        draw_sheet(output, sheet)
     except OSError as error:
         raise UserError(
             f"{output} cannot be written ({error.strerror}): choose another file by --output"
@@ -103,8 +71,9 @@ def main(argv: Sequence[str]) -> int:
     return DONE
 
 
-def _sheet(config: PretrainConfig, images: int) -> _Sheet:
+def _sheet(config: PretrainConfig, images: int) -> Sheet:
     """The first images of the run's first batch, and the views that the run draws of them in its first epochs."""
+    # Imported here: a wrong word should not wait for torch.
     import torch
 
     from peerlearn.compute.dist import Ranks
@@ -142,11 +111,8 @@ def _sheet(config: PretrainConfig, images: int) -> _Sheet:
             )
             crop = pixels(resized_crop(image[None], parameters.box, size), cpu)
             panels.append(distort(crop, parameters, recipe)[0])
-        name = f"{int(index):,}"
-        if dataset.labels is not None and dataset.class_names:
-            name = f"{name}\n{dataset.class_names[int(dataset.labels[index])]}"
-        rows.append(_Row(name, panels))
-    return _Sheet(
+        rows.append(Row(image_name(dataset, int(index)), panels))
+    return Sheet(
         ["image", *(f"epoch {epoch}, view {view + 1}" for epoch, view in columns)],
         rows,
         "\n".join(
@@ -157,33 +123,3 @@ def _sheet(config: PretrainConfig, images: int) -> _Sheet:
             ]
         ),
     )
-
-
-def _draw(file: Path, sheet: _Sheet) -> None:
-    from matplotlib.figure import Figure
-
-    from peerlearn.evaluation.plots import LONGEST_NAME, plain_text, save_figure
-
-    lines = "\n".join(fill(line, _LINE_LETTERS) for line in sheet.caption.splitlines())
-    width = _PANEL_INCHES * len(sheet.titles) + 0.9
-    height = _PANEL_INCHES * len(sheet.rows) + 0.4 + _LINE_INCHES * (1 + lines.count("\n"))
-    with plain_text():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        panels = figure.subplots(len(sheet.rows), len(sheet.titles), squeeze=False)
-        for row, beside in zip(sheet.rows, panels, strict=True):
-            for image, panel in zip(row.panels, beside, strict=True):
-                _draw_image(panel, image)
-            name = "\n".join(printable(part, LONGEST_NAME) for part in row.name.split("\n"))
-            beside[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
-        for title, panel in zip(sheet.titles, panels[0], strict=True):
-            panel.set_title(title, fontsize=8)
-        figure.suptitle(lines, fontsize=8, x=0.01, ha="left")
-        save_figure(figure, file, dpi=120)
-
-
-def _draw_image(panel: "Axes", image: "Tensor") -> None:
-    panel.set(xticks=[], yticks=[])
-    panel.set_frame_on(False)
-    white = 1.0 if image.is_floating_point() else 255
-    shown = image.permute(1, 2, 0) if len(image) == 3 else image[0]
-    panel.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=white, interpolation="nearest")

@@ -43,6 +43,8 @@ class Method(Protocol):
         config: config of the run.
         ranks: processes that train together.
         peers: momentum networks, one per network; None without.
+        fresh_keys: keys of this step's micro-batches so far, each (M, ranks, B, D), in a list for each view that the
+            momentum networks encode; () without them.
         best: networks as they were at the epoch that validation chose; None for methods that do not choose.
     """
 
@@ -53,6 +55,7 @@ class Method(Protocol):
     config: PretrainConfig
     ranks: Ranks
     peers: Cohort | None = None
+    fresh_keys: tuple[list[Tensor], ...] = ()
     best: BestNetworks | None = None
 
     def __init__(

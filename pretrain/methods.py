@@ -41,7 +41,7 @@ class MoCo(Method):
         self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
     ) -> None:
         super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
-        self._total_steps = config.epochs * steps_per_epoch
+        self._steps_per_epoch = steps_per_epoch
         self._momentum = config.queue.momentum
         self.peers = momentum_peers(cohort)
         self.queue = KeyQueue(
@@ -50,8 +50,8 @@ class MoCo(Method):
             config.cohort.embedding_dim,
             device=ranks.device,
         )
-        # Of the step's micro-batches, each (M, ranks, B, D); those of the swapped views apart.
-        self._fresh_keys: tuple[list[Tensor], list[Tensor]] = ([], [])
+        # Those of the swapped views apart.
+        self.fresh_keys = ([], [])
 
     @classmethod
     def check(cls, config: PretrainConfig, data: TrainingData) -> None:
@@ -73,7 +73,7 @@ class MoCo(Method):
             step,
             momentum=self.config.queue.momentum,
             schedule=self.config.queue.momentum_schedule,
-            total_steps=self._total_steps,
+            total_steps=self.config.epochs * self._steps_per_epoch,
         )
         update_momentum(self.peers, self.cohort, self._momentum)
 
@@ -84,9 +84,9 @@ class MoCo(Method):
         recipe.
         """
         first, second = views
-        terms = self._one_way(first, second, self._fresh_keys[0])
+        terms = self._one_way(first, second, self.fresh_keys[0])
         if self.config.symmetric:
-            swapped = self._one_way(second, first, self._fresh_keys[1])
+            swapped = self._one_way(second, first, self.fresh_keys[1])
             terms = MCLTerms(*(a + b for a, b in zip(terms, swapped, strict=True)))
         return terms
 
@@ -119,7 +119,7 @@ class MoCo(Method):
             SHUFFLE_BN,
             self.config.seed,
             self._step,
-            sum(map(len, self._fresh_keys)),
+            sum(map(len, self.fresh_keys)),
         ).to(view.device, non_blocking=True)
         own = order[ranks.rank * size : (ranks.rank + 1) * size]
         images = ranks.gather(view)[own].contiguous(memory_format=torch.channels_last)
@@ -139,13 +139,13 @@ class MoCo(Method):
         In the order of the global batch, of which each rank has a contiguous block: the same at any world size and
         however many micro-batches. The keys of the swapped views follow.
         """
-        for keys in filter(None, self._fresh_keys):
+        for keys in filter(None, self.fresh_keys):
             self.queue.enqueue(torch.cat(keys, dim=2).flatten(1, 2))
         self.drop_step()
 
     def drop_step(self) -> None:
         """Forget the step's keys."""
-        for keys in self._fresh_keys:
+        for keys in self.fresh_keys:
             keys.clear()
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:

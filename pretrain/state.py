@@ -146,6 +146,9 @@ class Training(Resumable):
             for line in remarks(self.cohort, self.initial_weights):
                 say(line)
 
+    def how_to_look(self, step: int) -> str:
+        return f"`peerlearn replay {self.run.root} --step {step + 1} --anomaly` shows where"
+
     def trained(self) -> nn.Module:
         return self.cohort
 

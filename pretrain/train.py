@@ -151,17 +151,24 @@ def _log(attempt: Attempt[Training], done: StepDone) -> None:
     monitor = training.config.monitor
     epoch_ends = training.step % training.steps_per_epoch == 0
     if epoch_ends or training.step % monitor.log_every_steps == 0:
-        row = {"lr": done.lr, "skipped_steps": training.guard.skipped} | training.method.metrics()
-        if not done.skipped:
-            losses = loss_row(_mean(done.terms, training.ranks), training.config)
+        row = step_row(training, done)
+        if "loss" in row:
             pace = log.pace(training.step, training.config.images_per_step)
-            row = {"loss": losses.pop("loss"), **pace, **losses} | row
-            row |= gradient_norms(training.cohort) | training.precision.metrics()
-        if training.dataset.has_files:
-            row["unreadable_images"] = training.unreadable.in_epoch
+            row = {"loss": row.pop("loss"), **pace, **row}
         training.unwritten_row = row
         _write_row(attempt)
     report.advance(1, log.text)
+
+
+def step_row(training: Training, done: StepDone) -> dict[str, float]:
+    """What a row tells of the step just done, but for clocks and the monitor's figures. All ranks call it together."""
+    row = {"lr": done.lr, "skipped_steps": training.guard.skipped} | training.method.metrics()
+    if not done.skipped:
+        losses = loss_row(mean_terms(done.terms, training.ranks), training.config)
+        row = losses | row | gradient_norms(training.cohort) | training.precision.metrics()
+    if training.dataset.has_files:
+        row["unreadable_images"] = training.unreadable.in_epoch
+    return row
 
 
 def _write_row(attempt: Attempt[Training]) -> None:
@@ -239,7 +246,7 @@ def _micro_batches(
         yield tuple(v.contiguous(memory_format=torch.channels_last) for v in views), own
 
 
-def _mean(parts: list[Terms], ranks: Ranks) -> Terms:
+def mean_terms(parts: list[Terms], ranks: Ranks) -> Terms:
     """Over micro-batches and ranks."""
     terms = [torch.stack(micro).mean(0) for micro in zip(*parts, strict=True)]
     ranks.average_(terms)

@@ -81,6 +81,9 @@ VERBS = {
     "note": Verb("peerlearn.commands.note_command", "main", "note something of a run, and tag it"),
     "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
     "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it", read=True),
+    "replay": Verb(
+        "pretrain.replay_command", "main", "compute a step of a run again, and show where NaN arose"
+    ),
     "export": Verb(
         "pretrain.export_command", "main", "write networks for timm, torchvision or Detectron2"
     ),

@@ -116,21 +116,29 @@ class Attempt(Generic[T]):
         found = ranks.collect(fault and {"reason": fault, **facts})
         faults = {rank: item for rank, item in enumerate(found) if item}
         reason = "; ".join(f"rank {rank}: {item['reason']}" for rank, item in faults.items())
-        epoch, batch = divmod(training.step, training.steps_per_epoch)
         if ranks.main:
-            logger.warning("step %d is skipped: %s", training.step, reason)
-            training.run.event(
-                "step_skipped",
-                step=training.step,
-                epoch=epoch,
-                batch=batch,
-                reason=reason,
-                **{
-                    name: [each for item in faults.values() for each in item[name]]
-                    for name in facts
-                },
-            )
+            together = {
+                name: [each for item in faults.values() for each in item[name]] for name in facts
+            }
+            self.tell_skipped(reason, **together)
         training.guard.skip(training.step, reason)
+
+    def tell_skipped(self, reason: str, **facts: Sequence[Any]) -> None:
+        """Tell, on the main rank, that this step is skipped: by a warning and an event.
+
+        Args:
+            reason: faults of all ranks in words.
+            facts: facts about the ranks with a fault.
+        """
+        training = self.training
+        epoch, batch = divmod(training.step, training.steps_per_epoch)
+        hint = training.how_to_look(training.step)
+        logger.warning(
+            "step %d is skipped: %s%s", training.step, reason, f" ({hint})" if hint else ""
+        )
+        training.run.event(
+            "step_skipped", step=training.step, epoch=epoch, batch=batch, reason=reason, **facts
+        )
 
     def save_if_due(self) -> bool:
         """Save after a step if the config asks for it, at the end, and if a signal asks to stop.

@@ -74,6 +74,10 @@ class Resumable(Protocol):
         """
         return
 
+    def how_to_look(self, step: int) -> str:
+        """What shows the fault of a step, counted from 0, in words; "" where nothing does."""
+        return ""
+
     @abstractmethod
     def trained(self) -> nn.Module:
         """The module that learns. Nothing of it is saved if it holds NaN or Inf."""

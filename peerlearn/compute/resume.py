@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,22 +133,46 @@ def _has_ever_saved(training: Resumable) -> bool:
 
 
 def _restore(training: Resumable, folder: Path, *, allow_elastic: bool) -> int:
-    """Restore a save.
+    """Restore a save of the same run.
 
     Returns:
         The number of rows that metrics.jsonl had at the save.
     """
+    state = restore(
+        training,
+        folder,
+        lambda state: _check_same_run(training, folder, state, allow_elastic=allow_elastic),
+    )
+    rows: int = state["metrics_rows"]
+    return rows
+
+
+def restore(
+    training: Resumable, folder: Path, check: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
+    """Restore a save. All ranks call it together.
+
+    Args:
+        training: training to restore.
+        folder: folder of the save.
+        check: function that refuses the save by its state, on the main rank; nothing is restored then.
+
+    Returns:
+        The state of the save.
+
+    Raises:
+        DamagedSaveError: a file of the save is missing or damaged.
+        UserError: the check refuses the save, or another version wrote it.
+    """
     tensors, state = load_checkpoint(folder)
     try:
-        training.ranks.from_main(
-            lambda: _check_same_run(training, folder, state, allow_elastic=allow_elastic)
-        )
+        training.ranks.from_main(lambda: check(state))
         training.load(tensors, state)
         training.guard.load_state(state["guard"])
         if state["world_size"] == training.ranks.world_size:
             _restore_generators(training, tensors["rng"])
         training.step = state["step"]
-        return int(state["metrics_rows"])
+        return {**state, "metrics_rows": int(state["metrics_rows"])}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} was written by another version of peerlearn, or by no peerlearn at all ({error!r})"
@@ -161,13 +185,22 @@ def _check_same_run(
     training: Resumable, folder: Path, state: Mapping[str, Any], *, allow_elastic: bool
 ) -> None:
     _check_config(training, state["config"])
+    check_images(training, folder, state)
+    _check_world_size(training, state["world_size"], allow_elastic=allow_elastic)
+    _note_environment(training, state["environment"])
+
+
+def check_images(training: Resumable, folder: Path, state: Mapping[str, Any]) -> None:
+    """Make sure that a save was trained on the training's images.
+
+    Raises:
+        RefusedResumeError: it was trained on others.
+    """
     if state["dataset"] != training.fingerprint:
         raise RefusedResumeError(
             f"{folder}: was trained on other images than {training.dataset_name} holds now: "
             "restore the data, or start a new run"
         )
-    _check_world_size(training, state["world_size"], allow_elastic=allow_elastic)
-    _note_environment(training, state["environment"])
 
 
 def _restore_generators(training: Resumable, tensors: Mapping[str, Tensor]) -> None:
@@ -178,21 +211,32 @@ def _restore_generators(training: Resumable, tensors: Mapping[str, Tensor]) -> N
 
 def _check_config(training: Resumable, saved: Mapping[str, Any]) -> None:
     """Refuse a config that would make this another run, and record changes that are safe."""
-    saved = with_added(type(training.config), saved)
-    changes = dict(config_changes(saved, asdict(training.config)))
+    if changes := safe_changes(training.config, saved, training.run.config):
+        logger.warning("the config has changed: %s", _listed(changes))
+        training.run.event("config_changed", changes={k: list(v) for k, v in changes.items()})
+
+
+def safe_changes(config: Any, saved: Mapping[str, Any], file: Path) -> dict[str, tuple[Any, Any]]:
+    """Every dotted key in which a config differs from that of a save, with the old and the new value.
+
+    Args:
+        config: the config.
+        saved: values of the save's config.
+        file: file of the config, for the message.
+
+    Raises:
+        RefusedResumeError: a key differs that would make it another run.
+    """
+    changes = dict(config_changes(with_added(type(config), saved), asdict(config)))
     unsafe = {
-        key: change
-        for key, change in changes.items()
-        if not may_change(type(training.config), key, *change)
+        key: change for key, change in changes.items() if not may_change(type(config), key, *change)
     }
     if unsafe:
         raise RefusedResumeError(
-            f"{training.run.config}: changed since the last save: {_listed(unsafe)}; "
+            f"{file}: changed since the last save: {_listed(unsafe)}; "
             "change it back, or start a new run with it"
         )
-    if changes:
-        logger.warning("the config has changed: %s", _listed(changes))
-        training.run.event("config_changed", changes={k: list(v) for k, v in changes.items()})
+    return changes
 
 
 def config_changes(

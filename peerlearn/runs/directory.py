@@ -1,7 +1,7 @@
 """The run directory: one folder that holds everything a run reads and writes.
 
 RUN/  config.yaml  env.json  metrics.jsonl  events.jsonl  notes.jsonl  tb/  DONE | FAILED
-      logs/attempt-K/{rank-R.log, standing.json}  checkpoints/  export/  results/  slurm/
+      logs/attempt-K/{rank-R.log, standing.json}  checkpoints/  export/  results/  replay/  slurm/
 
 Other code gets these paths from here.
 """
@@ -172,6 +172,11 @@ class RunDirectory:
         return self.root / "evaluations"
 
     @property
+    def replays(self) -> Path:
+        """The steps that were computed again, each in a folder of its own."""
+        return self.root / "replay"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tb"
 
@@ -261,7 +266,7 @@ class RunDirectory:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one logged step to metrics.jsonl. NaN and Inf, which JSON does not know, become null."""
         self.metrics_count += 1
-        self._append_line(self.metrics, {key: _json_number(value) for key, value in row.items()})
+        self._append_line(self.metrics, {key: json_number(value) for key, value in row.items()})
 
     def metric_rows(self) -> Iterator[dict[str, Any]]:
         """The logged steps. A last line that a crash cut short is left out.
@@ -344,5 +349,6 @@ def default_run(argv: Sequence[str], verb: str = "pretrain") -> Path:
     return Path("runs") / (Path(argv[0]).stem if named else verb)
 
 
-def _json_number(value: Any) -> Any:
+def json_number(value: Any) -> Any:
+    """A value as metrics.jsonl has it: null for NaN and Inf, which JSON does not know."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
