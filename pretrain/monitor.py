@@ -23,6 +23,7 @@ from peerlearn.evaluation.representation import (
     alignment,
     feature_std,
     neighbour_agreement,
+    lidar,
     peer_agreement,
     rankme,
     uniformity,
@@ -53,6 +54,8 @@ _PROBE_IMAGES = 512
 # Distances of all pairs cost N^2 D.
 _NEIGHBOUR_IMAGES = 2048
 # Beyond small images, raw pixels are too wide to search and no baseline anyone quotes.
+# LiDAR compares two covariances, which fewer images than this for each dimension of the embedding do not settle.
+_LIDAR_IMAGES_PER_DIMENSION = 2
 _LARGEST_PIXEL_COUNT = 4096
 
 # Below this mean deviation, features differ by no more than the rounding of float32.
@@ -211,7 +214,7 @@ class Monitor:
 
     @torch.no_grad()
     def _probe_figures(self, cohort: Cohort) -> dict[str, float]:
-        """Alignment and uniformity of the embeddings of two views of the first training images."""
+        """Alignment, uniformity and LiDAR of the embeddings of two views of the first training images."""
         with eval_mode([cohort]):
             pairs = [[cohort(view) for view in batch.views] for batch in self._probe.epoch(0)]
         first, second = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
@@ -230,6 +233,8 @@ def warn_of_collapse(run: RunDirectory, step: int, row: dict[str, float]) -> Non
         for vectors, signs in _collapsed_vectors(figures).items():
             text = ", ".join(f"{name} {value:.2g}" for name, value in signs.items())
             part = measured_part(network)
+            if len(first[m]) >= _LIDAR_IMAGES_PER_DIMENSION * first[m].shape[1]:
+                row[score_name(m, "lidar")] = lidar(torch.stack([first[m], second[m]]))
             logger.warning(
                 "%s: its %s no longer tell images apart at step %d: %s", part, vectors, step, text
             )

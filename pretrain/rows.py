@@ -19,6 +19,7 @@ LABEL_FREE = {
     "rankme": ("RankMe", 1),
     "alignment": ("alignment", 2),
     "uniformity": ("uniformity", 2),
+    "lidar": ("LiDAR", 1),
 }
 
 

@@ -76,8 +76,8 @@ def _label_free(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Ta
     for figure, (shown, decimals) in LABEL_FREE.items():
         for key, name in ((key, parse_score_name(key)) for key in last):
             if name is not None and name.figure == figure:
-                before, after = (f"{row[key]:.{decimals}f}" for row in (first, last))
-                table.add_row(f"{shown}, network {name.network}", before, after)
+                values = (_shown(row.get(key), decimals) for row in (first, last))
+                table.add_row(f"{shown}, network {name.network}", *values)
     if NEIGHBOUR_AGREEMENT in last:
         before, after = (f"{row[NEIGHBOUR_AGREEMENT]:.1f}" for row in (first, last))
         table.add_row("agreement (%)", before, after)
@@ -131,3 +131,7 @@ def _add_scores(table: Table, rows: Sequence[dict[str, Any]], figure: str) -> No
                 name.network if name.network in (ENSEMBLE, PIXELS) else f"network {name.network}"
             )
             table.add_row(label, *(f"{row[key]:.2f}" for row in rows))
+
+
+def _shown(value: float | None, decimals: int) -> str:
+    return "" if value is None else f"{value:.{decimals}f}"

@@ -90,7 +90,7 @@ def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, capsys):
     # Of images alone: the line of an epoch, and the table at the end.
     figures = "  ".join(
         f"{figure}: " + "  ".join(f"net/{m} {last[f'net/{m}/{figure}']:.2f}" for m in (0, 1))
-        for figure in ("rankme", "alignment", "uniformity")
+        for figure in ("rankme", "alignment", "uniformity", "lidar")
     )
     agreement = f"agreement %: {last['cohort/neighbour_agreement']:.1f}"
     assert f"\nepoch 1  {figures}  {agreement}  " in out

@@ -65,7 +65,9 @@ def test_without_labels_the_line_has_what_needs_none():
     }
     assert scores_text(row, epoch=2) == (
         "epoch 2  rankme: net/0 12.34  net/1 11.00  net/key-0 9.00  alignment: net/0 0.51  net/1 0.60  "
-        "uniformity: net/0 -1.20  net/1 -1.33  agreement %: 34.6"
+        "uniformity: net/0 -1.20  net/1 -1.33  lidar: net/0 7.25  net/1 6.50  agreement %: 34.6"
+        "net/0/lidar": 7.251,
+        "net/1/lidar": 6.5,
     )
 
 
