@@ -132,12 +132,16 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
         own_fault = first_fault(checks) or refused or term_fault(parts)
         fault = own_fault if term_is_bad else gradient_fault(cohort)
         method.drop_step()
+        if method.probe is not None:
+            method.probe.drop_step()
         attempt.skip(fault, images=batch.index.tolist())
         return StepDone(lr, parts, skipped=True)
     precision.unscale(optimizer)
     precision.step(optimizer)  # 4
     ranks.average_([tensor for each in networks_of(method) for tensor in statistics(each)])
     method.end_step()  # 5
+    if method.probe is not None:
+        method.probe.step()
     training.guard.passed()
     return StepDone(lr, parts, skipped=False)
 
@@ -154,6 +158,8 @@ def _log(attempt: Attempt[Training], done: StepDone) -> None:
             pace = log.pace(training.step, training.config.images_per_step)
             row = {"loss": losses.pop("loss"), **pace, **losses} | row
             row |= gradient_norms(training.cohort) | training.precision.metrics()
+            if training.method.probe is not None:
+                row |= training.method.probe.metrics()
         if training.dataset.has_files:
             row["unreadable_images"] = training.unreadable.in_epoch
         training.unwritten_row = row
