@@ -33,7 +33,8 @@ def train(attempt: Attempt[Training]) -> bool:
         2. momentum   the key networks move, before they encode anything
         3. terms      per micro-batch: queries, keys, the loss terms, backward; the queue stands still
         4. step       gradients are averaged over the ranks; the optimiser, at this step's learning rate
-        5. enqueue    this step's keys become negatives of the next
+        5. enqueue    this step's keys become negatives of the next; the linear probe, if any, learns from the features
+                      of 3
         6. log        losses, and at the end of an epoch what the monitor measures
         7. export     before the save, or a run killed between the two would never export this step
         8. save       everything that steps 1 to 5 have changed
