@@ -260,6 +260,8 @@ class MonitorConfig:
         test_limit: number of test images, the first ones; null = all. Held-out images (data.validation_percent) are all
             watched.
         key_networks: whether the momentum networks are watched too (moco).
+        linear: whether a linear classifier of each network's features learns beside it from the labels, without any
+            effect on the networks, and is measured with kNN (moco and simclr).
         log_every_steps: number of steps between two rows of losses in metrics.jsonl.
     """
 
@@ -269,6 +271,7 @@ class MonitorConfig:
     train_limit: int | None = None
     test_limit: int | None = None
     key_networks: bool = False
+    linear: bool = added(False)
     log_every_steps: int = changeable(10)
 
     def __post_init__(self) -> None:
@@ -394,6 +397,8 @@ class PretrainConfig:
                 not self.symmetric,
                 f"symmetric must be false with method {self.method}: only moco has two sides",
             )
+        if self.monitor.linear:
+            self._check_probe()
         self._check_groups()
         if self.method == "supervised":
             self._check_supervised()
@@ -405,6 +410,16 @@ class PretrainConfig:
                 f"data.validation_percent must be 0 with method {self.method}, which would not look at "
                 "what is held out",
             )
+
+    def _check_probe(self) -> None:
+        require(
+            self.method not in ("supervised", "prototypical"),
+            f"monitor.linear must be false with method {self.method}, which is watched by accuracies of its own",
+        )
+        require(
+            self.data.split != "test",
+            "data.split must not be test with monitor.linear: accuracy is measured on it",
+        )
 
     def _check_groups(self) -> None:
         """Keys of a method's own must not wait for a method that is not asked for."""

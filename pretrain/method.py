@@ -5,6 +5,7 @@ as for a contrastive method on two views without labels.
 """
 
 import importlib
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -22,8 +23,11 @@ from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort
 from pretrain.config import METHODS, PretrainConfig
 from pretrain.monitor import Monitor
+from pretrain.online_probe import OnlineProbe
 from pretrain.terms import Terms
 from pretrain.training_data import LabelUse, TrainingData
+
+logger = logging.getLogger(__name__)
 
 # Told whether nothing is trained yet; gives every figure by its name in metrics.jsonl.
 Watch = Callable[[bool], dict[str, float]]
@@ -46,6 +50,7 @@ class Method(Protocol):
         fresh_keys: keys of this step's micro-batches so far, each (M, ranks, B, D), in a list for each view that the
             momentum networks encode; () without them.
         best: networks as they were at the epoch that validation chose; None for methods that do not choose.
+        probe: linear classifiers that learn beside the networks, for the monitor; None where none are asked for.
     """
 
     views: ClassVar[int] = 2
@@ -57,6 +62,7 @@ class Method(Protocol):
     peers: Cohort | None = None
     fresh_keys: tuple[list[Tensor], ...] = ()
     best: BestNetworks | None = None
+    probe: OnlineProbe | None = None
 
     def __init__(
         self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
@@ -97,6 +103,14 @@ class Method(Protocol):
             NonFiniteError: of what all ranks compute alike; `pretrain.finite` has what only one may see.
         """
 
+    def embed(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """The cohort's embeddings (M, B, D) of images that it learns from; the probe, if any, sees their features."""
+        features = self.cohort.branches(self.cohort.trunk(images))
+        if self.probe is not None:
+            assert labels is not None
+            self.probe.see(features, labels)
+        return self.cohort.embed(features)
+
     def end_step(self) -> None:
         """After the optimiser's step."""
 
@@ -127,7 +141,13 @@ class Method(Protocol):
             image_size=image_size,
             device=self.ranks.device,
         )
-        return lambda untrained: monitor.measure(self.cohort, self.peers, pixels=untrained)
+        if self.probe is not None and monitor.train is None:
+            logger.warning(
+                "the linear probe is not measured: like kNN, it needs labelled test images"
+            )
+        return lambda untrained: monitor.measure(
+            self.cohort, self.peers, probe=None if untrained else self.probe, pixels=untrained
+        )
 
     def measured(self, step: int, row: Mapping[str, float]) -> None:
         """Hear, on every rank, what was measured after an epoch: figures by their names in metrics.jsonl."""

@@ -84,14 +84,16 @@ class MoCo(Method):
         recipe.
         """
         first, second = views
-        terms = self._one_way(first, second, self.fresh_keys[0])
+        terms = self._one_way(first, second, labels, self.fresh_keys[0])
         if self.config.symmetric:
-            swapped = self._one_way(second, first, self.fresh_keys[1])
+            swapped = self._one_way(second, first, labels, self.fresh_keys[1])
             terms = MCLTerms(*(a + b for a, b in zip(terms, swapped, strict=True)))
         return terms
 
-    def _one_way(self, query_view: Tensor, key_view: Tensor, fresh_keys: list[Tensor]) -> MCLTerms:
-        query = self.cohort(query_view)
+    def _one_way(
+        self, query_view: Tensor, key_view: Tensor, labels: Tensor | None, fresh_keys: list[Tensor]
+    ) -> MCLTerms:
+        query = self.embed(query_view, labels)
         keys = self._encode_keys(key_view)
         fresh_keys.append(keys)
         return queue_terms_by_network(
@@ -177,7 +179,11 @@ class SimCLR(Method):
         # every rank have both views of their own images.
         parts = max(self.config.cohort.batch_norm_splits // self.ranks.world_size, 1)
         images = torch.stack([view.unflatten(0, (parts, -1)) for view in views], dim=1)
-        embedding = self.cohort(images.flatten(0, 2).contiguous(memory_format=torch.channels_last))
+        if labels is not None:
+            labels = labels.unflatten(0, (parts, -1)).repeat(1, 2).flatten()
+        embedding = self.embed(
+            images.flatten(0, 2).contiguous(memory_format=torch.channels_last), labels
+        )
         by_view = embedding.unflatten(1, (parts, 2, -1)).transpose(1, 2).flatten(2, 3)
         return view_terms_by_network(
             self.ranks.gather_with_gradient(by_view, dim=2),

@@ -17,11 +17,13 @@ from peerlearn.data.published import is_split_by_class
 from peerlearn.data.recipes import Augmentation
 from peerlearn.data.unreadable import Unreadable, warn_of_unreadable
 from peerlearn.errors import UserError
+from peerlearn.evaluation.classification import classification_scores
 from peerlearn.evaluation.data import warn_of_missing_classes
 from peerlearn.evaluation.features import eval_mode, extract_features
 from peerlearn.evaluation.representation import (
     alignment,
     feature_std,
+    lidar,
     neighbour_agreement,
     peer_agreement,
     rankme,
@@ -38,6 +40,7 @@ from peerlearn.runs.score_names import (
     KNN_TEST_IMAGES,
     KNN_TOP1,
     KNN_TRAIN_IMAGES,
+    LINEAR_TOP1,
     NEIGHBOUR_AGREEMENT,
     PIXELS,
     measured_part,
@@ -46,10 +49,13 @@ from peerlearn.runs.score_names import (
 )
 from pretrain.cohort import Cohort
 from pretrain.config import Backend, PretrainConfig
+from pretrain.online_probe import OnlineProbe
 
 # RankMe's singular values cost N D^2; some thousands of images settle them.
 _RANKME_IMAGES = 4096
 _PROBE_IMAGES = 512
+# LiDAR compares two covariances, which fewer images than this for each dimension of the embedding do not settle.
+_LIDAR_IMAGES_PER_DIMENSION = 2
 # Distances of all pairs cost N^2 D.
 _NEIGHBOUR_IMAGES = 2048
 # Beyond small images, raw pixels are too wide to search and no baseline anyone quotes.
@@ -102,13 +108,19 @@ class Monitor:
         )
 
     def measure(
-        self, cohort: Cohort, peers: Cohort | None = None, *, pixels: bool = False
+        self,
+        cohort: Cohort,
+        peers: Cohort | None = None,
+        *,
+        probe: OnlineProbe | None = None,
+        pixels: bool = False,
     ) -> dict[str, float]:
         """Every figure of every network, by its name in metrics.jsonl; accuracies in percent.
 
         Args:
             cohort: the query networks.
             peers: the momentum networks, measured too where the config asks for them.
+            probe: linear classifiers of the query networks, measured where the test images have labels.
             pixels: whether raw pixels are measured too, which a network has to beat.
         """
         row: dict[str, float] = {}
@@ -123,6 +135,8 @@ class Monitor:
             train, train_labels = self._features(self.train, networks)
             names = list(networks)[: len(cohort.backbones)]
             row |= self._knn((train, train_labels), (test, test_labels), cohort_names=names)
+            if probe is not None:
+                row |= _linear(probe, [test[name] for name in names], test_labels)
         elif len(cohort.backbones) > 1:
             few = [test[str(m)][:_NEIGHBOUR_IMAGES] for m in range(len(cohort.backbones))]
             row[NEIGHBOUR_AGREEMENT] = neighbour_agreement(few)
@@ -211,7 +225,7 @@ class Monitor:
 
     @torch.no_grad()
     def _probe_figures(self, cohort: Cohort) -> dict[str, float]:
-        """Alignment and uniformity of the embeddings of two views of the first training images."""
+        """Alignment, uniformity and LiDAR of the embeddings of two views of the first training images."""
         with eval_mode([cohort]):
             pairs = [[cohort(view) for view in batch.views] for batch in self._probe.epoch(0)]
         first, second = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
@@ -219,7 +233,22 @@ class Monitor:
         for m in range(len(first)):
             row[score_name(m, "alignment")] = alignment(first[m], second[m])
             row[score_name(m, "uniformity")] = uniformity(first[m])
+            if len(first[m]) >= _LIDAR_IMAGES_PER_DIMENSION * first[m].shape[1]:
+                row[score_name(m, "lidar")] = lidar(torch.stack([first[m], second[m]]))
         return row
+
+
+def _linear(
+    probe: OnlineProbe, features: Sequence[Tensor], labels: Tensor | None
+) -> dict[str, float]:
+    """Top-1 in percent of every network's linear classifier, and of their mean logits."""
+    assert labels is not None
+    logits = probe.logits(features)
+    named = {**{str(m): each for m, each in enumerate(logits)}, ENSEMBLE: logits.mean(0)}
+    return {
+        score_name(name, LINEAR_TOP1): classification_scores(each, labels).top1
+        for name, each in named.items()
+    }
 
 
 def warn_of_collapse(run: RunDirectory, step: int, row: dict[str, float]) -> None:

@@ -19,6 +19,7 @@ LABEL_FREE = {
     "rankme": ("RankMe", 1),
     "alignment": ("alignment", 2),
     "uniformity": ("uniformity", 2),
+    "lidar": ("LiDAR", 1),
 }
 
 
@@ -50,17 +51,16 @@ def gradient_norms(cohort: Cohort) -> dict[str, float]:
 
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:
-    """One line of an epoch's scores, which are of one kind: knn_top1, test_top1 or validation_top1.
+    """One line of an epoch's accuracies: knn_top1 and linear_top1, test_top1, validation_top1 or episode_top1.
 
     Images without labels have none: the line then holds the figures that need no labels.
     """
     named = {name: value for key, value in row.items() if (name := parse_score_name(key))}
-    figures = {name.figure: name.figure for name in named if name.figure in LABEL_FREE}
-    for name in named:
-        if name.figure.endswith(TOP1):
-            kind = name.figure.removesuffix(TOP1).replace("knn", "kNN")
-            figures = {name.figure: f"{kind} top-1 %"}
-            break
+    figures = {
+        name.figure: f"{name.figure.removesuffix(TOP1).replace('knn', 'kNN')} top-1 %"
+        for name in named
+        if name.figure.endswith(TOP1)
+    } or {name.figure: name.figure for name in named if name.figure in LABEL_FREE}
     parts = [f"epoch {epoch}"]
     for figure, title in figures.items():
         values = {name.network: value for name, value in named.items() if name.figure == figure}

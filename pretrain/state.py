@@ -52,6 +52,7 @@ from pretrain.initial_weights import (
     remarks,
 )
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
+from pretrain.online_probe import build_probe
 from pretrain.training_data import (
     TrainingData,
     load_training_data,
@@ -153,13 +154,16 @@ class Training(Resumable):
         return self.cohort
 
     def bytes_to_come(self) -> int:
-        return bytes_to_come(self.optimizer)
+        probe = self.method.probe
+        return bytes_to_come(self.optimizer) + (probe.bytes_to_come() if probe else 0)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
+        probe = self.method.probe
         return {
             "networks": named_state(self.cohort),
             "optimizer": optimizer_tensors(self.optimizer),
             **self.method.state_tensors(),
+            **(probe.state_tensors() if probe else {}),
         }
 
     def state(self) -> dict[str, Any]:
@@ -175,6 +179,8 @@ class Training(Resumable):
         load_named_state(self.cohort, tensors["networks"])
         self.method.load_state_tensors(dict(tensors))
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        if self.method.probe is not None:
+            self.method.probe.load_state_tensors(dict(tensors))
         self.precision.load_state(state["loss_scaling"])
         self.unreadable.load_state(state["unreadable"])
         self.unwritten_row = state.get("unwritten_row")
@@ -226,6 +232,8 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         if ranks.main:
             print("the first step compiles the networks, which takes a minute or more")
     method = build_method(cohort, config, ranks, steps_per_epoch=loader.steps_per_epoch)
+    if config.monitor.linear:
+        method.probe = build_probe(cohort, dataset, ranks)
     watch = None
     if config.monitor.every_epochs and ranks.main:
         watch = method.build_monitor(data, augmentation=augmentation, image_size=image_size)

@@ -21,6 +21,7 @@ from peerlearn.runs.score_names import (
     KNN_TEMPERATURE,
     KNN_TEST_IMAGES,
     KNN_TOP1,
+    LINEAR_TOP1,
     NEIGHBOUR_AGREEMENT,
     PIXELS,
     parse_score_name,
@@ -76,8 +77,8 @@ def _label_free(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Ta
     for figure, (shown, decimals) in LABEL_FREE.items():
         for key, name in ((key, parse_score_name(key)) for key in last):
             if name is not None and name.figure == figure:
-                before, after = (f"{row[key]:.{decimals}f}" for row in (first, last))
-                table.add_row(f"{shown}, network {name.network}", before, after)
+                values = (_shown(row.get(key), decimals) for row in (first, last))
+                table.add_row(f"{shown}, network {name.network}", *values)
     if NEIGHBOUR_AGREEMENT in last:
         before, after = (f"{row[NEIGHBOUR_AGREEMENT]:.1f}" for row in (first, last))
         table.add_row("agreement (%)", before, after)
@@ -95,6 +96,7 @@ def _knn(first: dict[str, Any], last: dict[str, Any], dataset: str) -> Table:
     if (pixels := score_name(PIXELS, KNN_TOP1)) in first:
         table.add_row("raw pixels", f"{first[pixels]:.2f}", "")
     _add_scores(table, [first, last], KNN_TOP1)
+    _add_scores(table, [first, last], LINEAR_TOP1, ", linear probe")
     return table
 
 
@@ -122,12 +124,18 @@ def _add_moments(table: Table, first: dict[str, Any], last: dict[str, Any]) -> N
         table.add_column(title, justify="right")
 
 
-def _add_scores(table: Table, rows: Sequence[dict[str, Any]], figure: str) -> None:
-    """A row of every network that has the figure, with its value at each of these moments."""
+def _add_scores(
+    table: Table, rows: Sequence[dict[str, Any]], figure: str, remark: str = ""
+) -> None:
+    """A row of every network that has the figure, with its value at each of these moments where there is one."""
     names = {key: name for key in rows[-1] if (name := parse_score_name(key))}
     for key, name in names.items():
         if name.figure == figure:
             label = (
                 name.network if name.network in (ENSEMBLE, PIXELS) else f"network {name.network}"
             )
-            table.add_row(label, *(f"{row[key]:.2f}" for row in rows))
+            table.add_row(label + remark, *(_shown(row.get(key), 2) for row in rows))
+
+
+def _shown(value: float | None, decimals: int) -> str:
+    return "" if value is None else f"{value:.{decimals}f}"

@@ -33,7 +33,8 @@ def train(attempt: Attempt[Training]) -> bool:
         2. momentum   the key networks move, before they encode anything
         3. terms      per micro-batch: queries, keys, the loss terms, backward; the queue stands still
         4. step       gradients are averaged over the ranks; the optimiser, at this step's learning rate
-        5. enqueue    this step's keys become negatives of the next
+        5. enqueue    this step's keys become negatives of the next; the linear probe, if any, learns from the features
+                      of 3
         6. log        losses, and at the end of an epoch what the monitor measures
         7. export     before the save, or a run killed between the two would never export this step
         8. save       everything that steps 1 to 5 have changed
@@ -135,12 +136,16 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
         own_fault = first_fault(checks) or refused or term_fault(parts)
         fault = own_fault if term_is_bad else gradient_fault(cohort)
         method.drop_step()
+        if method.probe is not None:
+            method.probe.drop_step()
         attempt.skip(fault, images=batch.index.tolist())
         return StepDone(lr, parts, skipped=True)
     precision.unscale(optimizer)
     precision.step(optimizer)  # 4
     ranks.average_([tensor for each in networks_of(method) for tensor in statistics(each)])
     method.end_step()  # 5
+    if method.probe is not None:
+        method.probe.step()
     training.guard.passed()
     return StepDone(lr, parts, skipped=False)
 
@@ -166,6 +171,8 @@ def step_row(training: Training, done: StepDone) -> dict[str, float]:
     if not done.skipped:
         losses = loss_row(mean_terms(done.terms, training.ranks), training.config)
         row = losses | row | gradient_norms(training.cohort) | training.precision.metrics()
+        if training.method.probe is not None:
+            row |= training.method.probe.metrics()
     if training.dataset.has_files:
         row["unreadable_images"] = training.unreadable.in_epoch
     return row

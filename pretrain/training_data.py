@@ -79,9 +79,9 @@ def load_training_data(config: PretrainConfig, ranks: Ranks, use: LabelUse) -> T
         ("data.validation_percent", settings.validation_percent > 0),
         ("data.shots", settings.shots is not None),
     ):
-        if asked and not _labelled(train):
+        if asked and not is_labelled(train):
             raise UserError(
-                f"{key} needs a label for every image, which {train.title} {train.split} has not{_because(train)}: "
+                f"{key} needs a label for every image, which {train.title} {train.split} has not{because(train)}: "
                 "choose another data.name or data.split"
             )
     test = validation = None
@@ -132,8 +132,8 @@ def _test_split(config: PretrainConfig, train: ImageDataset, root: str | None) -
             "are of different classes: choose another data.name, or method prototypical"
         )
     test = load_dataset(train.name, "test", root=root)
-    if not _labelled(test):
-        raise UserError(f"{test.title} test has no labels to measure accuracy by{_because(test)}")
+    if not is_labelled(test):
+        raise UserError(f"{test.title} test has no labels to measure accuracy by{because(test)}")
     return test
 
 
@@ -147,20 +147,21 @@ def _validation_classes(train: ImageDataset, root: str | None, ranks: Ranks) -> 
         )
     load = partial(load_dataset, train.name, root=root, own_classes=True)
     validation = load("validation")
-    if not _labelled(validation):
+    if not is_labelled(validation):
         raise UserError(
-            f"{validation.title} validation has no labels to choose an epoch by{_because(validation)}"
+            f"{validation.title} validation has no labels to choose an epoch by{because(validation)}"
         )
     if ranks.main:
         check_disjoint([train, validation, load("test")])
     return validation
 
 
-def _because(dataset: ImageDataset) -> str:
+def because(dataset: ImageDataset) -> str:
+    """Why a dataset has no labels, in brackets; "" where that is not known."""
     return f" ({dataset.why_unlabelled})" if dataset.why_unlabelled else ""
 
 
-def _labelled(dataset: ImageDataset) -> bool:
+def is_labelled(dataset: ImageDataset) -> bool:
     """Whether every image has a label."""
     return dataset.labels is not None and int(dataset.labels.min()) >= 0
 

@@ -104,6 +104,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog="--json prints a list with an object for each run; null means unknown. Its keys: run, state, reason, "
         "live (whether it goes on by itself), job, restarts, step, total_steps, images_per_second, seconds_left, "
         "knn_top1 (percent), knn_network, knn_epoch, knn_k, knn_temperature, "
+        "linear_top1 (percent, of monitor.linear), linear_network, linear_epoch, "
         "classifier_top1 (percent, of a supervised run), classifier_network, classifier_epoch, classifier_split, "
         "few_shot_top1 (percent, over validation episodes), few_shot_network, few_shot_epoch, few_shot_ways, "
         "few_shot_shots, "

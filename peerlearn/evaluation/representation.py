@@ -1,7 +1,7 @@
-"""What features look like without labels: rank, spread, alignment, uniformity, agreement of peers.
+"""What features look like without labels: rank, spread, alignment, uniformity, LiDAR, agreement of peers.
 
 All sums are in float64, and every function takes features of any real dtype.
-Letters: M networks, N images, D feature dimensions.
+Letters: M networks, N images, Q views of each, D feature dimensions.
 """
 
 import itertools
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from peerlearn.knn import unit_rows
 
-# Garrido et al. 2023, equation 1: added to each normalised singular value.
-_RANKME_EPSILON = 1e-7
+# Garrido et al. 2023, equation 1: added to each share of a spectrum.
+_RANK_EPSILON = 1e-7
+# Added to the covariance of the views, as a share of its mean variance.
+_LIDAR_RIDGE = 1e-4
 
 # Squared distances of `uniformity` held at once: 64 MiB, whatever N is.
 _TILE_ELEMENTS = 2**23
@@ -37,8 +39,12 @@ def rankme(features: Tensor) -> float:
         raise ValueError(f"features must be (N, D) and not empty, not {tuple(features.shape)}")
     if not features.isfinite().all():
         raise ValueError("features has entries that are not finite")
-    sigma = torch.linalg.svdvals(features.double())
-    share = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny) + _RANKME_EPSILON
+    return _smooth_rank(torch.linalg.svdvals(features.double()))
+
+
+def _smooth_rank(spectrum: Tensor) -> float:
+    """exp of the entropy of a spectrum's shares, (D,) float64 of at least 0; about 1 where all of it is 0."""
+    share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny) + _RANK_EPSILON
     return math.exp(-(share * share.log()).sum().item())
 
 
@@ -103,6 +109,50 @@ def uniformity(a: Tensor) -> float:
         total += (-2 * squared).expm1_().triu_(diagonal=1).sum().item()
     # A sum of e^x - 1, as the mean of e^x may lie closer to 1 than a float holds.
     return math.log1p(total / math.comb(len(rows), 2))
+
+
+def lidar(views: Tensor) -> float:
+    """LiDAR, a smooth rank that counts only what tells images apart: what views of one image share.
+
+    Thilak et al. 2024, "LiDAR" (arXiv:2312.04000, equations 1 to 4): the images are the classes of a linear
+    discriminant analysis, and their views are its samples. With e the features of a view, mu_i the mean of image i
+    over its views, S_b the covariance of the mu_i and S_w that of e - mu_i, it is exp(-sum p_k log p_k) with
+    p_k = lambda_k / sum(lambda) + 1e-7 and lambda the eigenvalues of (S_w + delta I)^-1/2 S_b (S_w + delta I)^-1/2.
+
+    Two things are our own. The paper takes the means over Q = 50 views for the mu_i. Those still hold S_w / Q, which
+    counts for directions that tell nothing apart: it is subtracted, and eigenvalues below 0 count as 0, so that Q = 2
+    suffices. And delta is 1e-4 of the mean variance in S_w, so that the figure does not depend on the features' scale.
+
+    It lies between 1, one direction (or nothing) tells all images apart, and D. It is comparable only at one N, D and
+    recipe of the views.
+
+    Args:
+        views: (Q, N, D), Q >= 2 views of each of N > D images, in one order.
+
+    Raises:
+        ValueError: for another shape, too few views or images, or entries that are not finite.
+    """
+    if views.ndim != 3 or len(views) < 2 or not 0 < views.shape[2] < views.shape[1]:
+        raise ValueError(
+            f"views must be (Q, N, D) with at least two views of more than D images, not {tuple(views.shape)}"
+        )
+    if not views.isfinite().all():
+        raise ValueError("views has entries that are not finite")
+    q, n, d = views.shape
+    rows = views.double()
+    means = rows.mean(dim=0)
+    noise = (rows - means).flatten(0, 1)
+    within = noise.T @ noise / (n * (q - 1))
+    signal = means - means.mean(dim=0)
+    between = signal.T @ signal / (n - 1) - within / q
+    # Without noise, the rank is that of the means alone.
+    ridge = _LIDAR_RIDGE * within.diagonal().mean().item() or 1.0
+    root = torch.linalg.cholesky(
+        within + ridge * torch.eye(d, dtype=rows.dtype, device=rows.device)
+    )
+    half = torch.linalg.solve_triangular(root, between, upper=False)
+    whitened = torch.linalg.solve_triangular(root, half.T, upper=False)
+    return _smooth_rank(torch.linalg.eigvalsh(whitened).clamp_min(0))
 
 
 def peer_agreement(predictions: Tensor) -> float:

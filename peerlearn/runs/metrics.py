@@ -139,16 +139,18 @@ def _pace(row: Mapping[str, Any]) -> str:
 
 
 def _accuracies(row: Mapping[str, Any]) -> str:
-    """The accuracies of a row: ``kNN 70.1, 71.3, ensemble 72.0 %``; "" where it has none."""
+    """The first kind of accuracies in a row: ``kNN 70.1, 71.3, ensemble 72.0 %``; "" where it has none."""
     names = {key: parse_score_name(key) for key in row}
     top1 = {name: row[key] for key, name in names.items() if name and name.figure.endswith(TOP1)}
     top1 = {name: value for name, value in top1.items() if name.network != PIXELS}
     if not top1:
         return ""
-    kind = next(iter(top1)).figure.removesuffix(TOP1).replace("knn", "kNN")
+    first = next(iter(top1)).figure
+    kind = first.removesuffix(TOP1).replace("knn", "kNN")
     each = ", ".join(
         f"{'' if name.network.isdecimal() else name.network + ' '}{value:.1f}"
         for name, value in top1.items()
+        if name.figure == first
     )
     return f"{kind} {each} %"
 

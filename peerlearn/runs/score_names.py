@@ -17,6 +17,7 @@ TOP1 = "_top1"
 KNN_TOP1 = "knn" + TOP1
 KNN_K, KNN_TEMPERATURE = "knn/k", "knn/temperature"
 KNN_TRAIN_IMAGES, KNN_TEST_IMAGES = "knn/train_images", "knn/test_images"
+LINEAR_TOP1 = "linear" + TOP1
 EPISODE_TOP1 = "episode" + TOP1
 EPISODE_WAYS, EPISODE_SHOTS = "episode/ways", "episode/shots"
 EPISODE_QUERIES, EPISODE_COUNT = "episode/queries", "episode/episodes"

@@ -26,6 +26,7 @@ from peerlearn.runs.score_names import (
     KNN_K,
     KNN_TEMPERATURE,
     KNN_TOP1,
+    LINEAR_TOP1,
     TOP1,
     measured_part,
     score_name,
@@ -51,6 +52,9 @@ class Standing:
         knn_epoch: epoch of that score.
         knn_k: number of neighbours of that score.
         knn_temperature: temperature of that score's votes.
+        linear_top1: newest accuracy of the linear classifiers that learn beside the networks, in percent.
+        linear_network: network of that accuracy: ensemble (mean of logits), or net/0 of a single network.
+        linear_epoch: epoch of that accuracy.
         classifier_top1: newest accuracy of a supervised run in percent.
         classifier_network: network of that accuracy: ensemble (mean of logits), or net/0 of a single network.
         classifier_epoch: epoch of that accuracy.
@@ -71,6 +75,9 @@ class Standing:
     knn_epoch: float | None = None
     knn_k: int | None = None
     knn_temperature: float | None = None
+    linear_top1: float | None = None
+    linear_network: str | None = None
+    linear_epoch: float | None = None
     classifier_top1: float | None = None
     classifier_network: str | None = None
     classifier_epoch: float | None = None
@@ -112,6 +119,7 @@ def number(value: object) -> float | None:
 
 _KINDS = (
     _Kind("knn", KNN_TOP1, {"k": (KNN_K, integer), "temperature": (KNN_TEMPERATURE, number)}, {}),
+    _Kind("linear", LINEAR_TOP1, {}, {}),
     _Kind(
         "few_shot",
         EPISODE_TOP1,
@@ -188,7 +196,10 @@ class StandingLog:
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The accuracy of the ensemble, or of a single network: by kNN, over episodes, or of a supervised run."""
+    """The accuracies of the ensemble, or of a single network: by kNN and linear classifiers, over episodes, or of a
+    supervised run.
+    """
+    scores: dict[str, Any] = {}
     for network in (ENSEMBLE, "0"):
         for kind in _KINDS:
             score = number(row.get(score_name(network, kind.figure)))
@@ -200,8 +211,10 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
                     **{field: read(row.get(name)) for field, (name, read) in kind.logged.items()},
                     **kind.fixed,
                 }
-                return {f"{kind.name}_{field}": value for field, value in found.items()}
-    return {}
+                scores |= {f"{kind.name}_{field}": value for field, value in found.items()}
+        if scores:
+            break
+    return scores
 
 
 def read_standing(logs: Path) -> Standing | None:

@@ -14,6 +14,7 @@ from peerlearn.data.loader import ViewLoader
 
 def use_double_precision() -> None:
     build_networks, epoch = pretrain.state.build_networks, ViewLoader.epoch
+    build_probe = pretrain.state.build_probe
 
     def double_views(loader, *position):
         for batch in epoch(loader, *position):
@@ -25,6 +26,7 @@ def use_double_precision() -> None:
     )
     pretrain.methods.KeyQueue = partial(pretrain.methods.KeyQueue, dtype=torch.float64)
     pretrain.state.build_networks = lambda *args, **named: build_networks(*args, **named).double()
+    pretrain.state.build_probe = lambda *args: build_probe(*args, dtype=torch.float64)
     ViewLoader.epoch = double_views
 
 

@@ -79,10 +79,11 @@ def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, capsys):
     write_images(tmp_path / "images", 40)
     run = tmp_path / "run"
     more = ["--data.name", "folder", "--data.root", str(tmp_path / "images")]
-    more += ["--data.workers", "0"]
+    more += ["--data.workers", "0", "--monitor.linear", "true"]
     assert main(["pretrain", *TINY, *more, "--run", str(run)]) == 0
     out, err = capsys.readouterr()
     assert f"kNN is off: {tmp_path / 'images'} holds no test split" in err
+    assert "the linear probe is off: images train has not a label for every image" in err
     last = rows(run)[-1]
     assert not [key for key in last if "knn" in key]
     assert last["net/0/rankme"] >= 1
@@ -90,7 +91,7 @@ def test_an_unlabelled_folder_trains_without_knn_and_says_so(tmp_path, capsys):
     # Of images alone: the line of an epoch, and the table at the end.
     figures = "  ".join(
         f"{figure}: " + "  ".join(f"net/{m} {last[f'net/{m}/{figure}']:.2f}" for m in (0, 1))
-        for figure in ("rankme", "alignment", "uniformity")
+        for figure in ("rankme", "alignment", "uniformity", "lidar")
     )
     agreement = f"agreement %: {last['cohort/neighbour_agreement']:.1f}"
     assert f"\nepoch 1  {figures}  {agreement}  " in out

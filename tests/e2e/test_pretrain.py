@@ -64,6 +64,7 @@ def test_metrics_have_a_row_per_logged_step_with_every_figure(finished):
             assert last[f"net/{m}/{name}"] > 0
         assert 10 < last[f"net/{m}/knn_top1"] <= 100
         assert 1 <= last[f"net/{m}/rankme"] <= 64
+        assert 1 <= last[f"net/{m}/lidar"] <= 16
         for name in ("feature_std", "alignment", "uniformity"):
             assert f"net/{m}/{name}" in last
     assert last["knn/k"] == 5

@@ -31,6 +31,7 @@ from tests.warm import run as run_process
 
 DOUBLE = Path(__file__).parent / "double_precision.py"
 QUIET = ["--monitor.every_epochs", "0"]
+PROBED = ["--monitor.linear", "true"]
 # Two epochs of three steps, in which the queue wraps.
 SHORT = ["--data.limit", "104", *QUIET]
 BIN = Path(sys.executable).parent
@@ -48,8 +49,8 @@ def finish(processes: int, run: Path, *more: str, driver: Path | None = None) ->
     [
         (2, ("--cohort.batch_norm_splits", "4")),
         (2, ("--cohort.sync_batch_norm", "true", "--optimizer.nesterov", "true")),
-        (2, ("--symmetric", "true", "--cohort.batch_norm_splits", "2")),
-        (2, ("--method", "simclr", "--cohort.batch_norm_splits", "4")),
+        (2, ("--symmetric", "true", "--cohort.batch_norm_splits", "2", *PROBED)),
+        (2, ("--method", "simclr", "--cohort.batch_norm_splits", "4", *PROBED)),
         (2, ("--method", "simclr", "--cohort.sync_batch_norm", "true")),
         (2, ("--cohort.share_stages", "all", "--cohort.batch_norm_splits", "2")),
         (

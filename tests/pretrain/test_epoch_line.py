@@ -42,11 +42,16 @@ def test_the_bar_has_each_networks_loss_and_accuracy():
     row = {"net/0/knn_top1": 70.12, "net/key-0/knn_top1": 69.0, "ensemble/knn_top1": 72.34}
     assert _accuracies(row | {"pixels/knn_top1": 80.0}) == "kNN 70.1, key-0 69.0, ensemble 72.3 %"
     assert _accuracies({"loss": 1.0}) == ""
+    assert _accuracies({"net/0/knn_top1": 70.0, "net/0/linear_top1": 60.0}) == "kNN 70.0 %"
 
 
 def test_accuracies_come_first():
     row = {"net/0/knn_top1": 61.234, "ensemble/knn_top1": 70.0, "net/0/rankme": 3.0, "loss": 1.0}
-    assert scores_text(row, epoch=3) == "epoch 3  kNN top-1 %: net/0 61.23  ensemble 70.00"
+    knn = "epoch 3  kNN top-1 %: net/0 61.23  ensemble 70.00"
+    assert scores_text(row, epoch=3) == knn
+    row |= {"net/0/linear_top1": 58.5, "ensemble/linear_top1": 59.0}
+    linear = "linear top-1 %: net/0 58.50  ensemble 59.00"
+    assert scores_text(row, epoch=3) == f"{knn}  {linear}"
 
 
 def test_without_labels_the_line_has_what_needs_none():
@@ -61,11 +66,13 @@ def test_without_labels_the_line_has_what_needs_none():
         "net/0/uniformity": -1.2,
         "net/1/alignment": 0.6,
         "net/1/uniformity": -1.33,
+        "net/0/lidar": 7.251,
+        "net/1/lidar": 6.5,
         "cohort/neighbour_agreement": 34.56,
     }
     assert scores_text(row, epoch=2) == (
         "epoch 2  rankme: net/0 12.34  net/1 11.00  net/key-0 9.00  alignment: net/0 0.51  net/1 0.60  "
-        "uniformity: net/0 -1.20  net/1 -1.33  agreement %: 34.6"
+        "uniformity: net/0 -1.20  net/1 -1.33  lidar: net/0 7.25  net/1 6.50  agreement %: 34.6"
     )
 
 

@@ -104,6 +104,7 @@ CASES = {
     "moco with micro-batches": ("--accumulation_steps", "4"),
     "moco in tiles": ("--cohort.networks", "6", "--cohort.share_stages", "0"),
     "simclr": ("--method", "simclr", "--cohort.networks", "3"),
+    "moco with a probe": ("--monitor.linear", "true"),
     "supervised dml": ("--method", "supervised", "--supervised.teaching", "dml"),
 }
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import eigh
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from peerlearn.evaluation import representation
 from peerlearn.evaluation.representation import (
     alignment,
     feature_std,
+    lidar,
     neighbour_agreement,
     peer_agreement,
     rankme,
@@ -212,6 +214,77 @@ def test_refusals_of_one_measure() -> None:
     for bad in (FLAT, torch.ones(2, 0), torch.ones(0, 2)):
         with pytest.raises(ValueError, match=r"\(M, N\)"):
             peer_agreement(bad)
+
+
+def exact_views(signal: list[float], d: int, noise: float, n: int = 40) -> Tensor:
+    """Two views of n images in D dimensions: means of these variances, exactly, and noise of one in every dimension."""
+    columns = torch.cat([torch.ones(n, 1, dtype=torch.float64), gaussian(n, len(signal) + d)], 1)
+    # Orthogonal to each other, and to the mean.
+    columns = torch.linalg.qr(columns).Q[:, 1:]
+    means = torch.zeros(n, d, dtype=torch.float64)
+    means[:, : len(signal)] = (
+        columns[:, : len(signal)] * (torch.tensor(signal, dtype=torch.float64) * (n - 1)).sqrt()
+    )
+    off = columns[:, len(signal) :] * math.sqrt(noise * n / 2)
+    return torch.stack([means + off, means - off]) + 3.0
+
+
+class TestLiDAR:
+    @pytest.mark.parametrize("rank", [1, 3, 8])
+    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+    def test_is_the_number_of_directions_that_tell_images_apart_alike(self, rank, scale):
+        views = exact_views([4.0] * rank, 8, noise=1.0) * scale
+        assert lidar(views) == pytest.approx(rank, rel=3e-5)
+
+    def test_directions_count_by_their_ratio_of_signal_to_noise(self):
+        """Of the variance of the mean of two views, half the noise is none of the images'."""
+        signal, noise = [9.0, 2.0, 0.7, 0.4], 1.0
+        values = [(s - noise / 2) / (noise * (1 + 1e-4)) for s in signal[:3]] + [0.0] * 3
+        shares = [value / sum(values) + EPSILON for value in values]
+        expected = math.exp(-sum(share * math.log(share) for share in shares))
+        assert lidar(exact_views(signal, 6, noise)) == pytest.approx(expected, rel=1e-9)
+
+    def test_agrees_with_scipys_generalised_eigenvalues(self):
+        views = torch.stack([gaussian(60, 7, seed=9) * torch.arange(1, 8)] * 4)
+        views += torch.stack([gaussian(60, 7, seed=s) @ gaussian(7, 7) for s in range(4)])
+        rows = views.numpy()
+        within = sum(np.cov(rows[:, i], rowvar=False) for i in range(60)) / 60
+        between = np.cov(rows.mean(0), rowvar=False) - within / 4
+        ridge = 1e-4 * np.trace(within) / 7 * np.eye(7)
+        values = eigh(between, within + ridge, eigvals_only=True).clip(0)
+        shares = values / values.sum() + EPSILON
+        assert lidar(views) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
+        assert lidar(views.flip(0)) == pytest.approx(lidar(views), rel=1e-12)
+
+    def test_two_views_show_what_fifty_do(self):
+        """Signals 8, 4 and 2 in three of ten dimensions of noise 1: in the limit of many images, 2.6 directions."""
+        signal = torch.tensor([8.0, 4.0, 2.0] + [0.0] * 7).sqrt()
+        views = torch.stack([gaussian(4000, 10, seed=99) * signal] * 50)
+        views += torch.stack([gaussian(4000, 10, seed=s) for s in range(50)])
+        expected = math.exp(-sum(p * math.log(p) for p in (8 / 14, 4 / 14, 2 / 14)))
+        assert lidar(views) == pytest.approx(expected, rel=0.03)
+        assert lidar(views[:2]) == pytest.approx(expected, rel=0.06)
+
+    def test_without_noise_it_is_the_rank_of_the_images(self):
+        views = exact_views([2.0, 2.0, 2.0], 5, noise=0.0)
+        assert lidar(views) == pytest.approx(3, rel=3e-5)
+
+    def test_it_is_one_where_nothing_tells_images_apart(self):
+        assert lidar(exact_views([], 5, noise=1.0)) == pytest.approx(1, abs=1e-4)
+        assert lidar(torch.ones(2, 9, 5)) == pytest.approx(1, abs=1e-4)
+
+    def test_half_precision_is_widened(self):
+        views = exact_views([4.0, 1.0], 5, noise=1.0).half()
+        assert lidar(views) == lidar(views.double())
+
+    @pytest.mark.parametrize(
+        "bad", [gaussian(9, 3), torch.ones(1, 9, 3), torch.ones(2, 3, 3), torch.ones(2, 9, 0)]
+    )
+    def test_refusals(self, bad):
+        with pytest.raises(ValueError, match=r"must be \(Q, N, D\)"):
+            lidar(bad)
+        with pytest.raises(ValueError, match="not finite"):
+            lidar(torch.full((2, 9, 3), math.nan))
 
 
 class TestNeighbourAgreement:

@@ -55,6 +55,15 @@ def test_rate_pace_and_scores_of_the_newest_rows(tmp_path: Path) -> None:
             {"knn_top1": 3.0, "knn_network": "net/0", "knn_k": 20, "knn_temperature": 0.07},
         ),
         (
+            {"ensemble/knn_top1": 3.0, "ensemble/linear_top1": 2.0, "net/0/linear_top1": 1.0},
+            {
+                "knn_top1": 3.0,
+                "knn_network": "ensemble",
+                "linear_top1": 2.0,
+                "linear_network": "ensemble",
+            },
+        ),
+        (
             {"ensemble/episode_top1": 3.0, "episode/ways": 5, "episode/shots": 1},
             {
                 "few_shot_top1": 3.0,
