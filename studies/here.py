@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peerlearn import HOME
 from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
-from peerlearn.exchange.mirror_process import REST_SECONDS, MirrorProcess
+from peerlearn.exchange.mirror_process import HURRY_SECONDS, REST_SECONDS, MirrorProcess
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import open_no_link
 from peerlearn.runs.launcher import module_words
@@ -169,7 +169,8 @@ class Here:
             for child in ended:
                 self._children.remove(child)
                 reporter.say(self._end(child, stop))
-                if child.mirror is not None and (said := child.mirror.end(REST_SECONDS)):
+                seconds = HURRY_SECONDS if stop.requested else REST_SECONDS
+                if child.mirror is not None and (said := child.mirror.end(seconds)):
                     reporter.say(said)
             if ended or (stop.requested and not self._children):
                 return

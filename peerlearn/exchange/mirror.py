@@ -25,7 +25,6 @@ from peerlearn.exchange.run_news import (
     News,
     Position,
     Subject,
-    newest_step,
     news_of,
     subject_of,
 )
@@ -146,14 +145,14 @@ class _Forwarder:
     def _forward(self) -> None:
         news = news_of(self._run, self._position)
         if not news and self._tracker is None:
-            self._say_ahead()
+            self._say_ahead(news.newest_step)
             return
         if self._tracker is None:
             subject = subject_of(self._run)
             self._tracker = self._connect(subject, self._state.destination)
             self._position = self._tracker.position(self._state.position)
             news = news_of(self._run, self._position)
-        self._say_ahead()
+        self._say_ahead(news.newest_step)
         if not news:
             return
         self._tracker.send(news)
@@ -197,9 +196,8 @@ class _Forwarder:
         reason = printable(" ".join(str(error).split()), 300) or type(error).__name__
         return UserError(f"{self._state.destination.tracker}: {reason}")
 
-    def _say_ahead(self) -> None:
+    def _say_ahead(self, newest: int) -> None:
         """After a restart the run may be behind what was sent."""
-        newest = newest_step(self._run)
         if 0 <= newest < self._position.step:
             self._say(
                 f"the run went back to step {newest}: its rows up to step {self._position.step} were sent before"

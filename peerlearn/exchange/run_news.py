@@ -109,12 +109,14 @@ class News:
 
     Attributes:
         rows: rows in the order of their steps.
+        newest_step: step of the run's last row, sent or not; -1 = there is none.
         events: all events of the run, oldest first.
         events_before: number of events that the tracker has.
         results: results that it lacks.
     """
 
     rows: list[Row]
+    newest_step: int
     events: list[dict[str, Any]]
     events_before: int
     results: list[Result]
@@ -180,28 +182,23 @@ def news_of(run: RunDirectory, position: Position) -> News:
         OSError: a file cannot be read.
     """
     events = list(run.events())
+    rows = [row for row in read_json_lines(run.metrics) if integer(row.get("step")) is not None]
     return News(
-        rows=list(_rows_after(run, position.step, events)),
+        rows=list(_rows_after(rows, position.step, events)),
+        newest_step=rows[-1]["step"] if rows else -1,
         events=events,
         events_before=min(position.events, len(events)),
-        results=[r for r in _results(run, events) if r.name not in position.results],
+        results=[r for r in _results(run) if r.name not in position.results],
     )
 
 
-def newest_step(run: RunDirectory) -> int:
-    """The step of the last row; -1 = there is none."""
-    return max((row["step"] for row in _rows(run)), default=-1)
-
-
-def _rows(run: RunDirectory) -> Iterator[dict[str, Any]]:
-    return (row for row in read_json_lines(run.metrics) if integer(row.get("step")) is not None)
-
-
-def _rows_after(run: RunDirectory, step: int, events: list[dict[str, Any]]) -> Iterator[Row]:
+def _rows_after(
+    rows: list[dict[str, Any]], step: int, events: list[dict[str, Any]]
+) -> Iterator[Row]:
     started = {
         event.get("attempt"): time_ms(event) for event in events if event["event"] == "started"
     }
-    for row in _rows(run):
+    for row in rows:
         if row["step"] <= step:
             continue
         step = row["step"]
@@ -220,7 +217,7 @@ def figures(row: Mapping[str, Any], but: tuple[str, ...] = ()) -> dict[str, floa
     }
 
 
-def _results(run: RunDirectory, events: list[dict[str, Any]]) -> Iterator[Result]:
+def _results(run: RunDirectory) -> Iterator[Result]:
     for file in sorted(run.results.glob("*.json")):
         try:
             content, changed = read_json_object(file), file.stat().st_mtime
@@ -262,5 +259,5 @@ def _flat(content: Mapping[str, Any], between: str, before: str = "") -> Iterato
             yield f"{before}{key}", value
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
