@@ -45,6 +45,7 @@ class SubmitConfig:
         name: name of the job; null = made from the verb and the run.
         dependency: condition for the start of the job, in sbatch's form: afterok:123, ...
         wait: whether to stay until the job has ended, and exit with its exit code.
+        mirror: tracker that a training is mirrored to while it runs, as by `peerlearn mirror`; null = none.
     """
 
     executor: Literal["slurm", "local", "debug"] = "slurm"
@@ -67,6 +68,7 @@ class SubmitConfig:
     name: str | None = None
     dependency: str | None = None
     wait: bool = False
+    mirror: Literal["wandb", "mlflow", "trackio", "tensorboard"] | None = None
 
     def __post_init__(self) -> None:
         for key in ("nodes", "tasks_per_node", "cpus_per_task", "time_minutes"):

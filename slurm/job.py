@@ -29,6 +29,7 @@ from peerlearn.errors import (
     CrashError,
     UserError,
 )
+from peerlearn.exchange.mirror_process import HURRY_SECONDS, REST_SECONDS, MirrorProcess
 from peerlearn.runs.files import write_text
 from peerlearn.runs.heartbeat import read_step
 from peerlearn.runs.launcher import FAULT_FILE, MACHINES, MEETING_SOCKET, USERS, module_words
@@ -36,6 +37,7 @@ from slurm.outcome import UNWRITTEN_CODES, Kind, Outcome, write_outcome
 from slurm.submission import Submission, submission_to_run
 
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
 # Nodes may start minutes apart.
 _RENDEZVOUS_SECONDS = 600.0
 # Below the ephemeral ports, which other programs' connections take at random.
@@ -119,6 +121,7 @@ class _Process:
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.run_directory = submission.trained_run(task)
         self.complaint = self.last_line = ""
+        self.mirror = self._mirror()
         name = f"fault-{task}-{self.restart}-{place.global_rank}"
         self.fault_file = submission.outcomes / name
 
@@ -132,6 +135,7 @@ class _Process:
             print(outcome.reason, flush=True)
         else:
             if self.in_slurm and signal.SIGTERM in self.signals.received:
+                self._end_mirror()
                 self._hold()
             outcome = self._outcome(code, attempt_before=attempt)
         try:
@@ -145,7 +149,24 @@ class _Process:
         except OSError:
             # The disk is full, which may be what ended the command. Only the exit code can tell the outcome.
             sys.exit(UNWRITTEN_CODES.get(outcome.kind, outcome.code))
+        finally:
+            self._end_mirror()
         return outcome
+
+    def _mirror(self) -> MirrorProcess | None:
+        """The mirror of a training, by its first process."""
+        tracker = self.submission.config.mirror
+        if tracker is None or self.run_directory is None or self.place.global_rank != 0:
+            return None
+        code = self.submission.code.resolve()
+        return MirrorProcess(self.run_directory, tracker, code, in_child=_die_with_parent)
+
+    def _end_mirror(self) -> None:
+        if self.mirror is not None:
+            seconds = HURRY_SECONDS if self.signals.received else REST_SECONDS
+            if complaint := self.mirror.end(seconds):
+                print(complaint, flush=True)
+            self.mirror = None
 
     def _run_child(self) -> int:
         """Run the command, and return its exit code.
@@ -175,10 +196,18 @@ class _Process:
         assert child.stderr is not None
         reader = threading.Thread(target=self._pass_on, args=(child.stderr,), daemon=True)
         reader.start()
-        code = child.wait()
+        code = self._wait(child)
         # A process that the command left behind may hold the pipe open.
         reader.join(timeout=5)
         return code
+
+    def _wait(self, child: "subprocess.Popen[bytes]") -> int:
+        """Wait for the command, and start its mirror once it trains."""
+        while self.mirror is not None:
+            self.mirror.look()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(_LOOK_SECONDS)
+        return child.wait()
 
     def _pass_on(self, stderr: IO[bytes]) -> None:
         """Pass the command's stderr on, and remember its last line and its last error message."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from peerlearn.cli import dispatch
 from peerlearn.config import find_config, parse_config
 from peerlearn.errors import DONE, UsageError
+from peerlearn.runs.trackers import check_installed
 from slurm.config import SubmitConfig
 from slurm.plan import plan_task
 from slurm.private_folder import warn_of_profile
@@ -42,6 +43,10 @@ def main(argv: Sequence[str]) -> int:
         to_come=config.dependency is not None,
         processes=config.nodes * config.tasks_per_node,
     )
+    if config.mirror is not None:
+        if not task.trains:
+            raise UsageError(f"--mirror goes with a training, and {task.words[0]} is none")
+        check_installed(config.mirror)
     name = config.name or job_name(task)
     if dry_run:
         _print_plan(home, task, config, name)

@@ -15,7 +15,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerlearn.config import nearest, require
+from peerlearn.config import added, nearest, require
 
 # Words that the study itself sets, or that are no part of a command's config.
 _OWN_WORDS = {
@@ -84,6 +84,7 @@ class StudyConfig:
         throttle: largest number of pretrainings at once, and of evaluations; null = 1 here, no limit on a cluster.
         keep: what stays of a run once it is evaluated: all, the last export (without saves), or results alone.
         published: published figures, which tables show beside those measured.
+        mirror: tracker that each run is mirrored to, as by `peerlearn mirror`; null = none.
     """
 
     folder: str
@@ -100,6 +101,7 @@ class StudyConfig:
     throttle: int | None = None
     keep: Literal["all", "last", "results"] = "all"
     published: list[Published] = field(default_factory=list)
+    mirror: Literal["wandb", "mlflow", "trackio", "tensorboard"] | None = added(None)
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder must name the study's folder")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from peerlearn import HOME
 from peerlearn.errors import DONE, SAVED_RUN_AGAIN, UserError
+from peerlearn.exchange.mirror_process import HURRY_SECONDS, REST_SECONDS, MirrorProcess
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import open_no_link
 from peerlearn.runs.launcher import module_words
@@ -39,6 +40,7 @@ class _Child:
         log: file with its output.
         ordered: the evaluation; None if it trains.
         told: whether it was told to stop.
+        mirror: mirror of the run that it trains; None without one.
     """
 
     title: str
@@ -48,6 +50,7 @@ class _Child:
     log: Path
     ordered: Ordered | None = None
     told: bool = False
+    mirror: MirrorProcess | None = None
 
 
 class Here:
@@ -66,7 +69,9 @@ class Here:
         at_once: int,
         again: bool,
         interval_seconds: float,
+        mirror: str | None = None,
     ) -> None:
+        self._mirror = mirror
         self._work = work
         self._runs = {run.folder: run for run in runs}
         self._config_of = config_of
@@ -138,12 +143,15 @@ class Here:
             log, title, run = each.log, f"{each.folder.name}: training", each.folder
             place = each.folder
         self._tried.add(place)
+        mirror = None
+        if self._mirror is not None and not isinstance(each, Ordered):
+            mirror = MirrorProcess(RunDirectory(run), self._mirror, HOME)
         try:
             process = _spawn(words, log, threads=max(1, (os.cpu_count() or 1) // self._at_once))
         except OSError as error:
             raise unwritable(self._work.root, error) from error
         ordered = each if isinstance(each, Ordered) else None
-        child = _Child(title, process, time.monotonic(), run, log, ordered)
+        child = _Child(title, process, time.monotonic(), run, log, ordered, mirror=mirror)
         self._children.append(child)
 
     def _wait(self, reporter: Reporter, stop: Stop) -> None:
@@ -154,10 +162,16 @@ class Here:
                 if not child.told:
                     child.process.terminate()
                     child.told = True
+            for child in self._children:
+                if child.mirror is not None:
+                    child.mirror.look()
             ended = [child for child in self._children if child.process.poll() is not None]
             for child in ended:
                 self._children.remove(child)
                 reporter.say(self._end(child, stop))
+                seconds = HURRY_SECONDS if stop.requested else REST_SECONDS
+                if child.mirror is not None and (said := child.mirror.end(seconds)):
+                    reporter.say(said)
             if ended or (stop.requested and not self._children):
                 return
             if sys.stdout.isatty():
@@ -201,6 +215,8 @@ class Here:
         for child in self._children:
             child.process.kill()
             child.process.wait()
+            if child.mirror is not None:
+                child.mirror.end(0)
 
 
 def _standing(run: Path) -> str:

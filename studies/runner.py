@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from peerlearn import HOME
 from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UsageError, UserError
-from peerlearn.runs.directory import JOBS_FOLDER
+from peerlearn.exchange.mirror_process import REST_SECONDS, send_now
+from peerlearn.runs.directory import JOBS_FOLDER, RunDirectory
 from peerlearn.runs.stop import STOP_SIGNALS, Stop, stop_signals
 from slurm.client import own_jobs
 from slurm.config import SubmitConfig
@@ -65,12 +67,25 @@ def go_on(
         found = watch(
             lambda: advance(work, evaluated_on, at_once=config.throttle), interval_seconds
         )
-    return SAVED_RUN_AGAIN if found is None else _tables(study, work, found)
+    if found is None:
+        return SAVED_RUN_AGAIN
+    _mirror_results(study)
+    return _tables(study, work, found)
+
+
+def _mirror_results(study: Study) -> None:
+    """Have the results of the evaluations sent, which came after the trainings. What fails is a line."""
+    for run in study.runs if study.config.mirror else ():
+        if RunDirectory(run.folder).begun:
+            said = send_now(run.folder, study.config.mirror or "", HOME, REST_SECONDS)
+            if said:
+                print(f"mirror: {said}", flush=True)
 
 
 def _submit_runs(study: Study, place: SubmitConfig, *, again: bool) -> None:
     """Submit the runs that are due, and the job that watches them."""
     config = study.config
+    trained_on = replace(place, mirror=config.mirror or place.mirror)
     # One process is enough to watch.
     small = replace(
         place_of(config.evaluated_on),
@@ -83,7 +98,7 @@ def _submit_runs(study: Study, place: SubmitConfig, *, again: bool) -> None:
     # Whoever cancels the study meanwhile waits, and ends all of them.
     with locked_home(study.root / JOBS_FOLDER):
         for job in submit_pretraining(
-            study.root, study.runs, place, at_once=config.throttle, again=again
+            study.root, study.runs, trained_on, at_once=config.throttle, again=again
         ):
             print(f"job {job}: pretraining of {study.root}", flush=True)
         if config.watch == "job" and (own := submit_watch(study.root, _watch_words(study), small)):
@@ -201,6 +216,7 @@ def watch_here(
         at_once=at_once,
         again=again,
         interval_seconds=interval_seconds,
+        mirror=study.config.mirror if study else None,
     )
     with stop_signals(STOP_SIGNALS, "what runs saves, then all stops") as stop:
         found = here.run(stop)

@@ -23,6 +23,7 @@ from peerlearn.compute.cpu import BF16_UNITS, cpu_flags
 from peerlearn.config import ArgumentParser
 from peerlearn.data.ffcv_package import HOW_TO_INSTALL
 from peerlearn.errors import DONE, FAILURE
+from peerlearn.runs.trackers import KINDS, requirement
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -209,6 +210,20 @@ def check_ffcv() -> Check:
     return replace(check, found=f"{check.found}: packed files (data.backend ffcv) cannot be read")
 
 
+def check_trackers() -> Check:
+    """Their versions alone: some take seconds to import."""
+    packages = {name: kind.minimum for name, kind in KINDS.items() if kind.minimum}
+    found = {name: _version_of(name) for name in packages}
+    wrong = [name for name in packages if not _at_least(found[name], packages[name])]
+    return Check(
+        name="trackers",
+        ok=not wrong,
+        required=False,
+        found=", ".join(f"{name} {found[name] or 'not installed'}" for name in packages),
+        fix=f"to mirror runs to them: pip install {' '.join(map(requirement, wrong))}",
+    )
+
+
 def check_submitit() -> Check:
     return _check_package("submitit", required=False)
 
@@ -296,6 +311,7 @@ CHECKS: Sequence[Callable[[], Check]] = (
     check_cpu_bf16,
     check_faiss,
     check_ffcv,
+    check_trackers,
     check_submitit,
     check_slurm,
     check_compiler,

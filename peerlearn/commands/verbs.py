@@ -90,6 +90,11 @@ VERBS = {
     "import": Verb(
         "peerlearn.exchange.import_command", "main", "read another program's checkpoint"
     ),
+    "mirror": Verb(
+        "peerlearn.exchange.mirror_command",
+        "main",
+        "send a run to wandb, mlflow, trackio or tensorboard, each step once",
+    ),
     "data": Verb(
         "peerlearn.commands.data_command",
         "main",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slurm.submission
 from peerlearn import PACKAGES
@@ -24,6 +25,7 @@ from slurm.submission import jobs_of, read_submission
 from slurm.submit_command import CLUSTERS
 from tests.e2e.runs import (
     SMALL,
+    STEPS,
     assert_same_run,
     command,
     ends,
@@ -46,6 +48,13 @@ FAULTS = Path(__file__).parent / "faults"
 
 def local(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     return run_process(command(*words), env=environment(), capture_output=True, text=True, cwd=cwd)
+
+
+def mirrored_steps(run: Path) -> list[int]:
+    """The steps that TensorBoard has of a run, as often as it has them."""
+    found = EventAccumulator(str(run / "mirror" / "tensorboard"), {"scalars": 0})
+    found.Reload()
+    return sorted(event.step for event in found.Scalars("epoch"))
 
 
 def submission_of(run: Path, name: str = "pretrain-1") -> Path:
@@ -120,8 +129,10 @@ def test_a_job_on_this_machine(tmp_path: Path) -> None:
     """The submission: private, whole, by path; the run: as without it; the command comes back at once."""
     run, expected = tmp_path / "a", tmp_path / "b"
     words = ["pretrain", *SMALL, *FASHION, "--run", "a"]
-    found = local("submit", "--cluster", "local", "--wait", "true", "--", *words, cwd=tmp_path)
+    options = ["--cluster", "local", "--wait", "true", "--mirror", "tensorboard"]
+    found = local("submit", *options, "--", *words, cwd=tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr
+    assert mirrored_steps(run) == list(range(STEPS + 1))
     assert local("pretrain", *SMALL, *FASHION, "--run", str(expected)).returncode == 0
     assert_same_run(run, expected)
     folder = submission_of(run)
@@ -156,8 +167,11 @@ def test_other_verbs_are_jobs_too(tmp_path: Path) -> None:
 
 
 def test_debug_runs_here_and_now(tmp_path: Path) -> None:
-    found = local("submit", "--cluster", "debug", "--", "pretrain", *SMALL, "--run", str(tmp_path / "a"))  # fmt: skip
+    # A mirror that cannot be is a line of the log.
+    options = ["--cluster", "debug", "--mirror", "mlflow"]
+    found = local("submit", *options, "--", "pretrain", *SMALL, "--run", str(tmp_path / "a"))
     assert found.returncode == 0, found.stderr
+    assert found.stdout.count("mirror to mlflow: mlflow needs --uri or MLFLOW_TRACKING_URI") == 1
     assert "kNN top-1" in found.stdout
     assert (tmp_path / "a" / "DONE").exists()
     words = ["pretrain", *SMALL, "--device", "cuda:9", "--run", str(tmp_path / "b")]

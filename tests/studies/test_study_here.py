@@ -213,8 +213,8 @@ def test_what_is_measured_already_is_dropped_and_what_has_lost_its_result_is_not
 @pytest.mark.slow(20)
 def test_in_the_background_of_this_machine(tmp_path: Path) -> None:
     root = tmp_path / "s"
-    file = write_config(tmp_path, cluster="local", evaluate=[KNN])
-    printed = peerlearn("study", str(file))
+    file = write_config(tmp_path, cluster="local", evaluate=[KNN], mirror="trackio")
+    printed = peerlearn("study", str(file), TRACKIO_DIR=str(tmp_path / "trackio"))
     job = json.loads((root / "slurm" / "jobs.jsonl").read_text())["job"]
     assert f"job {job}: {root}" in printed
     # It goes on there already.
@@ -222,6 +222,10 @@ def test_in_the_background_of_this_machine(tmp_path: Path) -> None:
     wait_for((root / "table.json").is_file, "table")
     assert all(kinds(run_of(root, seed)) == {KNN: "done"} for seed in (0, 1))
     wait_for(lambda: not Path(f"/proc/{job}").exists(), "end of the job")
+    for seed in (0, 1):
+        noted = json.loads((run_of(root, seed) / "mirror" / "trackio.json").read_text())
+        assert noted["step"] == STEP
+        assert set(noted["results"]) == {f.stem for f in run_of(root, seed).glob("results/*.json")}
     said = peerlearn("logs", str(root))
     assert f"base-seed-1, step {STEP}: {KNN}: done (" in said
 

@@ -146,6 +146,13 @@ def test_a_check_is_frozen_and_needs_no_fix_when_ok() -> None:
 
 
 class TestPackages:
+    def test_trackers_that_are_missing_or_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        set_version(monkeypatch, {"wandb": "0.31.2", "mlflow": "2.22", "trackio": None})
+        result = doctor.check_trackers()
+        assert (result.ok, result.required) == (False, False)
+        assert result.found == "wandb 0.31.2, mlflow 2.22, trackio not installed"
+        assert result.fix.endswith("pip install 'mlflow>=3.17' 'trackio>=0.43'")
+
     def test_the_minima_are_those_of_pyproject(self, monkeypatch: pytest.MonkeyPatch) -> None:
         project = tomllib.loads(PYPROJECT.read_text())["project"]
         wanted = dict(
@@ -166,6 +173,9 @@ class TestPackages:
             one()
         wanted.pop("faiss-gpu")  # its own check, and the program runs without it
         assert asked == wanted
+        extra = project["optional-dependencies"]["trackers"]
+        minima = {name: kind.minimum for name, kind in doctor.KINDS.items() if kind.minimum}
+        assert minima == dict(line.split(">=") for line in extra)
         python = ".".join(map(str, doctor._MINIMUM_PYTHON))
         assert project["requires-python"] == f">={python}"
 
