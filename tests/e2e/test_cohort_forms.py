@@ -16,7 +16,8 @@ WORDS = ["--data.limit", "96", "--checkpoint.every_steps", "2", "--cohort.networ
 @pytest.mark.parametrize(
     "words",
     [
-        ["--cohort.share_stages", "all", "--queue.momentum_schedule", "cosine"],
+        ["--cohort.share_stages", "all", "--monitor.linear", "true"],
+        ["--queue.momentum_schedule", "cosine"],
         ["--cohort.share_stages", "all", "--method", "supervised", "--supervised.teaching", "one"],
         [
             "--cohort.share_stages",
@@ -27,7 +28,7 @@ WORDS = ["--data.limit", "96", "--checkpoint.every_steps", "2", "--cohort.networ
             "cl_ilr",
         ],
         ["--cohort.frozen", "1", "--cohort.backbones", "conv4", "resnet32", "conv4"],
-        ["--cohort.frozen", "0", "2", "--method", "simclr"],
+        ["--cohort.frozen", "0", "2", "--method", "simclr", "--monitor.linear", "true"],
         ["--cohort.frozen", "2", "--method", "supervised", "--supervised.teaching", "dml"],
     ],
     ids=lambda words: "-".join(words[1::2]),

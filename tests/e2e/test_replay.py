@@ -184,7 +184,8 @@ def test_from_a_save_and_from_the_start_a_step_has_the_same_bytes(trained, tmp_p
     "words",
     [
         ["--method", "supervised", "--supervised.teaching", "dml"],
-        ["--method", "simclr", "--data.limit", "100"],
+        ["--method", "simclr", "--data.limit", "100", "--cohort.frozen", "1"],
+        ["--cohort.share_stages", "all", "--monitor.linear", "true"],
     ],
 )
 def test_other_methods(words, tmp_path):
