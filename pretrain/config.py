@@ -124,14 +124,14 @@ class CohortConfig:
 
     def architectures(self) -> list[str]:
         """The M backbone names."""
-        return _for_each(self.backbones, self.networks)
+        return for_each(self.backbones, self.networks)
 
     def initial(self) -> list[str]:
         """The M words for the weights that the networks start from."""
-        return _for_each(self.init or RANDOM, self.networks)
+        return for_each(self.init or RANDOM, self.networks)
 
 
-def _for_each(words: str | list[str], networks: int) -> list[str]:
+def for_each(words: str | list[str], networks: int) -> list[str]:
     """One word for each network, of one for all or as many as there are."""
     words = [words] if isinstance(words, str) else words
     return words * networks if len(words) == 1 else list(words)

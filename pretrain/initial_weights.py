@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from peerlearn.compute.dist import Ranks
 from peerlearn.errors import UserError
-from pretrain.cohort import Cohort
+from peerlearn.runs.directory import RunDirectory
+from pretrain.cohort import Cohort, named_state
 from pretrain.config import RANDOM, CohortConfig
 from pretrain.weight_sources import Source, read_source
+
+# The name of the event that tells what the networks of a run have started from.
+INITIAL_WEIGHTS = "initial_weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +101,30 @@ def load_initial_weights(
         for m, source in enumerate(sources)
         if source
     ]
-    if cohort.shared_stages:
-        for m, source in enumerate(sources):
-            if source and not _holds(cohort.backbones[m], source):
-                raise UserError(
-                    f"cohort.init: the networks share stages, and network {m} has other weights there than the last "
-                    "one: set cohort.share_stages to 0, or name the same weights for all"
-                )
+    if cohort.shared_stages and given:
+        _check_shared(cohort, given)
     return loaded
+
+
+def _check_shared(cohort: Cohort, sources: Sequence[Source]) -> None:
+    """Make sure that the networks start from the same weights where they share them.
+
+    Raises:
+        UserError: they do not.
+    """
+    first = named_state(cohort.backbones[0])
+    for m, (backbone, source) in enumerate(zip(cohort.backbones, sources, strict=True)):
+        for name, tensor in named_state(backbone).items():
+            values = [each.tensors.get(f"backbone.{name}") for each in (sources[0], source)]
+            if tensor is first[name] and not _equal(*values):
+                raise UserError(
+                    f"cohort.init: the networks share stages, and network {m} has other weights there than network 0: "
+                    "set cohort.share_stages to 0, or name the same weights for all"
+                )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def initial_weights_of(state: Mapping[str, Any]) -> list[InitialWeights]:
@@ -123,6 +143,24 @@ def check_alike(loaded: Sequence[InitialWeights], ranks: Ranks) -> None:
         raise UserError(
             "cohort.init: the processes have read unlike weights: name a file or a folder that all of them see"
         )
+
+
+def check_unchanged(loaded: Sequence[InitialWeights], run: RunDirectory) -> None:
+    """Make sure that a run that starts over begins from the weights that it began from before.
+
+    Raises:
+        UserError: a source holds others by now.
+    """
+    before = next(iter(run.events(INITIAL_WEIGHTS)), None)
+    if before is None:
+        return
+    hashes = {each["network"]: each["sha256"] for each in before["networks"]}
+    for each in loaded:
+        if hashes.get(each.network, each.sha256) != each.sha256:
+            raise UserError(
+                f"cohort.init: {each.source} holds other weights than those that {run.root} began from (SHA-256 "
+                f"{hashes[each.network][:12]}): restore them, or start a new run"
+            )
 
 
 def remarks(cohort: Cohort, loaded: Sequence[InitialWeights]) -> Iterator[str]:
@@ -224,12 +262,3 @@ def _check_fit(backbone: nn.Module, network: int, source: Source, *, in_chans: i
                 f"{where} ({own['architecture']}): {name!r} is {shape}: name its architecture in cohort.backbones, "
                 "and its size in data.image_size"
             )
-
-
-def _holds(backbone: nn.Module, source: Source) -> bool:
-    """Whether the backbone has these weights; on the device "meta" nobody can tell."""
-    return all(
-        tensor.is_meta or torch.equal(tensor.cpu(), given.to(tensor.dtype))
-        for name, tensor in backbone.state_dict().items()
-        if (given := source.tensors.get(f"backbone.{name}")) is not None
-    )

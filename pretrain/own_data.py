@@ -223,6 +223,9 @@ def _steps(
     """Batches, epochs, and what depends on how many steps there are."""
     images = found.images
     batch = _power_of_two(images // _FEWEST_STEPS, _SMALLEST_BATCH, _LARGEST_BATCH[found.has_gpu])
+    parts = config.accumulation_steps * found.processes
+    # Each part of a batch takes two images, for batch norm.
+    batch = max(2 * parts, batch // parts * parts)
     batch = config.batch_size if "batch_size" in given else batch
     steps = max(1, images // batch)
     yield Choice(
@@ -231,7 +234,9 @@ def _steps(
     if not {"base_lr_batch_size", "optimizer.name"} & set(given):
         why = "for 256 images, as in the demo: short runs need more than 0.03"
         yield Choice("base_lr", ("0.12",), why)
-    is_small = config.cohort.small_images or view <= _SMALL_SIDE
+    is_small = view <= _SMALL_SIDE
+    if "cohort.small_images" in given:
+        is_small = config.cohort.small_images
     work = images * view**2 * _WORK_OF_PIXEL[is_small]
     epochs = min(max(_FEWEST_EPOCHS, int(_WORK_OF_RUN[found.has_gpu] / work)), _MOST_EPOCHS)
     epochs = config.epochs if "epochs" in given else epochs
@@ -275,9 +280,9 @@ def _queue(found: Found, config: PretrainConfig, batch: int, total: int) -> Iter
 
 def _watch(found: Found) -> Iterator[Choice]:
     if found.has_labels and found.has_test:
-        k = 20 if found.images < 10_000 else 200
+        k = min(20, found.images // 2) if found.images < 10_000 else 200
         yield Choice("monitor.k", (str(k),), f"neighbours among {found.images:,} labelled images")
-        if not found.has_gpu:
+        if not found.has_gpu and found.images > 10_000:
             why = "more images would take longer than they tell, without a GPU"
             yield Choice("monitor.train_limit", ("10000",), why)
             yield Choice("monitor.test_limit", ("5000",), why)

@@ -33,6 +33,7 @@ from peerlearn.runs.step_folders import step_folder, step_folders
 from peerlearn.runs.stop import Stop
 from pretrain.config import PretrainConfig
 from pretrain.fault_origin import FaultOrigin, Origin
+from pretrain.initial_weights import check_unchanged
 from pretrain.method import networks_of
 from pretrain.replay_files import unwritable, write_step
 from pretrain.rows import gradient_norms, loss_row
@@ -186,7 +187,7 @@ def _restore(
 
         known = restore(training, folder, check)["environment"]
     if training.step == 0:
-        training.initialise()
+        _begin(training, run)
     steps = range(training.step + 1, step + 1)
     processes = sorted({stretch_of(history, each).processes for each in steps})
     if processes != [ranks.world_size]:
@@ -201,6 +202,21 @@ def _restore(
             env = read_json_object(run.env)
             known = {key: env.get(key) for key in environment()}
     return {"from": f"{run.checkpoints.name}/{name}" if name else "the start", "environment": known}
+
+
+def _begin(training: Training, run: RunDirectory) -> None:
+    """Begin as the run did, from the same weights.
+
+    Raises:
+        UserError: what it began from is gone, or is another by now.
+    """
+    try:
+        training.initialise()
+        training.ranks.from_main(lambda: check_unchanged(training.initial_weights, run))
+    except UserError as error:
+        saves = [step for step, _ in step_folders(run.checkpoints)]
+        later = f"; steps after {min(saves)} can be computed from a save" if saves else ""
+        raise UserError(f"{error}{later}") from error
 
 
 def _newest_before(checkpoints: Path, step: int) -> str | None:

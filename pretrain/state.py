@@ -47,6 +47,7 @@ from pretrain.exports import TrainingImages, export_cohort
 from pretrain.initial_weights import (
     InitialWeights,
     check_alike,
+    check_unchanged,
     initial_weights_of,
     load_initial_weights,
     remarks,
@@ -141,6 +142,7 @@ class Training(Resumable):
             self.cohort, config, in_chans=images.channels, image_size=images.image_size
         )
         check_alike(self.initial_weights, self.ranks)
+        self.ranks.from_main(lambda: check_unchanged(self.initial_weights, self.run))
         if self.method.peers is not None:
             load_named_state(self.method.peers, named_state(self.cohort))
         if self.ranks.main:

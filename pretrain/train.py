@@ -15,6 +15,7 @@ from peerlearn.data.loader import ViewBatch
 from pretrain.cohort import statistics
 from pretrain.faults import gradient_fault, term_fault, terms_are_finite
 from pretrain.finite import deferred_checks, first_fault
+from pretrain.initial_weights import INITIAL_WEIGHTS
 from pretrain.method import networks_of
 from pretrain.monitor import warn_of_collapse
 from pretrain.rows import gradient_norms, loss_row, scores_text
@@ -54,7 +55,7 @@ def train(attempt: Attempt[Training]) -> bool:
     if training.step == 0:
         if training.initial_weights and training.ranks.main:
             networks = [each.as_json() for each in training.initial_weights]
-            training.run.event("initial_weights", networks=networks)
+            training.run.event(INITIAL_WEIGHTS, networks=networks)
         _measure_untrained(attempt)
     if training.unwritten_row is not None:
         _write_row(attempt)

@@ -1,7 +1,6 @@
 """Where the weights lie that networks start from: exports, saves of runs, files, and what timm's cache holds."""
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from peerlearn.backbones import size_arguments
+from peerlearn.backbones import create_backbone, size_arguments
 from peerlearn.errors import UserError
 from peerlearn.export import export_hash, load_export
 from peerlearn.runs.checkpoint import check_whole, saved_steps
@@ -20,13 +19,13 @@ from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import WEIGHTS_FILE, exported_networks, is_export
 from peerlearn.runs.export_log import last_steps
 from peerlearn.runs.files import file_sha256, load_tensors
+from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.step_folders import step_folder
-from pretrain.config import RANDOM, TIMM
+from pretrain.config import RANDOM, TIMM, for_each
 
 _NETWORKS_FILE = "networks.safetensors"
 # The modules of a cohort in such a file, by the part of a network that they are.
 _GROUPS = {"backbone": "backbones", "head": "heads", "classifier": "classifiers"}
-_NUMBERED = re.compile(rf"(?:{'|'.join(_GROUPS.values())})\.(\d+)\.")
 _KINDS = "RUN, RUN/export/step-N, one network's folder, FILE.safetensors, timm or random"
 
 logger = logging.getLogger(__name__)
@@ -73,13 +72,13 @@ def read_source(
     path = Path(word)
     try:
         if path.is_file():
-            return _of_file(path, network, backbone)
+            return _of_file(path, network, backbone, image_size)
         if is_export(path):
             return _of_export(path, backbone)
         if RunDirectory(path).begun:
-            return _of_run(path, network, backbone)
+            return _of_run(path, network, backbone, image_size)
         if (path / _NETWORKS_FILE).is_file():
-            return _of_save(path, network, backbone)
+            return _of_save(path, network, image_size)
         if exported := exported_networks(path):
             return _of_export(_chosen(exported, network, path), backbone)
     except (OSError, SafetensorError) as error:
@@ -88,7 +87,7 @@ def read_source(
     raise UserError(f"cohort.init: {word} {what}; give {_KINDS}")
 
 
-def _of_run(run: Path, network: int, backbone: nn.Module) -> Source:
+def _of_run(run: Path, network: int, backbone: nn.Module, image_size: int) -> Source:
     """The newest save that is whole, for it has heads; the last exports where there is none."""
     directory = RunDirectory(run)
     for save in saved_steps(directory.checkpoints):
@@ -97,7 +96,7 @@ def _of_run(run: Path, network: int, backbone: nn.Module) -> Source:
         except UserError as error:
             logger.warning("cohort.init: passed over a damaged save: %s", error)
             continue
-        return _of_save(save, network, backbone)
+        return _of_save(save, network, image_size)
     steps = last_steps(directory)
     folder = directory.exports / step_folder(steps[0]) if steps else directory.exports
     exported = exported_networks(folder)
@@ -127,39 +126,57 @@ def _of_export(folder: Path, backbone: nn.Module) -> Source:
     )
 
 
-def _of_save(folder: Path, network: int, backbone: nn.Module) -> Source:
-    check_whole(folder)
-    return _of_file(folder / _NETWORKS_FILE, network, backbone)
-
-
-def _of_file(file: Path, network: int, backbone: nn.Module) -> Source:
-    """A file of one network, by timm's names, or of the networks of a cohort."""
+def _of_file(file: Path, network: int, backbone: nn.Module, image_size: int) -> Source:
+    """A file of one network, by timm's names, or that of a save."""
+    if file.name == _NETWORKS_FILE:
+        return _of_save(file.parent, network, image_size)
     if file.suffix != ".safetensors":
         raise UserError(
             f"cohort.init: {file} is no safetensors file: `peerlearn import {file}` makes networks of it that can be "
             "named here"
         )
-    tensors, sha256 = load_tensors(file), file_sha256(file)
-    if not any(name.startswith("backbones.") for name in tensors):
-        return Source(
-            title=str(file), sha256=sha256, identity=sha256, tensors=_by_part(tensors, backbone)
-        )
-    numbers = {match[1] for name in tensors if (match := _NUMBERED.match(name))}
-    if str(network) not in numbers:
+    sha256 = file_sha256(file)
+    return Source(
+        title=str(file),
+        sha256=sha256,
+        identity=sha256,
+        tensors=_by_part(load_tensors(file), backbone),
+    )
+
+
+def _of_save(folder: Path, network: int, image_size: int) -> Source:
+    """One network of a save of this project."""
+    check_whole(folder)
+    file = folder / _NETWORKS_FILE
+    try:
+        cohort = read_json_object(folder / "state.json")["config"]["cohort"]
+        names = for_each(cohort["backbones"], cohort["networks"])
+        small_images = bool(cohort["small_images"])
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"cohort.init: {file} has networks {', '.join(sorted(numbers, key=int))} and none for network {network}: "
-            f"name weights for each network, or {RANDOM}"
+            f"cohort.init: {folder} was written by another version of peerlearn: name its exports"
+        ) from error
+    if network >= len(names):
+        numbers = ", ".join(map(str, range(len(names))))
+        raise UserError(
+            f"cohort.init: {file} has networks {numbers} and none for network {network}: name weights for each "
+            f"network, or {RANDOM}"
         )
+    with torch.device("meta"):
+        saved: Any = create_backbone(
+            names[network], small_images=small_images, image_size=image_size
+        )
+    tensors, sha256 = load_tensors(file), file_sha256(file)
     own = {part: _below(tensors, f"{group}.{network}.") for part, group in _GROUPS.items()}
-    # What networks share is saved with the first of them.
-    names = backbone.state_dict()
-    shared = {n: t for n, t in _below(tensors, "backbones.0.").items() if n in names}
-    own["backbone"] = shared | own["backbone"]
+    # What networks share is saved with the first of them, and networks that share are of one architecture.
+    if len({*names}) == 1:
+        own["backbone"] = _below(tensors, "backbones.0.") | own["backbone"]
     return Source(
         title=f"network {network} of {file}",
         sha256=sha256,
         identity=f"{sha256} {network}",
         tensors={f"{part}.{name}": t for part, given in own.items() for name, t in given.items()},
+        architecture=str(saved.pretrained_cfg["architecture"]),
     )
 
 

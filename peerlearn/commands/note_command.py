@@ -47,11 +47,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="note, any text")
     parser.add_argument(
         "--tag",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         metavar="NAME",
-        help="words by which runs are found again: peerlearn runs --where tag=NAME",
+        help="word by which runs are found again: peerlearn runs --where tag=NAME; may stand several times",
     )
     parser.add_argument(
         "--remove", action="store_true", help="take the note, or the tags, away instead"

@@ -10,14 +10,20 @@ from peerlearn.exchange.run_news import News, Position, Subject, event_text
 
 # The figure that every row has. It is written last of its row, so that a step that has it has all of them.
 _LAST_FIGURE = "epoch"
+# So much of the run's id tells runs of one name apart.
+_ID_LETTERS = 6
 _EVENTS, _RESULT = "events", "results/"
 # How the files name a text.
 _TEXT = "/text_summary"
 
 
 def connect(subject: Subject, destination: Destination) -> "TensorBoard":
-    """Open the folder for writing."""
-    return TensorBoard(subject, destination.uri or str(subject.folder / "tensorboard"))
+    """Open the folder for writing: one of the run's own, as event files of several runs would be one curve."""
+    if not destination.uri:
+        return TensorBoard(subject, str(subject.folder / "tensorboard"))
+    return TensorBoard(
+        subject, str(Path(destination.uri) / f"{subject.name}-{subject.id[:_ID_LETTERS]}")
+    )
 
 
 class TensorBoard:

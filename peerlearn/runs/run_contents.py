@@ -286,6 +286,9 @@ def _take_row(line: bytes, memory: Memory) -> None:
     if step is None:
         memory["damaged"] += 1
         return
+    if step == 0:
+        # Of networks that nothing has trained.
+        return
     for name, value in row.items():
         score = number(value) if name.endswith(TOP1) else None
         parsed = None if score is None else parse_score_name(name)

@@ -178,6 +178,55 @@ def test_a_run_killed_before_its_first_save_starts_from_the_weights_again(source
     assert_same_run(resumed, undisturbed)
 
 
+def test_a_run_that_starts_over_is_refused_where_its_weights_are_others_by_now(
+    source, tmp_path, capfd
+):
+    copied, run = tmp_path / "source", tmp_path / "b"
+    shutil.copytree(source, copied)
+    assert pretrain(run, *WORDS, "--cohort.init", str(copied)) == 0
+    shutil.rmtree(run / "checkpoints")
+    (run / "DONE").unlink()
+    (run / "metrics.jsonl").unlink()
+    begun = [
+        line for line in (run / "events.jsonl").read_text().splitlines() if '"saved"' not in line
+    ]
+    (run / "events.jsonl").write_text("\n".join(begun) + "\n")
+    assert main(["resume", str(copied), "--epochs", "2"]) == 0
+    capfd.readouterr()
+    assert main(["resume", str(run)]) == 1
+    told = capfd.readouterr().err
+    assert f"holds other weights than those that {run} began from (SHA-256 " in told
+    assert "restore them, or start a new run" in told
+
+    theirs = tmp_path / "c"
+    assert pretrain(theirs, *WORDS, "--cohort.init", str(source)) == 0
+    assert main(["replay", str(theirs), "--step", "1"]) == 0
+    before = (theirs / "replay/step-00000001/step.json").read_bytes()
+    shutil.copy(run / "config.yaml", theirs / "config.yaml")
+    for save in (theirs / "checkpoints").glob("step-*"):
+        state = json.loads((save / "state.json").read_text())
+        assert state["initial_weights"][0]["source"].startswith("network 0 of")
+    capfd.readouterr()
+    assert main(["replay", str(theirs), "--step", "1"]) == 1
+    assert "holds other weights than those that" in capfd.readouterr().err
+    assert (theirs / "replay/step-00000001/step.json").read_bytes() == before
+
+
+def test_networks_of_unlike_architecture_are_never_mixed(tmp_path, capfd):
+    """The first network's blocks that the second lacks are no part of it."""
+    run = tmp_path / "unlike"
+    words = [*WORDS, "--data.limit", "32", "--cohort.backbones", "resnet34", "resnet18"]
+    assert pretrain(run, *words) == 0
+    words = [*WORDS, "--cohort.init", str(run), "--dry_run", "--cohort.backbones"]
+    for backbones, network in ((["resnet34"], 1), (["resnet18"], 0)):
+        capfd.readouterr()
+        assert pretrain(tmp_path / "b", *words, *backbones) == 1
+        there = ["resnet34", "resnet18"][network]
+        assert f"does not fit network {network}: it is {there}, not {backbones[0]}" in (
+            capfd.readouterr().err
+        )
+
+
 def test_what_timms_cache_holds_is_loaded_without_the_internet(monkeypatch, tmp_path, capfd):
     """A cache as huggingface_hub lays it out, with weights of our own making."""
     import huggingface_hub.constants
@@ -224,7 +273,7 @@ def test_what_timms_cache_holds_is_loaded_without_the_internet(monkeypatch, tmp_
         ),
         (
             ["--cohort.init", "SOURCE", "--cohort.backbones", "resnet32"],
-            "does not fit network 0 (resnet32_cifar): 'stem.0.weight' is missing: name its architecture",
+            "it is conv4_cifar, not resnet32_cifar: name its architecture in cohort.backbones",
         ),
         (
             ["--cohort.init", "SOURCE/export/step-00000002", "--cohort.backbones", "resnet32"],
@@ -237,7 +286,11 @@ def test_what_timms_cache_holds_is_loaded_without_the_internet(monkeypatch, tmp_
         ),
         (
             ["--cohort.init", "SOURCE", "--cohort.share_stages", "all"],
-            "network 0 has other weights there than the last one: set cohort.share_stages to 0",
+            "network 1 has other weights there than network 0: set cohort.share_stages to 0",
+        ),
+        (
+            ["--cohort.init", "SOURCE", "--cohort.share_stages", "all", "--dry_run"],
+            "network 1 has other weights there than network 0: set cohort.share_stages to 0",
         ),
         (["--cohort.init", "FILE.pth"], "is no safetensors file: `peerlearn import"),
         (["--cohort.init", "FILE.safetensors"], "FILE.safetensors cannot be read"),

@@ -141,7 +141,7 @@ def test_json_tells_everything(runs, capsys):
 
 def test_csv_reads_back_one_line_for_each_run(runs, tmp_path, capsys):
     note = 'grün, "quoted"\nsecond line \x1b[31mred'
-    assert main(["note", "runs/a", note, "--tag", "x", "y"]) == 0
+    assert main(["note", "runs/a", note, "--tag", "x", "--tag", "y"]) == 0
     text = printed(capsys, "--csv", "-")
     assert printed(capsys, "--csv", str(tmp_path / "out.csv")) == ""
     assert (tmp_path / "out.csv").read_text() == text
@@ -469,7 +469,7 @@ def note(runs, capsys) -> Callable[..., list[str]]:
 
 
 def test_notes_are_added_taken_away_and_printed(runs, note, capsys):
-    assert note("first", "--tag", "x", "y") == ["#x", "#y", "first"]
+    assert note("first", "--tag", "x", "--tag", "y") == ["#x", "#y", "first"]
     assert note("a\nb\x1b[31m") == ["#x", "#y", "first", "a\\nb\\x1b[31m"]
     size = (runs / "a/notes.jsonl").stat().st_size
     assert note() == ["#x", "#y", "first", "a\\nb\\x1b[31m"]

@@ -134,7 +134,8 @@ class TensorBoardStore(Store):
     def _found(self):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        found = EventAccumulator(str(self.folder / "board"), {"scalars": 0, "tensors": 0})
+        (folder,) = (self.folder / "board").iterdir()
+        found = EventAccumulator(str(folder), {"scalars": 0, "tensors": 0})
         found.Reload()
         return found
 
