@@ -13,7 +13,7 @@ from peerlearn.cli import main
 from peerlearn.config import flat_config, load_config
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
-from pretrain.config import PretrainConfig
+from pretrain.config import CohortConfig, PretrainConfig
 from pretrain.own_data import Found, choose, look
 
 # All that a run of seconds needs of the keys that would be chosen; the others are chosen.
@@ -151,6 +151,26 @@ def test_given_keys_are_not_chosen_and_the_others_fit_them():
         assert several.get("cohort.batch_norm_splits") == splits
 
 
+@pytest.mark.parametrize(("parts", "batch"), [(4, 8), (5, 10), (16, 32)])
+def test_a_batch_divides_into_the_parts_that_are_asked_for(parts, batch):
+    found = Found(name="x", images=100, side=64)
+    settings = chosen(found, PretrainConfig(accumulation_steps=parts, batch_size=32 * parts))
+    assert int(settings["batch_size"]) == batch
+
+
+def test_a_stem_that_is_given_decides_how_long_a_run_takes():
+    found = Found(name="x", images=3_000, side=64)
+    config = PretrainConfig(cohort=CohortConfig(small_images=False))
+    own = int(chosen(found)["epochs"])
+    assert int(chosen(found, config, "cohort.small_images")["epochs"]) > own
+
+
+def test_neighbours_and_limits_fit_a_few_labelled_images():
+    few = chosen(Found(name="x", images=17, side=64, has_labels=True, has_test=True))
+    assert few["monitor.k"] == "8"
+    assert "monitor.train_limit" not in few
+
+
 def test_too_few_images_are_refused_unless_the_batch_is_given():
     found = Found(name="x", images=5, side=20)
     with pytest.raises(
@@ -196,7 +216,7 @@ def test_the_choices_are_told_and_written_once(tmp_path, monkeypatch, capsys):
     before = run.config.read_text()
     config = flat_config(load_config(PretrainConfig, run.config))
     expected = {"batch_size": 8, "queue.size": 8, "data.views.jitter": [0.4, 0.4, 0.0, 0.0]}
-    expected |= {"monitor.k": 20, "epochs": 1, "data.image_size": 16, "cohort.backbones": "conv4"}
+    expected |= {"monitor.k": 10, "epochs": 1, "data.image_size": 16, "cohort.backbones": "conv4"}
     assert {key: config[key] for key in expected} == expected
     assert any("ensemble/knn_top1" in row for row in run.metric_rows())
     write_images(root, {"train/a": 100}, grey=True)
