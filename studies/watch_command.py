@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerlearn.config import ArgumentParser
+from peerlearn.config import ArgumentParser, positive_number
 from peerlearn.errors import DONE, FAILURE, SAVED_RUN_AGAIN, UsageError, UserError
 from peerlearn.runs.directory import check_owner
 from slurm.config import SubmitConfig
@@ -109,20 +109,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of a study (default: all)")
     parser.add_argument(
         "--interval_seconds",
-        type=_positive,
+        type=positive_number,
         help="seconds from one look to the next (default: the study's, or 30)",
     )
     parser.add_argument(
         "--once", action="store_true", help="look once at a run with a cluster, and end"
     )
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive number"

@@ -20,7 +20,7 @@ from peerlearn.config.fields import (
 )
 from peerlearn.config.files import read_yaml
 from peerlearn.config.names import nearest, nearest_key
-from peerlearn.config.words import ArgumentParser, without
+from peerlearn.config.words import ArgumentParser, positive_number, without
 
 __all__ = [
     "ArgumentParser",
@@ -38,6 +38,7 @@ __all__ = [
     "nearest",
     "nearest_key",
     "parse_config",
+    "positive_number",
     "read_yaml",
     "require",
     "with_added",

@@ -38,6 +38,21 @@ class ArgumentParser(argparse.ArgumentParser):
 _NUMBERS = {"int": "whole number", "float": "number"}
 
 
+def positive_number(text: str) -> float:
+    """The type of an argument that is a positive number, for `ArgumentParser`.
+
+    Raises:
+        ValueError: it is none, or infinite.
+    """
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+positive_number.__name__ = "positive float"
+
+
 def read_words(
     words: Sequence[str], config_class: Any, verb: str
 ) -> tuple[dict[str, Entry], list[str]]:

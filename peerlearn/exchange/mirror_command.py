@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from peerlearn.config import ArgumentParser
+from peerlearn.config import ArgumentParser, positive_number
 from peerlearn.errors import DONE
 from peerlearn.exchange.mirror import Destination, Tracker, destination_of, mirror
 from peerlearn.exchange.run_news import Subject
@@ -69,18 +69,8 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--interval_seconds",
-        type=_positive,
+        type=positive_number,
         default=10.0,
         help="seconds from one look at the run to the next (default: 10)",
     )
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive number"
