@@ -4,7 +4,7 @@
 
 Parameters are equal on every machine. Pixels are equal where products and exponentials round alike, which the hash
 ``arithmetic`` tells; elsewhere the mean and the mean square of each view stand in for them. Machines that are alike in
-that may still round the blur in two ways (seen on Intel and AMD): ``pixels`` holds a hash for each.
+that may still round the blur in two ways, as two machines did: ``pixels`` holds a hash for each.
 """
 
 import hashlib
