@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from peerlearn.backbones import create_backbone, size_arguments
 from peerlearn.errors import UserError
 from peerlearn.export import export_hash, load_export
-from peerlearn.runs.checkpoint import check_whole, saved_steps
+from peerlearn.runs.checkpoint import check_whole, read_state, saved_steps
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import WEIGHTS_FILE, exported_networks, is_export
 from peerlearn.runs.export_log import last_steps
 from peerlearn.runs.files import file_sha256, load_tensors
-from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.step_folders import step_folder
 from pretrain.config import RANDOM, TIMM, for_each
 
@@ -149,7 +148,7 @@ def _of_save(folder: Path, network: int, image_size: int) -> Source:
     check_whole(folder)
     file = folder / _NETWORKS_FILE
     try:
-        cohort = read_json_object(folder / "state.json")["config"]["cohort"]
+        cohort = read_state(folder)["config"]["cohort"]
         names = for_each(cohort["backbones"], cohort["networks"])
         small_images = bool(cohort["small_images"])
     except (ValueError, LookupError, TypeError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peerlearn.errors import UserError
 from peerlearn.runs.files import file_sha256, load_tensors, replace_folder
+from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.step_folders import step_folder, step_folders, write_latest
 
 FORMAT_VERSION = 1
@@ -94,6 +95,16 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         return tensors, json.loads((folder / _STATE).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedSaveError(f"{folder}: {error}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of one save, without its tensors and unchecked.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no JSON object.
+    """
+    return read_json_object(folder / _STATE)
 
 
 def check_whole(folder: Path) -> list[str]:
