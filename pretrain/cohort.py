@@ -26,8 +26,9 @@ from peerlearn.networks.shared_stages import (
     share_low_stages,
 )
 from pretrain.batch_norm import split_batch_norm
+from pretrain.cohort_config import CohortConfig
 from pretrain.compiled import Compiled
-from pretrain.config import CohortConfig, PretrainConfig
+from pretrain.config import PretrainConfig
 from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import widen
 

@@ -12,7 +12,7 @@ from peerlearn.compute.dist import Ranks
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from pretrain.cohort import Cohort, named_state
-from pretrain.config import RANDOM, CohortConfig
+from pretrain.cohort_config import RANDOM, CohortConfig
 from pretrain.weight_sources import Source, read_source
 
 # The name of the event that tells what the networks of a run have started from.

@@ -20,7 +20,7 @@ from peerlearn.runs.export_folders import WEIGHTS_FILE, exported_networks, is_ex
 from peerlearn.runs.export_log import last_steps
 from peerlearn.runs.files import file_sha256, load_tensors
 from peerlearn.runs.step_folders import step_folder
-from pretrain.config import RANDOM, TIMM, for_each
+from pretrain.cohort_config import RANDOM, TIMM, for_each
 
 _NETWORKS_FILE = "networks.safetensors"
 # The modules of a cohort in such a file, by the part of a network that they are.

@@ -14,7 +14,7 @@ from pretrain.cohort import (
     statistics,
     update_momentum,
 )
-from pretrain.config import CohortConfig
+from pretrain.cohort_config import CohortConfig
 
 
 def build(seed: int = 0, **settings) -> Cohort:

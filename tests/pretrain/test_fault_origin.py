@@ -3,7 +3,7 @@
 import torch
 
 from pretrain.cohort import build_cohort, momentum_peers
-from pretrain.config import CohortConfig
+from pretrain.cohort_config import CohortConfig
 from pretrain.fault_origin import FaultOrigin, Origin
 
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))

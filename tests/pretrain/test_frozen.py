@@ -10,7 +10,8 @@ from peerlearn.compute.dist import Ranks
 from peerlearn.compute.gradient_average import GradientAverage
 from peerlearn.compute.optimizers import build_optimizer
 from pretrain.cohort import Cohort, build_cohort, momentum_peers, named_state, statistics
-from pretrain.config import CohortConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import PretrainConfig
 from pretrain.method import build_method
 from pretrain.method_config import QueueConfig, SupervisedConfig
 from pretrain.rows import gradient_norms

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from peerlearn.compute.dist import Ranks
 from pretrain.cohort import Cohort
-from pretrain.config import CohortConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import PretrainConfig
 from pretrain.losses import MCLTerms, queue_terms, view_terms
 from pretrain.method import build_method
 from pretrain.method_config import QueueConfig

@@ -11,7 +11,8 @@ from torch import Tensor
 from peerlearn.compute.dist import Ranks
 from peerlearn.compute.guards import all_finite
 from peerlearn.data.datasets import load_dataset
-from pretrain.config import CohortConfig, DataConfig, MonitorConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import DataConfig, MonitorConfig, PretrainConfig
 from pretrain.method import build_method
 from pretrain.method_config import QueueConfig
 from pretrain.online_probe import OnlineProbe, build_probe

@@ -13,7 +13,8 @@ from peerlearn.cli import main
 from peerlearn.config import flat_config, load_config
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
-from pretrain.config import CohortConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import PretrainConfig
 from pretrain.own_data import Found, choose, look
 
 # All that a run of seconds needs of the keys that would be chosen; the others are chosen.

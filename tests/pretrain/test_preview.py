@@ -11,7 +11,8 @@ from peerlearn.data.datasets import load_dataset
 from peerlearn.data.published import DATASET_NAMES, PUBLISHED
 from peerlearn.errors import USAGE, UserError
 from pretrain.cohort import build_networks
-from pretrain.config import CohortConfig, DataConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import DataConfig, PretrainConfig
 from pretrain.method_config import QueueConfig
 from pretrain.preview import _activation_bytes, preview
 

@@ -18,7 +18,8 @@ from peerlearn.errors import UserError
 from peerlearn.runs.score_names import EPISODE_TOP1, score_name
 from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort, build_cohort
-from pretrain.config import CohortConfig, DataConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import DataConfig, PretrainConfig
 from pretrain.episode_monitor import EpisodeMonitor
 from pretrain.losses import batch_terms
 from pretrain.method import build_method

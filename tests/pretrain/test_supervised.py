@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from peerlearn.compute.dist import Ranks
 from peerlearn.errors import UserError
 from pretrain.cohort import Cohort, build_cohort
-from pretrain.config import CohortConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import PretrainConfig
 from pretrain.gates import EnsembleGate, PeerAttention
 from pretrain.losses import batch_terms
 from pretrain.method import build_method

@@ -21,7 +21,8 @@ from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import append_text
 from peerlearn.runs.heartbeat import process_started_at
 from peerlearn.runs.run_index import INDEX_FILE
-from pretrain.config import CohortConfig, PretrainConfig
+from pretrain.cohort_config import CohortConfig
+from pretrain.config import PretrainConfig
 from tests.e2e.runs import command, environment
 
 KNN, NET = "ensemble/knn_top1", "net/0/knn_top1"

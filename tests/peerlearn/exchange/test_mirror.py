@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ RESULT = "knn-digits-00000003-0-0123456789ab"
 ROOT = Path(__file__).parents[3]
 
 
-class Store:
+class Store(ABC):
     """A tracker's store, as its users find it.
 
     Attributes:
@@ -41,21 +42,21 @@ class Store:
     def mirror(self, run: RunDirectory, *more: str) -> int:
         return main(["mirror", str(run.root), "--to", *self.words, *more])
 
+    @abstractmethod
     def losses(self) -> list[tuple[int, float]]:
         """Steps and losses, as often as it has them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def top1(self) -> list[float]:
         """The kNN accuracy of each of its results."""
-        raise NotImplementedError
 
+    @abstractmethod
     def events(self) -> str:
         """What it shows of the events."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lr(self) -> str:
         """The learning rate in its config."""
-        raise NotImplementedError
 
 
 def empty_mlflow(folder: Path) -> str:
