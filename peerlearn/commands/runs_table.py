@@ -157,8 +157,9 @@ def _remarks(runs: Sequence[RegisteredRun], names: Sequence[str]) -> list[str]:
     lines = []
     for name in names:
         found = {run.scores[name].by for run in runs if name in run.scores}
-        one = next(iter(found)) if len(found) == 1 else ""
-        how = f", {one}" if one else "; --json tells how each was measured"
+        how = "".join(f", {by}" for by in found if by)
+        if len(found) > 1:
+            how = "; --json tells how each was measured"
         lines.append(f"{name}: best (last) in %{how}")
     lines += [f"{run.name} has failed: {run.reason}" for run in runs if run.reason is not None]
     lines += [f"{run.name}: {problem}" for run in runs for problem in run.problems]
