@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerlearn.config import require
+from peerlearn.runs.trackers import TrackerName
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
@@ -68,7 +69,7 @@ class SubmitConfig:
     name: str | None = None
     dependency: str | None = None
     wait: bool = False
-    mirror: Literal["wandb", "mlflow", "trackio", "tensorboard"] | None = None
+    mirror: TrackerName | None = None
 
     def __post_init__(self) -> None:
         for key in ("nodes", "tasks_per_node", "cpus_per_task", "time_minutes"):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerlearn.config import added, nearest, require
+from peerlearn.runs.trackers import TrackerName
 
 # Words that the study itself sets, or that are no part of a command's config.
 _OWN_WORDS = {
@@ -101,7 +102,7 @@ class StudyConfig:
     throttle: int | None = None
     keep: Literal["all", "last", "results"] = "all"
     published: list[Published] = field(default_factory=list)
-    mirror: Literal["wandb", "mlflow", "trackio", "tensorboard"] | None = added(None)
+    mirror: TrackerName | None = added(None)
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder must name the study's folder")

@@ -1,7 +1,7 @@
 """The trackers that a run can be mirrored to: their packages and their variables."""
 
 import importlib.util
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from peerlearn.errors import UserError
 
@@ -28,6 +28,10 @@ KINDS = {
     "trackio": Kind("mirror_trackio", "0.43", "TRACKIO_PROJECT", "TRACKIO_DIR"),
     "tensorboard": Kind("mirror_tensorboard", "", "", ""),
 }
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[tuple(KINDS)]
 
 
 def requirement(tracker: str) -> str:
