@@ -19,6 +19,8 @@ demo: $(READY)
 test: $(READY) lint types
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
 		echo "no SLURM here: its tests are skipped; to have them run: sh scripts/system_packages.sh slurm"
+	@command -v chromedriver >/dev/null || \
+		echo "no Chromium here: the tests of pages are skipped; to have them run: sh scripts/system_packages.sh browser"
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
 test-fast: $(READY) lint

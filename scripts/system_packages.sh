@@ -3,6 +3,7 @@
 #   sh scripts/system_packages.sh          the demo's
 #   sh scripts/system_packages.sh slurm    also those of the tests that start a real SLURM (a database among them)
 #   sh scripts/system_packages.sh ffcv     also those that the extra ffcv is compiled with; slurm ffcv: both
+#   sh scripts/system_packages.sh browser  also the browser in which tests look at pages
 set -eu
 
 packages="dataset-fashion-mnist fonts-dejavu fonts-freefont-ttf fonts-aenigma"
@@ -10,7 +11,8 @@ for part; do
     case $part in
     slurm) packages="$packages slurm-wlm munge slurmdbd mariadb-server" ;;
     ffcv) packages="$packages g++ pkg-config libopencv-dev libturbojpeg0-dev" ;;
-    *) echo "unknown: $part (slurm, ffcv)" && exit 2 ;;
+    browser) packages="$packages chromium chromium-driver" ;;
+    *) echo "unknown: $part (slurm, ffcv, browser)" && exit 2 ;;
     esac
 done
 # Debian's python3 comes without the means to make a virtual environment; other builds of Python have them.

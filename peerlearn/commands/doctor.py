@@ -43,6 +43,8 @@ OTHER_LIBRARIES = {
     "scikit-learn": "1.5",
     "scipy": "1.13",
     "matplotlib": "3.9",
+    "jinja2": "3.1",
+    "markupsafe": "2.1",
     "filelock": "3.20.3",
     "safetensors": "0.5",
     "submitit": "1.5",

@@ -31,6 +31,7 @@ LADDER = (
     ("peerlearn.data",),
     ("peerlearn.export", "peerlearn.knn"),
     ("peerlearn.exchange", "peerlearn.commands", "peerlearn.evaluation"),
+    ("peerlearn.report",),
     ("peerlearn.cli",),
     ("pretrain", "linear_eval", "fewshot", "detection", "slurm"),
     ("studies",),

@@ -1,0 +1,70 @@
+"""What a page is made of: sections of paragraphs, tables and pictures.
+
+They are plain data. `peerlearn.report.page` turns them into HTML and escapes every text in them.
+"""
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+# None is a value that is missing. Numbers are sorted as numbers.
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paragraph:
+    """A paragraph of plain text.
+
+    Attributes:
+        text: text of the paragraph.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table that a reader can sort by each column.
+
+    Attributes:
+        caption: caption of the table, with its protocol, n and spread.
+        headings: heading of each column, with its unit.
+        rows: cells of each row, as many as there are headings.
+    """
+
+    caption: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture that stands in the page itself.
+
+    Attributes:
+        image: element `svg`, or `img` with a data URL.
+        caption: caption of the picture, with n and spread.
+        alternative: what the picture shows, in words, for those who do not see it.
+    """
+
+    image: Markup
+    caption: str
+    alternative: str
+
+
+Part = Paragraph | Table | Picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of a page.
+
+    Attributes:
+        anchor: id of the section within its page, of lower-case letters, digits and hyphens.
+        title: title of the section.
+        parts: content of the section; a section without any is left out of the page.
+    """
+
+    anchor: str
+    title: str
+    parts: tuple[Part, ...]
