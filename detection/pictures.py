@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detection.voc import IGNORED, RIGHT, WRONG, Curve
-from peerlearn.evaluation.plots import LONGEST_NAME, LONGEST_TITLE, plain_text, save_figure
+from peerlearn.evaluation.plots import LONGEST_NAME, LONGEST_TITLE, plain_style, save_figure
 from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _DOTS_PER_INCH = 100
 _SHOWN_SIDE = round(2 * _IMAGE_INCHES * _DOTS_PER_INCH)
 
 
-@plain_text()
+@plain_style()
 def plot_precision_recall(
     file: Path,
     curves: Sequence[Curve],
@@ -70,7 +70,7 @@ def plot_precision_recall(
     figure.suptitle(printable(title, LONGEST_TITLE), fontsize=10)
     figure.supxlabel("recall (%), IoU 0.50", fontsize=9)
     figure.supylabel("precision (%)", fontsize=9)
-    save_figure(figure, file, dpi=_DOTS_PER_INCH)
+    save_figure(figure, file)
 
 
 def _plot_curve(panel: "Axes", curve: Curve, name: str, ap50: float) -> None:
@@ -118,7 +118,7 @@ _UNJUDGED = _Look("#1f4e9c", "solid", "", "detection")
 _OBJECT = _Look("#000000", (0, (3, 3)), "missed: ", "object")
 
 
-@plain_text()
+@plain_style()
 def draw_sheet(
     file: Path,
     images: Sequence[Tensor],
@@ -178,7 +178,7 @@ def draw_sheet(
         f"{printable(title, LONGEST_TITLE)}: detections of a score of {least_score:.2f} and more",
         fontsize=11,
     )
-    save_figure(figure, file, dpi=_DOTS_PER_INCH)
+    save_figure(figure, file)
 
 
 def _from_score(detection: Mapping[str, Tensor], least_score: float) -> dict[str, Tensor]:

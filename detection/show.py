@@ -220,21 +220,19 @@ def _write(
         OSError: a file cannot be written.
     """
     from detection.pictures import draw_sheet
-    from peerlearn.evaluation.plots import plain_style
 
     title = f"{about.model.detector} on {about.architecture}, trained on {about.dataset}"
     for file, numbers in sheets.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with plain_style():
-            draw_sheet(
-                file,
-                [dataset.read(number) for number in numbers],
-                [found[number] for number in numbers],
-                about.class_names,
-                title=title,
-                names=[dataset.images[number].name for number in numbers],
-                least_score=arguments.score,
-            )
+        draw_sheet(
+            file,
+            [dataset.read(number) for number in numbers],
+            [found[number] for number in numbers],
+            about.class_names,
+            title=title,
+            names=[dataset.images[number].name for number in numbers],
+            least_score=arguments.score,
+        )
         print(f"drawn: {printable(str(file))}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -59,23 +59,22 @@ def draw_sheet(file: Path, sheet: Sheet) -> None:
 def _draw(file: Path, sheet: Sheet) -> None:
     from matplotlib.figure import Figure
 
-    from peerlearn.evaluation.plots import LONGEST_NAME, plain_text, save_figure
+    from peerlearn.evaluation.plots import LONGEST_NAME, save_figure
 
     lines = "\n".join(fill(line, _LINE_LETTERS) for line in sheet.caption.splitlines())
     width = _PANEL_INCHES * len(sheet.titles) + 0.9
     height = _PANEL_INCHES * len(sheet.rows) + 0.4 + _LINE_INCHES * (1 + lines.count("\n"))
-    with plain_text():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        panels = figure.subplots(len(sheet.rows), len(sheet.titles), squeeze=False)
-        for row, beside in zip(sheet.rows, panels, strict=True):
-            for image, panel in zip(row.panels, beside, strict=True):
-                _draw_image(panel, image)
-            name = "\n".join(printable(part, LONGEST_NAME) for part in row.name.split("\n"))
-            beside[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
-        for title, panel in zip(sheet.titles, panels[0], strict=True):
-            panel.set_title(title, fontsize=8)
-        figure.suptitle(lines, fontsize=8, x=0.01, ha="left")
-        save_figure(figure, file, dpi=120)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(len(sheet.rows), len(sheet.titles), squeeze=False)
+    for row, beside in zip(sheet.rows, panels, strict=True):
+        for image, panel in zip(row.panels, beside, strict=True):
+            _draw_image(panel, image)
+        name = "\n".join(printable(part, LONGEST_NAME) for part in row.name.split("\n"))
+        beside[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+    for title, panel in zip(sheet.titles, panels[0], strict=True):
+        panel.set_title(title, fontsize=8)
+    figure.suptitle(lines, fontsize=8, x=0.01, ha="left")
+    save_figure(figure, file)
 
 
 def _draw_image(panel: "Axes", image: "Tensor") -> None:

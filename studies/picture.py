@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peerlearn.evaluation.plots import LONGEST_NAME, LONGEST_TITLE, plain_text, save_figure
+from peerlearn.evaluation.plots import LONGEST_NAME, LONGEST_TITLE, plain_style, save_figure
 from peerlearn.evaluation.uncertainty import is_percentage
 from peerlearn.runs.score_names import ENSEMBLE, WEIGHTED_ENSEMBLE
 from peerlearn.runs.text import printable
@@ -22,7 +22,7 @@ _OTHER_MARKERS = "^v<>"
 _COLORS = 10
 
 
-@plain_text()
+@plain_style()
 def plot_tables(tables: Sequence[Table], file: Path) -> None:
     """Draw the means with their standard deviations, and the published figures as hollow markers."""
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def plot_tables(tables: Sequence[Table], file: Path) -> None:
         draw_panel(axes, table)
     for axes in panels[len(tables) :]:
         axes.set_visible(False)
-    save_figure(figure, file, dpi=100)
+    save_figure(figure, file)
 
 
 def draw_panel(axes: "Axes", table: Table) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of results, as PNG files."""
+"""How pictures of results look, for a paper's column or page, and how they come into files: PNG, SVG or PDF."""
 
 import logging
 import os
@@ -7,15 +7,68 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 
 from peerlearn.runs.files import replacing
 from peerlearn.runs.output import warn_once
 from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
+
+# The files that a picture can be: pixels, or shapes and text of any size.
+PictureFormat = Literal["png", "svg", "pdf"]
+PICTURE_FORMATS: tuple[str, ...] = get_args(PictureFormat)
+
+# Widths of a picture in a paper of two columns, in inches: in one column, and over both.
+COLUMN_INCHES, PAGE_INCHES = 3.3, 6.8
+# Sizes of letters in points, for a picture that is printed at its own width; none is smaller.
+FONT_POINTS, SMALL_POINTS = 8, 7
+DOTS_PER_INCH = 200
+
+# Okabe and Ito, "Color universal design" (2008): also who does not see red or green tells these apart. Their yellow is
+# left out, which is pale on white. Each has its marker and line, for those who print in black and white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.")
+# Greys of what is beside the data: text and lines of helpers, and the ground.
+GREY, PALE = "0.4", "0.9"
+# Perceptually uniform, and light where nothing is, as paper is.
+SEQUENTIAL_MAP = "magma_r"
+
+_STYLE: Any = {
+    "axes.prop_cycle": f"cycler(color={list(COLORS)!r})",
+    "axes.labelsize": FONT_POINTS,
+    "axes.titlesize": FONT_POINTS,
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.6,
+    "errorbar.capsize": 2,
+    "figure.dpi": DOTS_PER_INCH,
+    "figure.titlesize": FONT_POINTS,
+    "font.size": FONT_POINTS,
+    "grid.color": PALE,
+    "grid.linewidth": 0.5,
+    "image.cmap": SEQUENTIAL_MAP,
+    "legend.fontsize": SMALL_POINTS,
+    "legend.title_fontsize": SMALL_POINTS,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 4,
+    "savefig.dpi": DOTS_PER_INCH,
+    # A dollar sign in a name is drawn as one, and begins no formula.
+    "text.parse_math": False,
+    "xtick.labelsize": SMALL_POINTS,
+    "ytick.labelsize": SMALL_POINTS,
+    # TrueType fonts within the file, and text that can be searched and changed.
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    # The same picture is the same file.
+    "svg.hashsalt": "peerlearn",
+}
+# What a library would else write of the hour.
+_TIMELESS = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 # Beyond so many classes neither their names nor numbers can be read.
 _MOST_NAMED = 30
@@ -48,19 +101,28 @@ def draw(picture: Callable[[Path], object], file: Path) -> None:
         )
 
 
-def save_figure(figure: "Figure", file: Path, *, dpi: int) -> None:
+def save_figure(figure: "Figure", file: Path) -> None:
     """Write a figure as a whole, in the format that the file's ending names.
 
     Raises:
         OSError: the disk does not take it. An earlier file stays.
     """
     with replacing(file) as stream:
-        figure.savefig(stream, dpi=dpi, format=file.suffix.removeprefix("."))
+        write_figure(figure, stream, file.suffix.removeprefix(".").lower())
+
+
+def write_figure(figure: "Figure", stream: IO[bytes], picture_format: str) -> None:
+    """Write a figure, which `plain_style` is around, as bytes of a format: the same bytes for the same figure."""
+    metadata = _TIMELESS[picture_format]
+    figure.savefig(stream, dpi=DOTS_PER_INCH, format=picture_format, metadata=metadata)
 
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """Matplotlib as it comes, whatever the user's notebook, login script or matplotlibrc has set, and in silence."""
+    """Matplotlib in the style of a paper, whatever the user's notebook or matplotlibrc has set, and in silence.
+
+    It is a decorator too. The figure has to be drawn and saved within it.
+    """
     # A folder for caches that cannot be written costs matplotlib time, and signs that a font lacks show as boxes.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -69,7 +131,32 @@ def plain_style() -> Iterator[None]:
             import matplotlib
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE)
             yield
+
+
+def series_style(number: int) -> dict[str, Any]:
+    """Colour, marker and line of a series, by its number from 0: no two of the first 49 are alike."""
+    kinds = len(COLORS)
+    return {
+        "color": COLORS[number % kinds],
+        "marker": MARKERS[(number + number // kinds) % kinds],
+        "linestyle": LINES[number % len(LINES)],
+    }
+
+
+def end_at_100(axes: "Axes") -> None:
+    """Let the vertical axis, of percentages, end at 0 and at 100; draw with `clip_on=False` what may lie on the end."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 100.0))
+
+
+def cut_errors(values: Sequence[float], errors: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Error bars of percentages, downwards and upwards, none of which leaves 0..100."""
+    pairs = list(zip(values, errors, strict=True))
+    return [min(error, value) for value, error in pairs], [
+        min(error, 100 - value) for value, error in pairs
+    ]
 
 
 @contextmanager
@@ -86,16 +173,7 @@ def _own_backend() -> Iterator[None]:
             os.environ["MPLBACKEND"] = named
 
 
-@contextmanager
-def plain_text() -> Iterator[None]:
-    """Within it, a dollar sign in a name is drawn as one, and begins no formula."""
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False}):
-        yield
-
-
-@plain_text()
+@plain_style()
 def plot_confusion(
     file: Path, confusion: "Tensor", class_names: Sequence[str], *, title: str
 ) -> None:
@@ -109,7 +187,7 @@ def plot_confusion(
     # A figure of its own, not pyplot's: nothing global, and no display is looked for.
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
-    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    picture = axes.imshow(shares.numpy(), vmin=0, vmax=100)
     figure.colorbar(picture, label="% of the true class")
     axes.set(xlabel="predicted", ylabel="true", title=printable(title, LONGEST_TITLE))
     if named:
@@ -124,4 +202,4 @@ def plot_confusion(
                 va="center",
                 color="white" if share > 50 else "black",
             )
-    save_figure(figure, file, dpi=100)
+    save_figure(figure, file)
