@@ -29,12 +29,14 @@ class Table:
     Attributes:
         caption: caption of the table, with its protocol, n and spread.
         headings: heading of each column, with its unit.
-        rows: cells of each row, as many as there are headings.
+        rows: cells of each row, as many as there are headings. The first one names the row.
+        is_folded: whether the reader opens the table first, by its caption: what few look for.
     """
 
     caption: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    is_folded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,13 @@ class Picture:
         image: element `svg`, or `img` with a data URL.
         caption: caption of the picture, with n and spread.
         alternative: what the picture shows, in words, for those who do not see it.
+        numbers: numbers that the picture shows, which the reader opens below it; None = none.
     """
 
     image: Markup
     caption: str
     alternative: str
+    numbers: Table | None = None
 
 
 Part = Paragraph | Table | Picture

@@ -1,0 +1,108 @@
+"""All that a page tells of a run, read once: whatever is damaged is a problem in words, and the rest is there."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peerlearn.report.series import RunSeries, read_series
+from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.json_files import read_json_object
+from peerlearn.runs.notes import Notes
+from peerlearn.runs.registry import RegisteredRun, read_registry
+from peerlearn.runs.text import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a page tells of a run.
+
+    Attributes:
+        run: run directory.
+        label: short name of the run, which no other run of the page has.
+        registered: state, config, notes and problems of the run.
+        series: metrics of the run over its steps.
+        events: events of the run, oldest first.
+        environment: content of env.json; empty where it cannot be read.
+        problems: what cannot be read of the run, in words.
+    """
+
+    run: RunDirectory
+    label: str
+    registered: RegisteredRun
+    series: RunSeries
+    events: tuple[dict[str, Any], ...]
+    environment: dict[str, Any]
+    problems: tuple[str, ...]
+
+
+def read_facts(runs: Sequence[RunDirectory]) -> list[RunFacts]:
+    """The facts of the runs, in their order. A run that is named twice stands once.
+
+    Raises:
+        UserError: a folder is missing or cannot be read.
+    """
+    unique = list({os.path.realpath(run.root): run for run in runs}.values())
+    # A folder without a config is no run to the registry: its config alone may be lost.
+    begun = [run.root for run in unique if run.begun]
+    registered = {each.name: each for each in (read_registry(begun) if begun else [])}
+    labels = short_labels([run.root for run in unique])
+    return [
+        _facts(run, label, registered.get(str(run.root)))
+        for run, label in zip(unique, labels, strict=True)
+    ]
+
+
+def _facts(run: RunDirectory, label: str, registered: RegisteredRun | None) -> RunFacts:
+    problems = []
+    if registered is None:
+        registered = _unregistered(run)
+    series = read_series(run.metrics)
+    environment: dict[str, Any] = {}
+    try:
+        environment = read_json_object(run.env)
+    except FileNotFoundError:
+        problems.append(f"{run.env.name} is not there")
+    except OSError as error:
+        problems.append(f"{run.env.name} cannot be read ({error.strerror})")
+    except ValueError as error:
+        problems.append(f"{run.env.name} is damaged ({error})")
+    events: tuple[dict[str, Any], ...] = ()
+    try:
+        events = tuple(run.events())
+    except OSError as error:
+        problems.append(f"{run.event_log.name} cannot be read ({error.strerror})")
+    return RunFacts(
+        run=run,
+        label=label,
+        registered=registered,
+        series=series,
+        events=events,
+        environment=environment,
+        problems=tuple(dict.fromkeys([*registered.problems, *series.problems, *problems])),
+    )
+
+
+def _unregistered(run: RunDirectory) -> RegisteredRun:
+    return RegisteredRun(
+        name=str(run.root),
+        state="stopped",
+        reason=None,
+        step=None,
+        config={},
+        scores={},
+        notes=Notes(),
+        problems=(f"{run.config.name} is not there",),
+    )
+
+
+def short_labels(folders: Sequence[Path]) -> list[str]:
+    """The folders without what all of them begin with: the name alone of a single one."""
+    parts = [folder.absolute().parts for folder in folders]
+    common = 0
+    while all(len(each) > common + 1 for each in parts) and (
+        len({each[common] for each in parts}) == 1
+    ):
+        common += 1
+    return [printable(os.path.join(*each[common:])) for each in parts]
