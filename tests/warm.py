@@ -1,8 +1,9 @@
 """Processes of the command that need not import torch and timm first: forked by one that has, and else like any other.
 
-`Process` and `run` are `subprocess.Popen` and `subprocess.run` for `[sys.executable, "-m", MODULE, ...]` and
-`[sys.executable, SCRIPT, ...]`. The process has a process id, an exit code and signals of its own. What it lacks is a
-start: tests of what happens in one, of what is imported, or of sitecustomize take those of subprocess.
+`Process` and `run` are `subprocess.Popen` and `subprocess.run` for `[sys.executable, "-m", MODULE, ...]`,
+`[sys.executable, SCRIPT, ...]`, and the words by which the program starts itself: what such a process starts so is
+forked too. The process has a process id, an exit code and signals of its own. What it lacks is a start: tests of what
+happens in one, of what is imported, or of sitecustomize take those of subprocess.
 """
 
 import atexit
@@ -15,7 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peerlearn.runs.launcher import module_words
+
+POPEN = subprocess.Popen
 SERVER = Path(__file__).parent / "warm_server.py"
+# Before the folder of the program and the name of a module.
+LAUNCH = module_words(Path(), "")[:-2]
 
 
 class Process(subprocess.Popen):
@@ -24,7 +30,8 @@ class Process(subprocess.Popen):
     def _execute_child(
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others: Any
     ) -> None:  # fmt: skip
-        """Of `others` come first two of Windows and `shell`, then the pipes: ours and theirs, in turns."""
+        """Of `others` come first two of Windows and `shell`, then the pipes: ours and theirs, in turns. The
+        last but one is `start_new_session`."""
         assert args[0] == sys.executable
         environment = dict(os.environ if env is None else env)
         assert environment.get("OMP_NUM_THREADS") == "1", "the server has one thread"
@@ -35,11 +42,12 @@ class Process(subprocess.Popen):
                 "words": args[1:],
                 "environment": environment,
                 "directory": os.fspath(cwd or os.getcwd()),
+                "new_session": others[-2],
             }
             given = (stdin, stdout, stderr)
             files = [file if file != -1 else number for number, file in enumerate(given)]
             message = json.dumps(request).encode()
-            socket.send_fds(_server(), [message], [*files, theirs.fileno()])
+            socket.send_fds(requests(), [message], [*files, theirs.fileno()])
         self.pid = int.from_bytes(self._status.recv(4), "little")
         assert self.pid, "the server of processes has ended"
         self._child_created = True
@@ -80,9 +88,18 @@ def run(
     return done
 
 
+class ProgramsPopen(subprocess.Popen):
+    """`subprocess.Popen` within a forked process: of what the program starts, its own modules are forked too."""
+
+    def __new__(cls, args, *others: Any, **options: Any) -> Any:
+        is_own = isinstance(args, list) and args[: len(LAUNCH)] == LAUNCH
+        return (Process if is_own else POPEN)(args, *others, **options)
+
+
 @functools.cache
-def _server() -> socket.socket:
-    """Started by the first that asks, and ends when this process does and its end of the socket closes."""
+def requests() -> socket.socket:
+    """The socket of the server, which is started by the first that asks, and ends when this process does and the socket
+    closes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         server = subprocess.Popen(

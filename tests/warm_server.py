@@ -1,10 +1,12 @@
 """Forks processes that have imported already what the command needs: torch, timm and the rest take seconds each time.
 
 Started by `tests.warm` with one end of a socket. A request is what Popen takes, with the three standard files and one
-more, on which the process id goes back at once and the wait status at the end. Ends with the socket.
+more, on which the process id goes back at once and the wait status at the end. Ends with the socket. Each forked
+process has such a socket too, for what it starts itself.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -12,10 +14,13 @@ import os
 import runpy
 import selectors
 import socket
+import subprocess
 import sys
 import threading
 import traceback
 from typing import Any
+
+import warm
 
 # What verbs import late.
 for name in (
@@ -31,6 +36,8 @@ for name in (
 ):
     importlib.import_module(name)
 
+# How the program starts itself.
+OWN = warm.LAUNCH[1:]
 FAULTS = os.path.join(os.path.dirname(__file__), "slurm", "faults", "sitecustomize.py")
 
 
@@ -46,34 +53,53 @@ def serve(requests: socket.socket) -> dict[str, Any]:
                     ready.unregister(key.fd)
                     os.close(key.fd)
                     _, status = os.waitpid(pid, 0)
-                    # Nobody may be left to hear it.
-                    reply.send(status.to_bytes(4, "little"), socket.MSG_NOSIGNAL)
+                    tell(reply, status)
                     reply.close()
                     continue
-                request, descriptors, _, _ = socket.recv_fds(requests, 2**20, 4)
-                if not request:
+                asking = key.fileobj
+                assert isinstance(asking, socket.socket)
+                request, descriptors, _, _ = socket.recv_fds(asking, 2**20, 4)
+                if not request and asking is requests:
                     # A process that is still running is whoever started it's to end.
                     os._exit(0)
+                if not request:
+                    ready.unregister(asking)
+                    asking.close()
+                    continue
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 pid = os.fork()
                 if not pid:
-                    for other, (_, reply) in children.items():
-                        os.close(other)
+                    for other in [each.fileobj for each in ready.get_map().values()]:
+                        os.close(other) if isinstance(other, int) else other.close()
+                    for _, reply in children.values():
                         reply.close()
-                    requests.close()
-                    return json.loads(request) | {"files": descriptors}
+                    ours.close()
+                    return json.loads(request) | {"files": descriptors, "requests": theirs}
+                theirs.close()
+                ready.register(ours, selectors.EVENT_READ)
                 for descriptor in descriptors[:3]:
                     os.close(descriptor)
                 reply = socket.socket(fileno=descriptors[3])
-                reply.send(pid.to_bytes(4, "little"))
+                tell(reply, pid)
                 watched = os.pidfd_open(pid)
                 children[watched] = (pid, reply)
                 ready.register(watched, selectors.EVENT_READ)
+
+
+def tell(reply: socket.socket, number: int) -> None:
+    """Whoever asked may have been killed since."""
+    with contextlib.suppress(OSError):
+        reply.send(number.to_bytes(4, "little"))
 
 
 def become(request: dict[str, Any]) -> None:
     """As `python WORDS` in a process of its own."""
     *standard, reply = request["files"]
     os.close(reply)
+    warm.requests = lambda: request["requests"]
+    subprocess.Popen = warm.ProgramsPopen  # type: ignore[misc]
+    if request["new_session"]:
+        os.setsid()
     for number, descriptor in enumerate(standard):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -86,9 +112,11 @@ def become(request: dict[str, Any]) -> None:
     if "STEP_SECONDS" in os.environ:
         runpy.run_path(FAULTS)
     option, *words = request["words"]
-    if option == "-m":
-        module, *words = words
-        sys.path[0] = request["directory"]
+    is_own = [option, *words[: len(OWN) - 1]] == OWN
+    if option == "-m" or is_own:
+        home, module, *words = words[len(OWN) - 1 :] if is_own else [request["directory"], *words]
+        sys.stdout.reconfigure(write_through=is_own)
+        sys.path[0] = home
         sys.argv = [module, *words]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
