@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peerlearn.report.run_results import RunResult, read_results
 from peerlearn.report.series import RunSeries, read_series
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.json_files import read_json_object
@@ -23,6 +24,7 @@ class RunFacts:
         label: short name of the run, which no other run of the page has.
         registered: state, config, notes and problems of the run.
         series: metrics of the run over its steps.
+        results: result files of the run.
         events: events of the run, oldest first.
         environment: content of env.json; empty where it cannot be read.
         problems: what cannot be read of the run, in words.
@@ -32,6 +34,7 @@ class RunFacts:
     label: str
     registered: RegisteredRun
     series: RunSeries
+    results: tuple[RunResult, ...]
     events: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
     problems: tuple[str, ...]
@@ -59,6 +62,9 @@ def _facts(run: RunDirectory, label: str, registered: RegisteredRun | None) -> R
     if registered is None:
         registered = _unregistered(run)
     series = read_series(run.metrics)
+    results, damaged = read_results(run)
+    # The registry has told of some of them, with fewer words.
+    told = [p for p in registered.problems if not p.startswith(f"{run.results.name}/")]
     environment: dict[str, Any] = {}
     try:
         environment = read_json_object(run.env)
@@ -78,9 +84,10 @@ def _facts(run: RunDirectory, label: str, registered: RegisteredRun | None) -> R
         label=label,
         registered=registered,
         series=series,
+        results=results,
         events=events,
         environment=environment,
-        problems=tuple(dict.fromkeys([*registered.problems, *series.problems, *problems])),
+        problems=tuple(dict.fromkeys([*told, *series.problems, *damaged, *problems])),
     )
 
 

@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 
 from peerlearn.report.config_parts import config_section
+from peerlearn.report.curves import curve_sections
+from peerlearn.report.environment_parts import environment_section
+from peerlearn.report.event_parts import event_section
 from peerlearn.report.parts import Section
+from peerlearn.report.result_pictures import picture_section
 from peerlearn.report.run_facts import RunFacts, read_facts
+from peerlearn.report.score_parts import score_section
 from peerlearn.report.standing_parts import problem_section, standing_section
 from peerlearn.runs.directory import RunDirectory
 
@@ -27,5 +32,10 @@ def sections_of(facts: Sequence[RunFacts]) -> list[Section]:
     return [
         standing_section(facts),
         problem_section(facts),
+        score_section(facts),
+        *curve_sections(facts),
+        picture_section(facts),
         config_section(facts),
+        event_section(facts),
+        environment_section(facts),
     ]

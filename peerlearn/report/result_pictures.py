@@ -1,0 +1,100 @@
+"""The pictures that evaluators left beside their results, as data URLs: small enough for a page, told in words."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from peerlearn.report.parts import Paragraph, Part, Picture, Section
+from peerlearn.report.run_facts import RunFacts
+from peerlearn.report.run_results import RunResult
+from peerlearn.report.scores import result_scores
+from peerlearn.runs.text import printable
+
+# Bytes of a picture that is taken as it is, of the largest SVG, and of all pictures of a page.
+_SMALL_BYTES, _LARGEST_SVG_BYTES, _ALL_BYTES = 60_000, 200_000, 900_000
+# Pixels of the longer side, beyond which a picture is made smaller, and of the largest picture that is read at all.
+_SIDE_PIXELS, _MOST_PIXELS = 1_100, 60_000_000
+# What the ends of files' names tell.
+_SHOWN = {"-detections": "detections in test images", "-curves": "curves"}
+
+
+def picture_section(facts: Sequence[RunFacts]) -> Section:
+    """The pictures of all results, as many as a page may hold."""
+    parts: list[Part] = []
+    left_out: list[str] = []
+    room = _ALL_BYTES
+    for each in facts:
+        for result, file in _files(each):
+            try:
+                url = data_url(file)
+            except (OSError, ValueError) as error:
+                left_out.append(printable(f"{file}: {error}"))
+                continue
+            if len(url) > room:
+                left_out.append(printable(f"{file}: the page would become too large"))
+                continue
+            room -= len(url)
+            parts.append(_picture(each, result, file, url))
+    if left_out:
+        parts.append(Paragraph(text="Pictures that are not shown:\n" + "\n".join(left_out)))
+    return Section(anchor="pictures", title="Pictures of results", parts=tuple(parts))
+
+
+def _files(facts: RunFacts) -> Iterator[tuple[RunResult, Path]]:
+    for result in facts.results:
+        for file in result.pictures:
+            yield result, file
+
+
+def _picture(facts: RunFacts, result: RunResult, file: Path, url: str) -> Picture:
+    scores = [each for each in result_scores(facts) if each.result is result]
+    figures = ", ".join(f"{each.metric} {each.value:.2f}" for each in scores)
+    n = result.content["metrics"].get("n")
+    of = f"{facts.label}: {result.score}, network {result.network}, step {result.content['step']:,}"
+    shown = next((words for end, words in _SHOWN.items() if file.stem.endswith(end)), "")
+    told = ". ".join(filter(None, [of, shown, figures + (f", n = {n:,}" if n else "")]))
+    return Picture(
+        image=Markup('<img alt="" src="{}">').format(url),
+        caption=f"{told}. Protocol: {result.protocol}.",
+        alternative=f"Picture of the result {told}.",
+    )
+
+
+def data_url(file: Path) -> str:
+    """A picture as a data URL; a large one is made smaller.
+
+    An SVG is text of a user's: within `img` it runs nothing and loads nothing, so that it never stands in the page.
+
+    Raises:
+        OSError: the file cannot be read, or is no picture.
+        ValueError: the picture is too large.
+    """
+    if file.suffix == ".svg":
+        if file.stat().st_size > _LARGEST_SVG_BYTES:
+            raise ValueError("the SVG is too large")
+        return _url("image/svg+xml", file.read_bytes())
+    return _pixels_url(file)
+
+
+def _pixels_url(file: Path) -> str:
+    from PIL import Image
+
+    with Image.open(file, formats=("PNG",)) as image:
+        width, height = image.size
+        if width * height > _MOST_PIXELS:
+            raise ValueError(f"the picture is too large: {width:,} x {height:,} pixels")
+        if file.stat().st_size <= _SMALL_BYTES and max(width, height) <= _SIDE_PIXELS:
+            image.verify()
+            return _url("image/png", file.read_bytes())
+        small = image.convert("RGB")
+        small.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS))
+        stream = io.BytesIO()
+        small.save(stream, "WEBP", quality=80, method=4)
+        return _url("image/webp", stream.getvalue())
+
+
+def _url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
