@@ -78,6 +78,11 @@ VERBS = {
         "show all runs, what differs between them and their best scores, in one table",
         read=True,
     ),
+    "report": Verb(
+        "peerlearn.report.report_command",
+        "main",
+        "write a page about runs or a study: scores, curves, pictures, configs",
+    ),
     "note": Verb("peerlearn.commands.note_command", "main", "note something of a run, and tag it"),
     "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
     "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it", read=True),

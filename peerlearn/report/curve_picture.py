@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _TABLE_ROWS, _MOST_TOLD = 12, 12
 # A curve of fewer values shows each.
 _FEW_VALUES = 20
+# An axis begins at 0 if its first step is within this share of the last.
+_NEAR_BEGIN = 0.1
 _LEGEND_COLUMNS, _LEGEND_ROW_INCHES = 2, 0.17
 # Marks, their signs, and their heights in the axes.
 _MARKS = {
@@ -79,9 +81,12 @@ class Panel:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The first and the last step of all curves."""
+        """The steps at the ends of the axis: the first and the last one of all curves."""
         steps = [curve.series.steps for curve in self.curves]
-        return min(int(each[0]) for each in steps), max(int(each[-1]) for each in steps)
+        first = min(int(each.min()) for each in steps)
+        last = max(int(each.max()) for each in steps)
+        # A run that logs each tenth step has begun at 0.
+        return (0 if 0 < first <= _NEAR_BEGIN * last else first), last
 
 
 def picture_of(panel: Panel) -> Picture:
@@ -119,6 +124,9 @@ def _draw(figure: "Figure", panel: Panel, entries: Sequence[tuple[str, dict[str,
         axes.axhline(value, **_baseline_look(number))
     if panel.is_percentage:
         end_at_100(axes)
+    equal = {*np.concatenate([curve.series.values for curve in panel.curves]).tolist()}
+    if len(equal) == 1:
+        axes.set_yticks(list(equal))
     axes.set_xlim(first, max(last, first + 1))
     _draw_marks(axes, panel)
     if entries:

@@ -83,7 +83,7 @@ def _short_path(path: str) -> str:
 
 def plain_axes(figure: "Figure", title: str) -> "Axes":
     """Axes with few lines at the top of a figure: the title names the vertical axis, steps run along the other."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 
     # At a place of its own: to have one computed takes as long as all the drawing.
     width, height = figure.get_size_inches()
@@ -100,11 +100,9 @@ def plain_axes(figure: "Figure", title: str) -> "Axes":
     axes.grid(axis="y", color="#000000", alpha=0.13)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    # Every number as a whole: none is split into a small one and one at the end of the axis.
+    whole = ScalarFormatter(useOffset=False)
+    whole.set_scientific(False)
+    axes.yaxis.set_major_formatter(whole)
     return axes
-
-
-def _tick_text(value: float) -> str:
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return text.replace("-", "\N{MINUS SIGN}")

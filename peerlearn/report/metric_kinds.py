@@ -183,4 +183,6 @@ def rank(network: str) -> tuple[bool, str]:
 def network_text(network: str) -> str:
     """A network's name before people."""
     named = {ENSEMBLE: "ensemble", WEIGHTED_ENSEMBLE: "weighted ensemble", PIXELS: "raw pixels"}
-    return named.get(network, f"network {network}")
+    # Result files have further names, such as that of the ensemble of logits.
+    is_of_cohort = network.removeprefix("key-").isdecimal()
+    return named.get(network, f"network {network}" if is_of_cohort else network)

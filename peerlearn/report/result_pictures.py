@@ -53,7 +53,7 @@ def _picture(facts: RunFacts, result: RunResult, file: Path, url: str) -> Pictur
     scores = [each for each in result_scores(facts) if each.result is result]
     figures = ", ".join(f"{each.metric} {each.value:.2f}" for each in scores)
     n = result.content["metrics"].get("n")
-    of = f"{facts.label}: {result.score}, network {result.network}, step {result.content['step']:,}"
+    of = f"{facts.label}: {result.score}, {result.network}, step {result.content['step']:,}"
     shown = next((words for end, words in _SHOWN.items() if file.stem.endswith(end)), "")
     told = ". ".join(filter(None, [of, shown, figures + (f", n = {n:,}" if n else "")]))
     return Picture(

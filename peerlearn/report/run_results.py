@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlearn.evaluation.results import read_result
+from peerlearn.report.metric_kinds import network_text
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.text import printable
@@ -35,7 +36,7 @@ class RunResult:
     @property
     def network(self) -> str:
         """The network, and what tells its scores apart."""
-        parts = (self.content["network"], self.content["variant"])
+        parts = (network_text(self.content["network"]), self.content["variant"])
         return printable(", ".join(str(part) for part in parts if part))
 
     @property

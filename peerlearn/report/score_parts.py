@@ -1,68 +1,77 @@
 """Tables of scores: of each run and network, and over runs that differ by their seed alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peerlearn.report.parts import Part, Section, Table
 from peerlearn.report.run_facts import RunFacts
-from peerlearn.report.scores import monitor_scores, result_scores
+from peerlearn.report.scores import MonitorScore, ResultScore, monitor_scores, result_scores
 from peerlearn.report.seeds import seed_tables
 
 
 def score_section(facts: Sequence[RunFacts]) -> Section:
     """The scores with their baselines, their uncertainty and how they were measured."""
-    parts: list[Part] = [*_results(facts), *_monitored(facts), *seed_tables(facts)]
+    monitored = [score for each in facts for score in monitor_scores(each)]
+    results = [score for each in facts for score in result_scores(each)]
+    # Protocols are long. Each stands once, and scores name it.
+    texts = [*(each.result.protocol for each in results), *(each.protocol for each in monitored)]
+    protocols = {
+        text: f"P{n}" for n, text in enumerate(dict.fromkeys(filter(None, texts)), start=1)
+    }
+    parts: list[Part] = []
+    if results:
+        parts.append(_results(results, protocols))
+    if monitored:
+        parts.append(_monitored(monitored, protocols))
+    parts += seed_tables(facts, protocols)
+    if protocols:
+        parts.append(
+            Table(
+                caption="Protocols: how the scores were measured.",
+                headings=("protocol", "how"),
+                rows=tuple((name, text) for text, name in protocols.items()),
+            )
+        )
     return Section(anchor="scores", title="Scores", parts=tuple(parts))
 
 
-def _monitored(facts: Sequence[RunFacts]) -> list[Part]:
-    rows = tuple(
-        (
-            *(each.label, score.score, score.network, score.untrained, score.pixels, score.last),
-            *(score.standard_error, score.last_step, score.best, score.best_step, score.protocol),
-        )
-        for each in facts
-        for score in monitor_scores(each)
+def _monitored(scores: Sequence[MonitorScore], protocols: Mapping[str, str]) -> Table:
+    return Table(
+        caption="Accuracies while training. Untrained: step 0. S.e.: standard error over the test images. The best of "
+        "several epochs is chosen by the images that it is measured on, and so looks better than it is; the last is "
+        "not chosen.",
+        headings=(
+            *("run", "score", "network", "untrained", "raw pixels", "last"),
+            *("s.e. of last", "step", "best", "best step", "protocol"),
+        ),
+        rows=tuple(
+            (
+                *(each.facts.label, each.score, each.network, each.untrained, each.pixels),
+                *(each.last, each.standard_error, each.last_step, each.best, each.best_step),
+                protocols.get(each.protocol),
+            )
+            for each in scores
+        ),
     )
-    if not rows:
-        return []
-    return [
-        Table(
-            caption="Accuracies while training, in %. Untrained: step 0. S.e.: standard error over the test images. "
-            "The best of several epochs is chosen by the images that it is measured on, and so looks better than it "
-            "is; the last is not chosen.",
-            headings=(
-                *("run", "score", "network", "untrained", "raw pixels", "last"),
-                *("s.e. of last", "step", "best", "best step", "protocol"),
-            ),
-            rows=rows,
-        )
-    ]
 
 
-def _results(facts: Sequence[RunFacts]) -> list[Part]:
-    rows = tuple(
-        (
-            *(each.label, score.result.score, score.result.network, score.metric, score.value),
-            *(score.low, score.high, score.result.content["metrics"].get("n")),
-            *(score.result.content["step"], _seed_text(score.result.content.get("seed"))),
-            score.result.protocol,
-        )
-        for each in facts
-        for score in result_scores(each)
+def _results(scores: Sequence[ResultScore], protocols: Mapping[str, str]) -> Table:
+    return Table(
+        caption="Results of the evaluators. Low and high: 95 % interval of the score, over its n test images or "
+        "few-shot episodes, or over runs where the seed is a list.",
+        headings=(
+            *("run", "score", "network", "metric", "value", "low", "high", "n", "step"),
+            *("seed", "protocol"),
+        ),
+        rows=tuple(
+            (
+                *(each.facts.label, each.result.score, each.result.network, each.metric),
+                *(each.value, each.low, each.high, each.result.content["metrics"].get("n")),
+                *(each.result.content["step"], _seed_text(each.result.content.get("seed"))),
+                protocols.get(each.result.protocol),
+            )
+            for each in scores
+        ),
     )
-    if not rows:
-        return []
-    return [
-        Table(
-            caption="Results of the evaluators. Low and high: 95 % interval of the score, over its n test images or "
-            "few-shot episodes, or over runs where the seed is a list.",
-            headings=(
-                *("run", "score", "network", "metric", "value", "low", "high", "n", "step"),
-                *("seed", "protocol"),
-            ),
-            rows=rows,
-        )
-    ]
 
 
 def _seed_text(seed: object) -> str | int | None:

@@ -17,7 +17,6 @@ _TEST_IMAGES = "test images (n)"
 # The figures of result files that tell how good a network is.
 _RESULT_METRICS = {
     "top1": "top-1 (%)",
-    "top5": "top-5 (%)",
     "accuracy": "accuracy (%)",
     "ap": "AP (%)",
     "ap50": "AP50 (%)",

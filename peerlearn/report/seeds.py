@@ -35,13 +35,18 @@ class _Group:
         return {seed: scores[key] for seed, scores in self.by_seed.items() if key in scores}
 
 
-def seed_tables(facts: Sequence[RunFacts]) -> list[Part]:
-    """Mean and spread of each score over seeds, and differences to the first group; none without several seeds."""
+def seed_tables(facts: Sequence[RunFacts], protocols: Mapping[str, str]) -> list[Part]:
+    """Mean and spread of each score over seeds, and differences to the first group; none without several seeds.
+
+    Args:
+        facts: the runs.
+        protocols: names of protocols by their text.
+    """
     groups = _groups(facts)
     several = [group for group in groups if len(group.by_seed) > 1]
     keys = list(dict.fromkeys(k for group in several for s in group.by_seed.values() for k in s))
     means = tuple(
-        (group.name, *key, *_spread_cells(spread_over_runs(list(values.values()))))
+        (*_key_cells(group, key, protocols), *_spread_cells(spread_over_runs([*values.values()])))
         for key in keys
         for group in several
         if len(values := group.values(key)) > 1
@@ -52,14 +57,24 @@ def seed_tables(facts: Sequence[RunFacts]) -> list[Part]:
             Table(
                 caption="Means over runs that differ by their seed alone. Std: the sample's. Half of 95 %: half the "
                 "width of the mean's interval by Student's t, none of two runs.",
-                headings=("runs", "score", "network", "protocol", *_SPREAD),
+                headings=_HEADINGS,
                 rows=means,
             )
         )
-    return [*parts, *_differences(several, keys)]
+    return [*parts, *_differences(several, keys, protocols)]
 
 
-_SPREAD = ("mean", "std", "half of 95 %", "n (seeds)")
+_HEADINGS = (
+    *("runs", "score", "network", "protocol"),
+    *("mean", "std", "half of 95 %", "n (seeds)"),
+)
+
+
+def _key_cells(
+    group: _Group, key: ScoreKey, protocols: Mapping[str, str]
+) -> tuple[str, str, str, str | None]:
+    score, network, protocol = key
+    return group.name, score, network, protocols.get(protocol)
 
 
 def _spread_cells(spread: Spread) -> tuple[float, float, float | None, int]:
@@ -68,20 +83,24 @@ def _spread_cells(spread: Spread) -> tuple[float, float, float | None, int]:
     return spread.mean, spread.std, half, spread.runs
 
 
-def _differences(groups: Sequence[_Group], keys: Sequence[ScoreKey]) -> list[Part]:
+def _differences(
+    groups: Sequence[_Group], keys: Sequence[ScoreKey], protocols: Mapping[str, str]
+) -> list[Part]:
     rows = []
     for key in keys:
         for group in groups[1:]:
             first, own = groups[0].values(key), group.values(key)
             pairs = [own[seed] - first[seed] for seed in first.keys() & own.keys()]
             if len(pairs) > 1:
-                rows.append((group.name, *key, *_spread_cells(spread_over_runs(pairs))))
+                rows.append(
+                    (*_key_cells(group, key, protocols), *_spread_cells(spread_over_runs(pairs)))
+                )
     if not rows:
         return []
     return [
         Table(
             caption=f"Differences to {groups[0].name}, paired by seed: mean over the seeds that both have.",
-            headings=("runs", "score", "network", "protocol", *_SPREAD),
+            headings=_HEADINGS,
             rows=tuple(rows),
         )
     ]
