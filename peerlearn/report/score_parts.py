@@ -6,6 +6,7 @@ from peerlearn.report.parts import Part, Section, Table
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.scores import MonitorScore, ResultScore, monitor_scores, result_scores
 from peerlearn.report.seeds import seed_tables
+from peerlearn.report.tables import filled_table
 
 
 def score_section(facts: Sequence[RunFacts]) -> Section:
@@ -35,7 +36,7 @@ def score_section(facts: Sequence[RunFacts]) -> Section:
 
 
 def _monitored(scores: Sequence[MonitorScore], protocols: Mapping[str, str]) -> Table:
-    return Table(
+    return filled_table(
         caption="Accuracies while training. Untrained: step 0. S.e.: standard error over the test images. The best of "
         "several epochs is chosen by the images that it is measured on, and so looks better than it is; the last is "
         "not chosen.",
@@ -55,7 +56,7 @@ def _monitored(scores: Sequence[MonitorScore], protocols: Mapping[str, str]) -> 
 
 
 def _results(scores: Sequence[ResultScore], protocols: Mapping[str, str]) -> Table:
-    return Table(
+    return filled_table(
         caption="Results of the evaluators. Low and high: 95 % interval of the score, over its n test images or "
         "few-shot episodes, or over runs where the seed is a list.",
         headings=(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from peerlearn.commands.runs_table import differing_keys, value_text
 from peerlearn.evaluation.uncertainty import Spread, spread_over_runs
-from peerlearn.report.parts import Part, Table
+from peerlearn.report.parts import Part
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.scores import monitor_scores, result_scores
+from peerlearn.report.tables import filled_table
 
 _SEED = "seed"
 # Keys in which runs of one kind may differ.
@@ -54,7 +55,7 @@ def seed_tables(facts: Sequence[RunFacts], protocols: Mapping[str, str]) -> list
     parts: list[Part] = []
     if means:
         parts.append(
-            Table(
+            filled_table(
                 caption="Means over runs that differ by their seed alone. Std: the sample's. Half of 95 %: half the "
                 "width of the mean's interval by Student's t, none of two runs.",
                 headings=_HEADINGS,
@@ -98,7 +99,7 @@ def _differences(
     if not rows:
         return []
     return [
-        Table(
+        filled_table(
             caption=f"Differences to {groups[0].name}, paired by seed: mean over the seeds that both have.",
             headings=_HEADINGS,
             rows=tuple(rows),

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from peerlearn.report.parts import Cell, Paragraph, Part, Section, Table
+from peerlearn.report.parts import Cell, Paragraph, Part, Section
 from peerlearn.report.run_facts import RunFacts
+from peerlearn.report.tables import filled_table
 from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.heartbeat import beat_file, read_beats
 from peerlearn.runs.progress import time_text
@@ -26,7 +27,7 @@ def standing_section(facts: Sequence[RunFacts]) -> Section:
         "heartbeat",
     )
     rows = tuple(_standing_row(each, ages) for each in facts)
-    table = Table(
+    table = filled_table(
         caption="How each run stands. Images/s: over all processes, median of the last logged steps.",
         headings=headings,
         rows=rows,
@@ -77,7 +78,7 @@ def _notes(facts: Sequence[RunFacts]) -> list[Part]:
         for notes in [each.registered.notes]
     )
     return [
-        Table(
+        filled_table(
             caption="Tags and notes that people gave.", headings=("run", "tags", "notes"), rows=rows
         )
     ]
@@ -86,7 +87,7 @@ def _notes(facts: Sequence[RunFacts]) -> list[Part]:
 def problem_section(facts: Sequence[RunFacts]) -> Section:
     """What cannot be read of the runs. It is empty where all is well."""
     rows = tuple((each.label, printable(problem)) for each in facts for problem in each.problems)
-    table = Table(
+    table = filled_table(
         caption="What could not be read. The page shows the rest.",
         headings=("run", "problem"),
         rows=rows,

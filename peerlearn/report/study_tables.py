@@ -6,6 +6,7 @@ from typing import Any
 from peerlearn.evaluation.uncertainty import is_percentage
 from peerlearn.report.metric_kinds import network_text
 from peerlearn.report.parts import Cell, Table
+from peerlearn.report.tables import filled_table
 from peerlearn.runs.text import printable
 
 # What one table is of.
@@ -54,11 +55,10 @@ def _table(
         "n": [score["n"] for score in scores],
         "step": [score["step"] for score in scores],
     }
-    shown = {heading: cells for heading, cells in columns.items() if {*cells} - {None}}
-    return Table(
+    return filled_table(
         caption=printable(f"{title}. {captions.get(title, '')}".strip()),
-        headings=tuple(map(printable, shown)),
-        rows=tuple(zip(*shown.values(), strict=True)),
+        headings=[printable(heading) for heading in columns],
+        rows=list(zip(*columns.values(), strict=True)),
     )
 
 
