@@ -24,13 +24,16 @@ _FEW_VALUES = 20
 # An axis begins at 0 if its first step is within this share of the last.
 _NEAR_BEGIN = 0.1
 _LEGEND_COLUMNS, _LEGEND_ROW_INCHES = 2, 0.17
-# Marks, their signs, and their heights in the axes.
+_CROSS = ((-1, -1), (1, 1), (np.nan, np.nan), (-1, 1), (1, -1))
+# Marks: the name of each sign, its lines, and its height in the axes.
 _MARKS = {
-    "restart": ("v", 1.0),
-    "skipped step": ("x", 0.96),
-    "back to a save": ("<", 0.92),
-    "not finite": ("x", 0.02),
+    "restart": ("v", ((-1, 1), (0, -1), (1, 1)), 0.97),
+    "skipped step": ("x", _CROSS, 0.92),
+    "back to a save": ("<", ((1, 1), (-1, 0), (1, -1)), 0.87),
+    "not finite": ("x", _CROSS, 0.03),
 }
+# Half the size of a sign, in shares of the axes.
+_SIGN_SIZE = (0.007, 0.016)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +127,9 @@ def _draw(figure: "Figure", panel: Panel, entries: Sequence[tuple[str, dict[str,
         axes.axhline(value, **_baseline_look(number))
     if panel.is_percentage:
         end_at_100(axes)
-    equal = {*np.concatenate([curve.series.values for curve in panel.curves]).tolist()}
-    if len(equal) == 1:
-        axes.set_yticks(list(equal))
+    values = np.concatenate([curve.series.values for curve in panel.curves])
+    if (values == values[0]).all():
+        axes.set_yticks(values[:1])
     axes.set_xlim(first, max(last, first + 1))
     _draw_marks(axes, panel)
     if entries:
@@ -149,19 +152,24 @@ def _baseline_look(number: int) -> dict[str, Any]:
 
 
 def _draw_marks(axes: "Axes", panel: Panel) -> None:
-    """Marks along the upper edge; along the lower one, where values were not finite."""
+    """Signs along the upper edge; along the lower one, where values were not finite. A kind of a curve is one path."""
     first, last = panel.ends
     for curve in panel.curves:
         for name, steps in _marks_of(curve).items():
-            sign, height = _MARKS[name]
+            _, lines, height = _MARKS[name]
             within = sorted(step for step in steps if first <= step <= last)
             places = marked_steps(np.array(within, dtype=np.int64), first, last)
+            # After each sign the pen is lifted.
+            sign = np.array([*lines, (np.nan, np.nan)]) * (
+                _SIGN_SIZE[0] * max(last - first, 1),
+                _SIGN_SIZE[1],
+            )
+            x, y = (places[:, None] + sign[:, 0]).ravel(), np.tile(sign[:, 1], len(places)) + height
             axes.plot(
-                places,
-                np.full(len(places), height),
-                sign,
+                x,
+                y,
                 color=curve.color,
-                markersize=3,
+                linewidth=0.9,
                 clip_on=False,
                 transform=axes.get_xaxis_transform(),
             )
@@ -189,9 +197,15 @@ def _legend_entries(panel: Panel) -> list[tuple[str, dict[str, Any]]]:
         ]
     entries += [(name, _baseline_look(n)) for n, (name, _) in enumerate(panel.baselines)]
     there = {name for curve in panel.curves for name in _marks_of(curve)}
-    for name, (sign, _) in _MARKS.items():
+    for name, (sign, *_) in _MARKS.items():
         if name in there:
-            look = {"color": "#000000", "marker": sign, "linestyle": "", "markersize": 3}
+            look = {
+                "color": "#000000",
+                "marker": sign,
+                "linestyle": "",
+                "markersize": 3,
+                "mfc": "none",
+            }
             entries.append((name, look))
     return entries
 

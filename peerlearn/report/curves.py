@@ -208,5 +208,5 @@ def _protocol(facts: Sequence[RunFacts], figure: str) -> str:
         if len(values) == 1:
             words.append(f"{word} {values.pop():,g}")
         elif values:
-            words.append(f"{word} differs: {', '.join(f'{value:,g}' for value in sorted(values))}")
+            words.append(f"{word} differs, {min(values):,g} to {max(values):,g}")
     return f"Protocol: {'; '.join(words)}." if words else ""

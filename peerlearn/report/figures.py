@@ -66,7 +66,7 @@ def _for_a_page(svg: str) -> str:
     # Ids of groups are the same in each figure. Those that are referred to are made of the key.
     used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", body))
     body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", body)
-    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
+    body = re.sub(r" font-family: [^;\"]*;", "", body)
     body = body.replace("#000000", "currentColor")
     body = _PATH.sub(lambda m: f' d="{_short_path(m[1])}"', body)
     body = re.sub(r">\s+<", "><", body)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from peerlearn.runs.export_folders import KEY_PREFIX
 from peerlearn.runs.metrics import CLOCK_WORDS
 from peerlearn.runs.score_names import (
     AGREEMENT,
@@ -184,5 +185,5 @@ def network_text(network: str) -> str:
     """A network's name before people."""
     named = {ENSEMBLE: "ensemble", WEIGHTED_ENSEMBLE: "weighted ensemble", PIXELS: "raw pixels"}
     # Result files have further names, such as that of the ensemble of logits.
-    is_of_cohort = network.removeprefix("key-").isdecimal()
+    is_of_cohort = network.removeprefix(KEY_PREFIX).isdecimal()
     return named.get(network, f"network {network}" if is_of_cohort else network)

@@ -19,24 +19,20 @@ def thinned(series: Series, first: int, last: int) -> Series:
     """
     if len(series.steps) <= 2 * COLUMNS:
         return series
-    column = columns_of(series.steps, first, last)
-    finite = np.isfinite(series.values)
-    kept = [*_ends(finite)]
-    for number in np.unique(column):
-        places = np.flatnonzero(column == number)
-        there = places[finite[places]]
-        if len(there):
-            values = series.values[there]
-            kept += [int(there[values.argmin()]), int(there[values.argmax()])]
+    order = np.argsort(series.steps, kind="stable")
+    starts = np.flatnonzero(np.diff(columns_of(series.steps[order], first, last), prepend=-1))
+    kept = []
+    for places in np.split(order, starts[1:]):
+        values = series.values[places]
+        finite = np.isfinite(values)
+        if finite.any():
+            kept.append(places[np.where(finite, values, np.inf).argmin()])
+            kept.append(places[np.where(finite, values, -np.inf).argmax()])
         else:
-            kept.append(int(places[0]))
-    places = np.unique(kept)
+            kept.append(places[0])
+    finite = np.flatnonzero(np.isfinite(series.values))
+    places = np.unique([*kept, *finite[:1], *finite[-1:]])
     return Series(steps=series.steps[places], values=series.values[places])
-
-
-def _ends(finite: NDArray[np.bool_]) -> list[int]:
-    places = np.flatnonzero(finite)
-    return [int(places[0]), int(places[-1])] if len(places) else []
 
 
 def columns_of(steps: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:
@@ -45,6 +41,6 @@ def columns_of(steps: NDArray[np.int64], first: int, last: int) -> NDArray[np.in
 
 
 def marked_steps(steps: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:
-    """One step of each column that has any: where marks stand."""
-    _, places = np.unique(columns_of(steps, first, last), return_index=True)
+    """One step of each three columns that have any: where marks stand, which are wider than a column."""
+    _, places = np.unique(columns_of(steps, first, last) // 3, return_index=True)
     return steps[places]

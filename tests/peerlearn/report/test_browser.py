@@ -14,6 +14,7 @@ from tests.peerlearn.report.run_folders import make_run, measured, row, write_to
 
 SCRIPT = "<script>document.title='run'</script>"
 EVIL = "\"><img src=x onerror=document.title='run'>" + SCRIPT
+LONG = "mcl_x2_a_name_that_goes_on_" * 4
 WIDTHS = (400, 1280)
 
 
@@ -60,13 +61,22 @@ def evil_run(home):
     return run
 
 
-def test_a_page_asks_for_nothing_and_nothing_fails(show, tmp_path):
-    run = make_run(tmp_path / "a")
-    write_top1(run, 71.0)
-    assert main(["report", str(run.root), "--no_images"]) == 0
-    browser = show(run.root / "report.html")
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of three runs whose names, config and results are long."""
+    home = tmp_path_factory.mktemp("page")
+    runs = [make_run(home / f"{LONG}{n}", seed=n, note=LONG) for n in range(3)]
+    for run in runs:
+        write_top1(run, 71.0, dataset=LONG)
+    words = [str(run.root) for run in runs]
+    assert main(["report", *words, "-o", str(home / "a.html"), "--no_images"]) == 0
+    return home / "a.html"
+
+
+def test_a_page_asks_for_nothing_and_nothing_fails(show, page):
+    browser = show(page)
     assert browser.get_log("browser") == []
-    assert requested(browser) == [(run.root / "report.html").as_uri()]
+    assert requested(browser) == [page.as_uri()]
     titles = [each.text for each in browser.find_elements(By.CSS_SELECTOR, "main h2")]
     assert titles[:3] == ["Standing", "Scores", "Accuracy"]
     assert len(browser.find_elements(By.CSS_SELECTOR, "figure.picture svg")) >= 10
@@ -91,14 +101,8 @@ def test_what_a_user_has_written_is_text_and_never_runs(show, tmp_path):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_is_wider_than_the_window(show, tmp_path, width, theme):
-    long_name = "mcl_x2_a_name_that_goes_on_" * 4
-    runs = [make_run(tmp_path / f"{long_name}{n}", seed=n, note=long_name) for n in range(3)]
-    for run in runs:
-        write_top1(run, 71.0, dataset=long_name)
-    words = [str(run.root) for run in runs]
-    assert main(["report", *words, "-o", str(tmp_path / "a.html"), "--no_images"]) == 0
-    browser = show(tmp_path / "a.html", width=width, theme=theme)
+def test_nothing_is_wider_than_the_window(show, page, width, theme):
+    browser = show(page, width=width, theme=theme)
     widths = "const page = document.documentElement; return [page.scrollWidth, page.clientWidth, innerWidth]"
     needed, there, window = browser.execute_script(widths)
     assert (needed, window) == (there, width)
@@ -181,14 +185,10 @@ def test_a_table_is_sorted_by_keyboard(show, tmp_path):
     assert column(browser, 1) == ["a", "b", "d", "e", "net 9", "net 10"]
 
 
-def test_the_page_reads_without_its_script(show, tmp_path):
-    run = make_run(tmp_path / "a")
-    assert main(["report", str(run.root), "--no_images"]) == 0
-    show(run.root / "report.html").execute_cdp_cmd(
-        "Emulation.setScriptExecutionDisabled", {"value": True}
-    )
+def test_the_page_reads_without_its_script(show, page):
+    show(page).execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
-        browser = show(run.root / "report.html")
+        browser = show(page)
         assert browser.find_elements(By.TAG_NAME, "button") == []
         assert browser.find_element(By.CSS_SELECTOR, "#standing th").is_displayed()
         browser.find_element(By.CSS_SELECTOR, ".picture summary").click()
@@ -197,10 +197,8 @@ def test_the_page_reads_without_its_script(show, tmp_path):
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_headings_are_in_order_and_what_is_referred_to_is_there(show, tmp_path):
-    runs = [str(make_run(tmp_path / name, seed=n).root) for n, name in enumerate("ab")]
-    assert main(["report", *runs, "-o", str(tmp_path / "a.html"), "--no_images"]) == 0
-    browser = show(tmp_path / "a.html")
+def test_headings_are_in_order_and_what_is_referred_to_is_there(show, page):
+    browser = show(page)
     found = browser.execute_script("""
         const ids = [...document.querySelectorAll("[id]")].map((each) => each.id);
         const uses = [...document.querySelectorAll("use")].map((each) => each.getAttribute("xlink:href").slice(1));
