@@ -17,6 +17,7 @@ from peerlearn.runs.text import printable
 _SMALL_BYTES, _LARGEST_SVG_BYTES, _ALL_BYTES = 60_000, 200_000, 900_000
 # Pixels of the longer side, beyond which a picture is made smaller, and of the largest picture that is read at all.
 _SIDE_PIXELS, _MOST_PIXELS = 1_100, 60_000_000
+_LONGEST_PROTOCOL = 240
 # What the ends of files' names tell.
 _SHOWN = {"-detections": "detections in test images", "-curves": "curves"}
 
@@ -58,7 +59,7 @@ def _picture(facts: RunFacts, result: RunResult, file: Path, url: str) -> Pictur
     told = ". ".join(filter(None, [of, shown, figures + (f", n = {n:,}" if n else "")]))
     return Picture(
         image=Markup('<img alt="" src="{}">').format(url),
-        caption=f"{told}. Protocol: {result.protocol}.",
+        caption=f"{told}. Protocol: {printable(result.protocol, _LONGEST_PROTOCOL)}.",
         alternative=f"Picture of the result {told}.",
     )
 

@@ -13,7 +13,7 @@ from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.text import printable
 
 _PICTURES = (".png", ".svg")
-_LONGEST_PROTOCOL = 240
+_LONGEST_PROTOCOL = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
