@@ -10,23 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detection.voc import IGNORED, RIGHT, WRONG, Curve
-from peerlearn.evaluation.plots import LONGEST_NAME, LONGEST_TITLE, plain_style, save_figure
-from peerlearn.runs.text import printable
+from peerlearn.evaluation.plots import (
+    COLORS,
+    COLUMN_INCHES,
+    DOTS_PER_INCH,
+    FONT_POINTS,
+    GREY,
+    PAGE_INCHES,
+    SMALL_POINTS,
+    plain_style,
+    save_figure,
+    shortened,
+    text_inches,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Beyond so many panels nothing can be read.
-_MOST_CLASSES = 100
+# More panels have no room on a page.
+_MOST_CLASSES, _MOST_COLUMNS = 80, 8
 MOST_IMAGES = 16
 _IMAGES_IN_A_ROW = 4
-# So many signs fit over a panel.
-_LONGEST_PANEL_NAME = 18
-# In inches, and in points of the labels' font.
-_IMAGE_INCHES, _LABEL_POINTS = 3.5, 7
-_DOTS_PER_INCH = 100
+# Room of a title and of the names of axes; of a legend's or a title's line; and below an image for the next one's name.
+_AROUND_INCHES, _LINE_INCHES, _BETWEEN_INCHES = 0.45, 0.15, 0.2
+# Width of a class name in a label.
+_LABEL_INCHES = 0.8
 # More pixels of an image than that are not seen.
-_SHOWN_SIDE = round(2 * _IMAGE_INCHES * _DOTS_PER_INCH)
+_SHOWN_SIDE = round(2 * COLUMN_INCHES * DOTS_PER_INCH)
 
 
 @plain_style()
@@ -40,8 +51,10 @@ def plot_precision_recall(
 ) -> None:
     """Draw precision over recall, a panel for each class, with the best precision at each recall as an area.
 
+    Of more than 80 classes, those of the lowest and of the highest average precision are drawn.
+
     Args:
-        file: PNG file.
+        file: file of the picture; its ending names the format.
         curves: curves of the classes, as `detection.voc.precision_recall` gives them.
         class_names: names of the classes.
         per_class_ap50: average precision of the classes in percent; NaN for a class without objects.
@@ -49,45 +62,65 @@ def plot_precision_recall(
     """
     from matplotlib.figure import Figure
 
-    shown = min(len(curves), _MOST_CLASSES)
+    classes = _shown_classes(list(map(float, per_class_ap50)))
+    shown = len(classes)
     if shown < len(curves):
-        title = f"{title}, first {shown} of {len(curves)} classes"
-    columns = math.ceil(math.sqrt(1.3 * shown))
+        title = f"{title}; {shown} of {len(curves):,} classes, of the lowest and the highest AP50"
+    columns = min(math.ceil(math.sqrt(1.3 * shown)), _MOST_COLUMNS)
     rows = math.ceil(shown / columns)
-    size = (max(1.5 * columns, 4.5), max(1.5 * rows, 3.2) + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
+    width = COLUMN_INCHES if columns <= 3 else PAGE_INCHES
+    side = (width - _AROUND_INCHES) / columns
+    shown_title = wrapped(title, width - 0.1)
+    above = _LINE_INCHES * (1 + shown_title.count("\n"))
+    figure = Figure(
+        figsize=(width, max(rows * side, 1.2) + _AROUND_INCHES + above), layout="constrained"
+    )
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel in panels[shown:]:
         panel.set_axis_off()
-    for panel, curve, name, ap50 in zip(
-        panels[:shown], curves, class_names, map(float, per_class_ap50), strict=False
-    ):
-        _plot_curve(panel, curve, name, ap50)
-    panels[0].set(xlim=(0, 100), ylim=(0, 105), xticks=(0, 50, 100), yticks=(0, 50, 100))
+    for panel, number in zip(panels[:shown], classes, strict=True):
+        ap50 = float(per_class_ap50[number])
+        _plot_curve(panel, curves[number], class_names[number], ap50, side)
+    panels[0].set(xlim=(0, 100), ylim=(0, 100), xticks=(0, 50, 100), yticks=(0, 50, 100))
     # The lowest panel of every column has the numbers, also where the last row is not full.
     for panel in panels[max(shown - columns, 0) : shown]:
         panel.tick_params(labelbottom=True)
-    figure.suptitle(printable(title, LONGEST_TITLE), fontsize=10)
-    figure.supxlabel("recall (%), IoU 0.50", fontsize=9)
-    figure.supylabel("precision (%)", fontsize=9)
+    figure.suptitle(shown_title)
+    figure.supxlabel("recall (%), IoU 0.50", fontsize=FONT_POINTS)
+    figure.supylabel("precision (%)", fontsize=FONT_POINTS)
     save_figure(figure, file)
 
 
-def _plot_curve(panel: "Axes", curve: Curve, name: str, ap50: float) -> None:
-    panel.tick_params(labelsize=7)
-    panel.grid(color="0.9")
-    panel.set_axisbelow(True)
-    shown = "" if math.isnan(ap50) else f"  {ap50:.1f}"
-    panel.set_title(f"{printable(name, _LONGEST_PANEL_NAME)}{shown}", fontsize=8)
+def _shown_classes(ap50: Sequence[float]) -> list[int]:
+    """The numbers of the classes that have a panel: all, or those at both ends of the average precision, rising."""
+    if len(ap50) <= _MOST_CLASSES:
+        return list(range(len(ap50)))
+    ranked = sorted(range(len(ap50)), key=lambda number: (math.isnan(ap50[number]), ap50[number]))
+    known = sum(not math.isnan(each) for each in ap50)
+    if known <= _MOST_CLASSES:
+        return ranked[:_MOST_CLASSES]
+    half = _MOST_CLASSES // 2
+    return ranked[:half] + ranked[known - half : known]
+
+
+def _plot_curve(panel: "Axes", curve: Curve, name: str, ap50: float, inches: float) -> None:
+    """Draw one class into a panel of so many inches."""
+    panel.grid()
+    room = inches - 0.15
+    shown = "" if math.isnan(ap50) else f"{ap50:.1f}"
+    title = f"{shortened(name, PAGE_INCHES)}  {shown}".rstrip()
+    if text_inches(title) > room:
+        title = f"{shortened(name, room)}\n{shown}".rstrip()
+    panel.set_title(title, fontsize=SMALL_POINTS, pad=3)
     if not curve.precision.any():
         text = "no objects" if math.isnan(ap50) else "none found"
-        panel.text(50, 50, text, ha="center", va="center", fontsize=8, color="0.4")
+        panel.text(50, 50, text, ha="center", va="center", fontsize=SMALL_POINTS, color=GREY)
         return
     recall = 100 * torch.cat([curve.recall.new_zeros(1), curve.recall])
     precision = 100 * torch.cat([curve.precision[:1], curve.precision])
     best = precision.flip(0).cummax(0).values.flip(0)
-    panel.fill_between(recall, best, step="pre", color="#cfe0f3")
-    panel.plot(recall, precision, color="#1f4e9c", linewidth=1)
+    panel.fill_between(recall, best, step="pre", color=COLORS[0], alpha=0.2, linewidth=0)
+    panel.plot(recall, precision, color=COLORS[0], clip_on=False)
 
 
 class _Look(NamedTuple):
@@ -110,11 +143,11 @@ class _Look(NamedTuple):
 
 # Told apart by the sign and the line too: not everybody sees the colours.
 _LOOKS = {
-    RIGHT: _Look("#0b6b3a", "solid", "✓ ", "✓ right"),
-    WRONG: _Look("#b3261e", (0, (1, 1)), "✗ ", "✗ wrong", at_end=True),
-    IGNORED: _Look("#5f5f5f", "dashdot", "~ ", "~ neither: the object is difficult"),
+    RIGHT: _Look(COLORS[0], "solid", "✓ ", "✓ right"),
+    WRONG: _Look(COLORS[1], (0, (1, 1)), "✗ ", "✗ wrong", at_end=True),
+    IGNORED: _Look(GREY, "dashdot", "~ ", "~ neither: the object is difficult"),
 }
-_UNJUDGED = _Look("#1f4e9c", "solid", "", "detection")
+_UNJUDGED = _Look(COLORS[0], "solid", "", "detection")
 _OBJECT = _Look("#000000", (0, (3, 3)), "missed: ", "object")
 
 
@@ -134,7 +167,7 @@ def draw_sheet(
     """Draw the first 16 images with their objects (dashed) and their detections, the right and the wrong ones marked.
 
     Args:
-        file: PNG file.
+        file: file of the picture; its ending names the format.
         images: images, uint8 (channels, h, w).
         detections: of each image, {boxes (n, 4), scores (n,), labels (n,)}; corners in pixels from 0 in the image.
         class_names: names of the classes.
@@ -151,15 +184,22 @@ def draw_sheet(
     images = images[:MOST_IMAGES]
     columns = min(len(images), _IMAGES_IN_A_ROW)
     rows = math.ceil(len(images) / columns)
-    figure = Figure(
-        figsize=(max(_IMAGE_INCHES * columns, 6), _IMAGE_INCHES * rows + 0.9), layout="constrained"
-    )
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    width = COLUMN_INCHES if columns <= 2 else PAGE_INCHES
+    side = width / columns
+    shown_title = wrapped(f"{title}: detections of a score of {least_score:.2f} and more", width)
+    above = _LINE_INCHES * (1 + shown_title.count("\n"))
+    aspects = [min(image.shape[1] / image.shape[2], 1) for image in images]
+    heights = [
+        side * max(aspects[n : n + columns]) + (_BETWEEN_INCHES if names else 0)
+        for n in range(0, len(images), columns)
+    ]
+    figure = Figure(figsize=(width, sum(heights) + above + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
     for number, panel in enumerate(panels):
         panel.set_axis_off()
         if number < len(images):
             if names:
-                panel.set_title(printable(names[number], LONGEST_NAME), fontsize=8)
+                panel.set_title(shortened(names[number], side - 0.1), fontsize=SMALL_POINTS, pad=2)
             _draw_image(
                 panel,
                 images[number],
@@ -173,11 +213,13 @@ def draw_sheet(
         Line2D([], [], color=look.color, linestyle=look.style, linewidth=2, label=look.words)
         for look in [*([_OBJECT] if targets else []), *looks]
     ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
-    figure.suptitle(
-        f"{printable(title, LONGEST_TITLE)}: detections of a score of {least_score:.2f} and more",
-        fontsize=11,
+    figure.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=len(lines) if width == PAGE_INCHES else 2,
+        frameon=False,
     )
+    figure.suptitle(shown_title)
     save_figure(figure, file)
 
 
@@ -241,7 +283,7 @@ def _found_objects(
 
 
 def _name(class_names: Sequence[str], label: int) -> str:
-    return printable(class_names[label], LONGEST_NAME)
+    return shortened(class_names[label], _LABEL_INCHES)
 
 
 def _draw_box(
@@ -260,25 +302,42 @@ def _draw_box(
     )
     if text:
         text = look.mark + text
-        x, y = _label_corner(image_size, box, look, len(text))
+        figure = panel.get_figure(root=True)
+        spec = panel.get_subplotspec()
+        assert figure is not None
+        assert spec is not None
+        inches = figure.get_figwidth() / spec.get_gridspec().ncols
+        x, y = _label_corner(image_size, inches, box, look, text_inches(text))
         panel.text(
             *(x, y, text),
             va="top",
-            fontsize=_LABEL_POINTS,
+            fontsize=SMALL_POINTS,
             color="white",
             bbox={"facecolor": look.color, "edgecolor": "none", "pad": 1},
         )
 
 
 def _label_corner(
-    image_size: tuple[int, int], box: Sequence[float], look: _Look, signs: int
+    image_size: tuple[int, int],
+    inches: float,
+    box: Sequence[float],
+    look: _Look,
+    label_inches: float,
 ) -> tuple[float, float]:
-    """The upper left corner of a label of so many signs: within the image as far as there is room."""
+    """The upper left corner of a label: within the image as far as there is room.
+
+    Args:
+        image_size: height and width of the image in pixels.
+        inches: length of its longer side in the picture.
+        box: corners of the box in pixels.
+        look: look of the box.
+        label_inches: width of the label's text.
+    """
     height, width = image_size
     left, top, right, bottom = box
-    pixels_per_point = max(image_size) / (72 * _IMAGE_INCHES)
-    label_height = 1.6 * _LABEL_POINTS * pixels_per_point
-    label_width = (0.62 * signs + 0.4) * _LABEL_POINTS * pixels_per_point
+    pixels_per_inch = max(image_size) / inches
+    label_height = 1.6 * SMALL_POINTS / 72 * pixels_per_inch
+    label_width = (label_inches + 0.04) * pixels_per_inch
     if look is _OBJECT:
         x, y = left, bottom
     elif look.at_end:

@@ -45,7 +45,9 @@ def detection_score(
     }
     metrics["per_class_objects"] = dict(zip(test.class_names, _counted_objects(test), strict=True))
     first = trials[0]
-    title = f"{test.title}, network {network}{f', {variant}' if variant else ''}: AP50 {first.result.ap50:.2f} %"
+    about = ", ".join(filter(None, [test.title, f"network {network}", variant]))
+    of_trials = f", trial 1 of {len(trials)}" if len(trials) > 1 else ""
+    title = f"{about}: AP50 {first.result.ap50:.2f} % by rule {first.rule}, n = {len(test):,} images{of_trials}"
     return Score(
         network=network,
         dataset=test.title,
@@ -53,8 +55,8 @@ def detection_score(
         protocol=protocol,
         variant=variant,
         pictures={
-            ".png": partial(_plot_curves, measured=first, test=test, title=title),
-            "-detections.png": partial(_draw_detections, measured=first, test=test, title=title),
+            "": partial(_plot_curves, measured=first, test=test, title=title),
+            "-detections": partial(_draw_detections, measured=first, test=test, title=title),
         },
     )
 

@@ -11,6 +11,7 @@ from peerlearn.compute.device_names import require_device
 from peerlearn.config import ArgumentParser
 from peerlearn.data.file_search import search
 from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.evaluation.plots import check_picture
 from peerlearn.runs.export_folders import LAST_DETECTOR, detector_in
 from peerlearn.runs.files import write_text
 from peerlearn.runs.text import listed, printable
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from detection.saved import Description
     from peerlearn.compute.dist import Ranks
     from peerlearn.data.detection_sets import DetectionDataset
-
-_PNG = ".png"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,8 +69,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--output",
         type=Path,
         default=Path("detections.png"),
-        metavar="FILE.png",
-        help="picture to write (default: detections.png)",
+        metavar="FILE",
+        help="picture to write, .png, .svg or .pdf (default: detections.png)",
     )
     parser.add_argument(
         "--json",
@@ -96,10 +95,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.score <= 1:
         raise UsageError(f"--score must be within 0..1, got {arguments.score:g}")
-    if arguments.output.suffix.lower() != _PNG:
-        raise UsageError(
-            f"--output {arguments.output} must end in {_PNG}: the picture is a PNG file"
-        )
+    check_picture(arguments.output)
     try:
         require_device(arguments.device)
     except ValueError as error:

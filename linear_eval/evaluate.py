@@ -1,8 +1,9 @@
 """One checkpoint's networks, scored by a linear protocol."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from linear_eval.classifiers import (
 )
 from linear_eval.config import LinearConfig
 from linear_eval.finetune import finetune
+from linear_eval.pictures import plot_candidates
 from linear_eval.streams import streamed_batches
 from peerlearn.compute.dist import Ranks
 from peerlearn.data.augment import EVALUATION_VIEW
@@ -24,11 +26,11 @@ from peerlearn.data.datasets import ImageDataset, select_images
 from peerlearn.data.subsets import hold_out
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import classification_scores
+from peerlearn.evaluation.confusion import plot_confusion
 from peerlearn.evaluation.data import load_splits, splits_protocol
 from peerlearn.evaluation.feature_cache import Extraction
 from peerlearn.evaluation.feature_sets import load_feature_sets
 from peerlearn.evaluation.networks import frozen, load_backbones
-from peerlearn.evaluation.plots import plot_confusion
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.selection import ENSEMBLE, Selection
 from peerlearn.evaluation.training_run import own_config, training_run, whole_path
@@ -62,6 +64,19 @@ def _score(
 ) -> Score:
     assert test.labels is not None
     scores = classification_scores(classified.logits, test.labels)
+    about = f"{test.title}, network {name}, {protocol['method'].replace('_', ' ')}"
+    low, high = scores.metrics()["top1_wilson95"]
+    title = f"{about}: top-1 {scores.top1:.2f} % (95 %: {low:.2f} .. {high:.2f}), n = {scores.n:,}"
+    pictures: dict[str, Callable[[Path], object]] = {
+        "": partial(
+            plot_confusion,
+            confusion=scores.confusion,
+            class_names=test.class_names,
+            title=title,
+        )
+    }
+    if classified.choice:
+        pictures["-candidates"] = partial(plot_candidates, choice=classified.choice, title=about)
     return Score(
         network=name,
         dataset=test.title,
@@ -71,14 +86,7 @@ def _score(
             **classified.choice,
         },
         protocol=protocol,
-        pictures={
-            ".png": partial(
-                plot_confusion,
-                confusion=scores.confusion,
-                class_names=test.class_names,
-                title=f"{test.title}, network {name}: top-1 {scores.top1:.2f} %, n = {scores.n:,}",
-            )
-        },
+        pictures=pictures,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peerlearn.config import ArgumentParser, config_to_yaml, parse_config
 from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.evaluation.plots import check_picture
 from pretrain.command import SHIPPED
 from pretrain.config import PretrainConfig
 from pretrain.view_sheet import Row, Sheet, draw_sheet, image_name
@@ -32,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
         PretrainConfig,
         words,
         verb="data show",
-        description="Draw the first images of a run and the views that it draws of them, as a PNG file. -o FILE.png: "
-        "the file (views.png). --images N: how many images (8).",
+        description="Draw the first images of a run and the views that it draws of them, as a picture. -o FILE: the "
+        "file, .png, .svg or .pdf (views.png). --images N: how many images (8).",
         example="peerlearn data show mcl_fashion_mnist_demo --data.views.blur_probability 0.5 -o views.png",
         essential=(
             *(
@@ -54,8 +55,7 @@ def main(argv: Sequence[str]) -> int:
     if not 1 <= arguments.images <= _MOST_IMAGES:
         raise UsageError(f"--images must be within 1..{_MOST_IMAGES}, got {arguments.images}")
     output: Path = arguments.output
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"--output {output} must end in .png: the picture is a PNG file")
+    check_picture(output)
     if os.path.isdir(output):
         raise UsageError(f"--output {output} is a folder: name a file")
     sheet = _sheet(config, arguments.images)

@@ -1,10 +1,7 @@
-"""A sheet of images and the views that were drawn of them, as a PNG file."""
+"""A sheet of images and the views that were drawn of them, as a picture."""
 
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
-
-from peerlearn.runs.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,9 +9,10 @@ if TYPE_CHECKING:
 
     from peerlearn.data.datasets import ImageDataset
 
-# In inches. A caption of so many signs fits into a line of the sheet.
-_PANEL_INCHES, _LINE_INCHES = 1.25, 0.17
-_LINE_LETTERS = 180
+# Width of the names beside the images, and height of a line of the caption and of the columns' titles.
+_NAME_INCHES, _LINE_INCHES, _TITLES_INCHES = 0.8, 0.14, 0.25
+# So many columns have room in a column of a paper.
+_MOST_IN_A_COLUMN = 3
 
 
 class Row(NamedTuple):
@@ -59,21 +57,30 @@ def draw_sheet(file: Path, sheet: Sheet) -> None:
 def _draw(file: Path, sheet: Sheet) -> None:
     from matplotlib.figure import Figure
 
-    from peerlearn.evaluation.plots import LONGEST_NAME, save_figure
+    from peerlearn.evaluation.plots import (
+        COLUMN_INCHES,
+        PAGE_INCHES,
+        SMALL_POINTS,
+        save_figure,
+        shortened,
+        wrapped,
+    )
 
-    lines = "\n".join(fill(line, _LINE_LETTERS) for line in sheet.caption.splitlines())
-    width = _PANEL_INCHES * len(sheet.titles) + 0.9
-    height = _PANEL_INCHES * len(sheet.rows) + 0.4 + _LINE_INCHES * (1 + lines.count("\n"))
+    width = COLUMN_INCHES if len(sheet.titles) <= _MOST_IN_A_COLUMN else PAGE_INCHES
+    lines = wrapped(sheet.caption, width - 0.1, SMALL_POINTS)
+    side = (width - _NAME_INCHES) / len(sheet.titles)
+    above = _TITLES_INCHES + _LINE_INCHES * (1 + lines.count("\n"))
+    height = side * len(sheet.rows) + above
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(len(sheet.rows), len(sheet.titles), squeeze=False)
     for row, beside in zip(sheet.rows, panels, strict=True):
         for image, panel in zip(row.panels, beside, strict=True):
             _draw_image(panel, image)
-        name = "\n".join(printable(part, LONGEST_NAME) for part in row.name.split("\n"))
-        beside[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+        name = "\n".join(shortened(part, _NAME_INCHES - 0.1) for part in row.name.split("\n"))
+        beside[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=SMALL_POINTS)
     for title, panel in zip(sheet.titles, panels[0], strict=True):
-        panel.set_title(title, fontsize=8)
-    figure.suptitle(lines, fontsize=8, x=0.01, ha="left")
+        panel.set_title(title, fontsize=SMALL_POINTS, pad=3)
+    figure.suptitle(lines, fontsize=SMALL_POINTS, x=0.01, ha="left")
     save_figure(figure, file)
 
 

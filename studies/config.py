@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerlearn.config import added, nearest, require
+from peerlearn.evaluation.plots import PictureFormat
 from peerlearn.runs.trackers import TrackerName
 
 # Words that the study itself sets, or that are no part of a command's config.
@@ -86,6 +87,7 @@ class StudyConfig:
         keep: what stays of a run once it is evaluated: all, the last export (without saves), or results alone.
         published: published figures, which tables show beside those measured.
         mirror: tracker that each run is mirrored to, as by `peerlearn mirror`; null = none.
+        pictures: format of the picture of the tables: png, svg or pdf.
     """
 
     folder: str
@@ -103,6 +105,7 @@ class StudyConfig:
     keep: Literal["all", "last", "results"] = "all"
     published: list[Published] = field(default_factory=list)
     mirror: TrackerName | None = added(None)
+    pictures: PictureFormat = added("png")
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder must name the study's folder")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from peerlearn.evaluation.plots import draw
+from peerlearn.evaluation.plots import PictureFormat, draw
 from peerlearn.runs.files import write_text
 from peerlearn.runs.output import show
 from studies.evaluations import Problem
@@ -14,13 +14,20 @@ from studies.study import Study, unwritable
 from studies.table import Table, tables, unknown_scores
 
 
-def report(study: Study, problems: Sequence[Problem], *, write: bool) -> list[Problem]:
+def report(
+    study: Study,
+    problems: Sequence[Problem],
+    *,
+    write: bool,
+    pictures: PictureFormat | None = None,
+) -> list[Problem]:
     """Print the tables and what is missing; if asked, write them into STUDY/table.{csv,json,md,tex,png}.
 
     Args:
         study: study whose runs are read.
         problems: what is known to be missing; what cannot be read or compared is added.
         write: whether to write the files.
+        pictures: format of the picture; None = the study's.
 
     Returns:
         Everything that is missing.
@@ -34,7 +41,7 @@ def report(study: Study, problems: Sequence[Problem], *, write: bool) -> list[Pr
     _print(study, shown, missing)
     if not write:
         return missing
-    file = study.root / "table"
+    file, ending = study.root / "table", pictures or study.config.pictures
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         write_text(file.with_suffix(".csv"), as_csv(study, shown, scores))
@@ -42,10 +49,10 @@ def report(study: Study, problems: Sequence[Problem], *, write: bool) -> list[Pr
         write_text(file.with_suffix(".md"), as_markdown(shown, missing))
         write_text(file.with_suffix(".tex"), as_latex(shown))
         if shown:
-            draw(partial(plot_tables, shown), file.with_suffix(".png"))
+            draw(partial(plot_tables, shown), file.with_suffix(f".{ending}"))
     except OSError as error:
         raise unwritable(study.root, error) from error
-    print(f"table: {file}.md, .csv, .json, .tex, .png", flush=True)
+    print(f"table: {file}.md, .csv, .json, .tex, .{ending}", flush=True)
     return missing
 
 

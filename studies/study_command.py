@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from peerlearn.config import ArgumentParser, find_config
 from peerlearn.errors import DONE, UsageError, UserError
+from peerlearn.evaluation.plots import PICTURE_FORMATS
 from peerlearn.runs.directory import FORMER_FILES, STUDY_FILE, RunDirectory
 from slurm.plan import launched
 from studies.config import StudyConfig
@@ -63,7 +64,7 @@ def _planned(words: argparse.Namespace) -> Study:
         key: getattr(words, key)
         for key in (
             *("folder", "seeds", "pretrain", "cluster", "evaluation_cluster"),
-            *("throttle", "keep", "watch", "interval_seconds", "exports", "score"),
+            *("throttle", "keep", "watch", "interval_seconds", "exports", "score", "pictures"),
         )
     }
     instead["evaluate"] = words.evaluate or None
@@ -188,6 +189,11 @@ def _parser(verb: str) -> ArgumentParser:
         "--watch",
         choices=get_args(hints["watch"]),
         help="place of what submits evaluations (default: job)",
+    )
+    add(
+        "--pictures",
+        choices=PICTURE_FORMATS,
+        help="format of the picture of the tables (default: png)",
     )
     add("--interval_seconds", type=float, help="seconds from one look at the runs to the next")
     add("--dry_run", action="store_true", help="check everything and print what would run")

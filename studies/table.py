@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from textwrap import shorten
 
 from peerlearn.evaluation.results import CLASSIFICATION
+from peerlearn.evaluation.score_table import common_protocol
 from peerlearn.evaluation.uncertainty import is_percentage
 from peerlearn.runs.directory import STUDY_FILE
 from studies.config import Published
@@ -105,16 +106,8 @@ def _measured(table: Table) -> Iterator[str]:
     steps = sorted({score.step for score in table.scores})
     when = "step that validation chose" if table.scores[0].chosen else "last step"
     yield f"Measured at the {when}: {' to '.join(map(str, sorted({steps[0], steps[-1]})))}"
-    # What is common to all; what a hash tells of images is not for reading.
-    told = [
-        f"{key} {value}"
-        for key, value in table.scores[0].protocol.items()
-        if isinstance(value, str | int | float)
-        and not key.endswith("_fingerprint")
-        and all(score.protocol.get(key) == value for score in table.scores)
-    ]
-    if told:
-        yield f"Protocol: {shorten(', '.join(told), _LONGEST_PROTOCOL, placeholder=' ...')}"
+    if told := common_protocol([score.protocol for score in table.scores]):
+        yield f"Protocol: {shorten(told, _LONGEST_PROTOCOL, placeholder=' ...')}"
 
 
 def _statistics(table: Table) -> Iterator[str]:

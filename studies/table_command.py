@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peerlearn.config import ArgumentParser, find_config
 from peerlearn.errors import DONE, UserError
+from peerlearn.evaluation.plots import PICTURE_FORMATS
 from peerlearn.runs.directory import STUDY_FILE
 from studies.due import problems
 from studies.runner import jobs_now, work_of
@@ -33,6 +34,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="GRID", help="grids to show (default: all)"
     )
+    parser.add_argument(
+        "--pictures",
+        choices=PICTURE_FORMATS,
+        help="format of the picture of the tables (default: the study's, which is png if it names none)",
+    )
     words = parser.parse_args(argv)
     folder = Path(words.study)
     if not folder.is_dir():
@@ -47,5 +53,10 @@ def main(argv: Sequence[str]) -> int:
     study = load_study(folder, only=words.only)
     work = work_of(study)
     mine = (folder / STUDY_FILE).stat().st_uid == os.getuid()
-    report(study, problems(work, jobs_now(work, study.config)), write=mine and not words.only)
+    report(
+        study,
+        problems(work, jobs_now(work, study.config)),
+        write=mine and not words.only,
+        pictures=words.pictures,
+    )
     return DONE

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from peerlearn.compute.device_names import require_device
 from peerlearn.config import changeable, config_to_yaml, parse_config, require
 from peerlearn.evaluation.data import EvaluationDataConfig
+from peerlearn.evaluation.plots import PictureFormat
 from peerlearn.evaluation.preview import preview
 from peerlearn.evaluation.results import Averaging, Score, mean_over_runs, read_result, write_score
 from peerlearn.evaluation.score_table import Column, report_scores
@@ -44,12 +45,14 @@ class EvaluatorConfig:
         network: the networks to score: 0, 1, ..., key-0, ..., all, or ensemble.
         device: the device to compute on: auto (a GPU where there is one), cpu, cuda, ...
         results: folder of the result files; null = the run's results/, or results/ here for a lone export.
+        pictures: format of the pictures beside the result files: png, svg or pdf.
     """
 
     checkpoint: str | list[str] = changeable()
     network: str = changeable("all")
     device: str = changeable("auto")
     results: str | None = changeable(None)
+    pictures: PictureFormat = changeable("png", is_added=True)
 
     def __post_init__(self) -> None:
         require(
@@ -187,5 +190,6 @@ def _evaluate(
             hashes=hashes,
             seed=run_setting(selection.run, "seed", None),
             seconds=time.monotonic() - start,
+            pictures=config.pictures,
         )
     return files

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 
+from peerlearn.errors import UsageError
 from peerlearn.runs.files import replacing
 from peerlearn.runs.output import warn_once
 from peerlearn.runs.text import printable
@@ -16,7 +18,6 @@ from peerlearn.runs.text import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 # The files that a picture can be: pixels, or shapes and text of any size.
 PictureFormat = Literal["png", "svg", "pdf"]
@@ -70,11 +71,16 @@ _STYLE: Any = {
 # What a library would else write of the hour.
 _TIMELESS = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
-# Beyond so many classes neither their names nor numbers can be read.
-_MOST_NAMED = 30
 # Longer names would leave no room for the picture.
 LONGEST_NAME = 30
-LONGEST_TITLE = 90
+LONGEST_TITLE = 200
+# The shortest name that `printable` can make.
+_SHORTEST_NAME = 6
+# A renderer's letters are up to so much wider than the font says, for they begin at whole pixels.
+_WIDER = 1.04
+_PIXELS_APART = 3
+# In percent.
+_LEAST_SPAN = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +104,18 @@ def draw(picture: Callable[[Path], object], file: Path) -> None:
         about = (file.parent, reason)
         warn_once(
             logger, about, "%s could not be drawn (%s); the score beside it stands", file, reason
+        )
+
+
+def check_picture(file: Path) -> None:
+    """Make sure that the ending of a file named on the command line is that of a picture.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if file.suffix.lower().removeprefix(".") not in PICTURE_FORMATS:
+        raise UsageError(
+            f"--output {file} must end in .{', .'.join(PICTURE_FORMATS[:-1])} or .{PICTURE_FORMATS[-1]}"
         )
 
 
@@ -145,10 +163,15 @@ def series_style(number: int) -> dict[str, Any]:
     }
 
 
-def end_at_100(axes: "Axes") -> None:
-    """Let the vertical axis, of percentages, end at 0 and at 100; draw with `clip_on=False` what may lie on the end."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0.0), min(high, 100.0))
+def end_at_100(axes: "Axes", axis: Literal["x", "y"] = "y") -> None:
+    """Let an axis of percentages end at 0 and at 100, and span enough that no small difference looks like a large one.
+
+    Draw with `clip_on=False` what may lie on an end.
+    """
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    more = max(0.0, _LEAST_SPAN - (high - low)) / 2
+    ends = max(low - more, 0.0), min(high + more, 100.0)
+    axes.set(**{f"{axis}lim": ends})
 
 
 def cut_errors(values: Sequence[float], errors: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -173,33 +196,66 @@ def _own_backend() -> Iterator[None]:
             os.environ["MPLBACKEND"] = named
 
 
-@plain_style()
-def plot_confusion(
-    file: Path, confusion: "Tensor", class_names: Sequence[str], *, title: str
-) -> None:
-    """Draw a confusion matrix, int (C, C), rows the true classes: its shares within each row, in percent."""
-    from matplotlib.figure import Figure
+def text_inches(text: str, points: float = SMALL_POINTS) -> float:
+    """Width of a line of text."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
 
-    classes = len(confusion)
-    named = classes <= _MOST_NAMED
-    side = min(3 + 0.4 * classes, 14)
-    shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)
-    # A figure of its own, not pyplot's: nothing global, and no display is looked for.
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.add_subplot()
-    picture = axes.imshow(shares.numpy(), vmin=0, vmax=100)
-    figure.colorbar(picture, label="% of the true class")
-    axes.set(xlabel="predicted", ylabel="true", title=printable(title, LONGEST_TITLE))
-    if named:
-        names = [printable(name, LONGEST_NAME) for name in class_names]
-        axes.set_xticks(range(classes), names, rotation=90)
-        axes.set_yticks(range(classes), names)
-        for row, column in confusion.nonzero().tolist():
-            share = float(shares[row, column])
-            axes.text(
-                *(column, row, f"{share:.0f}"),
-                ha="center",
-                va="center",
-                color="white" if share > 50 else "black",
-            )
-    save_figure(figure, file)
+    size = FontProperties(family="DejaVu Sans", size=points)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, size, ismath=False)
+    return _WIDER * width / 72
+
+
+def shortened(name: str, inches: float, points: float = SMALL_POINTS) -> str:
+    """A name without so much of its middle that it has room in a width, and in `LONGEST_NAME` characters."""
+    longest = min(len(printable(name)), LONGEST_NAME)
+    while longest > _SHORTEST_NAME and text_inches(printable(name, longest), points) > inches:
+        longest -= 1
+    return printable(name, longest if longest > _SHORTEST_NAME else _SHORTEST_NAME)
+
+
+def wrapped(text: str, inches: float, points: float = FONT_POINTS) -> str:
+    """A title in lines that have room in a width; its own line breaks stay."""
+    return "\n".join(
+        line
+        for paragraph in text.split("\n")
+        for line in _lines(printable(paragraph, LONGEST_TITLE), inches, points)
+    )
+
+
+def _lines(text: str, inches: float, points: float) -> Iterator[str]:
+    line = ""
+    # What belongs together stays together: "n = 500", "95 %".
+    for word in re.split("(?<!=) (?![=%±])", text):
+        longer = f"{line} {word}" if line else word
+        if text_inches(longer, points) <= inches:
+            line = longer
+            continue
+        if line:
+            yield line
+        # A word that has no room in a line of its own is broken where the line ends.
+        line = ""
+        for letter in word:
+            if line and text_inches(line + letter, points) > inches:
+                yield line
+                line = ""
+            line += letter
+    yield line
+
+
+def thin_x_labels(axes: "Axes") -> None:
+    """Leave out labels of the horizontal axis that would touch the one before. The figure must have been laid out."""
+    labels = axes.get_xticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    kept = _apart([(box.x0, box.x1) for box in boxes])
+    names = [label.get_text() if number in kept else "" for number, label in enumerate(labels)]
+    axes.set_xticks(axes.get_xticks(), names)
+
+
+def _apart(spans: Sequence[tuple[float, float]]) -> list[int]:
+    """The numbers of spans, from left to right, of which none begins before the one before it has ended."""
+    kept: list[int] = []
+    for number, (begin, _) in sorted(enumerate(spans), key=lambda item: item[1]):
+        if not kept or begin >= spans[kept[-1]][1] + _PIXELS_APART:
+            kept.append(number)
+    return kept

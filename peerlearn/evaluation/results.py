@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlearn.errors import UserError
-from peerlearn.evaluation.plots import draw
+from peerlearn.evaluation.plots import PictureFormat, draw
 from peerlearn.evaluation.uncertainty import is_percentage, spread_over_runs
 from peerlearn.runs.environment import environment
 from peerlearn.runs.files import write_text
@@ -43,8 +43,8 @@ class Score:
         metrics: figures by name; "n" is how many images, or episodes, they are of.
         protocol: all that decides the figures beside the networks. Scores of one network differ in it.
         variant: what the table adds to the network's name, where a network has several scores.
-        pictures: functions that draw the score into a PNG file of the given path, by what the file's name has in place
-            of the result's .json: ".png", "-curves.png".
+        pictures: functions that draw the score into a file of the given path, by what the file's name adds to that of
+            the result: "", "-curves". The path's ending names the format.
     """
 
     network: str
@@ -133,11 +133,13 @@ def write_score(
     hashes: Mapping[str, str],
     seed: Any,
     seconds: float,
+    pictures: PictureFormat = "png",
 ) -> Path:
     """Write a score's result file, and draw its pictures beside it. Returns the file.
 
     Args:
         hashes: export hash of every network; a score of another name is of all of them together.
+        pictures: format of the pictures.
 
     Raises:
         UserError: the result file cannot be written. A picture that cannot be drawn is a warning.
@@ -156,7 +158,7 @@ def write_score(
         variant=score.variant,
     )
     for ending, picture in score.pictures.items():
-        draw(picture, file.with_name(file.stem + ending))
+        draw(picture, file.with_name(f"{file.stem}{ending}.{pictures}"))
     return file
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from peerlearn.evaluation.results import Averaging, mean_over_runs, read_result, write_mean_result
@@ -11,7 +12,10 @@ from peerlearn.evaluation.uncertainty import (
     spread_over_runs,
 )
 from peerlearn.runs.output import show
+from peerlearn.runs.text import printable
 
+# Width of what is printed below a table.
+_WIDTH = 80
 # The metrics of one network's score, run by run.
 Runs = Sequence[Mapping[str, Any]]
 
@@ -102,7 +106,7 @@ def report_scores(
     folder: Path,
     average: Averaging = mean_over_runs,
 ) -> None:
-    """Print a row per score and, for several runs, write their means.
+    """Print a row per score, the protocol, what was chosen and the files; for several runs, write their means.
 
     Args:
         files: for every run, its result files by the name of the row.
@@ -119,6 +123,9 @@ def report_scores(
     from rich.text import Text
 
     n, dataset, several = 0, "", len(files) > 1
+    protocols: list[Mapping[str, Any]] = []
+    chosen: list[str] = []
+    written: list[Path] = []
     # Text, as plain strings may hold rich's markup.
     table = Table(title=Text(title))
     table.add_column("network", overflow="fold", min_width=10)
@@ -130,10 +137,58 @@ def report_scores(
         runs = [result["metrics"] for result in results]
         n, dataset = runs[0]["n"], results[0]["dataset"]
         table.add_row(Text(row), *(Text(column.cell(runs)) for column in columns))
-        if several:
-            write_mean_result(folder, paths, average)
+        protocols += [result["protocol"] for result in results]
+        chosen += [
+            f"chosen for {row}: {_settings_text(metrics['chosen'])}"
+            for metrics in runs
+            if "chosen" in metrics
+        ]
+        written += [write_mean_result(folder, paths, average)] if several else paths
     shown = ", ".join(dict.fromkeys(column.over_runs for column in columns if column.over_runs))
     table.caption = Text(
         f"{dataset}\nn {n:,}" + (f", {len(files)} runs: {shown}" if several else "")
     )
     show(table)
+    _print_origin(protocols, chosen, written)
+
+
+def _print_origin(
+    protocols: Sequence[Mapping[str, Any]], chosen: Sequence[str], files: Sequence[Path]
+) -> None:
+    """Print what a table stands for: the protocol, what validation chose, and the files that hold it all."""
+    if common := common_protocol(protocols):
+        chosen = [f"protocol: {common}", *dict.fromkeys(chosen)]
+    for line in chosen:
+        print(fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    for folder in dict.fromkeys(file.parent for file in files):
+        print(f"results in {printable(str(folder))}:")
+        for file in files:
+            if file.parent == folder:
+                print(f"  {printable(file.name)}")
+
+
+def common_protocol(protocols: Sequence[Mapping[str, Any]]) -> str:
+    """What protocols have in common, for reading: without what a hash tells of images."""
+    first, *others = protocols
+    return _settings_text(
+        {
+            key: value
+            for key, value in first.items()
+            if not key.endswith("_fingerprint") and all(each.get(key) == value for each in others)
+        }
+    )
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    """``k 200, temperature 0.1``: without what is nothing, or no plain value."""
+    return ", ".join(
+        f"{key} {_value_text(value)}"
+        for key, value in settings.items()
+        if isinstance(value, str | int | float | list)
+    )
+
+
+def _value_text(value: str | float | list[Any]) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_value_text, value))
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))

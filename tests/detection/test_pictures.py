@@ -11,8 +11,9 @@ from PIL import Image
 from detection.class_table import show_classes
 from detection.pictures import _LOOKS, _OBJECT, _label_corner, draw_sheet, plot_precision_recall
 from detection.voc import RIGHT, WRONG, Curve, outcomes_by_image
-from peerlearn.evaluation.plots import draw
+from peerlearn.evaluation.plots import draw, text_inches
 from tests.detection.test_voc import found, target
+from tests.drawn import check_texts
 
 
 @pytest.fixture
@@ -47,7 +48,9 @@ def test_a_panel_for_each_class(tmp_path, figures):
     (figure,) = figures
     panels = figure.axes[:3]
     assert [panel.get_title() for panel in panels[:2]] == ["cat  83.3", "$x^^$  0.0"]
-    assert len(panels[2].get_title()) < 20
+    assert panels[2].get_title().count("y") < 25
+    assert panels[0].get_ylim() == panels[0].get_xlim() == (0, 100)
+    check_texts(figure)
     (line,) = panels[0].lines
     points = [[0, 100], [50, 100], [50, 50], [100, 200 / 3]]
     assert line.get_xydata() == pytest.approx(torch.tensor(points, dtype=torch.float64).numpy())
@@ -56,14 +59,20 @@ def test_a_panel_for_each_class(tmp_path, figures):
         assert min(image.size) > 300
 
 
-@pytest.mark.parametrize(("classes", "panels"), [(1, 1), (10, 10), (20, 20), (101, 100)])
+@pytest.mark.parametrize(("classes", "panels"), [(1, 1), (10, 10), (20, 20), (101, 80)])
 def test_any_number_of_classes_has_room(classes, panels, tmp_path, figures):
     curves = [curve([1], [1])] * classes
-    ap50 = torch.full((classes,), 100.0)
-    plot_precision_recall(tmp_path / "a.png", curves, ["a"] * classes, ap50, title="t")
+    ap50 = torch.arange(classes).double()
+    names = [f"{number} {'W' * 40}" for number in range(classes)]
+    plot_precision_recall(tmp_path / "a.png", curves, names, ap50, title="W" * 100)
     (figure,) = figures
     assert sum(bool(axes.lines) for axes in figure.axes) == panels
-    assert ("first 100 of 101 classes" in figure.get_suptitle()) == (classes > 100)
+    shown = [axes.get_title().split()[0] for axes in figure.axes if axes.lines]
+    if classes > 80:
+        assert "80 of 101 classes" in figure.get_suptitle().replace("\n", " ")
+        assert shown == [str(number) for number in [*range(40), *range(61, 101)]]
+    if classes == 10:
+        check_texts(figure)
     # No two panels lie on each other.
     boxes = [axes.get_window_extent() for axes in figure.axes if axes.lines]
     assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
@@ -110,7 +119,8 @@ def test_right_wrong_and_missed_are_told_by_signs(tmp_path, figures):
 def test_unsure_detections_are_drawn_if_asked_for(tmp_path, figures):
     a_sheet(least_score=0.4)(tmp_path / "a.png")
     assert texts(figures[0]) == ["✓ cat 0.90", "✗ cat 0.75", "✓ $dog$ 0.40"]
-    assert "score of 0.40" in figures[0].get_suptitle()
+    assert "score of 0.40" in figures[0].get_suptitle().replace("\n", " ")
+    check_texts(figures[0])
 
 
 def test_images_without_known_objects_have_their_detections(tmp_path, figures):
@@ -138,8 +148,8 @@ def test_a_photo_is_drawn_with_the_pixels_that_are_seen_and_a_name(tmp_path, fig
         names=["$a$.jpg", "b.jpg"],
     )
     drawn, small = (axes.images[0] for axes in figures[0].axes[:2])
-    assert drawn.get_array().shape == (350, 700, 3)
-    assert drawn.get_array()[:175].tolist() == torch.full((175, 700, 3), 200).tolist()
+    assert drawn.get_array().shape == (700, 1400, 3)
+    assert drawn.get_array()[:350].tolist() == torch.full((350, 1400, 3), 200).tolist()
     # The pixels of the file are what corners count in.
     assert drawn.get_extent() == [0, 2800, 1400, 0]
     assert small.get_array().shape == (8, 8, 3)
@@ -149,14 +159,17 @@ def test_a_photo_is_drawn_with_the_pixels_that_are_seen_and_a_name(tmp_path, fig
 @pytest.mark.parametrize("look", [_OBJECT, *_LOOKS.values()])
 @pytest.mark.parametrize("box", [[0, 0, 5, 5], [95, 75, 100, 80], [0, 0, 100, 80], [-3, 78, 4, 90]])
 def test_labels_stay_in_the_image(look, box):
-    x, y = _label_corner((80, 100), box, look, signs=12)
+    x, y = _label_corner((80, 100), 3.5, box, look, text_inches("a" * 12))
     assert 0 <= x < x + 20 < 100
     assert 0 <= y < y + 4 < 80
 
 
 def test_labels_of_right_and_wrong_detections_of_an_object_do_not_meet():
     box = [30, 30, 70, 60]
-    corners = [_label_corner((80, 100), box, _LOOKS[key], signs=8) for key in (RIGHT, WRONG)]
+    corners = [
+        _label_corner((80, 100), 3.5, box, _LOOKS[key], text_inches("a" * 8))
+        for key in (RIGHT, WRONG)
+    ]
     assert corners[0][1] + 4 < 30 < 50 < corners[1][1] < 60
 
 

@@ -31,7 +31,7 @@ from functools import partial
 
 from peerlearn.evaluation.data import EvaluationDataConfig, load_splits, splits_protocol
 from peerlearn.evaluation.evaluator import Evaluator, EvaluatorConfig, run
-from peerlearn.evaluation.plots import plot_confusion
+from peerlearn.evaluation.confusion import plot_confusion
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.score_table import ACCURACY_COLUMNS
 
@@ -58,7 +58,7 @@ def score(config, selection, ranks):
         for norm in config.norms:
             found = classification_scores(-torch.cdist(asked.features[name], means, p=norm), asked.labels)
             picture = partial(plot_confusion, confusion=found.confusion, class_names=test.class_names, title=name)
-            yield Score(network=name, dataset=test.name, metrics=found.metrics(), variant=f"norm {norm}", pictures={'.png': picture},
+            yield Score(network=name, dataset=test.name, metrics=found.metrics(), variant=f"norm {norm}", pictures={'': picture},
                         protocol={"norm": norm, **splits_protocol(train, test)})
 
 TOY = Evaluator(verb="toy", config=ToyConfig, score=score, columns=ACCURACY_COLUMNS, title=lambda _: "nearest class mean (%)",

@@ -138,7 +138,7 @@ def test_more_than_sixteen_images_take_several_sheets(
         (["empty"], 1, "empty holds no images"),
         (["photos/notes.txt"], 1, "cannot decode photos/notes.txt (no image in any known format)"),
         (["cut.jpg"], 1, "cut.jpg"),
-        (["photos", "--output", "out.pdf"], 2, "--output out.pdf must end in .png"),
+        (["photos", "--output", "out.gif"], 2, "--output out.gif must end in .png, .svg or .pdf"),
         (["photos", "--score", "1.5"], 2, "--score must be within 0..1, got 1.5"),
         (["photos", "--device", "gpu"], 2, "--device must be auto, cpu, mps, cuda"),
         (["photos", "--sore", "0.5"], 2, "--sore 0.5; did you mean 'score'?"),

@@ -63,7 +63,7 @@ def test_the_picture_is_written_with_its_recipe(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-o", "views.jpg"], "--output views.jpg must end in .png"),
+        (["-o", "views.jpg"], "--output views.jpg must end in .png, .svg or .pdf"),
         (["--images", "0"], "--images must be within 1..32, got 0"),
         (["--images", "x"], "--images: expected a whole number, got 'x'"),
         (["--data.views.jitter", "1"], "data.views.jitter: expected a list of numbers"),

@@ -5,22 +5,27 @@ import io
 import json
 import math
 import re
+import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from scipy import stats
 
 from peerlearn.errors import UserError
 from studies.evaluations import Problem
 from studies.formats import as_csv, as_json, as_latex, as_markdown, latex
-from studies.picture import axis_numbers, doubles, draw_panel
+from studies.picture import axis_numbers, draw_panel, is_geometric, plot_tables
 from studies.report import report
 from studies.scores import score_study
 from studies.study import Study
 from studies.table import Row, Table, tables
+from tests.drawn import check_texts, figure_of
 from tests.study_folders import METHODS, begin, evaluate, finish, make_study, write_scores
 
 # The labels of Table 1 of the paper.
@@ -510,6 +515,42 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 # The picture
 
 
+def names_of_rows(axes: Any) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+@settings(max_examples=1, deadline=None)
+@given(
+    st.lists(st.text("WMilg _-$%", min_size=1, max_size=60), min_size=2, max_size=9, unique=True)
+)
+def test_names_of_all_lengths_have_room(names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        labels = {name: f"--alpha 0.{number}" for number, name in enumerate(names)}
+        by_group = {"kind": {"a": "", "b " * 40: "--beta 0.5"}, "m": labels}
+        shown = []
+        for name, axes in (("one", {"m": labels}), ("W " * 40, by_group), ("x", {"beta": [1, 2]})):
+            root = Path(folder) / str(len(shown))
+            root.mkdir()
+            study = make_study(root, grids={name: axes}, seeds=[0])
+            for run in study.runs:
+                begin(run)
+                write_scores(run, {"0": 50.0, "1": 52.0, "ensemble": 53.0})
+            shown.append(only(study))
+        check_texts(figure_of(partial(plot_tables, shown), Path(folder) / "a.svg"))
+
+
+def test_the_format_of_the_picture_is_the_studys_or_the_one_asked_for(tmp_path: Path) -> None:
+    study = make_study(tmp_path, pictures="pdf")
+    begin(study.runs[0])
+    write_scores(study.runs[0], {"0": 50.0, "1": 52.0})
+    report(study, [], write=True)
+    report(study, [], write=True, pictures="svg")
+    written = {path.suffix: path.read_bytes()[:5] for path in study.root.glob("table.*")}
+    assert written[".pdf"] == b"%PDF-"
+    assert written[".svg"] == b"<?xml"
+    assert ".png" not in written
+
+
 def drawn(table: Table) -> tuple[Any, list[str]]:
     axes = Figure().add_subplot()
     draw_panel(axes, table)
@@ -525,20 +566,22 @@ def test_a_picture_tells_networks_apart_and_ends_at_100(tmp_path: Path) -> None:
             begin(run)
             write_scores(run, {"0": 98.0 + seed, "1": 98.0 + seed, "ensemble": 100.0})
     axes, legend = drawn(only(study))
-    names = ["vanilla (baseline)", "MCL (x2)", "individual", "ensemble", "published"]
-    assert legend == names
-    vanilla, other, ensemble, _ = axes.containers
-    ((bottom, top),) = [[y for _, y in bar] for bar in vanilla.lines[2][0].get_segments()]
-    assert (bottom, top) == (pytest.approx(98.0), pytest.approx(100.0))
-    assert vanilla.lines[0].get_color() != other.lines[0].get_color()
-    assert vanilla.lines[0].get_color() == ensemble.lines[0].get_color()
+    assert legend == ["individual", "ensemble", "published"]
+    vanilla, _, ensemble, _ = axes.containers
+    ((low, high),) = [[x for x, _ in bar] for bar in vanilla.lines[2][0].get_segments()]
+    assert (low, high) == (pytest.approx(98.0), pytest.approx(100.0))
+    # A dot for each name: no line leads from one to the next.
+    assert vanilla.lines[0].get_linestyle() == "None"
+    assert vanilla.lines[0].get_color() != ensemble.lines[0].get_color()
     assert vanilla.lines[0].get_marker() != ensemble.lines[0].get_marker()
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
-    shown = [(line.get_marker(), line.get_ydata()) for line in hollow if len(line.get_ydata())]
-    assert [(marker, list(y)) for marker, y in shown] == [("o", [98.5]), ("o", [99.5])]
-    assert axes.get_ylim()[1] == 100
-    assert axes.get_ylabel() == "top1 (%), mean +- std"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["vanilla", "MCL (x2)"]
+    shown = [(line.get_marker(), list(line.get_xdata())) for line in hollow]
+    assert [each for each in shown if each[1]] == [("o", [98.5]), ("o", [99.5])]
+    assert axes.get_xlim()[1] == 100
+    assert axes.get_xlabel() == "top1 (%), mean ± std"
+    rows = dict(zip(names_of_rows(axes), axes.get_yticks(), strict=True))
+    assert rows == {"vanilla (baseline)": 0, "MCL (x2)": 1}
+    assert axes.get_title() == "g: classification/top1 on digits\nn = 360, 3 seeds"
 
 
 def test_networks_of_different_kinds_have_markers_of_their_own(tmp_path: Path) -> None:
@@ -558,8 +601,9 @@ def test_long_labels_leave_room_for_the_picture_and_none_is_lost(tmp_path: Path)
         begin(run)
         write_scores(run, {"0": 50.0, "1": 52.0})
     axes, legend = drawn(only(study))
-    assert "_hidden" in [name.strip() for name in legend]
-    assert max(len(label.get_text()) for label in axes.get_xticklabels()) <= 31
+    assert "individual" in legend
+    assert "_hidden" in [name.strip() for name in names_of_rows(axes)]
+    check_texts(figure_of(partial(plot_tables, [only(study)]), tmp_path / "a.png"))
 
 
 def test_an_axis_of_numbers_is_a_line(tmp_path: Path) -> None:
@@ -579,12 +623,14 @@ def test_an_axis_of_numbers_is_a_line(tmp_path: Path) -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["32", "64", "128"]
 
 
-def test_an_axis_of_numbers_is_recognised_and_doubling_ones_are_evenly_spaced() -> None:
+def test_an_axis_of_numbers_is_recognised_and_numbers_that_multiply_are_evenly_spaced() -> None:
     assert axis_numbers(["64", "8", "0.5"]) == {"0.5": 0.5, "8": 8.0, "64": 64.0}
     assert list(axis_numbers(["64", "8", "0.5"])) == ["0.5", "8", "64"]
     assert axis_numbers(["8", "all"]) == axis_numbers(["8"]) == axis_numbers(["1", "nan"]) == {}
-    assert doubles([16, 32, 64, 126])
-    assert doubles([0.25, 0.5, 1.0])
-    assert not doubles([0, 0.1, 0.2])
-    assert not doubles([0.1, 0.2, 0.3])
-    assert not doubles([1, 2])
+    assert is_geometric([16, 32, 64, 126])
+    assert is_geometric([0.25, 0.5, 1.0])
+    assert is_geometric([1, 10, 20, 200])
+    assert is_geometric([0.01, 0.03, 0.1])
+    assert not is_geometric([0, 0.1, 0.2])
+    assert not is_geometric([0.1, 0.2, 0.3])
+    assert not is_geometric([1, 2])

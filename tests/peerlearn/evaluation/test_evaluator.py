@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from peerlearn.errors import NotThereYetError, UsageError, UserError
+from peerlearn.evaluation.confusion import plot_confusion
 from peerlearn.evaluation.evaluator import Evaluator, EvaluatorConfig, run
-from peerlearn.evaluation.plots import plot_confusion
 from peerlearn.evaluation.results import Score, mean_over_runs
 from peerlearn.evaluation.score_table import ci95_column, metric_column
 from peerlearn.evaluation.selection import Selection, select_networks
@@ -65,9 +65,7 @@ def drawn_by(picture: Callable[[Path], object]) -> Evaluator[ShotsConfig]:
     """The same, with a picture of each score."""
 
     def drawn(config: ShotsConfig, selection: Selection, ranks: object) -> Iterator[Score]:
-        return (
-            replace(each, pictures={".png": picture}) for each in score(config, selection, ranks)
-        )
+        return (replace(each, pictures={"": picture}) for each in score(config, selection, ranks))
 
     return replace(FEWSHOT, score=drawn)
 
