@@ -55,8 +55,9 @@ def _tick_labels(axes: Axes, *, drawn: bool) -> Iterator[list[Text]]:
             labels = axis.get_ticklabels(minor=minor)
             yield [
                 label
-                for place, label in zip(places, labels, strict=True)
-                if (low <= place <= high) == drawn and _seen(label)
+                # An axis without labels, within a grid of panels, has places alone.
+                for place, label in zip(places, labels, strict=False)
+                if (axes.axison and low <= place <= high) == drawn and _seen(label)
             ]
 
 

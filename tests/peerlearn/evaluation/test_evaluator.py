@@ -146,7 +146,9 @@ def test_without_names_every_decimal_number_that_all_runs_have_is_averaged():
 def test_a_dry_run_prints_the_config_and_refuses_a_checkpoint_that_is_not_there(capsys):
     with pytest.raises(NotThereYetError, match="--checkpoint nowhere is not there"):
         run(FEWSHOT, ["--checkpoint", "nowhere", "--shots", "3", "--dry_run"])
-    expected = "checkpoint: nowhere\nnetwork: all\ndevice: auto\nresults: null\nshots: 3\n"
+    expected = (
+        "checkpoint: nowhere\nnetwork: all\ndevice: auto\nresults: null\npictures: png\nshots: 3\n"
+    )
     assert capsys.readouterr().out == expected
 
 
@@ -203,9 +205,9 @@ def test_a_picture_lies_beside_its_score(runs):
 def test_a_score_may_have_several_pictures(runs):
     def drawn(config: ShotsConfig, selection: Selection, ranks: object) -> Iterator[Score]:
         pictures = {
-            ".png": lambda file: file.write_bytes(b"one"),
+            "": lambda file: file.write_bytes(b"one"),
             "-broken.png": full_disk,
-            "-two.png": lambda file: file.write_bytes(b"two"),
+            "-two": lambda file: file.write_bytes(b"two"),
         }
         return (replace(each, pictures=pictures) for each in score(config, selection, ranks))
 
@@ -219,7 +221,7 @@ def bad_text(file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure()
-    figure.suptitle("$x^^$")
+    figure.suptitle("a", color="x^^")
     figure.savefig(file)
 
 
