@@ -89,7 +89,9 @@ def test_a_run_is_scored_network_by_network_and_together(runs, tmp_path, capsys)
     assert {"inputs", "c"} == set(found["0"]["metrics"]["chosen"])
     assert len(found["0"]["metrics"]["held_out_top1"]) == 5
     pictures = list(tmp_path.glob("*.png"))
-    assert len(pictures) == 4
+    # The mean of the logits has no candidates of its own.
+    assert sum("-candidates" in path.name for path in pictures) == 3
+    assert len(pictures) == 4 + 3
     with Image.open(pictures[0]) as picture:
         assert min(picture.size) > 300
     after = {path: path.read_bytes() for path in (runs[0] / "export").rglob("*") if path.is_file()}
