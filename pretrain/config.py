@@ -10,10 +10,10 @@ from peerlearn.compute.schedules import ScheduleConfig
 from peerlearn.config import added, changeable, require
 from peerlearn.data.published import DatasetName
 from peerlearn.data.recipes import AUGMENTATIONS, Augmentation
+from peerlearn.data.views_config import ViewsConfig, recipes_of
 from peerlearn.runs.save_config import SaveConfig
 from pretrain.cohort_config import CohortConfig
 from pretrain.method_config import PrototypicalConfig, QueueConfig, SupervisedConfig
-from pretrain.views_config import ViewsConfig, recipes_of
 
 Backend = Literal["memory", "folder", "ffcv"]
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]

@@ -28,9 +28,9 @@ from peerlearn.data.image_folders import image_extent
 from peerlearn.data.published import is_split_by_class
 from peerlearn.data.recipes import Augmentation
 from peerlearn.data.subsets import few_shots, hold_out
+from peerlearn.data.views_config import given
 from peerlearn.errors import UserError
 from pretrain.config import Backend, DataConfig, PretrainConfig
-from pretrain.views_config import given
 
 # What a method needs labels for: nothing; to train classifiers of the classes that the test split has too; or to train
 # on some classes, choose an epoch by others, and be tested on others again.

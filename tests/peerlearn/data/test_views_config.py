@@ -7,11 +7,11 @@ import torch
 
 from peerlearn.config import config_to_yaml, load_config, parse_config
 from peerlearn.data.recipes import AUGMENTATIONS, SECOND_VIEWS, Augmentation
+from peerlearn.data.views_config import ViewConfig
 from peerlearn.errors import UsageError, UserError
 from pretrain.config import PretrainConfig
 from pretrain.preview import preview
 from pretrain.training_data import view_recipes
-from pretrain.views_config import ViewConfig
 
 SMALL = [
     *("--data.name", "digits", "--data.limit", "100", "--data.image_size", "16"),
