@@ -1,4 +1,4 @@
-# make demo   train two networks that teach each other on Fashion-MNIST, and print what they learned
+# make demo   train two networks that teach each other on Fashion-MNIST, print what they learned, and write a report
 # make test   lint, types and every test that this machine can run
 # make test-fast   what one runs while writing: no whole run, no slow test, no cluster, no group of processes
 # All set everything up first, in .venv.
@@ -15,6 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no
 demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/peerlearn pretrain mcl_fashion_mnist_demo --run runs/demo
+	$(BIN)/peerlearn report runs/demo
 
 test: $(READY) lint types
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
