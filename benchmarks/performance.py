@@ -34,7 +34,7 @@ _GPU = """
 
 Unmeasured. One command measures there, in at most 20 minutes, and leaves a page and a JSON file in OUT:
 
-```
+```bash
 sh scripts/gpu_check.sh OUT
 ```
 

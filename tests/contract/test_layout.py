@@ -1,4 +1,4 @@
-"""What holds the house together: who imports whom, what ships, and that the documents point at real things."""
+"""What holds the house together: who imports whom, and what ships."""
 
 import ast
 import re
@@ -17,7 +17,6 @@ from peerlearn.commands.verbs import VERBS
 from peerlearn.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 # What stands on what: a file imports from its own room and from rungs above its line.
@@ -154,19 +153,6 @@ def test_help_answers_without_torch():
         assert f"  {verb} " in found.stdout
     assert "--cohort.networks" in found.stdout
     assert "--penalties_c" in found.stdout
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_paths_in_documents_resolve(document):
-    text = document.read_text()
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-        if "://" not in target:
-            assert (document.parent / target).exists(), target
-    # In prose, a path of this repository stands in backquotes and has a slash and a known top folder.
-    tops = {path.name for path in ROOT.iterdir()}
-    for path in re.findall(r"`([\w./-]+/[\w./-]*)`", text):
-        if path.split("/")[0] in tops - {"runs", "data"}:
-            assert (ROOT / path).exists(), path
 
 
 def test_the_map_names_every_room_in_the_order_of_the_ladder():

@@ -298,7 +298,7 @@ def test_what_detectron2_cannot_build_is_refused(state, architecture, message):
 
 def test_the_config_in_the_docs_is_the_one_that_is_written():
     text = (HOME / "docs/detection.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    (block,) = re.findall(r"```yaml detectron2\n(.*?)```", text, flags=re.DOTALL)
     documented = yaml.safe_load(block)
     written = config_of(sketch())
     assert documented["INPUT"]["FORMAT"] == written["INPUT"]["FORMAT"]
