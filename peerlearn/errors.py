@@ -2,6 +2,13 @@
 
 DONE, FAILURE, USAGE, SAVED_RUN_AGAIN = 0, 1, 2, 75
 
+EXIT_CODES = {
+    DONE: "The work is done.",
+    FAILURE: "The work has failed. One line on stderr says what to mend.",
+    USAGE: "The command line or a config cannot be read. One line names the word or the key.",
+    SAVED_RUN_AGAIN: "The work was told to stop and has saved. The same command goes on with it.",
+}
+
 
 class UserError(Exception):
     """A file, a key or a state that the user can mend. The message names it and the fix. Exit code 1."""

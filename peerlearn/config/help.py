@@ -48,7 +48,7 @@ def help_text(
 
 def _rows(key: Key, width: int) -> list[str]:
     name = f"  --{key.name}"
-    default = "required" if key.required else f"default: {_default(key.default)}"
+    default = "required" if key.required else f"default: {default_text(key.default)}"
     text = f"{key.explained} [{expected(key.hint)}; {default}]"
     rows = textwrap.wrap(text, width - _KEY_COLUMNS, break_long_words=False, break_on_hyphens=False)
     if len(name) + 2 > _KEY_COLUMNS:
@@ -56,7 +56,8 @@ def _rows(key: Key, width: int) -> list[str]:
     return [name.ljust(_KEY_COLUMNS) + rows[0], *(" " * _KEY_COLUMNS + row for row in rows[1:])]
 
 
-def _default(value: Any) -> str:
+def default_text(value: Any) -> str:
+    """A default as it is written in a help text."""
     if value is None:
         return "null"
     if isinstance(value, bool):
