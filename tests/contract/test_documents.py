@@ -36,8 +36,13 @@ BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 # Programs that are not ours: what they do is theirs.
 OTHERS = {".", "chmod", "mkdir", "pip", "rm", "sudo", "tensorboard", "tail", "time", "wandb"}
 # What a `python NAME` block needs, and no test has.
-NEEDED = {"detectron2", "detector", "run"}
+NEEDED = {"detectron2", "detector", "run", "tutorial"}
 LONGEST_CODE = 3
+# Images of the tutorial's runs in its test.
+FEWER = [
+    *("--data.limit", "200", "--epochs", "1", "--device", "cpu", "--queue.size", "64"),
+    *("--monitor.train_limit", "100", "--monitor.test_limit", "50"),
+]
 
 
 def of_kind(*kinds: str) -> list[Any]:
@@ -250,6 +255,30 @@ def test_every_code_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow(50)
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Every command of it in its order, on fewer images, and the code at its end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    blocks = blocks_of(ROOT / "docs/tutorial.md")
+    verbs = []
+    for block in blocks:
+        if block.kind == "python tutorial":
+            exec(compile(block.text, block.place, "exec"), {})
+        for program, *words in commands_of(block) if block.kind == "bash" else ():
+            if program != "peerlearn" or words == ["doctor"]:
+                continue
+            verbs.append(words[0])
+            fewer = FEWER if words[0] == "pretrain" else []
+            assert dispatch([*words, *fewer]) == 0, words
+    capsys.readouterr()
+    assert verbs == [
+        *("pretrain", "pretrain", "resume", "knn", "linear", "note", "runs", "report", "export"),
+    ]
+    assert Path("report.html").stat().st_size > 10_000
+    assert Path("runs/pair/DONE").exists()
 
 
 @pytest.mark.parametrize("block", of_kind(*(f"python {name}" for name in NEEDED)))
