@@ -33,6 +33,14 @@ from peerlearn.runs.export_folders import (
 )
 from peerlearn.runs.files import file_sha256, load_tensors, replace_folder
 from peerlearn.runs.json_files import read_json_object
+from peerlearn.runs.model_card import (
+    MODEL_INDEX,
+    ORIGIN_TABLE,
+    CardFacts,
+    card_head,
+    figure_table,
+    model_index,
+)
 from peerlearn.runs.text import markdown_cell
 
 
@@ -50,6 +58,7 @@ def save_export(
     origin: str = "pretrained by peerlearn",
     classifier: nn.Linear | None = None,
     seen_whole: bool | None = None,
+    facts: CardFacts | None = None,
 ) -> str:
     """Write `folder` as a whole. An older folder of that name is replaced.
 
@@ -69,6 +78,7 @@ def save_export(
             timm's network gives logits. `load_export` leaves it out, because evaluations see the features.
         seen_whole: whether evaluation views show such images whole (`is_seen_whole`); None = unknown: images for
             networks of 64 pixels and more are taken for photographs, of which the centre is seen.
+        facts: what README.md tells beside that; None = nothing is known.
 
     Returns:
         `export_hash(folder)`.
@@ -92,7 +102,8 @@ def save_export(
         origin,
         call,
         provenance,
-        view=view_words(config["pretrained_cfg"]),
+        facts or CardFacts(),
+        pretrained_cfg=config["pretrained_cfg"],
         classifies=classifier is not None,
     )
     # Not save_file: only their owner could read its files. One entry of metadata, because the
@@ -396,10 +407,12 @@ def _model_card(
     origin: str,
     call: str,
     provenance: Mapping[str, object],
+    facts: CardFacts,
     *,
-    view: str,
+    pretrained_cfg: Mapping[str, Any],
     classifies: bool,
 ) -> str:
+    title = f"{timm_name}, {origin}"
     registration = "import peerlearn  # timm learns of this network by it\n"
     rows = "\n".join(
         f"| {markdown_cell(name)} | {markdown_cell(value)} |" for name, value in provenance.items()
@@ -410,15 +423,22 @@ def _model_card(
         if classifies
         else "The features of one network, without projection head and classifier."
     )
+    head = card_head(
+        {
+            "library_name": "timm",
+            "pipeline_tag": pipeline,
+            "tags": ["timm", "peerlearn", pipeline, *facts.tags],
+            "datasets": facts.datasets,
+            MODEL_INDEX: model_index(title, facts.figures),
+        }
+    )
+    recipe = f"\n## Recipe\n\n{facts.recipe}" if facts.recipe else ""
+    unmeasured = "Nothing was measured of these weights when they were written: unmeasured.\n"
     return f"""\
----
-library_name: timm
-pipeline_tag: {pipeline}
----
-# {timm_name}, {markdown_cell(origin)}
+{head}# {markdown_cell(title)}
 
 {holds} `config.json` holds the image
-size, mean and standard deviation that it expects. Images are {view}.
+size, mean and standard deviation that it expects. Images are {view_words(pretrained_cfg)}.
 
 With timm:
 
@@ -438,7 +458,33 @@ from peerlearn.export import load_export
 backbone = load_export(Path("FOLDER"))
 ```
 
-| origin | |
-|---|---|
-{rows}
+## Origin
+
+{ORIGIN_TABLE}{rows}
+{recipe}
+## Measured in training
+
+{figure_table(facts.figures) if facts.figures else unmeasured}
+## Limits
+
+{_limits(pretrained_cfg["input_size"])}
+## Licence
+
+Training images: {facts.licence}.
+
+The licence of the weights is for those who publish them to choose: none is stated here.
+"""
+
+
+def _limits(input_size: Sequence[int]) -> str:
+    """What a network is not for, in Markdown."""
+    channels, side, _ = input_size
+    small = f"It was made for small images, {side} x {side} pixels: of photographs it sees next to nothing."
+    return f"""\
+- {small if side < 64 else f"It was made for images of {side} x {side} pixels; other sizes are unmeasured."}
+- It takes {channels} channel{"s" if channels > 1 else ""}, normalised as `config.json` says.
+- It is a network for research. Nothing that it says of people is tested, and it is not for decisions about them.
+- It has the biases of its training images, which nobody has measured here. Robustness to other cameras, noise and
+  attacks is unmeasured too.
+- Figures are those of one network of one seed; they show no spread over seeds.
 """

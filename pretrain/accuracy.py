@@ -10,7 +10,7 @@ from peerlearn.data.datasets import ImageDataset, first_images
 from peerlearn.data.unreadable import Unreadable
 from peerlearn.evaluation.classification import ClassificationScores, classification_scores
 from peerlearn.evaluation.features import extract_features
-from peerlearn.runs.score_names import ENSEMBLE, TOP1, WEIGHTED_ENSEMBLE, score_name
+from peerlearn.runs.score_names import ENSEMBLE, TOP1, TOP5, WEIGHTED_ENSEMBLE, score_name
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.training_data import TrainingData
@@ -55,7 +55,7 @@ class AccuracyMonitor:
         for name, scores in score_cohort(logits, labels, weights).items():
             row[score_name(name, self.split + TOP1)] = scores.top1
             if scores.top5 is not None:
-                row[score_name(name, self.split + "_top5")] = scores.top5
+                row[score_name(name, self.split + TOP5)] = scores.top5
         return row
 
 

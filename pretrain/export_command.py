@@ -14,7 +14,8 @@ from peerlearn.config import ArgumentParser, load_config
 from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.evaluation.selection import ENSEMBLE, select_networks
 from peerlearn.runs.directory import RunDirectory
-from peerlearn.runs.export_folders import KEY_PREFIX, is_key_network, network_folder
+from peerlearn.runs.export_folders import CARD_FILE, KEY_PREFIX, is_key_network, network_folder
+from peerlearn.runs.model_card import with_figures
 from peerlearn.runs.step_folders import step_folder, step_folders
 from pretrain.config import PretrainConfig
 
@@ -25,13 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`peerlearn export CHECKPOINT [--format F] [--network N] [--step N] [--output DIR]`. Returns the exit code."""
+    """`peerlearn export CHECKPOINT [--format F] [--network N] [--step N] [--output DIR [--results DIR]]`.
+
+    Returns:
+        The exit code.
+    """
     arguments = _parse(argv)
     checkpoint: Path = arguments.checkpoint
     if arguments.network == ENSEMBLE:
         raise UsageError(
             "--network ensemble: an export is one network: choose 0, key-0, ... or all"
         )
+    if arguments.results is not None and arguments.output is None:
+        raise UsageError(
+            "--results needs --output: the cards of a run's own exports stay as training wrote them"
+        )
+    if arguments.results is not None and not arguments.results.is_dir():
+        raise UsageError(f"--results {arguments.results}: no such folder")
     # Imported here: --help should not wait for torch.
     from peerlearn.exchange.export_formats import convert_export, how_to_load, write_export
 
@@ -44,11 +55,14 @@ def main(argv: Sequence[str]) -> int:
             home = exports[0].parent
         # All of them before anything is written.
         converted = {export.name: convert_export(export, arguments.format) for export in exports}
+        if arguments.results is not None:
+            for export in exports:
+                _add_results(converted[export.name], export, arguments.results)
     suffix = "" if arguments.format == "timm" else f"-{arguments.format}"
     folders = [(arguments.output or home) / f"{name}{suffix}" for name in converted]
     for folder, files in zip(folders, converted.values(), strict=True):
         try:
-            written = write_export(folder, files)
+            written = write_export(folder, files, renews_card=arguments.results is not None)
         except OSError as error:
             raise UserError(
                 f"{folder}: cannot be written ({error.strerror}): choose another place by --output"
@@ -75,7 +89,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="folder to write into (default: RUN/export/step-N, or beside)"
     )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder of result files, such as RUN/results: the model cards tell what they hold of these weights too; "
+        "needs --output (default: what training measured alone)",
+    )
     return parser.parse_args(argv)
+
+
+def _add_results(files: dict[str, bytes], export: Path, results: Path) -> None:
+    """Add what evaluators have measured of an export to the card among its files, in place."""
+    from peerlearn.evaluation.measured import measured_figures
+    from peerlearn.export import export_hash
+
+    figures = measured_figures(results, export_hash(export))
+    if not figures:
+        logger.warning("%s holds no result of %s: its card stays as it is", results, export.name)
+    card = files.get(CARD_FILE, b"").decode(errors="replace")
+    files[CARD_FILE] = with_figures(card, figures).encode()
 
 
 def _select_exports(checkpoint: Path, network: str, step: int | None) -> list[Path]:
@@ -95,7 +127,7 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
         UsageError: no such network.
     """
     from pretrain.cohort import build_networks, load_named_state
-    from pretrain.exports import TrainingImages, export_cohort
+    from pretrain.exports import TrainingImages, export_cohort, measured_row
     from pretrain.initial_weights import initial_weights_of
 
     save, tensors, state = _read_save(run, step)
@@ -129,6 +161,7 @@ def _rebuild_exports(run: Path, network: str, step: int | None, scratch: Path) -
         step=state["step"],
         initial=initial_weights_of(state),
         prefix=prefix,
+        row=measured_row(RunDirectory(run), state["step"]),
     )
     return [folder / network_folder(name) for name in names]
 

@@ -1,7 +1,7 @@
 """Writing a cohort's networks as exports: folders that timm loads."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from torch import Tensor
 from peerlearn.data.augment import is_seen_whole
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.image_folders import DecodeError
+from peerlearn.errors import UserError
 from peerlearn.export import save_export
+from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import network_folder
+from pretrain.card import card_facts
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.initial_weights import InitialWeights
@@ -93,10 +96,12 @@ def export_cohort(
     step: int,
     initial: Sequence[InitialWeights] = (),
     prefix: str = "",
+    row: Mapping[str, Any],
 ) -> None:
     """Write every network's backbone, with its classifier if it has one, below ``folder``.
 
-    The prefix of their names is `KEY_PREFIX` for momentum networks. ``initial`` tells what networks started from.
+    The prefix of their names is `KEY_PREFIX` for momentum networks. ``initial`` tells what networks started from;
+    ``row`` is `measured_row` of the step.
     """
     started = {each.network: each.on_card() for each in initial}
     names = config.cohort.architectures()
@@ -125,4 +130,12 @@ def export_cohort(
                 **({"frozen": True} if m in cohort.frozen else {}),
                 **({"started from": started[m]} if m in started else {}),
             },
+            facts=card_facts(config, title=images.dataset, network=f"{prefix}{m}", row=row),
         )
+
+
+def measured_row(run: RunDirectory, step: int) -> dict[str, Any]:
+    """The row of metrics.jsonl at a step; empty where there is none, or the file is damaged."""
+    with contextlib.suppress(OSError, UserError):
+        return next((row for row in run.metric_rows() if row["step"] == step), {})
+    return {}

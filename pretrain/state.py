@@ -43,7 +43,7 @@ from peerlearn.runs.terminal import say
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
 from pretrain.compiled import Compiled
 from pretrain.config import PretrainConfig
-from pretrain.exports import TrainingImages, export_cohort
+from pretrain.exports import TrainingImages, export_cohort, measured_row
 from pretrain.initial_weights import (
     InitialWeights,
     check_alike,
@@ -309,15 +309,17 @@ def export(training: Training, *, must: bool) -> None:
     )
     try:
         with deadline(config.checkpoint.max_seconds, f"{folder}: the export"):
-            write(training.cohort, folder, step=training.step)
+            row = measured_row(run, training.step)
+            write(training.cohort, folder, step=training.step, row=row)
             if config.checkpoint.export_key_networks and peers is not None:
-                write(peers, folder, step=training.step, prefix=KEY_PREFIX)
+                write(peers, folder, step=training.step, prefix=KEY_PREFIX, row=row)
             write_latest(folder)
             run.event(EXPORTED, step=training.step)
             if best is not None and best.step:
                 chosen = run.exports / step_folder(best.step)
                 if not _is_exported(training, best.step):
-                    write(best.cohort, chosen, step=best.step)
+                    row = measured_row(run, best.step)
+                    write(best.cohort, chosen, step=best.step, row=row)
                 write_best(chosen)
                 run.event(EXPORTED, step=best.step, best=True)
     except OSError as error:

@@ -21,6 +21,8 @@ from torch import nn
 from peerlearn.errors import UserError
 from peerlearn.export import export_hash, load_export, view_words, write_folder
 from peerlearn.runs.export_folders import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from peerlearn.runs.files import write_text
+from peerlearn.runs.model_card import ORIGIN_TABLE, card_head, split_card
 
 DETECTRON2_FILE = "model.pkl"
 
@@ -94,8 +96,13 @@ def convert_export(export: Path, target: str) -> dict[str, bytes]:
     return _torchvision_files(resnet) if target == "torchvision" else _detectron2_files(resnet)
 
 
-def write_export(folder: Path, files: dict[str, bytes]) -> bool:
+def write_export(folder: Path, files: dict[str, bytes], *, renews_card: bool = False) -> bool:
     """Write the files of `convert_export`.
+
+    Args:
+        folder: folder of the files.
+        files: content of each file by its name.
+        renews_card: whether a folder that holds the same network gets this card in place of its own.
 
     Returns:
         Whether they were written; False if the folder holds them already.
@@ -113,6 +120,8 @@ def write_export(folder: Path, files: dict[str, bytes]) -> bool:
                 f"{folder} is there and holds something else: remove it, or choose another place "
                 "by --output"
             )
+    if renews_card:
+        write_text(folder / CARD_FILE, files[CARD_FILE].decode())
     return False
 
 
@@ -170,11 +179,7 @@ def _torchvision_files(resnet: _ResNetExport) -> dict[str, bytes]:
 
 def _torchvision_card(resnet: _ResNetExport) -> str:
     return f"""\
----
-library_name: torchvision
-pipeline_tag: image-feature-extraction
----
-# {resnet.name}, for torchvision
+{_head(resnet.folder, "torchvision")}# {resnet.name}, for torchvision
 
 The features of one network, without projection head and classifier. {_expected_images(resnet)}
 
@@ -189,8 +194,7 @@ backbone.load_state_dict(safetensors.torch.load_file("FOLDER/{WEIGHTS_FILE}"), s
 backbone.eval()
 ```
 
-{_origin_table(resnet.folder)}
-"""
+{_known_of(resnet.folder)}"""
 
 
 def _torchvision_stem(resnet: _ResNetExport) -> str:
@@ -281,10 +285,7 @@ def _detectron2_card(resnet: _ResNetExport) -> str:
     rows = detectron2_resnet(shape).items()
     resnet_rows = "\n".join(f"    {key}: {value}" for key, value in rows)
     return f"""\
----
-library_name: detectron2
----
-# {resnet.name}, for Detectron2
+{_head(resnet.folder, "detectron2")}# {resnet.name}, for Detectron2
 
 {_detectron2_uses(shape)} It needs
 
@@ -321,8 +322,7 @@ With an FPN, set `MODEL.FPN.NORM: "naiveSyncBN"` instead of the head.
 
 Like the files of Detectron2's model zoo, `{DETECTRON2_FILE}` is a pickle. It holds numpy arrays and plain values alone.
 
-{_origin_table(resnet.folder)}
-"""
+{_known_of(resnet.folder)}"""
 
 
 def _detectron2_uses(shape: ResNetShape) -> str:
@@ -342,9 +342,31 @@ def _numbers(values: Sequence[float]) -> str:
     return f"[{', '.join(f'{value:.7g}' for value in values)}]"
 
 
-def _origin_table(export: Path) -> str:
-    """The last table of an export's card, with a row for the hash of the export."""
+def _head(export: Path, library: str) -> str:
+    """The head of the export's card, for another library. Only torchvision's files have a task on the Hub."""
+    entries, _ = split_card(_card_of(export))
+    feature_extraction = "image-feature-extraction"
+    tags = entries["tags"] if isinstance(entries.get("tags"), list) else []
+    others = [
+        tag for tag in tags if tag not in ("timm", feature_extraction, "image-classification")
+    ]
+    return card_head(
+        {
+            **entries,
+            "library_name": library,
+            "pipeline_tag": feature_extraction if library == "torchvision" else None,
+            "tags": [library, *others],
+        }
+    )
+
+
+def _known_of(export: Path) -> str:
+    """What the export's card knows of the network, from its origin on, and the hash of the export."""
+    _, _, known = _card_of(export).partition(ORIGIN_TABLE)
+    return f"## Origin\n\nMade from the timm export of SHA-256 {export_hash(export)}.\n\n{ORIGIN_TABLE}{known}"
+
+
+def _card_of(export: Path) -> str:
+    """The text of an export's card; "" if it has none."""
     card = export / CARD_FILE
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    _, _, rows = text.partition("|---|---|\n")
-    return f"| origin | |\n|---|---|\n{rows}| timm export | SHA-256 {export_hash(export)} |"
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

@@ -155,6 +155,7 @@ def _save(
     images: _Images,
 ) -> None:
     from peerlearn.export import save_export
+    from peerlearn.runs.model_card import CardFacts
 
     save_export(
         network.backbone,
@@ -176,6 +177,7 @@ def _save(
             **({"not told by the tensors": network.untold} if network.untold else {}),
         },
         origin=f"imported from {file.name}",
+        facts=CardFacts(tags=["imported"]),
     )
 
 

@@ -9,11 +9,12 @@
 Figures that end in _top1 are accuracies in percent.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 ENSEMBLE, WEIGHTED_ENSEMBLE, PIXELS = "ensemble", "weighted-ensemble", "pixels"
 
-TOP1 = "_top1"
+TOP1, TOP5 = "_top1", "_top5"
 KNN_TOP1 = "knn" + TOP1
 KNN_K, KNN_TEMPERATURE = "knn/k", "knn/temperature"
 KNN_TRAIN_IMAGES, KNN_TEST_IMAGES = "knn/train_images", "knn/test_images"
@@ -50,6 +51,11 @@ def measured_part(network: str | int) -> str:
 def score_name(network: str | int, figure: str) -> str:
     """The name of a network's figure."""
     return f"{measured_part(network)}/{figure}"
+
+
+def protocol_of(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The protocol of a kind of figures, by the names in a row's: k, temperature, ... of the kind knn."""
+    return {key.removeprefix(f"{kind}/"): row[key] for key in row if key.startswith(f"{kind}/")}
 
 
 def parse_score_name(name: str) -> ScoreName | None:
