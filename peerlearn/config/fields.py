@@ -1,6 +1,7 @@
 """Config classes: frozen dataclasses, whose nested dataclasses are groups of keys."""
 
 import dataclasses
+import functools
 import inspect
 import re
 import typing
@@ -50,7 +51,7 @@ def keys_of(config_class: Any, prefix: str = "", made: Any = None) -> Iterator[K
         prefix: what its dotted keys begin with.
         made: an instance of it that holds the defaults; None = those of the class.
     """
-    hints, explained = typing.get_type_hints(config_class), _explained(config_class)
+    hints, explained = _hints(config_class), _explained(config_class)
     for field in dataclasses.fields(config_class):
         hint, default = hints[field.name], field.default
         if made is not None:
@@ -73,6 +74,13 @@ def keys_of(config_class: Any, prefix: str = "", made: Any = None) -> Iterator[K
                 yield inner._replace(is_added=inner.is_added or key.is_added)
 
 
+@functools.cache
+def _hints(config_class: Any) -> dict[str, Any]:
+    """The types of a class's fields. Python evaluates every annotation anew each time it is asked."""
+    return typing.get_type_hints(config_class)
+
+
+@functools.cache
 def _explained(config_class: Any) -> dict[str, str]:
     """The sentences of ``Attributes:`` in the docstrings of a class and of those it is made from."""
     sentences: dict[str, str] = {}
@@ -188,7 +196,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def _changeable(config_class: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    hints = typing.get_type_hints(config_class)
+    hints = _hints(config_class)
     for field in dataclasses.fields(config_class):
         key, is_group = prefix + field.name, dataclasses.is_dataclass(hints[field.name])
         mark = field.metadata.get(_CHANGEABLE)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from graphlib import TopologicalSorter
 from itertools import combinations
 from pathlib import Path
@@ -40,12 +41,14 @@ RUNG = {room: rung for rung, rooms in enumerate(LADDER) for room in rooms}
 ENDS = ("peerlearn/__init__.py", "peerlearn/__main__.py")
 
 
-def source_files(tree: Path) -> list[Path]:
-    return [file for package in PACKAGES for file in sorted((tree / package).rglob("*.py"))]
+def source_files() -> dict[str, str]:
+    """The text of every source file by its path."""
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    return {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
 
 
-def module_name(file: Path, tree: Path) -> str:
-    return ".".join(file.relative_to(tree).with_suffix("").parts).removesuffix(".__init__")
+def module_name(file: str) -> str:
+    return ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
 
 
 def room_of(module: str) -> str:
@@ -54,28 +57,34 @@ def room_of(module: str) -> str:
     return ".".join(parts[: 2 if parts[0] == "peerlearn" else 1])
 
 
-def imports_of(file: Path, modules: set[str]) -> set[str]:
-    """The modules of ours that a file imports anywhere in it, inside functions and for types too."""
+@cache
+def import_lines(text: str) -> list[ast.Import | ast.ImportFrom]:
+    """The imports anywhere in a file, inside functions and for types too. Most tests read the same files."""
+    return [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
+def imports_of(text: str, modules: set[str]) -> set[str]:
+    """The modules of ours that a file imports."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in import_lines(text):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} imports relatively"
+        else:
+            assert node.level == 0, f"a relative import: {ast.unparse(node)}"
             # A name of a package may be a module of its own.
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in modules else str(node.module) for name in names}
     return found & modules
 
 
-def import_graph(tree: Path) -> dict[str, set[str]]:
-    files = {module_name(file, tree): file for file in source_files(tree)}
-    return {name: imports_of(file, set(files)) - {name} for name, file in files.items()}
+def import_graph(files: dict[str, str]) -> dict[str, set[str]]:
+    texts = {module_name(file): text for file, text in files.items()}
+    return {name: imports_of(text, set(texts)) - {name} for name, text in texts.items()}
 
 
 def against_the_ladder(graph: dict[str, set[str]]) -> list[str]:
     """Every import of a room that is not below the importing one."""
-    ends = {module_name(Path(name), Path()) for name in ENDS}
+    ends = set(map(module_name, ENDS))
     return [
         f"{name} imports {imported}"
         for name in graph.keys() - ends
@@ -85,7 +94,7 @@ def against_the_ladder(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_every_import_goes_down_the_ladder():
-    graph = import_graph(ROOT)
+    graph = import_graph(source_files())
     assert len(graph) > 100
     assert sum(map(len, graph.values())) > 300
     assert {room_of(name) for name in graph} - {"peerlearn", "peerlearn.__main__"} == set(RUNG)
@@ -104,18 +113,15 @@ def test_every_import_goes_down_the_ladder():
         ("slurm/client.py", "from studies import ledger"),
     ],
 )
-def test_an_import_turned_round_is_found(file, line, tmp_path):
-    for path in source_files(ROOT):
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(path.read_text())
-    (tmp_path / file).write_text(f"{(tmp_path / file).read_text()}\n{line}\n")
-    (found,) = against_the_ladder(import_graph(tmp_path))
-    assert found.startswith(f"{module_name(Path(file), Path())} imports ")
+def test_an_import_turned_round_is_found(file, line):
+    files = source_files()
+    files[file] += f"\n{line}\n"
+    (found,) = against_the_ladder(import_graph(files))
+    assert found.startswith(f"{module_name(file)} imports ")
 
 
 def test_no_imports_form_a_circle():
-    graph = import_graph(ROOT)
+    graph = import_graph(source_files())
     # `import peerlearn` alone brings no module along: its hook waits until timm is imported.
     graph["peerlearn"] = set()
     TopologicalSorter(graph).prepare()
