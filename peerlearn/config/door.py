@@ -3,12 +3,11 @@
 import dataclasses
 import os
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peerlearn.config.fields import config_keys, keys_of
+from peerlearn.config.fields import Key, config_keys, field_types, keys_of
 from peerlearn.config.files import Entry, read_file
 from peerlearn.config.help import help_text
 from peerlearn.config.names import nearest
@@ -126,9 +125,10 @@ def _require_file(path: Path) -> None:
 
 def _build(config_class: type[Config], layers: Sequence[Mapping[str, Entry]]) -> Config:
     """The config of several layers, of which a later one wins."""
-    keys = {key.name: key for key in keys_of(config_class) if not key.is_group}
+    every = list(keys_of(config_class))
+    keys = {key.name: key for key in every if not key.is_group}
     entries = {key: entry for layer in layers for key, entry in layer.items()}
-    voided = _voided(config_class, layers)
+    voided = _voided(every, layers)
     values = {name: key.default for name, key in keys.items()}
     for key, entry in entries.items():
         try:
@@ -146,12 +146,12 @@ def _build(config_class: type[Config], layers: Sequence[Mapping[str, Entry]]) ->
         raise UsageError(f"{_place_of(message, entries)}{message}") from error
 
 
-def _voided(config_class: Any, layers: Sequence[Mapping[str, Entry]]) -> set[str]:
+def _voided(keys: Sequence[Key], layers: Sequence[Mapping[str, Entry]]) -> set[str]:
     """The keys that another key, given in a later layer, makes null."""
     given_last = {key: number for number, layer in enumerate(layers) for key in layer}
     return {
         key.name
-        for key in keys_of(config_class)
+        for key in keys
         for other in key.voided_by
         if given_last.get(other, -1) > given_last.get(key.name, -1)
     }
@@ -159,7 +159,7 @@ def _voided(config_class: Any, layers: Sequence[Mapping[str, Entry]]) -> set[str
 
 def _made(config_class: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     """The config, and within it those of its groups, of the values of every dotted key."""
-    hints = typing.get_type_hints(config_class)
+    hints = field_types(config_class)
     chosen = {}
     for field in dataclasses.fields(config_class):
         key, hint = prefix + field.name, hints[field.name]

@@ -51,7 +51,7 @@ def keys_of(config_class: Any, prefix: str = "", made: Any = None) -> Iterator[K
         prefix: what its dotted keys begin with.
         made: an instance of it that holds the defaults; None = those of the class.
     """
-    hints, explained = _hints(config_class), _explained(config_class)
+    hints, explained = field_types(config_class), _explained(config_class)
     for field in dataclasses.fields(config_class):
         hint, default = hints[field.name], field.default
         if made is not None:
@@ -75,7 +75,7 @@ def keys_of(config_class: Any, prefix: str = "", made: Any = None) -> Iterator[K
 
 
 @functools.cache
-def _hints(config_class: Any) -> dict[str, Any]:
+def field_types(config_class: Any) -> dict[str, Any]:
     """The types of a class's fields. Python evaluates every annotation anew each time it is asked."""
     return typing.get_type_hints(config_class)
 
@@ -93,7 +93,12 @@ def _explained(config_class: Any) -> dict[str, str]:
 
 def config_keys(config_class: Any) -> dict[str, bool]:
     """Every dotted key of a config class, in order. True marks a key that is a group of further keys."""
-    return {key.name: key.is_group for key in keys_of(config_class)}
+    return dict(_names(config_class))
+
+
+@functools.cache
+def _names(config_class: Any) -> tuple[tuple[str, bool], ...]:
+    return tuple((key.name, key.is_group) for key in keys_of(config_class))
 
 
 def config_to_yaml(config: Any) -> str:
@@ -196,7 +201,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def _changeable(config_class: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    hints = _hints(config_class)
+    hints = field_types(config_class)
     for field in dataclasses.fields(config_class):
         key, is_group = prefix + field.name, dataclasses.is_dataclass(hints[field.name])
         mark = field.metadata.get(_CHANGEABLE)
