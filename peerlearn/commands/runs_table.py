@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peerlearn.runs.registry import RegisteredRun
 from peerlearn.runs.run_contents import RunScore
 from peerlearn.runs.score_names import ENSEMBLE, measured_part
-from peerlearn.runs.text import printable
+from peerlearn.runs.text import csv_cell, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +71,7 @@ def csv_text(runs: Sequence[RegisteredRun]) -> str:
     stream = io.StringIO(newline="")
     rows = csv.writer(stream, lineterminator="\n")
     last = [f"{name} {which}" for name in names for which in ("best", "last")]
-    rows.writerow(map(printable, ["run", "state", "step", *keys, *last, "tags", "notes"]))
+    rows.writerow(map(csv_cell, ["run", "state", "step", *keys, *last, "tags", "notes"]))
     for run in runs:
         cells = [
             *(run.name, run.state, "" if run.step is None else str(run.step)),
@@ -79,7 +79,7 @@ def csv_text(runs: Sequence[RegisteredRun]) -> str:
             *(str(value) for name in names for value in _both(run.scores.get(name))),
             *(" ".join(run.notes.tags), "; ".join(run.notes.texts)),
         ]
-        rows.writerow(map(printable, cells))
+        rows.writerow(map(csv_cell, cells))
     return stream.getvalue()
 
 
@@ -98,7 +98,7 @@ def print_table(runs: Sequence[RegisteredRun], sort: str | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    names, differing = _shown_scores(runs, sort), differing_keys(runs)
+    names, differing = shown_scores(runs, sort), differing_keys(runs)
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
@@ -133,7 +133,7 @@ def _console() -> "Console":
     return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
-def _shown_scores(runs: Sequence[RegisteredRun], sort: str | None) -> list[str]:
+def shown_scores(runs: Sequence[RegisteredRun], sort: str | None) -> list[str]:
     """The scores of the ensembles; where a run has none of a figure, those of network 0 too; and the one sorted by."""
     ensemble, single = f"{measured_part(ENSEMBLE)}/", f"{measured_part(0)}/"
     shown: dict[str, None] = {}

@@ -1,7 +1,7 @@
 """All runs below some folders, with what their files tell: nothing else keeps a list of them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -53,12 +53,9 @@ def read_registry(folders: Sequence[Path]) -> list[RegisteredRun]:
     # A run that was named itself has no folder of its own for an index.
     tops = dict.fromkeys(each.top for each in found if each.top != each.folder)
     indexes = {top: read_index(top) for top in tops}
-    with ThreadPool(_READERS) as readers:
-        # Owners on other machines are waited for once, not one after another.
-        readers.map(look_at_owner, [each.folder for each in found])
-        read = readers.map(
-            lambda each: _read(each, indexes.get(each.top, {}).get(_key(each), {})), found
-        )
+    read = read_runs(
+        found, {each.folder: indexes.get(each.top, {}).get(_key(each), {}) for each in found}
+    )
     for top, index in indexes.items():
         memories = {
             _key(each): memory
@@ -68,6 +65,21 @@ def read_registry(folders: Sequence[Path]) -> list[RegisteredRun]:
         if memories != index:
             write_index(top, memories)
     return [run for run, _ in read]
+
+
+def read_runs(
+    found: Sequence[FoundRun], memories: Mapping[Path, Memory]
+) -> list[tuple[RegisteredRun, Memory]]:
+    """The runs that were searched for, each with what to remember of it.
+
+    Args:
+        found: the runs.
+        memories: what an earlier call has returned, by the runs' folders; a run without one is read whole.
+    """
+    with ThreadPool(_READERS) as readers:
+        # Owners on other machines are waited for once, not one after another.
+        readers.map(look_at_owner, [each.folder for each in found])
+        return readers.map(lambda each: _read(each, memories.get(each.folder, {})), found)
 
 
 def _key(found: FoundRun) -> str:

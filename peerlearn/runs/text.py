@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 _LISTED = 8
 _LONGEST_FILE_NAME_PART = 60
+# A spreadsheet computes a cell that begins so; in some languages, with the wide form of the sign.
+_FORMULA = re.compile("[=+\\-@\uff1d\uff0b\uff0d\uff20]")
 
 
 def printable(text: str, longest: int | None = None) -> str:
@@ -43,3 +45,17 @@ def markdown_cell(value: object) -> str:
 def file_name_part(text: str) -> str:
     """Text as a part of a file's name, for any file system and shell; what else it holds becomes ``_``."""
     return re.sub(r"[^\w.+-]", "_", text, flags=re.ASCII)[:_LONGEST_FILE_NAME_PART]
+
+
+def csv_cell(text: str) -> str:
+    """Text as a cell that no spreadsheet computes: what would be a formula begins with ``'``. Numbers stay."""
+    shown = printable(text)
+    return f"'{shown}" if _FORMULA.match(shown) and not _is_number(shown) else shown
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
