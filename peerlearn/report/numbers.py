@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from peerlearn.report.parts import Cell
+from peerlearn.report.parts import Cell, Entry
 
 MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
@@ -13,6 +13,7 @@ _SMALLEST, _LARGEST = 0.1, 1e6
 
 def is_number(value: Cell) -> bool:
     """Whether a cell is a number: it may be NaN or infinite."""
+    value = value.number if isinstance(value, Entry) else value
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -26,6 +27,8 @@ def column_texts(values: Sequence[Cell]) -> list[str]:
 def _text(value: Cell, *, plain: bool) -> str:
     if value is None:
         return MISSING
+    if isinstance(value, Entry):
+        return value.text
     if not isinstance(value, float):
         return value if isinstance(value, str) else _signed(f"{value:,}")
     if math.isnan(value):
@@ -39,7 +42,8 @@ def _signed(text: str) -> str:
 
 def sort_key(value: Cell) -> str | None:
     """A number as JavaScript reads it, by which a browser sorts; None for text, missing cells and NaN."""
-    if not is_number(value) or value is None:
+    value = value.number if isinstance(value, Entry) else value
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     number = float(value)
     if math.isnan(number):

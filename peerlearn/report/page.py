@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from peerlearn.report.numbers import column_texts, is_number, sort_key
-from peerlearn.report.parts import Paragraph, Part, Picture, Section, Table
+from peerlearn.report.parts import Entry, Paragraph, Part, Picture, Section, Table
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
@@ -29,37 +29,45 @@ class _Column:
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
     text: str
+    path: str
     sort_key: str | None
     is_missing: bool
     is_number_column: bool
 
 
-def render_page(title: str, sections: Sequence[Section], *, live: bool = False) -> str:
+def render_page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    live: bool = False,
+    links: Sequence[Entry] = (),
+) -> str:
     """The HTML of a page. Equal input gives equal text.
 
     Args:
         title: title of the page.
         sections: sections of the page; one without parts is left out. Their anchors differ.
         live: whether the page fetches itself anew from where it came, every few seconds.
+        links: other pages of the same server.
     """
-    script = _read(_SORT) + (_read(_LIVE) if live else "")
     return _template().render(
         title=_encodable(title),
         sections=[_view(section) for section in sections if section.parts],
         # They are the package's own, and hold no end tag.
         style=Markup(_read(_STYLE)),
-        script=Markup(script),
-        policy=_policy(script, live=live),
+        script=Markup(_script(live=live)),
+        policy=page_policy(live=live),
         is_live=live,
+        links=links,
     )
 
 
-def _policy(script: str, *, live: bool) -> str:
-    """What a browser lets the page do: nothing but run this script and show the images in it.
+def page_policy(*, live: bool = False) -> str:
+    """What a browser lets a page do: nothing but run its own script and show the images in it.
 
     Styles may stand in the page: pictures have them at each element, and no text of a user's gets there.
     """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(_script(live=live).encode()).digest()).decode()
     rules = [
         "default-src 'none'",
         "img-src data:",
@@ -69,6 +77,10 @@ def _policy(script: str, *, live: bool) -> str:
         "form-action 'none'",
     ]
     return "; ".join(rules + (["connect-src 'self'"] if live else []))
+
+
+def _script(*, live: bool) -> str:
+    return _read(_SORT) + (_read(_LIVE) if live else "")
 
 
 def _encodable(text: str) -> str:
@@ -114,6 +126,7 @@ def _table_view(table: Table) -> dict[str, Any]:
         [
             _Cell(
                 text=_encodable(texts[n][place]),
+                path=value.path if isinstance(value, Entry) else "",
                 sort_key=sort_key(value),
                 is_missing=value is None,
                 is_number_column=columns[n].is_number,

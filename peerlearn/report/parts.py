@@ -7,8 +7,24 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A cell that shows a text of its own.
+
+    Attributes:
+        text: text of the cell.
+        path: path of the page that the text leads to, on the server of this page; "" = none.
+        number: number by which the cell is sorted; None = the cell is sorted by its text.
+    """
+
+    text: str
+    path: str = ""
+    number: float | None = None
+
+
 # None is a value that is missing. Numbers are sorted as numbers.
-Cell = str | int | float | None
+Cell = str | int | float | Entry | None
 
 
 @dataclass(frozen=True, kw_only=True)

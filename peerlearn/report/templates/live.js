@@ -3,7 +3,8 @@
 const pauseMilliseconds = 5000;
 const freshness = document.getElementById("freshness");
 const sectionTexts = new Map();
-let pageText = "";
+// The name of the content that was taken in: the server answers 304 while it is the same.
+let contentName = "";
 
 function stateOf(section) {
   return {
@@ -73,13 +74,13 @@ function take(text) {
 
 async function refresh() {
   try {
-    const answer = await fetch(location.pathname + location.search, { cache: "no-store" });
-    if (!answer.ok) throw new Error(answer.status);
-    const text = await answer.text();
+    const headers = contentName ? { "If-None-Match": contentName } : {};
+    const answer = await fetch(location.pathname + location.search, { cache: "no-store", headers });
+    if (!answer.ok && answer.status !== 304) throw new Error(answer.status);
     const selects = !document.getSelection().isCollapsed;
-    if (text !== pageText && !selects) {
-      take(text);
-      pageText = text;
+    if (answer.ok && !selects) {
+      take(await answer.text());
+      contentName = answer.headers.get("ETag") ?? "";
     }
     freshness.textContent = "";
   } catch {
