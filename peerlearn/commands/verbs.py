@@ -83,6 +83,11 @@ VERBS = {
         "main",
         "write a page about runs or a study: scores, curves, pictures, configs",
     ),
+    "board": Verb(
+        "peerlearn.report.board_command",
+        "main",
+        "show all runs of a folder in a browser, as they train",
+    ),
     "note": Verb("peerlearn.commands.note_command", "main", "note something of a run, and tag it"),
     "cancel": Verb("slurm.cancel_command", "main", "end the jobs of runs"),
     "logs": Verb("slurm.logs_command", "main", "print the log of a run, and follow it", read=True),
