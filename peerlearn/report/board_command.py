@@ -1,9 +1,9 @@
 """`peerlearn board`: all runs of a folder in a browser, as they train."""
 
 import argparse
-import socket
 from collections.abc import Sequence
 from pathlib import Path
+from socket import gethostname
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UsageError, UserError
@@ -25,11 +25,11 @@ def main(argv: Sequence[str]) -> int:
     server = _open(arguments.port, door, Board(folder))
     try:
         query = "" if door.token is None else f"?{TOKEN}={door.token}"
-        say(f"http://{LOOPBACK}:{server.port}/{query}")
         say(
-            f"From another machine, first: ssh -N -L {server.port}:{LOOPBACK}:{server.port} USER@{socket.gethostname()}"
+            f"http://{LOOPBACK}:{server.port}/{query}\n"
+            f"From another machine, first: ssh -N -L {server.port}:{LOOPBACK}:{server.port} USER@{gethostname()}\n"
+            "Ctrl-C ends it."
         )
-        say("Ctrl-C ends it.")
         server.serve_forever()
     except KeyboardInterrupt:
         # It has nothing to save, and to be told to stop is its only end.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from peerlearn.report.parts import Cell, Paragraph, Part, Section
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.tables import filled_table
+from peerlearn.report.signs_of_life import state_text
 from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.heartbeat import beat_file, read_beats
 from peerlearn.runs.progress import time_text
@@ -49,7 +50,7 @@ def _standing_row(facts: RunFacts, ages: FileAges) -> tuple[Cell, ...]:
     left = standing.seconds_left if is_running else None
     return (
         facts.label,
-        facts.registered.state,
+        state_text(run, facts.registered.state, attempt),
         facts.series.last_step if standing.step is None else standing.step,
         standing.total_steps,
         facts.series.last_epoch,
