@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from peerlearn.report.parts import Cell, Paragraph, Part, Section
 from peerlearn.report.run_facts import RunFacts
-from peerlearn.report.tables import filled_table
 from peerlearn.report.signs_of_life import state_text
+from peerlearn.report.tables import filled_table
 from peerlearn.runs.file_ages import FileAges
 from peerlearn.runs.heartbeat import beat_file, read_beats
 from peerlearn.runs.progress import time_text

@@ -367,7 +367,8 @@ def test_long_pages_are_zipped_where_the_reader_unzips():
         assert ask(port, "/")[2].decode() == text
 
 
-def test_clients_that_do_nothing_are_left(port: int):
+def test_clients_that_do_nothing_are_left(port: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server._Handler, "timeout", 600.0)
     held = [
         socket.create_connection(("127.0.0.1", port)) for _ in range(server._MOST_CONNECTIONS + 10)
     ]
@@ -378,6 +379,7 @@ def test_clients_that_do_nothing_are_left(port: int):
         assert ask(port, "/run/a")[0] == 200
         assert threading.active_count() < server._MOST_CONNECTIONS + 20
         # The oldest was left for the newest.
+        held[0].settimeout(10)
         assert held[0].recv(1) == b""
     finally:
         for client in held:
