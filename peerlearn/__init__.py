@@ -5,7 +5,7 @@ from types import ModuleType
 
 import wrapt
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # The folder that holds the packages: a checkout, or site-packages.
 HOME = Path(__file__).resolve().parent.parent
 
