@@ -70,7 +70,7 @@ def events_of(file: Path) -> Iterator[tuple[str, set[str]]]:
             parts = [parts[0].body, parts[0].orelse]
         for part in parts:
             if isinstance(part, ast.Name):
-                module = importlib.import_module(module_name(file, HOME))
+                module = importlib.import_module(module_name(file.relative_to(HOME).as_posix()))
                 yield getattr(module, part.id), facts
             else:
                 assert isinstance(part, ast.Constant), ast.dump(part)
@@ -79,9 +79,9 @@ def events_of(file: Path) -> Iterator[tuple[str, set[str]]]:
 
 def test_every_event_of_the_code_is_told_of_with_its_facts():
     found: dict[str, set[str]] = {}
-    for file in source_files(HOME):
-        if ".event(" in file.read_text():
-            for kind, facts in events_of(file):
+    for name, text in source_files().items():
+        if ".event(" in text:
+            for kind, facts in events_of(HOME / name):
                 found.setdefault(kind, set()).update(facts)
     assert found.keys() == EVENTS.keys()
     for kind, facts in found.items():
