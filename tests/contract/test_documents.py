@@ -34,7 +34,7 @@ from tests.contract.documents import (
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 # Programs that are not ours: what they do is theirs.
-OTHERS = {".", "chmod", "mkdir", "pip", "rm", "sudo", "tensorboard", "tail", "time", "wandb"}
+OTHERS = {".", "chmod", "mkdir", "pip", "rm", "ssh", "sudo", "tensorboard", "tail", "time", "wandb"}
 # What a `python NAME` block needs, and no test has.
 NEEDED = {"detectron2", "detector", "run", "tutorial"}
 LONGEST_CODE = 3
