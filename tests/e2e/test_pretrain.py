@@ -114,6 +114,7 @@ def test_every_export_loads_bit_equal_through_timm_and_holds_the_checkpoints_wei
 
 def test_knn_of_the_exports_equals_what_training_logged(finished, capsys):
     arguments = ["knn", "--checkpoint", str(finished), "--k", "5", "--device", "cpu"]
+    arguments += ["--data.train_limit", "300"]
     assert main(arguments) == 0
     results = {
         path.name.split("-")[3]: json.loads(path.read_text())
