@@ -1,5 +1,6 @@
 # make demo   train two networks that teach each other on Fashion-MNIST, print what they learned, and write a report
 # make test   lint, types and every test that this machine can run
+# make coverage   all tests, and how much of the code they run: counting lines takes short tests two thirds longer
 # make test-fast   what one runs while writing: no whole run, no slow test, no cluster, no group of processes
 # All set everything up first, in .venv.
 
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 # One thread in every process, as more of them run than there are cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint types setup clean
+.PHONY: demo test coverage test-fast lint types setup clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -22,6 +23,9 @@ test: $(READY) lint types
 		echo "no SLURM here: its tests are skipped; to have them run: sh scripts/system_packages.sh slurm"
 	@command -v chromedriver >/dev/null || \
 		echo "no Chromium here: the tests of pages are skipped; to have them run: sh scripts/system_packages.sh browser"
+	$(PYTEST)
+
+coverage: $(READY)
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
 test-fast: $(READY) lint
