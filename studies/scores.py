@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peerlearn.errors import UserError
-from peerlearn.evaluation.results import CLASSIFICATION
+from peerlearn.evaluation.results import CLASSIFICATION, OF_TRAINING
 from peerlearn.evaluation.uncertainty import interval_over_runs, spread_over_runs
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_log import chosen_step
@@ -21,7 +21,6 @@ from studies.study import Cell, Study, StudyRun
 INDIVIDUAL = "individual"
 _JOINT = (INDIVIDUAL, ENSEMBLE, WEIGHTED_ENSEMBLE)
 # What the final accuracy of a training tells of the training itself: studies compare trainings that differ in it.
-_OF_TRAINING = ("epoch", "epoch_chosen_by", "image_size", "train_split", "train_images")
 _OWN = "its own accuracy"
 _LONGEST_VALUE = 40
 
@@ -77,7 +76,7 @@ class Measured:
     @property
     def compared(self) -> dict[str, Any]:
         """What has to be alike in results that are compared."""
-        of_training = () if self.key.line else _OF_TRAINING
+        of_training = () if self.key.line else OF_TRAINING
         return {k: v for k, v in self.protocol.items() if k not in of_training} | {"n": self.n}
 
 

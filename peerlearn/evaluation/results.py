@@ -21,6 +21,8 @@ SCHEMA_VERSION = 1
 JOB_VARIABLE = "PEERLEARN_JOB"
 # The task of the accuracies that supervised training itself leaves.
 CLASSIFICATION = "classification"
+# Keys of a protocol that tell of the training of the networks, not of how they were measured.
+OF_TRAINING = ("epoch", "epoch_chosen_by", "image_size", "train_split", "train_images")
 # Types of what tells one result from another.
 _TYPES = {
     **dict.fromkeys(("task", "dataset", "network", "variant"), str),

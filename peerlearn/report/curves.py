@@ -81,7 +81,7 @@ def _panel(
                     f"{told.title}.",
                     told.about,
                     _protocol(facts, figure),
-                    "Step 0: untrained networks." if told.group == ACCURACY else "",
+                    _step_0(facts) if told.group == ACCURACY else "",
                     _reduction(own) if is_mean else "",
                 ],
             )
@@ -90,6 +90,14 @@ def _panel(
         baselines=baselines,
         is_percentage="(%)" in told.title,
     )
+
+
+def _step_0(facts: Sequence[RunFacts]) -> str:
+    given = [each.label for each in facts if each.starts_from_weights]
+    if not given:
+        return "Step 0: untrained networks."
+    others = "" if len(given) == len(facts) else "; untrained networks of the other runs"
+    return f"At step 0: the weights that {', '.join(given)} started from{others}."
 
 
 def _reduction(networks: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from peerlearn.runs.export_folders import KEY_PREFIX
+from peerlearn.runs.metric_guide import FIELDS, FIGURES
 from peerlearn.runs.metrics import CLOCK_WORDS
 from peerlearn.runs.score_names import (
     AGREEMENT,
@@ -22,6 +23,7 @@ from peerlearn.runs.score_names import (
     NEIGHBOUR_AGREEMENT,
     PIXELS,
     TOP1,
+    TOP5,
     WEIGHTED_ENSEMBLE,
     parse_score_name,
 )
@@ -31,6 +33,10 @@ TRAINING, SPEED, OTHER = "Training", "Speed", "Other metrics"
 GROUPS = (ACCURACY, LOSS, LABEL_FREE, TRAINING, SPEED, OTHER)
 
 # Names that tell how others were measured: they stand in the captions of those, by the words here.
+_OF_VALIDATION = {"validation/images": "validation images (n)"}
+_OF_TEST = {"test/images": "test images (n)"}
+# Of these words, a protocol's n of images is told by one.
+IMAGES_WORDS = (*_OF_TEST.values(), *_OF_VALIDATION.values())
 PROTOCOLS = {
     KNN_TOP1: {
         KNN_K: "k",
@@ -44,6 +50,10 @@ PROTOCOLS = {
         EPISODE_QUERIES: "queries",
         EPISODE_COUNT: "episodes (n)",
     },
+    "validation" + TOP1: _OF_VALIDATION,
+    "validation" + TOP5: _OF_VALIDATION,
+    "test" + TOP1: _OF_TEST,
+    "test" + TOP5: _OF_TEST,
 }
 _PROTOCOL_NAMES = {name for names in PROTOCOLS.values() for name in names}
 
@@ -72,6 +82,8 @@ _KINDS = {
     EPISODE_TOP1: Kind(ACCURACY, "Few-shot accuracy (%)", "Mean over validation episodes."),
     "test" + TOP1: Kind(ACCURACY, "Test top-1 (%)", "The networks' own classifiers."),
     "validation" + TOP1: Kind(ACCURACY, "Validation top-1 (%)", "The networks' own classifiers."),
+    "test" + TOP5: Kind(ACCURACY, "Test top-5 (%)", "The networks' own classifiers."),
+    "validation" + TOP5: Kind(ACCURACY, "Validation top-5 (%)", "The networks' own classifiers."),
     "loss": Kind(LOSS, "Loss", "The loss of each network: what its terms add up to."),
     "scl_hard": Kind(LOSS, "Contrastive loss, scl_hard", "Each network's own contrastive term."),
     "scl_soft": Kind(
@@ -86,6 +98,11 @@ _KINDS = {
         LOSS,
         "Interactive mimicry, icl_soft",
         "How far the interactive similarities of two networks lie apart.",
+    ),
+    "cross_entropy": Kind(
+        LOSS,
+        "Cross-entropy, cross_entropy",
+        "Each network's own classifier on its training images.",
     ),
     "rankme": Kind(
         LABEL_FREE, "RankMe", "Effective number of dimensions that the features fill; more is more."
@@ -118,6 +135,9 @@ _KINDS = {
     ),
     "lr": Kind(TRAINING, "Learning rate"),
     "gradient_norm": Kind(TRAINING, "Norm of the gradient"),
+    "ensemble_weight": Kind(
+        TRAINING, "Weight in the weighted ensemble", "Of each network, mean over the classes."
+    ),
     "queue/filled_percent": Kind(TRAINING, "Queue filled (%)"),
     "queue/momentum": Kind(TRAINING, "Momentum of the key networks"),
     "skipped_steps": Kind(TRAINING, "Skipped steps (count)", "Steps that were not finite."),
@@ -170,6 +190,10 @@ def kind(each: Metric) -> Kind:
         return _KINDS[each.figure]
     if each.network and each.figure.endswith(TOP1):
         return Kind(ACCURACY, f"{each.figure.removesuffix(TOP1)} top-1 (%)")
+    known = (FIGURES if each.network else FIELDS).get(each.figure)
+    if known is not None:
+        unit = "" if known.unit == "1" else f" ({known.unit})"
+        return Kind(OTHER, f"{each.figure}{unit}", f"{known.text[:1].upper()}{known.text[1:]}.")
     # Memory and clocks.
     is_clock = any(word in each.figure for word in CLOCK_WORDS)
     return Kind(SPEED if is_clock else OTHER, each.figure)

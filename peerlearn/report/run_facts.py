@@ -39,6 +39,16 @@ class RunFacts:
     environment: dict[str, Any]
     problems: tuple[str, ...]
 
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether any network started from weights: step 0 is not untrained then."""
+        training = self.environment.get("training")
+        loaded = training.get("initial_weights") if isinstance(training, dict) else None
+        # Before its first start, and in files of earlier versions, the config alone tells.
+        words = self.registered.config.get("cohort.init") if loaded is None else loaded
+        named = words if isinstance(words, list) else [words]
+        return any(word not in (None, "random") for word in named)
+
 
 def read_facts(runs: Sequence[RunDirectory]) -> list[RunFacts]:
     """The facts of the runs, in their order. A run that is named twice stands once.

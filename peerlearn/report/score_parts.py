@@ -36,29 +36,37 @@ def score_section(facts: Sequence[RunFacts]) -> Section:
 
 
 def _monitored(scores: Sequence[MonitorScore], protocols: Mapping[str, str]) -> Table:
+    given = dict.fromkeys(each.facts.label for each in scores if each.facts.starts_from_weights)
+    told = f"At step 0: {', '.join(given)} started from weights." if given else "Untrained: step 0."
     return filled_table(
-        caption="Accuracies while training. Untrained: step 0. S.e.: standard error over the test images. The best of "
-        "several epochs is chosen by the images that it is measured on, and so looks better than it is; the last is "
-        "not chosen.",
+        caption=f"Accuracies while training. {told} S.e.: standard error over the n images of the protocol. The best "
+        "of several epochs is chosen by the images that it is measured on, and so looks better than it is; the last "
+        "is not chosen.",
         headings=(
-            *("run", "score", "network", "untrained", "raw pixels", "last"),
-            *("s.e. of last", "step", "best", "best step", "protocol"),
+            *("run", "score", "network", "at step 0" if given else "untrained", "raw pixels"),
+            *("last", "s.e. of last", "step", "remark", "best", "best step", "protocol"),
         ),
         rows=tuple(
             (
-                *(each.facts.label, each.score, each.network, each.untrained, each.pixels),
-                *(each.last, each.standard_error, each.last_step, each.best, each.best_step),
-                protocols.get(each.protocol),
+                *(each.facts.label, each.score, each.network, each.at_step_0, each.pixels),
+                *(each.last, each.standard_error, each.last_step, _remark(each)),
+                *(each.best, each.best_step, protocols.get(each.protocol)),
             )
             for each in scores
         ),
     )
 
 
+def _remark(score: MonitorScore) -> str | None:
+    if score.skipped_step is None:
+        return None
+    return f"newest finite value; that of step {score.skipped_step:,} is not finite"
+
+
 def _results(scores: Sequence[ResultScore], protocols: Mapping[str, str]) -> Table:
     return filled_table(
         caption="Results of the evaluators. Low and high: 95 % interval of the score, over its n test images or "
-        "few-shot episodes, or over runs where the seed is a list.",
+        "few-shot episodes, or over runs where the seed is a list; none of two runs.",
         headings=(
             *("run", "score", "network", "metric", "value", "low", "high", "n", "step"),
             *("seed", "protocol"),

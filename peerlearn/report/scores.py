@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from peerlearn.evaluation.uncertainty import accuracy_metrics, score_interval
-from peerlearn.report.metric_kinds import PROTOCOLS, kind, metric, network_text, rank
+from peerlearn.report.metric_kinds import IMAGES_WORDS, PROTOCOLS, kind, metric, network_text, rank
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.run_results import RunResult
 from peerlearn.runs.score_names import PIXELS, TOP1, measured_part
 
-_TEST_IMAGES = "test images (n)"
 # The figures of result files that tell how good a network is.
 _RESULT_METRICS = {
     "top1": "top-1 (%)",
@@ -32,25 +31,27 @@ class MonitorScore:
         facts: its run.
         score: what was measured.
         network: network that it is of.
-        untrained: accuracy before the first step, in percent; None where it was not measured.
+        at_step_0: accuracy before the first step, in percent; None where it was not measured.
         pixels: accuracy of the raw pixels, in percent; None where it was not measured.
         best: largest accuracy after the first step.
         best_step: step of the largest accuracy.
-        last: newest accuracy.
-        last_step: step of the newest accuracy.
-        standard_error: standard error of the newest accuracy over test images; None where n is unknown.
+        last: newest finite accuracy.
+        last_step: step of the newest finite accuracy.
+        skipped_step: step of the newest accuracy where that was not finite; None where it is the last one.
+        standard_error: standard error of the last accuracy over its n images; None where n is unknown.
         protocol: how it was measured, in words.
     """
 
     facts: RunFacts
     score: str
     network: str
-    untrained: float | None
+    at_step_0: float | None
     pixels: float | None
     best: float
     best_step: int
     last: float
     last_step: int
+    skipped_step: int | None
     standard_error: float | None
     protocol: str
 
@@ -94,7 +95,7 @@ def _monitor_score(facts: RunFacts, name: str) -> MonitorScore | None:
     before = series.values[finite & (series.steps == 0)]
     protocol = _protocol(facts, figure)
     last = float(values[-1])
-    images = protocol.get(_TEST_IMAGES)
+    images = next((protocol[word] for word in IMAGES_WORDS if word in protocol), None)
     error = None
     if images is not None and images >= 1 and 0 <= last <= 100:
         error = float(accuracy_metrics(last, int(images))["top1_standard_error"])
@@ -103,12 +104,13 @@ def _monitor_score(facts: RunFacts, name: str) -> MonitorScore | None:
         facts=facts,
         score=kind(metric(name)).title,
         network=network_text(network),
-        untrained=float(before[0]) if len(before) else None,
+        at_step_0=float(before[0]) if len(before) else None,
         pixels=None if pixels is None else _finite(pixels.values[-1]),
         best=float(values.max()),
         best_step=int(steps[values.argmax()]),
         last=last,
         last_step=int(steps[-1]),
+        skipped_step=None if finite[-1] else int(series.steps[-1]),
         standard_error=error,
         protocol=", ".join(f"{word} {value:,g}" for word, value in protocol.items()),
     )
@@ -143,7 +145,10 @@ def _scores_of(facts: RunFacts, result: RunResult) -> Iterator[ResultScore]:
         interval = _interval(metrics, name)
         if isinstance(value, dict):
             # Of several runs: mean, std, ci95, values.
-            interval = _around(value.get("mean"), value.get("ci95"), name)
+            runs = value.get("values")
+            # Of two runs it is 25 standard errors wide, and says nothing.
+            is_told = isinstance(runs, list) and len(runs) > 2
+            interval = _around(value.get("mean"), value.get("ci95"), name) if is_told else None
             value = value.get("mean")
         if _is_number(value):
             low, high = interval or (None, None)
