@@ -4,6 +4,7 @@ One run: a colour for each network. Few runs: colours tell runs apart, lines tel
 each, that of the ensemble or else the mean over the networks.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from peerlearn.evaluation.plots import COLORS, LINES
 from peerlearn.report.curve_picture import Curve, Panel, picture_of
+from peerlearn.report.failures import reason_text
 from peerlearn.report.metric_kinds import (
     ACCURACY,
     GROUPS,
@@ -22,7 +24,7 @@ from peerlearn.report.metric_kinds import (
     network_text,
     rank,
 )
-from peerlearn.report.parts import Picture, Section
+from peerlearn.report.parts import Paragraph, Part, Picture, Section
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.series import Series
 from peerlearn.runs.score_names import (
@@ -32,10 +34,13 @@ from peerlearn.runs.score_names import (
     measured_part,
     score_name,
 )
-from peerlearn.runs.text import file_name_part
+from peerlearn.runs.text import file_name_part, printable
 
 # Up to so many curves, several runs show each network.
 _MOST_CURVES = 8
+# More figures of one group would take minutes, and nobody would look at them.
+_MOST_FIGURES = 60
+_LONGEST_NAME = 60
 _ENSEMBLES = (ENSEMBLE, WEIGHTED_ENSEMBLE)
 
 
@@ -45,19 +50,35 @@ def curve_sections(facts: Sequence[RunFacts]) -> list[Section]:
     figures: dict[tuple[str, bool], list[str]] = {}
     for each in metrics:
         figures.setdefault((each.figure, bool(each.network)), []).append(each.network)
-    pictures: dict[str, list[Picture]] = {group: [] for group in GROUPS}
+    parts: dict[str, list[Part]] = {group: [] for group in GROUPS}
+    left_out: Counter[str] = Counter()
     for number, ((figure, is_of_networks), networks) in enumerate(figures.items()):
+        group = kind(Metric(figure, networks[0])).group
+        if len(parts[group]) >= _MOST_FIGURES:
+            left_out[group] += 1
+            continue
         panel = _panel(facts, figure, networks if is_of_networks else [""], number)
         if panel is not None:
-            pictures[kind(Metric(figure, networks[0])).group].append(picture_of(panel))
+            parts[group].append(_drawn(panel))
+    for group, count in left_out.items():
+        text = f"The first {_MOST_FIGURES} metrics are drawn; {count:,} more are in metrics.jsonl."
+        parts[group].append(Paragraph(text=text))
     return [
         Section(
             anchor=f"curves-{file_name_part(group).replace('_', '-').lower()}",
             title=group,
             parts=tuple(found),
         )
-        for group, found in pictures.items()
+        for group, found in parts.items()
     ]
+
+
+def _drawn(panel: Panel) -> Picture | Paragraph:
+    """The picture of a panel; where it cannot be drawn, why not."""
+    try:
+        return picture_of(panel)
+    except Exception as error:  # A drawing library raises what it likes.
+        return Paragraph(text=f"{panel.title} cannot be drawn ({reason_text(error)}).")
 
 
 def _panel(
@@ -69,16 +90,17 @@ def _panel(
     if not curves:
         return None
     told = kind(Metric(figure, networks[0]))
+    title = printable(told.title, _LONGEST_NAME)
     baselines = _baselines(facts, figure) if PIXELS in networks else []
     is_mean = len(facts) > 1 and not _shows_networks(facts, own) and len(own) > 1
     return Panel(
         key=f"curve-{number}",
-        title=told.title,
+        title=title,
         about=" ".join(
             filter(
                 None,
                 [
-                    f"{told.title}.",
+                    f"{title}.",
                     told.about,
                     _protocol(facts, figure),
                     _step_0(facts) if told.group == ACCURACY else "",
@@ -134,7 +156,7 @@ def _curves(facts: Sequence[RunFacts], figure: str, networks: Sequence[str]) -> 
             place = next(n for n, each in enumerate(facts) if each is one.facts)
             yield Curve(
                 run="" if len(facts) == 1 else one.facts.label,
-                network=network_text(one.network) if one.network else "",
+                network=printable(network_text(one.network), _LONGEST_NAME),
                 series=one.series,
                 marks=_marks(one.facts),
                 **_look(len(facts), place, order, one.network),

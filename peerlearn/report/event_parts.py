@@ -11,6 +11,7 @@ from peerlearn.runs.text import printable
 # Events that come again and again, and that the counts tell enough of.
 _USUAL = ("saved", "exported")
 _MOST_EVENTS, _LONGEST_FACTS = 100, 300
+_MOST_NAMES, _LONGEST_NAME = 100, 100
 
 
 def event_section(facts: Sequence[RunFacts]) -> Section:
@@ -21,9 +22,12 @@ def event_section(facts: Sequence[RunFacts]) -> Section:
     if names:
         parts.append(
             Table(
-                caption="How often each event came.",
+                caption=f"How often each event came{_which(len(names))}.",
                 headings=("event", *(each.label for each in facts)),
-                rows=tuple((printable(name), *(count[name] for count in counts)) for name in names),
+                rows=tuple(
+                    (printable(name, _LONGEST_NAME), *(count[name] for count in counts))
+                    for name in names[:_MOST_NAMES]
+                ),
             )
         )
     return Section(
@@ -33,14 +37,18 @@ def event_section(facts: Sequence[RunFacts]) -> Section:
     )
 
 
+def _which(names: int) -> str:
+    return f", the first {_MOST_NAMES} of {names:,} names" if names > _MOST_NAMES else ""
+
+
 def _events(facts: RunFacts) -> Table | None:
     told = [event for event in facts.events if event["event"] not in _USUAL]
     if not told:
         return None
     rows = tuple(
         (
-            str(event.get("time", "")),
-            printable(str(event["event"])),
+            printable(str(event.get("time", "")), _LONGEST_NAME),
+            printable(str(event["event"]), _LONGEST_NAME),
             _step(event),
             _facts_text(event),
         )

@@ -15,6 +15,7 @@ from peerlearn.errors import UserError
 from peerlearn.evaluation.data import check_same_classes
 from peerlearn.evaluation.feature_cache import Extraction, load_features
 from peerlearn.evaluation.selection import Selection, select_networks
+from peerlearn.report.failures import reason_text
 from peerlearn.report.feature_maps import FEWEST_IMAGES, map_features
 from peerlearn.report.map_picture import map_picture
 from peerlearn.report.neighbours import NEIGHBOURS, nearest_images, neighbour_picture, varied
@@ -25,6 +26,7 @@ from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.export_folders import CONFIG_FILE
 from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.progress import progress
+from peerlearn.runs.text import printable
 
 TEST_IMAGES = 1000
 # For each test image there are so many images among which its neighbours are looked for.
@@ -33,6 +35,8 @@ _QUERIES = 6
 # Of more networks, the pictures would make the page too large.
 _MOST_NETWORKS = 4
 _BATCH_SIZE, _WORKERS = 128, 2
+# Of views and of what networks take, in pixels.
+_LARGEST_SIDE = 1_024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +78,8 @@ def image_section(
 def _parts(run: RunDirectory, anchor: str, test_images: int) -> list[Part]:
     try:
         images = read_run_images(run)
-    except (UserError, OSError) as error:
-        return [Paragraph(text=f"No images are shown: {error}.")]
+    except Exception as error:  # A config that no run writes fails anywhere.
+        return [Paragraph(text=f"No images are shown: {reason_text(error)}.")]
     selection, why_none = _selection(run)
     parts = _tried("The views are not shown", lambda: _views(anchor, images, selection))
     if selection is None:
@@ -92,15 +96,15 @@ def _parts(run: RunDirectory, anchor: str, test_images: int) -> list[Part]:
 def _tried(what_not: str, make: Callable[[], Iterable[Part]]) -> list[Part]:
     try:
         return list(make())
-    except (UserError, OSError) as error:
-        return [Paragraph(text=f"{what_not}: {error}.")]
+    except Exception as error:  # A config that no run writes fails anywhere.
+        return [Paragraph(text=f"{what_not}: {reason_text(error)}.")]
 
 
 def _selection(run: RunDirectory) -> tuple[Selection | None, str]:
     try:
         return select_networks(run.root, "all"), ""
-    except UserError as error:
-        return None, str(error)
+    except Exception as error:  # So do exports that no run writes.
+        return None, reason_text(error)
 
 
 def _views(anchor: str, images: RunImages, selection: Selection | None) -> list[Part]:
@@ -112,16 +116,30 @@ def _views(anchor: str, images: RunImages, selection: Selection | None) -> list[
         size = images.trained.images.shape[-1]
     else:
         raise UserError("the exports, which tell the size of the views, are not there")
-    return [views_picture(f"{anchor}-views", images, image_size=size)]
+    return [views_picture(f"{anchor}-views", images, image_size=_checked_size(size))]
+
+
+def _checked_size(size: object) -> int:
+    """A side in pixels that a picture can have.
+
+    Raises:
+        UserError: it is none, or needs more memory than a page is worth.
+    """
+    if not isinstance(size, int) or not 1 <= size <= _LARGEST_SIDE:
+        raise UserError(
+            f"images of {printable(str(size), 40)} pixels cannot be shown, only of 1 to {_LARGEST_SIDE:,}"
+        )
+    return size
 
 
 def _input_size(selection: Selection) -> int:
     """The side of the images that the networks take, in pixels."""
     file = next(iter(selection.folders.values())) / CONFIG_FILE
     try:
-        return int(read_json_object(file)["pretrained_cfg"]["input_size"][1])
+        size = int(read_json_object(file)["pretrained_cfg"]["input_size"][1])
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file} does not tell the size of the images") from error
+    return _checked_size(size)
 
 
 def _feature_parts(

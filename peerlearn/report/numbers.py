@@ -1,14 +1,18 @@
 """Numbers of tables as text: those of one column with the same number of decimals."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 from peerlearn.report.parts import Cell, Entry
+from peerlearn.runs.text import printable
 
 MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 # Within these, two decimals tell a number; beyond, three significant digits do.
 _SMALLEST, _LARGEST = 0.1, 1e6
+# Of a longer whole number the middle is left out.
+_MOST_DIGITS = 40
 
 
 def is_number(value: Cell) -> bool:
@@ -30,7 +34,10 @@ def _text(value: Cell, *, plain: bool) -> str:
     if isinstance(value, Entry):
         return value.text
     if not isinstance(value, float):
-        return value if isinstance(value, str) else _signed(f"{value:,}")
+        # A damaged file may hold what is neither text nor a number.
+        return (
+            _signed(printable(f"{value:,}", _MOST_DIGITS)) if isinstance(value, int) else str(value)
+        )
     if math.isnan(value):
         return "NaN"
     return _signed(format(value, "z,.2f" if plain else ".3g"))
@@ -45,7 +52,8 @@ def sort_key(value: Cell) -> str | None:
     value = value.number if isinstance(value, Entry) else value
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    number = float(value)
-    if math.isnan(number):
+    if value != value:  # NaN; a whole number may be too large to ask `math`.
         return None
-    return repr(value) if math.isfinite(number) else f"{'-' if number < 0 else ''}Infinity"
+    return (
+        repr(value) if abs(value) <= sys.float_info.max else f"{'-' if value < 0 else ''}Infinity"
+    )

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from peerlearn.commands.runs_table import differing_keys, shown_scores, value_text
 from peerlearn.report.parts import Cell, Entry, Paragraph, Section, Table
 from peerlearn.report.run_watch import WatchedFolder, WatchedRun
+from peerlearn.report.standing_parts import LONGEST_REASON
 from peerlearn.runs.progress import time_text
 from peerlearn.runs.run_contents import RunScore
 from peerlearn.runs.standing import number
@@ -150,7 +151,7 @@ def _remarks_section(runs: Sequence[WatchedRun]) -> Section:
     rows = []
     for run in runs:
         reason = run.registered.reason
-        told = [] if reason is None else [f"failed: {reason}"]
+        told = [] if reason is None else [f"failed: {printable(reason, LONGEST_REASON)}"]
         rows += [(_link(run), printable(text)) for text in (*told, *run.registered.problems)]
     table = Table(
         caption="Why runs have failed, and what could not be read.",

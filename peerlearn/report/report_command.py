@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from peerlearn.config import ArgumentParser
 from peerlearn.errors import DONE, UsageError, UserError
 from peerlearn.report.page import render_page
 from peerlearn.report.parts import Section
+from peerlearn.report.run_facts import full_path, unique_folders
 from peerlearn.report.run_page import run_sections
 from peerlearn.report.study_page import is_study, study_sections
 from peerlearn.runs.directory import RunDirectory
@@ -21,7 +23,7 @@ _ENDINGS = (".html", ".htm")
 def main(argv: Sequence[str]) -> int:
     """`peerlearn report RUN|STUDY ... [-o FILE] [--no_images]`. Returns the exit code."""
     arguments = _parse(argv)
-    folders: list[Path] = arguments.folders
+    folders = unique_folders(arguments.folders)
     studies = [folder for folder in folders if _checked_is_study(folder)]
     if studies and len(folders) > 1:
         raise UserError(
@@ -69,16 +71,22 @@ def _checked_is_study(folder: Path) -> bool:
     """Whether a folder is a study, not a run.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or cannot be read.
     """
-    if is_study(folder):
-        return True
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "is not there"
-        raise UserError(f"{folder} {what}: name run directories, or a study")
-    run = RunDirectory(folder)
-    # A run whose config is lost has its metrics still.
-    if not (run.begun or run.metrics.is_file()):
+    try:
+        if is_study(folder):
+            return True
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "is not there"
+            raise UserError(f"{folder} {what}: name run directories, or a study")
+        run = RunDirectory(folder)
+        # A run whose config is lost has its metrics still.
+        is_run = run.begun or run.metrics.is_file()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}): name a folder that you may read"
+        ) from error
+    if not is_run:
         raise UserError(
             f"{folder} is neither a run nor a study: it has no config.yaml, and no study.yaml; "
             "`peerlearn runs` lists runs"
@@ -87,20 +95,33 @@ def _checked_is_study(folder: Path) -> bool:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse an output that would replace what is no page.
+    """Refuse, before the work, an output that would replace what is no page, or that cannot be written.
 
     Raises:
         UsageError: the file's name does not end in .html.
-        UserError: the output is a folder.
+        UserError: the output is a folder, or no file can be made in its folder.
     """
-    if output.is_dir():
+    try:
+        is_folder = output.is_dir()
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    if is_folder:
         raise UserError(f"{output} is a folder: name a file by --output, such as {output / _NAME}")
     if output.suffix.lower() not in _ENDINGS:
         raise UsageError(f"--output: expected a name that ends in .html, got {str(output)!r}")
+    try:
+        with TemporaryFile(dir=output.absolute().parent):
+            pass
+    except OSError as error:
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(f"{output}: cannot be written ({error.strerror}): choose another --output")
 
 
 def _title(folders: Sequence[Path], *, is_of_study: bool) -> str:
-    names = [folder.absolute().name for folder in folders]
+    names = [full_path(folder).name for folder in folders]
     if is_of_study:
         return f"Study {printable(names[0])}"
     return (
@@ -119,7 +140,5 @@ def _write(output: Path, title: str, sections: Sequence[Section]) -> int:
         with replacing(output) as file:
             file.write(content)
     except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}): choose another --output"
-        ) from error
+        raise _unwritable(output, error) from error
     return len(content)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from peerlearn.report.failures import reason_text
+from peerlearn.report.numbers import column_texts
 from peerlearn.report.parts import Paragraph, Part, Picture, Section
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.run_results import RunResult
@@ -18,6 +20,8 @@ _SMALL_BYTES, _LARGEST_SVG_BYTES, _ALL_BYTES = 60_000, 200_000, 900_000
 # Pixels of the longer side, beyond which a picture is made smaller, and of the largest picture that is read at all.
 _SIDE_PIXELS, _MOST_PIXELS = 1_100, 60_000_000
 _LONGEST_PROTOCOL = 240
+_MOST_PICTURES = 40
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What the ends of files' names tell.
 _SHOWN = {"-detections": "detections in test images", "-curves": "curves"}
 
@@ -27,18 +31,20 @@ def picture_section(facts: Sequence[RunFacts]) -> Section:
     parts: list[Part] = []
     left_out: list[str] = []
     room = _ALL_BYTES
-    for each in facts:
-        for result, file in _files(each):
-            try:
-                url = data_url(file)
-            except (OSError, ValueError) as error:
-                left_out.append(printable(f"{file}: {error}"))
-                continue
-            if len(url) > room:
-                left_out.append(printable(f"{file}: the page would become too large"))
-                continue
-            room -= len(url)
-            parts.append(_picture(each, result, file, url))
+    files = [(each, *found) for each in facts for found in _files(each)]
+    for each, result, file in files[:_MOST_PICTURES]:
+        try:
+            url = data_url(file)
+        except (OSError, ValueError) as error:
+            left_out.append(printable(f"{file}: {error}"))
+            continue
+        if len(url) > room:
+            left_out.append(printable(f"{file}: the page would become too large"))
+            continue
+        room -= len(url)
+        parts.append(_picture(each, result, file, url))
+    if len(files) > _MOST_PICTURES:
+        left_out.append(f"those of {len(files) - _MOST_PICTURES:,} more files")
     if left_out:
         parts.append(Paragraph(text="Pictures that are not shown:\n" + "\n".join(left_out)))
     return Section(anchor="pictures", title="Pictures of results", parts=tuple(parts))
@@ -52,11 +58,14 @@ def _files(facts: RunFacts) -> Iterator[tuple[RunResult, Path]]:
 
 def _picture(facts: RunFacts, result: RunResult, file: Path, url: str) -> Picture:
     scores = [each for each in result_scores(facts) if each.result is result]
-    figures = ", ".join(f"{each.metric} {each.value:.2f}" for each in scores)
+    figures = ", ".join(f"{each.metric} {column_texts([each.value])[0]}" for each in scores)
     n = result.content["metrics"].get("n")
-    of = f"{facts.label}: {result.score}, {result.network}, step {result.content['step']:,}"
+    step = result.content["step"]
+    of = f"{facts.label}: {result.score}, {result.network}, step {column_texts([step])[0]}"
     shown = next((words for end, words in _SHOWN.items() if file.stem.endswith(end)), "")
-    told = ". ".join(filter(None, [of, shown, figures + (f", n = {n:,}" if n else "")]))
+    told = ". ".join(
+        filter(None, [of, shown, figures + (f", n = {column_texts([n])[0]}" if n else "")])
+    )
     return Picture(
         image=Markup('<img alt="" src="{}">').format(url),
         caption=f"{told}. Protocol: {printable(result.protocol, _LONGEST_PROTOCOL)}.",
@@ -71,22 +80,28 @@ def data_url(file: Path) -> str:
 
     Raises:
         OSError: the file cannot be read, or is no picture.
-        ValueError: the picture is too large.
+        ValueError: the picture is too large or damaged.
     """
     if file.suffix == ".svg":
         if file.stat().st_size > _LARGEST_SVG_BYTES:
             raise ValueError("the SVG is too large")
         return _url("image/svg+xml", file.read_bytes())
-    return _pixels_url(file)
+    try:
+        return _pixels_url(file)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Of a damaged picture the library raises what it likes.
+        raise ValueError(f"the picture is damaged ({reason_text(error)})") from error
 
 
 def _pixels_url(file: Path) -> str:
     from PIL import Image
 
+    # Before the library opens it, which warns of large pictures.
+    width, height = _png_size(file)
+    if width * height > _MOST_PIXELS:
+        raise ValueError(f"the picture is too large: {width:,} x {height:,} pixels")
     with Image.open(file, formats=("PNG",)) as image:
-        width, height = image.size
-        if width * height > _MOST_PIXELS:
-            raise ValueError(f"the picture is too large: {width:,} x {height:,} pixels")
         if file.stat().st_size <= _SMALL_BYTES and max(width, height) <= _SIDE_PIXELS:
             image.verify()
             return _url("image/png", file.read_bytes())
@@ -95,6 +110,15 @@ def _pixels_url(file: Path) -> str:
         stream = io.BytesIO()
         small.save(stream, "WEBP", quality=80, method=4)
         return _url("image/webp", stream.getvalue())
+
+
+def _png_size(file: Path) -> tuple[int, int]:
+    """The width and height that a PNG's header tells, in pixels; of another file 0."""
+    with file.open("rb") as stream:
+        head = stream.read(24)
+    if not head.startswith(_PNG_SIGNATURE):
+        return 0, 0
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
 def _url(kind: str, content: bytes) -> str:

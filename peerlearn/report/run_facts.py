@@ -56,7 +56,7 @@ def read_facts(runs: Sequence[RunDirectory]) -> list[RunFacts]:
     Raises:
         UserError: a folder is missing or cannot be read.
     """
-    unique = list({os.path.realpath(run.root): run for run in runs}.values())
+    unique = [RunDirectory(folder) for folder in unique_folders([run.root for run in runs])]
     # A folder without a config is no run to the registry: its config alone may be lost.
     begun = [run.root for run in unique if run.begun]
     registered = {each.name: each for each in (read_registry(begun) if begun else [])}
@@ -114,9 +114,22 @@ def _unregistered(run: RunDirectory) -> RegisteredRun:
     )
 
 
+def unique_folders(folders: Sequence[Path]) -> list[Path]:
+    """The folders in their order, one that is named several times once, by its first name."""
+    unique: dict[str, Path] = {}
+    for folder in folders:
+        unique.setdefault(os.path.realpath(folder), folder)
+    return list(unique.values())
+
+
+def full_path(folder: Path) -> Path:
+    """The path from the root, by which a folder is called. A link keeps its name; ``..`` has none of its own."""
+    return folder.resolve() if ".." in folder.parts else folder.absolute()
+
+
 def short_labels(folders: Sequence[Path]) -> list[str]:
     """The folders without what all of them begin with: the name alone of a single one."""
-    parts = [folder.absolute().parts for folder in folders]
+    parts = [full_path(folder).parts for folder in folders]
     common = 0
     while all(len(each) > common + 1 for each in parts) and (
         len({each[common] for each in parts}) == 1

@@ -1,6 +1,7 @@
 """The metrics of a run as series: the values of each name with their steps."""
 
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 # Fields of every row that are no metrics; the clock begins anew with each start.
 _HEADER = ("step", "epoch", "seconds", "attempt")
+# The differences and sums of smaller values are finite.
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class Series:
 
     Attributes:
         steps: step of each value, int64 (n,).
-        values: values, float64 (n,). NaN is one that was not finite, which JSON does not know.
+        values: values, float64 (n,). NaN is one that was not finite, or so large that no picture has room for it.
     """
 
     steps: NDArray[np.int64]
@@ -118,8 +121,5 @@ def _take(row: dict[str, Any], collected: dict[str, _Collected]) -> None:
         into = collected.get(name)
         if into is None:
             into = collected[name] = _Collected()
-        try:
-            into.values.append(value)
-        except OverflowError:  # a whole number that no float holds
-            into.values.append(np.nan)
+        into.values.append(value if abs(value) <= _LARGEST else math.nan)
         into.steps.append(step)

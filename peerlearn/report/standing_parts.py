@@ -12,6 +12,9 @@ from peerlearn.runs.progress import time_text
 from peerlearn.runs.standing import Standing, read_standing
 from peerlearn.runs.text import printable
 
+# Letters of why a run has failed.
+LONGEST_REASON = 500
+
 
 def standing_section(facts: Sequence[RunFacts]) -> Section:
     """How each run stands now, and what people have noted of it."""
@@ -37,7 +40,9 @@ def standing_section(facts: Sequence[RunFacts]) -> Section:
     for each in facts:
         if each.registered.reason is not None:
             parts.append(
-                Paragraph(text=f"{each.label} has failed: {printable(each.registered.reason)}")
+                Paragraph(
+                    text=f"{each.label} has failed: {printable(each.registered.reason, LONGEST_REASON)}"
+                )
             )
     notes = _notes(facts)
     return Section(anchor="standing", title="Standing", parts=(*parts, *notes))

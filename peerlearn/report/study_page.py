@@ -1,14 +1,15 @@
 """The sections of a page about a study: its tables and picture as `peerlearn table` wrote them, and its runs."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
+from peerlearn.report.failures import reason_text
 from peerlearn.report.parts import Paragraph, Part, Picture, Section, Table
 from peerlearn.report.result_pictures import data_url
 from peerlearn.report.run_page import run_sections
+from peerlearn.report.standing_parts import LONGEST_REASON
 from peerlearn.report.study_tables import missing_table, score_tables
 from peerlearn.runs.directory import STUDY_FILE, RunDirectory
 from peerlearn.runs.json_files import read_json_object
@@ -59,7 +60,7 @@ def _study_parts(study: Path, runs: Sequence[RegisteredRun]) -> list[Part]:
         parts = [*score_tables(content), *missing_table(content)]
     except FileNotFoundError:
         return [Paragraph(text=f"The study has no table yet: `peerlearn table {study}` writes it.")]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         return [Paragraph(text=f"{file.name} cannot be read ({reason}): {renew}.")]
     newer = _newer_results(file, runs)
@@ -73,19 +74,29 @@ def _study_parts(study: Path, runs: Sequence[RegisteredRun]) -> list[Part]:
 
 def _newer_results(file: Path, runs: Sequence[RegisteredRun]) -> int:
     """The number of result files that were written after a file."""
-    written = file.stat().st_mtime_ns
+    written = _written_ns(file)
     results = [
         result for run in runs for result in RunDirectory(Path(run.name)).results.glob("*.json")
     ]
-    return sum(result.stat().st_mtime_ns > written for result in results)
+    return sum(_written_ns(result) > written for result in results)
+
+
+def _written_ns(file: Path) -> int:
+    """When a file was written; 0 for one that has gone, or a link to nowhere."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _picture(study: Path) -> list[Part]:
     file = study / "table.png"
     try:
         url = data_url(file)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError) as error:
+        return [Paragraph(text=f"{file.name} is not shown: {reason_text(error)}.")]
     return [
         Picture(
             image=Markup('<img alt="" src="{}">').format(url),
@@ -102,7 +113,8 @@ def _run_parts(
         return (Paragraph(text="No run has begun."),)
     names = {run.name: printable(str(Path(run.name).relative_to(study))) for run in runs}
     rows = tuple(
-        (names[run.name], run.state, run.step, run.reason and printable(run.reason)) for run in runs
+        (names[run.name], run.state, run.step, run.reason and printable(run.reason, LONGEST_REASON))
+        for run in runs
     )
     table = Table(
         caption="How each run stands.",
@@ -127,5 +139,5 @@ def _chosen(runs: Sequence[RegisteredRun]) -> list[RegisteredRun]:
     first: dict[str, RegisteredRun] = {}
     for run in runs:
         config = {key: value for key, value in run.config.items() if key not in _OWN_KEYS}
-        first.setdefault(json.dumps(config, sort_keys=True), run)
+        first.setdefault(repr(sorted(config.items(), key=repr)), run)
     return list(first.values())[:MOST_RUNS]
