@@ -43,7 +43,7 @@ def test_a_damaged_picture_is_told(tmp_path, content):
 @pytest.mark.parametrize("name", ["loss", "epoch", "x\udc80" + "y" * 100_000])
 def test_hostile_rows_have_a_page(tmp_path, name, value):
     rows = [{"step": step, "attempt": 1, name: value} for step in (1, 2)]
-    run = make_run(tmp_path / "a", rows + [{"step": 3, "attempt": 1, name: 1e308}])
+    run = make_run(tmp_path / "a", [*rows, {"step": 3, "attempt": 1, name: 1e308}])
     with run.event_log.open("a") as events:
         events.write(json.dumps({"event": "e" * 9_999, "step": HUGE, "time": "t" * 9_999}) + "\n")
     assert main(["report", str(run.root), "--no_images"]) == 0
