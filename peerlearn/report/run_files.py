@@ -8,13 +8,13 @@ import io
 import json
 import os
 import re
-import stat
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import open_regular
 from peerlearn.runs.text import csv_cell
 
 _LOG_BYTES, _LOG_LINES = 2**18, 400
@@ -80,8 +80,11 @@ def _csv_pieces(file: BinaryIO) -> Iterator[bytes]:
 def _rows(file: BinaryIO, end: int) -> Iterator[dict[str, object]]:
     file.seek(0)
     while file.tell() < end:
+        if not (line := file.readline()):
+            # It was cut short since.
+            return
         try:
-            row = json.loads(file.readline())
+            row = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
@@ -100,9 +103,4 @@ def _plain_file(path: Path, root: Path) -> BinaryIO:
     """
     if not path.resolve().is_relative_to(root.resolve()):
         raise FileNotFoundError(path)
-    # Opening a pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FileNotFoundError(path)
-    return os.fdopen(descriptor, "rb")
+    return open_regular(path, follows_links=False)

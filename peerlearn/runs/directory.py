@@ -21,6 +21,7 @@ from peerlearn.runs.environment import now_text
 from peerlearn.runs.files import (
     append_text,
     numbered_files,
+    open_regular,
     read_json_lines,
     sync,
     write_text,
@@ -214,7 +215,8 @@ class RunDirectory:
     def failure(self) -> str | None:
         """The reason in FAILED: its last line that is not empty; None where the run has not failed."""
         try:
-            lines = self.failed_mark.read_text(errors="replace").split("\n")
+            with open_regular(self.failed_mark, follows_links=False) as file:
+                lines = file.read().decode(errors="replace").split("\n")
         except OSError:
             return None
         last = next((line for line in reversed(lines) if line.strip()), "it does not say why")

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,7 +149,8 @@ def read_json_lines(path: Path, *, naming: Sequence[str] = ()) -> Iterator[dict[
         OSError: the file is there and cannot be read.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        with open_regular(path) as file:
+            lines = file.read().splitlines()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return
     texts = [json.dumps(text).encode() for text in naming]
@@ -208,6 +210,27 @@ def append_text(path: Path, text: str, *, durable: bool = False) -> None:
 def open_no_link(path: str, flags: int) -> int:
     """Open a file to write to it, but not what a link leads to: another may have put the link there."""
     return os.open(path, flags | os.O_NOFOLLOW, _READABLE)
+
+
+def open_regular(path: Path, *, follows_links: bool = True) -> BinaryIO:
+    """Open a file to read it. Of a run's folder nobody knows who wrote in it: opening a pipe would wait for a writer.
+
+    Args:
+        path: file to open.
+        follows_links: whether the last part of the path may be a link.
+
+    Raises:
+        OSError: the file is not there, cannot be read, or is no regular file.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follows_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def _lacks_newline(path: Path, size: int) -> bool:

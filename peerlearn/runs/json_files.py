@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peerlearn.runs.files import open_regular
+
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """The object in a file.
@@ -14,7 +16,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
             to nothing, not to itself.
     """
     try:
-        content = json.loads(file.read_bytes(), parse_constant=_constant)
+        with open_regular(file) as opened:
+            content = json.loads(opened.read(), parse_constant=_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):

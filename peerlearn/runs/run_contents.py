@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from peerlearn.runs.directory import RunDirectory
+from peerlearn.runs.files import open_regular
 from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.score_names import (
     EPISODE_SHOTS,
@@ -164,7 +165,7 @@ def _read_config(file: Path, earlier: Memory | None) -> Memory:
     if earlier is not None and stamp is not None and earlier["stamp"] == stamp:
         return earlier
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             text = opened.read(_LARGEST_CONFIG_BYTES + 1)
         if len(text) > _LARGEST_CONFIG_BYTES:
             raise ValueError("it is too large")
@@ -226,7 +227,7 @@ def _read_metrics(file: Path, earlier: Memory | None) -> Memory:
     if earlier and earlier["stamp"] == stamp:
         return earlier
     try:
-        with file.open("rb") as rows:
+        with open_regular(file) as rows:
             memory: Memory = {"offset": 0, "step": None, "damaged": 0, "scores": {}}
             if earlier and _goes_on(rows, earlier, stamp):
                 # A new one: what an error leaves of it is thrown away.

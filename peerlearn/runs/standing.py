@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from peerlearn.runs.files import write_text
+from peerlearn.runs.files import open_regular, write_text
 from peerlearn.runs.heartbeat import INTERVAL_SECONDS
 from peerlearn.runs.score_names import (
     ENSEMBLE,
@@ -105,14 +105,21 @@ class _Kind(NamedTuple):
     fixed: dict[str, str]
 
 
+_LARGEST = 2**63
+
+
 def integer(value: object) -> int | None:
-    """The value if it is a whole number, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """The value if it is a whole number that counts or measures something, else None: no larger one than 2^63."""
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST:
+        return None
+    return value
 
 
 def number(value: object) -> float | None:
     """The value if it is a number, else None. NaN and Inf are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, int):
+        value = integer(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
@@ -227,7 +234,8 @@ def read_standing(logs: Path) -> Standing | None:
         The standing, without what is damaged; None if the file is not there or cannot be read at all.
     """
     try:
-        content = dict(json.loads((logs / _FILE).read_bytes()))
+        with open_regular(logs / _FILE) as file:
+            content = dict(json.loads(file.read()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     values = {field.name: content.get(field.name) for field in fields(Standing)}

@@ -21,6 +21,7 @@ from peerlearn.report import run_watch, server
 from peerlearn.report.admission import Door
 from peerlearn.report.answers import Answer
 from peerlearn.report.board import Board
+from peerlearn.report.run_files import metrics_csv
 from peerlearn.report.server import BoardServer
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.notes import add_note
@@ -430,3 +431,14 @@ def test_a_taken_port_is_refused_and_the_usual_ones_give_way(tmp_path: Path, cap
 def test_wrong_words_are_refused(words: list[str], code: int, capsys):
     assert main(["board", *words]) == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_metrics_that_are_cut_short_while_they_are_read_come_to_an_end(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    row = '{"step": 1, "loss": 2.0}\n'
+    run.metrics.write_text(row * 2_000)
+    pieces = metrics_csv(run)
+    assert pieces is not None
+    assert next(pieces).count(b"\n") > 1
+    os.truncate(run.metrics, len(row))
+    assert len(list(pieces)) <= 1_000

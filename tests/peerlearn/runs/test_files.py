@@ -13,15 +13,19 @@ import safetensors.torch
 import torch
 
 from peerlearn.errors import UserError
+from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.files import (
     append_text,
     changed_by_owner_alone,
     load_tensors,
+    read_json_lines,
     replacing,
     write_text,
 )
+from peerlearn.runs.json_files import read_json_object
 from peerlearn.runs.lock import run_lock
 from peerlearn.runs.logs import log_to
+from peerlearn.runs.run_contents import read_contents
 
 
 @pytest.mark.parametrize("folder", ["plain", "grün 😀", "gr\udcfcn"])
@@ -164,3 +168,24 @@ def test_what_is_written_whole_or_not_at_all(tmp_path: Path, precious: Path):
     write(b"whole")
     assert (tmp_path / "a.png").read_bytes() == b"whole"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    run = RunDirectory(tmp_path)
+    for file in (run.metrics, run.failed_mark, run.notes, tmp_path / "result.json"):
+        os.mkfifo(file)
+    assert run.failure() is None
+    with pytest.raises(OSError, match="no regular file"):
+        read_json_object(tmp_path / "result.json")
+    with pytest.raises(OSError, match="no regular file"):
+        list(read_json_lines(run.notes))
+    contents, _ = read_contents(run, {})
+    assert "metrics.jsonl cannot be read (it is no regular file)" in contents.problems
+
+
+def test_the_reason_of_a_failure_is_no_other_file(tmp_path):
+    (tmp_path / "secret").write_text("of others")
+    run = RunDirectory(tmp_path / "run")
+    run.root.mkdir()
+    run.failed_mark.symlink_to(tmp_path / "secret")
+    assert run.failure() is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peerlearn.runs import standing as module
-from peerlearn.runs.standing import Standing, StandingLog, read_standing
+from peerlearn.runs.standing import Standing, StandingLog, integer, number, read_standing
 
 
 def row(step: int, seconds: float, **figures: float) -> dict[str, object]:
@@ -175,3 +175,15 @@ def test_of_a_damaged_standing_the_sound_part_is_read(tmp_path: Path) -> None:
     content = {"step": True, "total_steps": "9", "seconds_left": float("nan"), "knn_k": 2.5}
     file.write_text(json.dumps({**content, "knn_top1": 3.0, "of_a_later_version": 1}))
     assert read_standing(tmp_path) == Standing(knn_top1=3.0)
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), float("inf"), float("nan"), True, "1", None]
+)
+def test_what_measures_nothing_is_no_number(value):
+    assert number(value) is None
+    assert integer(value) is None
+
+
+def test_a_number_is_a_number():
+    assert (number(3), number(2.5), integer(2**63)) == (3.0, 2.5, 2**63)
