@@ -13,10 +13,13 @@ from peerlearn.report.parts import Paragraph, Part, Picture, Section
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.run_results import RunResult
 from peerlearn.report.scores import result_scores
+from peerlearn.runs.files import open_regular
 from peerlearn.runs.text import printable
 
-# Bytes of a picture that is taken as it is, of the largest SVG, and of all pictures of a page.
-_SMALL_BYTES, _LARGEST_SVG_BYTES, _ALL_BYTES = 60_000, 200_000, 900_000
+# Bytes of a picture that is taken as it is, and of all pictures of a page.
+_SMALL_BYTES, _ALL_BYTES = 60_000, 900_000
+# Bytes of the largest files that are read.
+_LARGEST_SVG_BYTES, _LARGEST_PNG_BYTES = 200_000, 50_000_000
 # Pixels of the longer side, beyond which a picture is made smaller, and of the largest picture that is read at all.
 _SIDE_PIXELS, _MOST_PIXELS = 1_100, 60_000_000
 _LONGEST_PROTOCOL = 240
@@ -82,29 +85,33 @@ def data_url(file: Path) -> str:
         OSError: the file cannot be read, or is no picture.
         ValueError: the picture is too large or damaged.
     """
+    most = _LARGEST_SVG_BYTES if file.suffix == ".svg" else _LARGEST_PNG_BYTES
+    # A link could lead to a file that its reader alone may read, and that a page would carry along.
+    with open_regular(file, follows_links=False) as opened:
+        content = opened.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"the file is larger than {most:,} bytes")
     if file.suffix == ".svg":
-        if file.stat().st_size > _LARGEST_SVG_BYTES:
-            raise ValueError("the SVG is too large")
-        return _url("image/svg+xml", file.read_bytes())
+        return _url("image/svg+xml", content)
     try:
-        return _pixels_url(file)
+        return _pixels_url(content)
     except (OSError, ValueError):
         raise
     except Exception as error:  # Of a damaged picture the library raises what it likes.
         raise ValueError(f"the picture is damaged ({reason_text(error)})") from error
 
 
-def _pixels_url(file: Path) -> str:
+def _pixels_url(content: bytes) -> str:
     from PIL import Image
 
     # Before the library opens it, which warns of large pictures.
-    width, height = _png_size(file)
+    width, height = _png_size(content)
     if width * height > _MOST_PIXELS:
         raise ValueError(f"the picture is too large: {width:,} x {height:,} pixels")
-    with Image.open(file, formats=("PNG",)) as image:
-        if file.stat().st_size <= _SMALL_BYTES and max(width, height) <= _SIDE_PIXELS:
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+        if len(content) <= _SMALL_BYTES and max(width, height) <= _SIDE_PIXELS:
             image.verify()
-            return _url("image/png", file.read_bytes())
+            return _url("image/png", content)
         small = image.convert("RGB")
         small.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS))
         stream = io.BytesIO()
@@ -112,10 +119,9 @@ def _pixels_url(file: Path) -> str:
         return _url("image/webp", stream.getvalue())
 
 
-def _png_size(file: Path) -> tuple[int, int]:
+def _png_size(content: bytes) -> tuple[int, int]:
     """The width and height that a PNG's header tells, in pixels; of another file 0."""
-    with file.open("rb") as stream:
-        head = stream.read(24)
+    head = content[:24]
     if not head.startswith(_PNG_SIGNATURE):
         return 0, 0
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")

@@ -12,6 +12,7 @@ from peerlearn.report.metric_kinds import IMAGES_WORDS, PROTOCOLS, kind, metric,
 from peerlearn.report.run_facts import RunFacts
 from peerlearn.report.run_results import RunResult
 from peerlearn.runs.score_names import PIXELS, TOP1, measured_part
+from peerlearn.runs.standing import number
 
 # The figures of result files that tell how good a network is.
 _RESULT_METRICS = {
@@ -158,7 +159,7 @@ def _scores_of(facts: RunFacts, result: RunResult) -> Iterator[ResultScore]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number(value) is not None
 
 
 def _interval(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peerlearn.runs.files import open_regular
+
 # Fields of every row that are no metrics; the clock begins anew with each start.
 _HEADER = ("step", "epoch", "seconds", "attempt")
 # The differences and sums of smaller values are finite.
@@ -97,7 +99,7 @@ def read_series(file: Path) -> RunSeries:
 
 def _rows(file: Path) -> Iterator[dict[str, Any] | None]:
     """The rows; None for a line that is none. A last line without its end is being written, and left out."""
-    with file.open("rb") as lines:
+    with open_regular(file) as lines:
         for line in lines:
             try:
                 row = json.loads(line)

@@ -1,6 +1,7 @@
 """`peerlearn report` of runs that hold what no training writes: there is always a page."""
 
 import json
+import os
 import struct
 import zlib
 
@@ -128,3 +129,12 @@ def test_a_run_named_thrice_is_one(tmp_path, monkeypatch):
     assert "<title>Run a</title>" in (run.root / "report.html").read_text()
 
     assert ".." not in _title([run.root / "x" / ".."], is_of_study=False)
+
+
+def test_a_linked_picture_and_a_pipe_are_not_read(tmp_path):
+    (tmp_path / "secret").write_text("of others")
+    (tmp_path / "a.svg").symlink_to(tmp_path / "secret")
+    os.mkfifo(tmp_path / "b.png")
+    for name in ("a.svg", "b.png"):
+        with pytest.raises(OSError, match=r"symbolic links|no regular file"):
+            data_url(tmp_path / name)
