@@ -225,7 +225,7 @@ def colour_export(folder: Path) -> Path:
         dataset="cifar100", split="train", images=1, channels=3, image_size=32, mean=[0.5] * 3, std=[0.25] * 3
     )  # fmt: skip
     config = load_config(PretrainConfig, _yaml(folder))
-    export_cohort(cohort, folder, config=config, images=images, step=0)
+    export_cohort(cohort, folder, config=config, images=images, step=0, row={})
     return folder
 
 
@@ -447,7 +447,7 @@ def _gain_by_training(seed, tmp_path):
     config = load_config(PretrainConfig, run / "config.yaml")
     cohort = build_cohort(config.cohort, in_chans=1, image_size=16, seed=seed)
     images = TrainingImages.of(load_dataset("fashion_mnist", "train", limit=1), 16)
-    export_cohort(cohort, start, config=config, images=images, step=0)
+    export_cohort(cohort, start, config=config, images=images, step=0, row={})
     scores = []
     for checkpoint in (run, start):
         folder = tmp_path / "results" / checkpoint.name
