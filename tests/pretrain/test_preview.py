@@ -129,7 +129,7 @@ def test_a_bare_pretrain_shows_the_recipes_by_size_and_hours(words, tmp_path, mo
     sizes = [int(line[1].replace(",", "")) for line in lines if line[2:4] == ["images", "of"]]
     without_labels = sizes[: sizes.index(1_000)]
     assert without_labels == sorted(without_labels)
-    assert "mcl_fashion_mnist_demo 8,000 images of fashion_mnist 0.05 h on 2 CPU cores" in [
+    assert "mcl_fashion_mnist_demo 8,000 images of fashion_mnist 0.03 h on 2 CPU cores" in [
         " ".join(line) for line in lines
     ]
     assert "--data.name folder --data.root FOLDER" in printed
