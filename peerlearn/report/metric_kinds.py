@@ -64,7 +64,7 @@ class Kind(NamedTuple):
     Attributes:
         group: group of figures that it stands in.
         title: name of the metric with its unit.
-        about: what the metric is, in a sentence; "" where its name says it.
+        about: what the metric is, in a sentence; "" where nobody has said it.
     """
 
     group: str
@@ -72,83 +72,38 @@ class Kind(NamedTuple):
     about: str = ""
 
 
-_KINDS = {
-    KNN_TOP1: Kind(ACCURACY, "kNN top-1 (%)", "Weighted kNN on the features."),
-    LINEAR_TOP1: Kind(
-        ACCURACY,
-        "Online linear probe, top-1 (%)",
-        "Linear classifiers that learn beside the networks.",
-    ),
-    EPISODE_TOP1: Kind(ACCURACY, "Few-shot accuracy (%)", "Mean over validation episodes."),
-    "test" + TOP1: Kind(ACCURACY, "Test top-1 (%)", "The networks' own classifiers."),
-    "validation" + TOP1: Kind(ACCURACY, "Validation top-1 (%)", "The networks' own classifiers."),
-    "test" + TOP5: Kind(ACCURACY, "Test top-5 (%)", "The networks' own classifiers."),
-    "validation" + TOP5: Kind(ACCURACY, "Validation top-5 (%)", "The networks' own classifiers."),
-    "loss": Kind(LOSS, "Loss", "The loss of each network: what its terms add up to."),
-    "scl_hard": Kind(LOSS, "Contrastive loss, scl_hard", "Each network's own contrastive term."),
-    "scl_soft": Kind(
-        LOSS,
-        "Contrastive mimicry, scl_soft",
-        "How far a network's similarities lie from its peers'.",
-    ),
-    "icl_hard": Kind(
-        LOSS, "Interactive loss, icl_hard", "Contrast of a network's anchors with its peers' keys."
-    ),
-    "icl_soft": Kind(
-        LOSS,
-        "Interactive mimicry, icl_soft",
-        "How far the interactive similarities of two networks lie apart.",
-    ),
-    "cross_entropy": Kind(
-        LOSS,
-        "Cross-entropy, cross_entropy",
-        "Each network's own classifier on its training images.",
-    ),
-    "rankme": Kind(
-        LABEL_FREE, "RankMe", "Effective number of dimensions that the features fill; more is more."
-    ),
-    "lidar": Kind(
-        LABEL_FREE,
-        "LiDAR",
-        "Effective number of dimensions in which images differ more than the views of one.",
-    ),
-    "alignment": Kind(
-        LABEL_FREE, "Alignment", "Mean squared distance of two views of an image; less is closer."
-    ),
-    "uniformity": Kind(
-        LABEL_FREE,
-        "Uniformity",
-        "Log of the mean Gaussian potential of pairs; less is more even.",
-    ),
-    "feature_std": Kind(
-        LABEL_FREE,
-        "Spread of the features",
-        "Standard deviation of normalised features; 0 is collapse.",
-    ),
-    AGREEMENT: Kind(
-        LABEL_FREE, "Agreement of the peers (%)", "Share of kNN answers that two networks share."
-    ),
-    NEIGHBOUR_AGREEMENT: Kind(
-        LABEL_FREE,
-        "Shared neighbours (%)",
-        "Share of nearest neighbours that two networks have in common.",
-    ),
-    "lr": Kind(TRAINING, "Learning rate"),
-    "gradient_norm": Kind(TRAINING, "Norm of the gradient"),
-    "ensemble_weight": Kind(
-        TRAINING, "Weight in the weighted ensemble", "Of each network, mean over the classes."
-    ),
-    "queue/filled_percent": Kind(TRAINING, "Queue filled (%)"),
-    "queue/momentum": Kind(TRAINING, "Momentum of the key networks"),
-    "skipped_steps": Kind(TRAINING, "Skipped steps (count)", "Steps that were not finite."),
-    "unreadable_images": Kind(TRAINING, "Unreadable images in the epoch (count)"),
-    "images_per_second": Kind(SPEED, "Images per second", "Over all processes."),
-    "data_wait_percent": Kind(
-        SPEED, "Waiting for data (%)", "Share of the time in which the loop waits for batches."
-    ),
+# The group and the name before people of each figure, in the order of the page. `metric_guide` has what they are.
+_NAMES = {
+    KNN_TOP1: (ACCURACY, "kNN top-1"),
+    LINEAR_TOP1: (ACCURACY, "Online linear probe, top-1"),
+    EPISODE_TOP1: (ACCURACY, "Few-shot accuracy"),
+    "test" + TOP1: (ACCURACY, "Test top-1"),
+    "validation" + TOP1: (ACCURACY, "Validation top-1"),
+    "test" + TOP5: (ACCURACY, "Test top-5"),
+    "validation" + TOP5: (ACCURACY, "Validation top-5"),
+    "loss": (LOSS, "Loss"),
+    "scl_hard": (LOSS, "Contrastive loss, scl_hard"),
+    "scl_soft": (LOSS, "Contrastive mimicry, scl_soft"),
+    "icl_hard": (LOSS, "Interactive loss, icl_hard"),
+    "icl_soft": (LOSS, "Interactive mimicry, icl_soft"),
+    "cross_entropy": (LOSS, "Cross-entropy, cross_entropy"),
+    "rankme": (LABEL_FREE, "RankMe"),
+    "lidar": (LABEL_FREE, "LiDAR"),
+    "alignment": (LABEL_FREE, "Alignment"),
+    "uniformity": (LABEL_FREE, "Uniformity"),
+    "feature_std": (LABEL_FREE, "Spread of the features"),
+    AGREEMENT: (LABEL_FREE, "Agreement of the peers"),
+    NEIGHBOUR_AGREEMENT: (LABEL_FREE, "Shared neighbours"),
+    "lr": (TRAINING, "Learning rate"),
+    "gradient_norm": (TRAINING, "Norm of the gradient"),
+    "ensemble_weight": (TRAINING, "Weight in the weighted ensemble"),
+    "queue/filled_percent": (TRAINING, "Queue filled"),
+    "queue/momentum": (TRAINING, "Momentum of the key networks"),
+    "skipped_steps": (TRAINING, "Skipped steps"),
+    "unreadable_images": (TRAINING, "Unreadable images"),
+    "images_per_second": (SPEED, "Images per second"),
+    "data_wait_percent": (SPEED, "Waiting for data"),
 }
-# The loss of all networks together, whose size is another than that of each.
-_TOTAL = Kind(LOSS, "Total loss", "The loss that is minimised: the sum over the networks.")
 
 
 class Metric(NamedTuple):
@@ -176,27 +131,32 @@ def drawn(names: Iterable[str]) -> Iterator[Metric]:
 
 
 def _place(each: Metric) -> int:
-    if not each.network and each.figure == "loss":
+    if _is_total(each):
         return -1
-    known = list(_KINDS)
+    known = list(_NAMES)
     return known.index(each.figure) if each.figure in known else len(known)
+
+
+def _is_total(each: Metric) -> bool:
+    """Whether it is the loss of all networks together, whose size is another than that of each."""
+    return not each.network and each.figure == "loss"
 
 
 def kind(each: Metric) -> Kind:
     """What a metric is called, and where it stands."""
-    if not each.network and each.figure == "loss":
-        return _TOTAL
-    if each.figure in _KINDS:
-        return _KINDS[each.figure]
+    known = (FIGURES if each.network else FIELDS).get(each.figure)
+    about = f"{known.text[:1].upper()}{known.text[1:]}." if known else ""
+    unit = f" ({known.unit})" if known and known.unit != "1" else ""
+    if each.figure in _NAMES:
+        group, title = _NAMES[each.figure]
+        # A name before people tells what is counted.
+        unit = unit if known and known.unit == "%" else ""
+        return Kind(group, f"{'Total loss' if _is_total(each) else title}{unit}", about)
     if each.network and each.figure.endswith(TOP1):
         return Kind(ACCURACY, f"{each.figure.removesuffix(TOP1)} top-1 (%)")
-    known = (FIGURES if each.network else FIELDS).get(each.figure)
-    if known is not None:
-        unit = "" if known.unit == "1" else f" ({known.unit})"
-        return Kind(OTHER, f"{each.figure}{unit}", f"{known.text[:1].upper()}{known.text[1:]}.")
-    # Memory and clocks.
-    is_clock = any(word in each.figure for word in CLOCK_WORDS)
-    return Kind(SPEED if is_clock else OTHER, each.figure)
+    # Memory and clocks are known by their words.
+    is_clock = known is None and any(word in each.figure for word in CLOCK_WORDS)
+    return Kind(SPEED if is_clock else OTHER, f"{each.figure}{unit}", about)
 
 
 def rank(network: str) -> tuple[bool, str]:
