@@ -112,8 +112,15 @@ class PageStore:
         self._made: OrderedDict[str, tuple[object, Answer, float]] = OrderedDict()
 
     def page(self, path: str, content: object, make: Callable[[], Answer]) -> Answer:
-        """The page as it was made, or made anew where its content has changed and it is not young."""
-        with self._drawing:
+        """The page as it was made, or made anew where its content has changed and it is not young.
+
+        While another page is drawn, the one from before is better than waiting.
+        """
+        made = self._made.get(path)
+        if not self._drawing.acquire(blocking=made is None):
+            assert made is not None
+            return made[1]
+        try:
             made = self._made.get(path)
             begun = time.monotonic()
             if made is None or (made[0] != content and begun >= made[2]):
@@ -125,6 +132,8 @@ class PageStore:
             while len(self._made) > _MOST_PAGES:
                 self._made.popitem(last=False)
             return made[1]
+        finally:
+            self._drawing.release()
 
 
 def _page(title: str, sections: Sequence[Section], links: Sequence[Entry]) -> Answer:

@@ -19,8 +19,8 @@ from peerlearn.cli import main
 from peerlearn.report import board as board_module
 from peerlearn.report import run_watch, server
 from peerlearn.report.admission import Door
-from peerlearn.report.answers import Answer
-from peerlearn.report.board import Board
+from peerlearn.report.answers import Answer, whole
+from peerlearn.report.board import Board, PageStore
 from peerlearn.report.run_files import metrics_csv
 from peerlearn.report.server import BoardServer
 from peerlearn.runs.directory import RunDirectory
@@ -442,3 +442,24 @@ def test_metrics_that_are_cut_short_while_they_are_read_come_to_an_end(tmp_path:
     assert next(pieces).count(b"\n") > 1
     os.truncate(run.metrics, len(row))
     assert len(list(pieces)) <= 1_000
+
+
+def test_a_page_that_is_drawn_keeps_none_waiting_that_was_there() -> None:
+    store, begun, goes_on = PageStore(), threading.Event(), threading.Event()
+
+    def slow() -> Answer:
+        begun.set()
+        assert goes_on.wait(60)
+        return whole("slow")
+
+    first = store.page("/run/a", 1, lambda: whole("first"))
+    drawing = threading.Thread(target=store.page, args=("/run/b", 1, slow))
+    drawing.start()
+    assert begun.wait(60)
+    try:
+        # Its content has changed, and it would wait for the other one.
+        assert store.page("/run/a", 2, lambda: whole("second")) is first
+    finally:
+        goes_on.set()
+        drawing.join()
+    assert store.page("/run/a", 2, lambda: whole("second")) == whole("second")
