@@ -158,6 +158,9 @@ def check_python(words: list[str]) -> None:
     else:
         script, rest = ROOT / words[0], words[1:]
     source = script.read_text()
+    if "from peerlearn.cli import main" in source:
+        # Its words are those of the command, with names that it alone knows.
+        return
     for word in rest:
         if word.startswith("--"):
             assert f'"{word.split("=")[0]}"' in source, f"{script.name} knows no {word}"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFont
 
 from peerlearn.data.datasets import load_dataset
-from tests.e2e.runs import environment
+from tests.e2e.runs import SMALL, environment, rows
 from tests.idx_files import write_idx
 from tests.warm import run as run_process
 
@@ -137,3 +137,20 @@ def test_differences_between_cells_are_paired_by_seed(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.stdout.splitlines()[0] == "top1: +2.00 (1.53 .. 2.47), p 0.0000, n 15", done.stderr
+
+
+def test_an_architecture_of_ones_own_is_trained_and_scored(tmp_path: Path) -> None:
+    names = ["--cohort.backbones", "two_layers"]
+    words = ["pretrain", *SMALL, "--epochs", "1", *names, "--run", tmp_path / "own"]
+    done = run("own_backbone.py", *words)
+    assert done.returncode == 0, done.stderr
+    knn = ["knn", "--checkpoint", tmp_path / "own", "--k", "5", "--data.train_limit", "300"]
+    done = run("own_backbone.py", *knn, "--cache", "false")
+    assert done.returncode == 0, done.stderr
+    last = rows(tmp_path / "own")[-1]
+    for file in (tmp_path / "own/results").glob("knn-*.json"):
+        result = json.loads(file.read_text())
+        network = result["network"]
+        name = f"net/{network}" if network.isdecimal() else network
+        assert result["metrics"]["top1"] == last[f"{name}/knn_top1"]
+    assert len(list((tmp_path / "own/results").glob("knn-*.json"))) == 3
