@@ -22,6 +22,8 @@ POPEN = subprocess.Popen
 SERVER = Path(__file__).parent / "warm_server.py"
 # Before the folder of the program and the name of a module.
 LAUNCH = module_words(Path(), "")[:-2]
+# Only this copy of the program has been imported already.
+COPY = str(Path(__file__).parents[1])
 
 
 class Process(subprocess.Popen):
@@ -89,10 +91,11 @@ def run(
 
 
 class ProgramsPopen(subprocess.Popen):
-    """`subprocess.Popen` within a forked process: of what the program starts, its own modules are forked too."""
+    """`subprocess.Popen` within a forked process: what runs a module of this copy of the program is forked too. A job
+    runs the copy of its submission, as any other process."""
 
     def __new__(cls, args, *others: Any, **options: Any) -> Any:
-        is_own = isinstance(args, list) and args[: len(LAUNCH)] == LAUNCH
+        is_own = isinstance(args, list) and args[: len(LAUNCH) + 1] == [*LAUNCH, COPY]
         return (Process if is_own else POPEN)(args, *others, **options)
 
 

@@ -126,9 +126,12 @@ def test_more_than_sixteen_images_take_several_sheets(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [f"drawn: {sheets}", f"drawn: {sheets.with_name('out-2.png')}"]
     assert len(lines) == 17 + 2
-    # Four rows of images, and one.
-    heights = [Image.open(each).height for each in sorted(sheets.parent.iterdir(), reverse=True)]
-    assert heights[0] > 3 * heights[1]
+    # Four rows of four images over a page, and one image in a column of text, at 200 dpi.
+    (wide, high), (alone, alone_high) = [
+        Image.open(each).size for each in sorted(sheets.parent.iterdir(), reverse=True)
+    ]
+    assert (wide, alone) == (1360, 660)
+    assert high / 4 < wide / 4 < alone_high
 
 
 @pytest.mark.parametrize(
