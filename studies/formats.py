@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _LONGEST_BASELINE = 16
 _INTERVAL, _P, _P_HOLM, _GAIN = "95 % interval", "p", "p (Holm)", "published gain"
+_CORE_MINUTES, _MEMORY = "core-min", "MB"
 _LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -61,6 +62,8 @@ def _cells(table: Table, row: Row) -> dict[str, str]:
         _P_HOLM: _p_text(compared.p_holm if compared else None),
         "published": _number(table, row.published),
         _GAIN: _number(table, row.gain, "+"),
+        _CORE_MINUTES: f"{row.cost.core_minutes:.2f}" if row.cost else "",
+        _MEMORY: f"{row.cost.peak_memory_mb:.0f}" if row.cost and row.cost.peak_memory_mb else "",
     }
 
 
@@ -86,7 +89,8 @@ def _network(network: str) -> str:
 def as_text(table: Table) -> "RichTable":
     """The table for 80 columns: networks and groups stand above their rows, and only labels are wrapped.
 
-    A comparison is one column: the difference +- half its 95 % interval, and below it both p values.
+    A comparison is one column: the difference +- half its 95 % interval, and below it both p values. Memory stands
+    below the processor time.
     """
     from rich import box
     from rich.table import Table as RichTable
@@ -94,7 +98,10 @@ def as_text(table: Table) -> "RichTable":
 
     columns = _columns(table)
     tested = [columns.pop(heading, None) for heading in (_INTERVAL, _P, _P_HOLM)]
+    memory = columns.pop(_MEMORY, None)
     headings = {_GAIN: "gain"}
+    if memory:
+        headings[_CORE_MINUTES] = f"{_CORE_MINUTES}\n{_MEMORY}"
     if tested[0]:
         headings[_versus(table)] = f"{_versus(table)}\n+- 95 %; p, Holm"
     # Titles and labels come from the user, so brackets in them are no markup.
@@ -119,6 +126,8 @@ def as_text(table: Table) -> "RichTable":
             found = row.difference
             p_values = f"{_p_text(found.p)}, {_p_text(found.p_holm)}"
             cells[_versus(table)] += f" +- {_number(table, found.ci95)}\n{p_values}"
+        if memory:
+            cells[_CORE_MINUTES] += f"\n{memory[number]}"
         shown.add_row(Text(printable(row.label)), *map(Text, cells.values()))
     return shown
 
@@ -255,6 +264,8 @@ def _fact(
         **{f"difference_{name}": getattr(difference, name, None) for name in names},
         "published": row and row.published,
         "published_gain": row and row.gain,
+        "core_minutes": row.cost.core_minutes if row and row.cost else None,
+        "peak_memory_mb": row.cost.peak_memory_mb if row and row.cost else None,
     }
 
 

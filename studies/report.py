@@ -6,6 +6,7 @@ from functools import partial
 from peerlearn.evaluation.plots import PictureFormat, draw
 from peerlearn.runs.files import write_text
 from peerlearn.runs.output import show
+from studies.cost import study_costs
 from studies.evaluations import Problem
 from studies.formats import as_csv, as_json, as_latex, as_markdown, as_text, problem_text
 from studies.picture import plot_tables
@@ -37,7 +38,7 @@ def report(
     """
     scores, found = score_study(study)
     missing = list(dict.fromkeys([*problems, *found, *unknown_scores(study, scores)]))
-    shown = tables(study, scores)
+    shown = tables(study, scores, study_costs(study))
     _print(study, shown, missing)
     if not write:
         return missing

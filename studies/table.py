@@ -3,18 +3,21 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
+from types import MappingProxyType
 
 from peerlearn.evaluation.results import CLASSIFICATION
 from peerlearn.evaluation.score_table import common_protocol
 from peerlearn.evaluation.uncertainty import is_percentage
 from peerlearn.runs.directory import STUDY_FILE
 from studies.config import Published
+from studies.cost import Cost, RunCost, mean_cost
 from studies.evaluations import Problem
 from studies.scores import INDIVIDUAL, Key, Score, network_rank
 from studies.statistics import Difference, holm
 from studies.study import Cell, Study
 
 _LONGEST_PROTOCOL = 160
+NO_COSTS: Mapping[str, Mapping[int, RunCost]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Row:
         score: score; None = unmeasured.
         published: published figure; None = there is none.
         gain: published figure less that of the group's baseline; None for the baseline, and for want of one of them.
+        cost: mean cost of the trainings behind the score; None where one of them does not tell.
     """
 
     cell: Cell
@@ -38,6 +42,7 @@ class Row:
     score: Score | None
     published: float | None
     gain: float | None
+    cost: Cost | None = None
 
     @property
     def network(self) -> str:
@@ -119,12 +124,22 @@ def _statistics(table: Table) -> Iterator[str]:
     if tests := sum(difference.p is not None for difference in differences):
         yield "95 %: interval of the mean difference by Student's t; p: of the two-sided paired t-test"
         yield f"p (Holm): corrected for all comparisons of this table ({tests})"
+    if any(row.cost is not None for row in table.rows):
+        yield "core-min, MB: processor time and most memory of a run's training, mean over seeds"
     if any(row.published is not None for row in table.rows):
         yield f"published: figures of the paper; gain: theirs over {table.baseline}"
 
 
-def tables(study: Study, scores: Sequence[Score]) -> list[Table]:
-    """A table for each grid, score and evaluation that has results or published figures."""
+def tables(
+    study: Study, scores: Sequence[Score], costs: Mapping[str, Mapping[int, RunCost]] = NO_COSTS
+) -> list[Table]:
+    """A table for each grid, score and evaluation that has results or published figures.
+
+    Args:
+        study: study whose grids are shown.
+        scores: scores of its cells.
+        costs: costs of its trainings by variant and seed.
+    """
     found = []
     for grid in study.grids:
         for name in _names(study, grid, scores):
@@ -134,12 +149,22 @@ def tables(study: Study, scores: Sequence[Score]) -> list[Table]:
             for key in _keys(study, name, own, figures):
                 here = [score for score in own if score.key._replace(network="") == key]
                 there = [each for each in figures if _fits(each, key)]
-                rows_of[key] = _corrected(_rows(study, grid, key, here, there))
+                rows = _rows(study, grid, key, here, there)
+                rows_of[key] = _corrected([_with_cost(row, costs) for row in rows])
             for key in rows_of:
                 if rows := _without_other_datasets(rows_of, key):
                     metric = name.partition("/")[2]
                     found.append(Table(study=study, grid=grid, key=key, metric=metric, rows=rows))
     return found
+
+
+def _with_cost(row: Row, costs: Mapping[str, Mapping[int, RunCost]]) -> Row:
+    """The row with the mean cost of the runs of its score, if all of them tell it."""
+    known = costs.get(row.cell.variant.name, {})
+    seeds = row.score.values if row.score else {}
+    if not seeds or any(seed not in known for seed in seeds):
+        return row
+    return replace(row, cost=mean_cost([known[seed] for seed in seeds]))
 
 
 def _without_other_datasets(rows_of: Mapping[Key, Sequence[Row]], key: Key) -> list[Row]:

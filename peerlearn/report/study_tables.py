@@ -52,6 +52,8 @@ def _table(
         "p (Holm)": _numbers(scores, _DIFFERENCE[3]),
         "published": _numbers(scores, "published"),
         "published gain": _numbers(scores, "published_gain"),
+        "core-minutes": _numbers(scores, "core_minutes"),
+        "memory (MB)": _numbers(scores, "peak_memory_mb"),
         "n": [score["n"] for score in scores],
         "step": [score["step"] for score in scores],
     }
@@ -71,7 +73,8 @@ def _mean(score: Mapping[str, Any]) -> Cell:
 
 
 def _numbers(scores: Sequence[Mapping[str, Any]], key: str) -> list[Cell]:
-    return [None if score[key] is None else float(score[key]) for score in scores]
+    # Earlier versions have written no costs.
+    return [None if (value := score.get(key)) is None else float(value) for score in scores]
 
 
 def missing_table(content: Mapping[str, Any]) -> list[Table]:

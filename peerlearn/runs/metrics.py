@@ -11,6 +11,7 @@ from peerlearn.runs.files import read_json_lines
 from peerlearn.runs.score_names import PIXELS, TOP1, parse_score_name
 from peerlearn.runs.standing import StandingLog
 from peerlearn.runs.text import printable
+from peerlearn.runs.usage import usage
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -84,6 +85,7 @@ class MetricsLog:
             "epoch": epoch,
             "seconds": round(time.monotonic() - self._start, 3),
             "attempt": self._attempt,
+            **usage(),
         }
         if self._standing is not None:
             self._run.append_metrics(header | row)

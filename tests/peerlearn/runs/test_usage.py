@@ -1,0 +1,34 @@
+"""Processor time and memory of a process, against the kernel's own account of it."""
+
+import resource
+import subprocess
+import sys
+
+from peerlearn.runs.usage import usage
+
+MEASURED = """
+import resource, sys
+from peerlearn.runs.usage import usage
+held = bytearray(300 * 2**20)
+del held
+used, kernel = usage(), resource.getrusage(resource.RUSAGE_SELF)
+print(used["cpu_seconds"], kernel.ru_utime + kernel.ru_stime, used["peak_memory_mb"])
+"""
+
+
+def test_time_and_the_most_memory_ever_held() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True
+    )
+    ours, kernels, memory = map(float, done.stdout.split())
+    assert abs(ours - kernels) < 0.05
+    assert 300 < memory < 400
+
+
+def test_memory_of_the_process_that_started_it_does_not_count() -> None:
+    held = bytearray(b"x") * (200 * 2**20)
+    words = "from peerlearn.runs.usage import usage; print(usage()['peak_memory_mb'])"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    del held
+    assert float(done.stdout) < 150
+    assert usage()["peak_memory_mb"] > resource.getpagesize() / 2**20
