@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from studies.evaluations import read_outcome, write_failure, write_order
 from studies.study import StudyRun, unwritable
 
 _POLL_SECONDS = 0.2
-_THREADS = "OMP_NUM_THREADS"
+THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Here:
         if self._mirror is not None and not isinstance(each, Ordered):
             mirror = MirrorProcess(RunDirectory(run), self._mirror, HOME)
         try:
-            process = _spawn(words, log, threads=max(1, (os.cpu_count() or 1) // self._at_once))
+            process = _spawn(words, log, variables_of_run(self._at_once))
         except OSError as error:
             raise unwritable(self._work.root, error) from error
         ordered = each if isinstance(each, Ordered) else None
@@ -229,12 +229,19 @@ def _standing(run: Path) -> str:
     return f", step {now.step:,} of {now.total_steps or 0:,}{left}"
 
 
-def _spawn(words: Sequence[str], log: Path, *, threads: int) -> subprocess.Popen[bytes]:
-    """Start the command in a process of its own, with its share of the cores."""
+def variables_of_run(at_once: int) -> dict[str, str]:
+    """The environment of each of so many processes at once: its threads are its share of the cores, unless set."""
+    return {THREADS: str(max(1, (os.cpu_count() or 1) // at_once)), **os.environ}
+
+
+def _spawn(
+    words: Sequence[str], log: Path, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start the command in a process of its own."""
     with open(log, "ab", opener=open_no_link) as output:
         return subprocess.Popen(
             [*module_words(HOME, "peerlearn"), *words],
-            env={_THREADS: str(threads), **os.environ},
+            env=dict(variables),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

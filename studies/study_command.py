@@ -12,6 +12,7 @@ from peerlearn.runs.directory import FORMER_FILES, STUDY_FILE, RunDirectory
 from slurm.plan import launched
 from studies.config import StudyConfig
 from studies.evaluations import fixed_evaluations
+from studies.minutes import check_here, print_minutes
 from studies.runner import check_places, go_on, place_of
 from studies.study import Study, check_folder, is_study, plan_study, write_study
 from studies.study_file import axis_of_values, make_study, read_exports, read_study
@@ -44,6 +45,12 @@ def resume(argv: Sequence[str]) -> int:
 
 
 def _start(study: Study, words: argparse.Namespace, *, again: bool) -> int:
+    if words.minutes:
+        if not words.dry_run:
+            raise UsageError(
+                "--minutes goes with --dry_run: it tells how long the study would take"
+            )
+        check_here(study.config)
     check_folder(study)
     evaluations = fixed_evaluations(study.root, study.config.evaluate)
     check_places(study.config)
@@ -52,6 +59,8 @@ def _start(study: Study, words: argparse.Namespace, *, again: bool) -> int:
         from studies.plan_table import print_plan
 
         print_plan(study, images, verbose=words.verbose)
+        if words.minutes:
+            print_minutes(study)
         return DONE
     write_study(study, evaluations)
     return go_on(study, again=again, watching=again)
@@ -198,4 +207,6 @@ def _parser(verb: str) -> ArgumentParser:
     add("--interval_seconds", type=float, help="seconds from one look at the runs to the next")
     add("--dry_run", action="store_true", help="check everything and print what would run")
     add("--verbose", action="store_true", help="with --dry_run: print every command")
+    add("--minutes", action="store_true",
+        help="with --dry_run: time a few steps of each config, and print how long its runs would take")  # fmt: skip
     return parser
