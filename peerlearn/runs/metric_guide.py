@@ -43,7 +43,7 @@ FIELDS = {
     "seconds": Meaning("seconds", "time since this start of the run; it begins again at a resumption"),
     "attempt": Meaning("1", "number of the start that wrote the row, from 1"),
     "cpu_seconds": Meaning(
-        "seconds", "processor time of the main process since its start, without workers that decode images"
+        "seconds", "processor time of the main process since this start of the run, without workers that decode images"
     ),
     "peak_memory_mb": Meaning("MB", "most memory that the main process has held, of 2**20 bytes"),
     "loss": Meaning("1", "objective of the step: sum over networks, mean over processes"),

@@ -46,6 +46,7 @@ class MetricsLog:
         self._attempt = attempt
         self._steps_per_epoch = steps_per_epoch
         self._start = self._last = time.monotonic()
+        self._cpu_start = time.process_time()
         self._last_step = step
         self._waited_seconds = 0.0
         self._board = _open_board(run, step) if writes else None
@@ -85,7 +86,7 @@ class MetricsLog:
             "epoch": epoch,
             "seconds": round(time.monotonic() - self._start, 3),
             "attempt": self._attempt,
-            **usage(),
+            **usage(self._cpu_start),
         }
         if self._standing is not None:
             self._run.append_metrics(header | row)
