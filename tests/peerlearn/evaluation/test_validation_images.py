@@ -74,7 +74,7 @@ def test_an_image_is_scored_or_learned_from_and_never_both(labels, data):
     ("config", "facts", "first", "seen"),
     [
         ("data: {limit: 30}", {}, 30, "no"),
-        # Beyond the limit of the run are 13 images, or 21 of which none is of the last class.
+        # Beyond the limit of the run are 13 images, and 14 are asked for.
         ("data: {limit: 77}", {}, 0, "without labels"),
         ("data: {limit: 1}", {}, 1, "no"),
         ("method: moco", {}, 0, "without labels"),
