@@ -40,8 +40,8 @@ LINEAR = Evaluator(
     example="peerlearn linear logistic_regression --checkpoint runs/demo",
     essential=(
         *("checkpoint", "network", "method", "epochs", "batch_size", "base_lr", "penalties_c"),
-        *("device", "results", "data.name", "data.root", "data.limit", "data.shots"),
-        *("data.train_percent", "data.workers"),
+        *("device", "results", "data.name", "data.root", "data.limit", "data.validation_images"),
+        *("data.shots", "data.train_percent", "data.workers"),
     ),
     shipped=SHIPPED,
 )

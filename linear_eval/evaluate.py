@@ -27,7 +27,7 @@ from peerlearn.data.subsets import hold_out
 from peerlearn.errors import UserError
 from peerlearn.evaluation.classification import classification_scores
 from peerlearn.evaluation.confusion import plot_confusion
-from peerlearn.evaluation.data import load_splits, splits_protocol
+from peerlearn.evaluation.data import Splits, load_splits
 from peerlearn.evaluation.feature_cache import Extraction
 from peerlearn.evaluation.feature_sets import load_feature_sets
 from peerlearn.evaluation.networks import frozen, load_backbones
@@ -40,31 +40,30 @@ ENSEMBLE_LOGITS = "ensemble-logits"
 
 
 def score(config: LinearConfig, selection: Selection, ranks: Ranks) -> Iterator[Score]:
-    """Classify the test images by every selected network: accuracies, each with its confusion matrix.
+    """Classify the images to score on by every selected network: accuracies, each with its confusion matrix.
 
     All ranks call it together; the main one yields the scores.
 
     Raises:
         UserError: a dataset or an export that cannot be had, or that do not fit each other; a classifier that diverges.
     """
-    train, test = load_splits(config.data, selection, ranks)
-    protocol = _protocol(config, train, test)
-    classified = _classify(config, selection, train, test, protocol, ranks)
+    splits = load_splits(config.data, selection, ranks)
+    protocol = _protocol(config, splits)
+    classified = _classify(config, selection, splits.train, splits.test, protocol, ranks)
     if not ranks.main:
         return
     if selection.ensemble:
         cohort = {name: each for name, each in classified.items() if name != ENSEMBLE}
         classified[ENSEMBLE_LOGITS] = Classified(logits=mean_of_logits(cohort), choice={})
     for name in filter(selection.wants, classified):
-        yield _score(name, classified[name], test, protocol)
+        yield _score(name, classified[name], splits, protocol)
 
 
-def _score(
-    name: str, classified: Classified, test: ImageDataset, protocol: dict[str, Any]
-) -> Score:
+def _score(name: str, classified: Classified, splits: Splits, protocol: dict[str, Any]) -> Score:
+    test = splits.test
     assert test.labels is not None
     scores = classification_scores(classified.logits, test.labels)
-    about = f"{test.title}, network {name}, {protocol['method'].replace('_', ' ')}"
+    about = f"{splits.title}, network {name}, {protocol['method'].replace('_', ' ')}"
     low, high = scores.metrics()["top1_wilson95"]
     title = f"{about}: top-1 {scores.top1:.2f} % (95 %: {low:.2f} .. {high:.2f}), n = {scores.n:,}"
     pictures: dict[str, Callable[[Path], object]] = {
@@ -79,7 +78,7 @@ def _score(
         pictures["-candidates"] = partial(plot_candidates, choice=classified.choice, title=about)
     return Score(
         network=name,
-        dataset=test.title,
+        dataset=splits.title,
         metrics={
             **scores.metrics(),
             "per_class_top1": dict(zip(test.class_names, scores.per_class_top1, strict=True)),
@@ -178,9 +177,9 @@ _METHOD_KEYS = {
 }
 
 
-def _protocol(config: LinearConfig, train: ImageDataset, test: ImageDataset) -> dict[str, Any]:
+def _protocol(config: LinearConfig, splits: Splits) -> dict[str, Any]:
     """All that decides a score beside the networks."""
-    every = asdict(config)
+    every, train = asdict(config), splits.train
     protocol = {
         key: every[key] for key in ("method", "inputs", "seed", *_METHOD_KEYS[config.method])
     }
@@ -201,5 +200,5 @@ def _protocol(config: LinearConfig, train: ImageDataset, test: ImageDataset) -> 
         "shots": config.data.shots,
         "train_percent": config.data.train_percent,
         "subset_seed": config.data.subset_seed,
-        **splits_protocol(train, test),
+        **splits.protocol(),
     }

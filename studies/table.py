@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from textwrap import shorten
 from types import MappingProxyType
 
+from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.evaluation.results import CLASSIFICATION
 from peerlearn.evaluation.score_table import common_protocol
 from peerlearn.evaluation.uncertainty import is_percentage
@@ -203,7 +204,10 @@ def _names(study: Study, grid: str, scores: Sequence[Score]) -> list[str]:
 
 
 def _fits(published: Published, key: Key) -> bool:
-    return published.dataset in (None, key.dataset) and published.variant in (None, key.variant)
+    # A figure that names no data set is of test images.
+    any_dataset = published.dataset is None and not key.dataset.endswith(VALIDATION_ENDING)
+    fits_dataset = any_dataset or published.dataset == key.dataset
+    return fits_dataset and published.variant in (None, key.variant)
 
 
 def _keys(

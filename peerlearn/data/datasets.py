@@ -226,11 +226,14 @@ def first_images(dataset: ImageDataset, limit: int) -> ImageDataset:
     )
 
 
-def select_images(dataset: ImageDataset, index: Tensor) -> ImageDataset:
-    """The images with these numbers, int64 (n,), in this order."""
+def select_images(
+    dataset: ImageDataset, index: Tensor, *, split: str | None = None
+) -> ImageDataset:
+    """The images with these numbers, int64 (n,), in this order, as a split of this name; None = the dataset's."""
     images, labels = dataset.images, dataset.labels
     return replace(
         dataset,
+        split=split or dataset.split,
         images=images[index]
         if isinstance(images, Tensor)
         else tuple(images[i] for i in index.tolist()),

@@ -69,6 +69,26 @@ def hold_out(labels: Tensor, percent: float, *, seed: int) -> tuple[Tensor, Tens
     return (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
 
 
+def hold_out_images(labels: Tensor, images: int, *, seed: int) -> Tensor:
+    """Choose images to hold out, of every class in proportion to its size.
+
+    A class of n images gives n t, rounded, with one t for all classes (Sainte-Laguë's apportionment); between classes
+    of equal claim, the random order decides. Fewer images of the same seed are part of more.
+
+    Args:
+        labels: class of each image, (N,) integers.
+        images: number of images that are held out, at most N.
+        seed: seed of the choice.
+
+    Returns:
+        int64 indices into ``labels``, rising.
+    """
+    rank, count = _places(labels, HELD_OUT, seed)
+    order = random_bits(HELD_OUT, seed, torch.arange(len(labels))).argsort(stable=True)
+    claim = (rank.double() + 0.5) / count
+    return order[claim[order].argsort(stable=True)][:images].sort().values
+
+
 def _share(count: Tensor, percent: float) -> Tensor:
     return (count.double() * percent / 100).round().long()
 

@@ -6,6 +6,8 @@ from peerlearn.runs.text import printable
 
 # The dataset that is any folder of images.
 FOLDER = "folder"
+# What the title of scores ends with that are of held-out training images, not of the test images.
+VALIDATION_ENDING = ", validation images"
 
 
 def dataset_title(name: str, root: str | None) -> str:

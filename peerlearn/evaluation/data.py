@@ -2,10 +2,12 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from peerlearn.config import changeable, require
+from peerlearn.config import added, changeable, require
 from peerlearn.data.published import DatasetName, is_split_by_class
+from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.errors import UserError
 from peerlearn.evaluation.selection import Selection, run_setting
 from peerlearn.runs.text import listed
@@ -27,6 +29,8 @@ class EvaluationDataConfig:
         limit: number of images of each split, the first ones; null = all.
         train_limit: number of images of the train split, instead of limit.
         test_limit: number of images of the test split, instead of limit.
+        validation_images: number of training images, drawn in proportion from all classes, that are held out and scored
+            in place of the test images; null = the test images are scored.
         shots: number of training images of each class, drawn at random; null = all.
         train_percent: percentage of each class's training images, drawn at random; null = all.
         subset_seed: seed by which shots and train_percent draw.
@@ -38,15 +42,20 @@ class EvaluationDataConfig:
     limit: int | None = None
     train_limit: int | None = None
     test_limit: int | None = None
+    validation_images: int | None = added(None)
     shots: int | None = None
     train_percent: float | None = None
     subset_seed: int = 0
     workers: int = changeable(2)
 
     def __post_init__(self) -> None:
-        for name in ("limit", "train_limit", "test_limit", "shots"):
+        for name in ("limit", "train_limit", "test_limit", "validation_images", "shots"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name} must be at least 1, got {value}")
+        require(
+            self.validation_images is None or self.test_limit is None,
+            "data.validation_images takes the place of the test images, which data.test_limit counts: set one to null",
+        )
         percent = self.train_percent
         require(
             percent is None or 0 < percent <= 100,
@@ -124,46 +133,93 @@ def load_split(
     return dataset
 
 
-def load_splits(
-    data: EvaluationDataConfig, selection: Selection, ranks: "Ranks"
-) -> tuple["ImageDataset", "ImageDataset"]:
-    """The train split, or the subset of it asked for, and the test split, which has the same classes.
+class Splits(NamedTuple):
+    """Labelled images of the same classes.
+
+    train: images to learn from.
+    test: images to score on: of the test split, or held out of the train split, and then their split is "validation".
+    seen: of held-out images, whether the networks were pretrained on them, see `HeldOut`; None of test images.
+    """
+
+    train: "ImageDataset"
+    test: "ImageDataset"
+    seen: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What scores are of, for people: the data set's name, and "validation images" where they are those."""
+        return self.test.title + (VALIDATION_ENDING if self.seen else "")
+
+    def protocol(self) -> dict[str, Any]:
+        """What a protocol tells of the images: how many, and the hash of all that they are."""
+        scored, split = ("validation", {"split": "validation"}) if self.seen else ("test", {})
+        return {
+            **split,
+            "train_images": len(self.train),
+            f"{scored}_images": len(self.test),
+            **({"validation_seen_in_pretraining": self.seen} if self.seen else {}),
+            "train_fingerprint": self.train.fingerprint(),
+            f"{scored}_fingerprint": self.test.fingerprint(),
+        }
+
+
+def load_splits(data: EvaluationDataConfig, selection: Selection, ranks: "Ranks") -> Splits:
+    """The train split, or the subset of it asked for, and images to score on, which have the same classes.
 
     All ranks call it together; the main one comes first, lest several download the same, and warns of missing classes.
 
     Raises:
         UserError: as `find_dataset` and `load_labelled` do.
     """
+    from peerlearn.evaluation.validation_images import WITH_LABELS
 
-    def load() -> tuple["ImageDataset", "ImageDataset"]:
-        train, test = load_labelled(data, find_dataset(data, selection))
-        return _subset(train, data), test
+    def load() -> Splits:
+        splits = load_labelled(data, find_dataset(data, selection), selection.run)
+        return splits._replace(train=_subset(splits.train, data))
 
-    train, test = ranks.main_first(load)
+    splits = ranks.main_first(load)
     if ranks.main:
-        for remark in dict.fromkeys((*train.remarks, *test.remarks)):
+        for remark in dict.fromkeys((*splits.train.remarks, *splits.test.remarks)):
             logger.warning("%s", remark)
-        warn_of_missing_classes(train, test)
-    return train, test
+        warn_of_missing_classes(splits.train, splits.test)
+        if splits.seen == WITH_LABELS:
+            logger.warning(
+                "the networks were trained on the validation images, with their labels: the scores are too good; a "
+                "run with a smaller data.limit leaves images that it has not seen"
+            )
+    return splits
 
 
-def load_labelled(
-    data: EvaluationDataConfig, place: DatasetPlace
-) -> tuple["ImageDataset", "ImageDataset"]:
-    """The train and the test split, with their limits.
+def load_labelled(data: EvaluationDataConfig, place: DatasetPlace, run: Path | None) -> Splits:
+    """The train split and the images to score on, with their limits.
+
+    Args:
+        data: keys of the config.
+        place: the dataset.
+        run: the run whose networks are scored, by which validation images are drawn; None = unknown.
 
     Raises:
-        UserError: as `load_split` does; or the splits are of different classes.
+        UserError: as `load_split` and `hold_out_validation` do; or the splits are of different classes.
     """
+    from peerlearn.data.datasets import first_images
+    from peerlearn.evaluation.validation_images import hold_out_validation
+
     if is_split_by_class(place.name):
         raise UserError(
             f"{place.name} is split by class: train and test have different classes; use peerlearn fewshot, or choose "
             "another by --data.name"
         )
-    train = load_split(place, "train", data.train_limit or data.limit)
+    limit = data.train_limit or data.limit
+    if data.validation_images is not None:
+        whole = load_split(place, "train", None)
+        train, validation, seen = hold_out_validation(
+            whole, data.validation_images, place.root, run
+        )
+        return Splits(first_images(train, limit) if limit else train, validation, seen)
+    train = load_split(place, "train", limit)
     test = load_split(place, "test", data.test_limit or data.limit)
     check_same_classes(train, test)
-    return train, test
+    return Splits(train, test)
 
 
 def check_same_classes(train: "ImageDataset", test: "ImageDataset") -> None:
@@ -198,16 +254,6 @@ def warn_of_missing_classes(train: "ImageDataset", test: "ImageDataset") -> None
                 means,
                 listed(missing),
             )
-
-
-def splits_protocol(train: "ImageDataset", test: "ImageDataset") -> dict[str, Any]:
-    """What a protocol tells of the images: how many, and the hash of all that they are."""
-    return {
-        "train_images": len(train),
-        "test_images": len(test),
-        "train_fingerprint": train.fingerprint(),
-        "test_fingerprint": test.fingerprint(),
-    }
 
 
 def _subset(train: "ImageDataset", data: EvaluationDataConfig) -> "ImageDataset":

@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from peerlearn.config import require
-from peerlearn.evaluation.data import EvaluationDataConfig, load_splits, splits_protocol
+from peerlearn.evaluation.data import EvaluationDataConfig, load_splits
 from peerlearn.evaluation.evaluator import Evaluator, EvaluatorConfig, run
 from peerlearn.evaluation.results import Score
 from peerlearn.evaluation.score_table import ACCURACY_COLUMNS
@@ -75,30 +75,30 @@ def score(config: KNNConfig, selection: Selection, ranks: "Ranks") -> Iterator[S
     from peerlearn.evaluation.feature_sets import load_feature_sets
     from peerlearn.knn import KNNProtocol, knn_sweep, knn_top1
 
-    splits = train, test = load_splits(config.data, selection, ranks)
+    splits = load_splits(config.data, selection, ranks)
     how = Extraction(
         ranks=ranks, batch_size=config.batch_size, workers=config.data.workers, cached=config.cache
     )
-    known, asked = load_feature_sets(selection, splits, how)
+    known, asked = load_feature_sets(selection, (splits.train, splits.test), how)
     if not ranks.main:
         return
     pairs = config.pairs()
-    images = splits_protocol(train, test)
+    images = splits.protocol()
     for name in filter(selection.wants, known.features):
         swept = knn_sweep(
             known.features[name],
             known.labels,
             asked.features[name],
             protocols=[KNNProtocol(k=k, temperature=temperature) for k, temperature in pairs],
-            num_classes=train.num_classes,
+            num_classes=splits.train.num_classes,
         )
         for (k, temperature), votes in zip(pairs, swept, strict=True):
             yield Score(
                 network=name,
-                dataset=train.title,
-                metrics=accuracy_metrics(knn_top1(votes, asked.labels), len(test)),
+                dataset=splits.title,
+                metrics=accuracy_metrics(knn_top1(votes, asked.labels), len(splits.test)),
                 protocol={
-                    "k": min(k, len(train)),
+                    "k": min(k, len(splits.train)),
                     "temperature": temperature,
                     "similarity": "cosine",
                     "features": "pooled backbone output",
@@ -127,7 +127,8 @@ KNN = Evaluator(
     example="peerlearn knn --checkpoint runs/demo --k 10 20 200 --temperature 0.07 0.1",
     essential=(
         *("checkpoint", "network", "k", "temperature", "device", "results"),
-        *("data.name", "data.root", "data.limit", "data.shots", "data.workers"),
+        *("data.name", "data.root", "data.limit", "data.validation_images"),
+        *("data.shots", "data.workers"),
     ),
 )
 main = partial(run, KNN)

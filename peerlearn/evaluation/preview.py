@@ -70,11 +70,13 @@ def _images(data: EvaluationDataConfig, selection: Selection) -> str:
 
     try:
         with without_downloads():
-            train, test = load_splits(data, selection, Ranks(torch.device("cpu")))
+            splits = load_splits(data, selection, Ranks(torch.device("cpu")))
     except NotHereError:
         name = find_dataset(data, selection).name
         return f"images: {name} (not on this machine: the evaluation downloads it)"
-    return f"images of {train.name}: {len(train):,} to learn from and {len(test):,} to score on"
+    train, test = len(splits.train), len(splits.test)
+    kind = " validation images" if splits.seen else ""
+    return f"images of {splits.train.name}: {train:,} to learn from and {test:,}{kind} to score on"
 
 
 def _check_splits(data: EvaluationDataConfig, place: DatasetPlace) -> None:
@@ -82,4 +84,4 @@ def _check_splits(data: EvaluationDataConfig, place: DatasetPlace) -> None:
     from peerlearn.data.downloads import NotHereError, without_downloads
 
     with without_downloads(), contextlib.suppress(NotHereError):
-        load_labelled(data, place)
+        load_labelled(data, place, None)

@@ -141,7 +141,7 @@ def differences(selections: Sequence[Selection]) -> list[str]:
         {
             # Validation may well choose another step for every seed.
             **({} if each.chosen_by_validation else {"step": each.step}),
-            **(_training_config(each.run) if each.run else {}),
+            **(training_config(each.run) if each.run else {}),
         }
         for each in selections
     ]
@@ -154,7 +154,7 @@ def differences(selections: Sequence[Selection]) -> list[str]:
     return differing
 
 
-def _training_config(run: Path) -> dict[str, Any]:
+def training_config(run: Path) -> dict[str, Any]:
     """The run's config by dotted keys, without those that tell runs of one kind apart."""
     import yaml
 

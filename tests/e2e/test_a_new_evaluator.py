@@ -29,7 +29,7 @@ TOY = '''\
 from dataclasses import dataclass, field
 from functools import partial
 
-from peerlearn.evaluation.data import EvaluationDataConfig, load_splits, splits_protocol
+from peerlearn.evaluation.data import EvaluationDataConfig, load_splits
 from peerlearn.evaluation.evaluator import Evaluator, EvaluatorConfig, run
 from peerlearn.evaluation.confusion import plot_confusion
 from peerlearn.evaluation.results import Score
@@ -50,16 +50,16 @@ def score(config, selection, ranks):
     from peerlearn.evaluation.classification import classification_scores
     from peerlearn.evaluation.feature_cache import Extraction
     from peerlearn.evaluation.feature_sets import load_feature_sets
-    train, test = load_splits(config.data, selection, ranks)
+    splits = load_splits(config.data, selection, ranks)
     how = Extraction(ranks=ranks, batch_size=256, workers=0, cached=False)
-    known, asked = load_feature_sets(selection, (train, test), how)
+    known, asked = load_feature_sets(selection, (splits.train, splits.test), how)
     for name in filter(selection.wants, known.features):
-        means = torch.stack([known.features[name][known.labels == label].mean(0) for label in range(train.num_classes)])
+        means = torch.stack([known.features[name][known.labels == label].mean(0) for label in range(splits.train.num_classes)])
         for norm in config.norms:
             found = classification_scores(-torch.cdist(asked.features[name], means, p=norm), asked.labels)
-            picture = partial(plot_confusion, confusion=found.confusion, class_names=test.class_names, title=name)
-            yield Score(network=name, dataset=test.name, metrics=found.metrics(), variant=f"norm {norm}", pictures={'': picture},
-                        protocol={"norm": norm, **splits_protocol(train, test)})
+            picture = partial(plot_confusion, confusion=found.confusion, class_names=splits.test.class_names, title=name)
+            yield Score(network=name, dataset=splits.title, metrics=found.metrics(), variant=f"norm {norm}", pictures={'': picture},
+                        protocol={"norm": norm, **splits.protocol()})
 
 TOY = Evaluator(verb="toy", config=ToyConfig, score=score, columns=ACCURACY_COLUMNS, title=lambda _: "nearest class mean (%)",
                 description="Score by the nearest class mean.", example="peerlearn toy --checkpoint runs/a")

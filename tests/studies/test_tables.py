@@ -178,6 +178,19 @@ def test_the_config_says_which_scores_are_shown(
         ]
 
 
+def test_published_figures_do_not_stand_beside_scores_on_validation_images(tmp_path: Path) -> None:
+    lines = ["linear --data.validation_images 9", "linear"]
+    figures = [{"grid": "g", "score": "linear/top1", "rows": {"": [1, 2]}}]
+    study = make_study(tmp_path, seeds=[0], evaluate=lines, published=figures)
+    run = study.runs[0]
+    begin(run)
+    for line, dataset in zip(lines, ("a, validation images", "a"), strict=True):
+        evaluate(run, line, {"0": 60.0, "1": 61.0}, dataset=dataset)
+    found = {table.key.dataset: table for table in tables(study, score_study(study)[0])}
+    shown = {name: [row.published for row in table.rows][:2] for name, table in found.items()}
+    assert shown == {"a, validation images": [None, None], "a": [1, 2]}
+
+
 def test_published_figures_find_their_data_set_and_variant(tmp_path: Path) -> None:
     facts = {"grid": "g", "score": "linear/top1"}
     study = make_study(

@@ -1,11 +1,13 @@
 """Stratified subsets: how many of each class, which, and that nobody else's images change them."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerlearn.data.subsets import few_shots, hold_out, stratified_share
+from peerlearn.data.subsets import few_shots, hold_out, hold_out_images, stratified_share
 from peerlearn.errors import UserError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=120).map(torch.tensor)
@@ -49,6 +51,33 @@ def test_what_is_held_out_and_what_is_left_are_all_images_once(labels, seed, per
     for label, size in counts(labels).items():
         expected = min(max(1, round(size * percent / 100)), size - 1)
         assert found.get(label, 0) == expected
+
+
+@given(labels=LABELS, seed=SEEDS, data=st.data())
+def test_held_out_images_are_of_every_class_in_proportion_to_its_size(labels, seed, data):
+    """By Sainte-Laguë's rule: no class has a better claim, (2 s - 1) / 2 n, to an image than one that has it."""
+    sizes = counts(labels)
+    more = data.draw(st.integers(1, len(labels)))
+    fewer = data.draw(st.integers(1, more))
+    held = hold_out_images(labels, more, seed=seed).tolist()
+    assert len(held) == more
+    assert held == sorted(set(held))
+    found = {c: counts(labels[held]).get(c, 0) for c in sizes}
+    last = [Fraction(2 * found[c] - 1, 2 * sizes[c]) for c in sizes if found[c]]
+    following = [Fraction(2 * found[c] + 1, 2 * sizes[c]) for c in sizes if found[c] < sizes[c]]
+    assert not following or max(last) <= min(following)
+    assert set(hold_out_images(labels, fewer, seed=seed).tolist()) <= set(held)
+
+
+def test_classes_of_equal_size_share_the_rest_at_random():
+    """In closed form: 7 of each of 5 classes, and 3 more of three of them, which are not always the first."""
+    labels = torch.arange(5).repeat_interleave(20)
+    extra = set()
+    for seed in range(6):
+        found = counts(labels[hold_out_images(labels, 38, seed=seed)])
+        assert sorted(found.values()) == [7, 7, 8, 8, 8]
+        extra.add(tuple(c for c in found if found[c] == 8))
+    assert len(extra) > 1
 
 
 def test_the_draw_is_random_and_of_the_seed():

@@ -98,7 +98,7 @@ def test_packed_splits_have_the_same_classes_in_any_case():
 
 def test_both_splits_come_with_their_limits_and_the_subset(run: Path):
     data = EvaluationDataConfig(name="digits", limit=200, test_limit=30, shots=4)
-    train, test = load_splits(data, selection(run), RANKS)
+    train, test, _ = load_splits(data, selection(run), RANKS)
     assert train.labels is not None
     assert train.labels.bincount().tolist() == [4] * 10
     assert (len(test), test.split) == (30, "test")
