@@ -26,12 +26,19 @@ from timm.models import (
 from torch import nn
 
 from peerlearn.errors import UserError
-from peerlearn.networks.cifar import CIFAR_NETWORKS, initialise_conv, plain_conv
+from peerlearn.networks.cifar import (
+    CIFAR_NETWORKS,
+    CONV4_IMAGE_SIZE,
+    CONV4_NETWORKS,
+    initialise_conv,
+    plain_conv,
+)
 
 __all__ = ["create_backbone", "patch_pixels", "size_arguments"]
 
 # Below this likeness another name is not what was meant.
 _NEAR = 0.8
+_CONV4_IN_TIMM = {f"{name}_cifar" for name in CONV4_NETWORKS}
 
 
 def create_backbone(
@@ -49,8 +56,8 @@ def create_backbone(
         small_images: whether the stem is a 3x3 convolution without stride and pooling, for images
             of about 32 pixels. The CIFAR networks have such a stem in any case. Of timm's networks
             the ResNet family (module `resnet`) can have it.
-        image_size: height and width of the images in pixels. Only conv4 and timm's networks of
-            fixed input size, such as ViTs, depend on it. None = the network's default.
+        image_size: height and width of the images in pixels. Only conv4, conv4_wide and timm's
+            networks of fixed input size, such as ViTs, depend on it. None = the network's default.
 
     Returns:
         A module from images (B, in_chans, height, width) to features (B, num_features), with
@@ -98,7 +105,7 @@ def size_arguments(network_name: str, image_size: int | None) -> dict[str, Any]:
     """
     if image_size is None:
         return {}
-    if network_name == "conv4_cifar":
+    if network_name in _CONV4_IN_TIMM:
         return {"image_size": image_size}
     if get_pretrained_cfg_value(network_name, "fixed_input_size"):
         return {"img_size": image_size}
@@ -180,7 +187,7 @@ def _small_stem(
 
 # Name in timm -> the function that builds the network, and how many resolutions it can give a detector.
 TIMM_NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
-    f"{name}_cifar": (network, 4 if name == "conv4" else 3)
+    f"{name}_cifar": (network, 4 if name in CONV4_NETWORKS else 3)
     for name, network in CIFAR_NETWORKS.items()
 } | {f"{name}_small": (partial(_small_stem, name), 5) for name in list_models(module="resnet")}
 # Small stems of other programs, which tensors do not tell from the plain one.
@@ -200,7 +207,7 @@ default_cfgs = generate_default_cfgs(
     {
         name: {
             "num_classes": 100,
-            "input_size": (3, 84, 84) if name == "conv4_cifar" else (3, 32, 32),
+            "input_size": (3, *[CONV4_IMAGE_SIZE if name in _CONV4_IN_TIMM else 32] * 2),
             "crop_pct": 1.0,
             "interpolation": "bilinear",
             "classifier": "fc",

@@ -200,6 +200,8 @@ class PretrainConfig:
         base_lr_batch_size: batch size that `base_lr` was published for.
         alpha: weight of the self-contrastive terms (Eq. 6).
         beta: weight of the interactive terms (Eq. 6).
+        mutual_warmup_epochs: number of epochs over which the weight of the terms between networks (scl_soft, icl_hard,
+            icl_soft) rises linearly from 0 to its own; 0 = its own from the start.
         temperature: temperature of the contrastive softmax, tau.
         soft_temperature: temperature of the soft terms, T.
         same_sample_positive: whether the peer's embedding of the same view counts as a second positive (Eq. 4).
@@ -227,6 +229,7 @@ class PretrainConfig:
     base_lr_batch_size: int = 256
     alpha: float = 0.5
     beta: float = 0.1
+    mutual_warmup_epochs: float = added(0.0)
     temperature: float = 0.07
     soft_temperature: float = 1.0
     same_sample_positive: bool = True
@@ -268,7 +271,7 @@ class PretrainConfig:
         for name in ("base_lr", "temperature", "soft_temperature", "rank_timeout_seconds"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} must be positive and finite, got {value}")
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta", "mutual_warmup_epochs"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} must be at least 0 and finite, got {value}")
         require_device(self.device)

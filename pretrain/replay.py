@@ -279,7 +279,7 @@ def _compute(
         except DivergedError:
             # The last of too many in a row, here as in training.
             lr = training.optimizer.param_groups[0]["lr"]
-            done = StepDone(lr, record.terms, skipped=True)
+            done = StepDone(lr, training.mutual_weight, record.terms, skipped=True)
     training.step += 1
     row = step_row(training, done)
     named = {name: p.grad for name, p in training.cohort.named_parameters() if p.grad is not None}
@@ -291,7 +291,9 @@ def _compute(
     views["index"] = ranks.gather(batch.index.to(ranks.device))
     if batch.labels is not None:
         views["labels"] = ranks.gather(batch.labels)
-    losses = loss_row(mean_terms(record.terms, ranks), training.config) if record.terms else {}
+    losses = {}
+    if record.terms:
+        losses = loss_row(mean_terms(record.terms, ranks), training.config, done.mutual)
     computed = {
         "skipped": done.skipped,
         "reason": attempt.reason if done.skipped else None,

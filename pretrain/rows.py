@@ -23,10 +23,10 @@ LABEL_FREE = {
 }
 
 
-def loss_row(terms: Terms, config: PretrainConfig) -> dict[str, float]:
-    """The loss, and every network's own loss and terms, from (M,) vectors."""
-    named = {"loss": network_losses(terms, config), **terms._asdict()}
-    values = torch.cat([objective(terms, config).view(1), *named.values()]).tolist()
+def loss_row(terms: Terms, config: PretrainConfig, mutual: float = 1.0) -> dict[str, float]:
+    """The loss, by `objective`, and every network's own loss and terms, from (M,) vectors."""
+    named = {"loss": network_losses(terms, config, mutual), **terms._asdict()}
+    values = torch.cat([objective(terms, config, mutual).view(1), *named.values()]).tolist()
     row = {"loss": values.pop(0)}
     for name, term in named.items():
         for m in range(len(term)):

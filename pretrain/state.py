@@ -54,6 +54,7 @@ from pretrain.initial_weights import (
 )
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
 from pretrain.online_probe import build_probe
+from pretrain.terms import mutual_weight
 from pretrain.training_data import (
     TrainingData,
     load_training_data,
@@ -119,6 +120,11 @@ class Training(Resumable):
     @property
     def total_steps(self) -> int:
         return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def mutual_weight(self) -> float:
+        """Factor of the terms between networks in the next step."""
+        return mutual_weight(self.step, self.config, steps_per_epoch=self.steps_per_epoch)
 
     def measurings_left(self, step: int) -> int:
         every, epochs = self.config.monitor.every_epochs, self.config.epochs

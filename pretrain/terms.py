@@ -40,24 +40,44 @@ class PrototypicalTerms(NamedTuple):
 Terms = MCLTerms | SupervisedTerms | PrototypicalTerms
 
 
-def objective(terms: Terms, config: PretrainConfig) -> Tensor:
-    """Eq. 6 over the terms that ``config.terms`` switches on, and the other terms: from (M,) vectors one scalar."""
-    total = _contrastive(terms, config).sum()
+# What a network learns from its peers.
+_MUTUAL = ("scl_soft", "icl_hard", "icl_soft")
+
+
+def mutual_weight(step: int, config: PretrainConfig, *, steps_per_epoch: int) -> float:
+    """The factor of the terms between networks at optimiser step ``step``, counted from 0.
+
+    It rises linearly from 0 to 1 over ``config.mutual_warmup_epochs``; where they are 0 it is 1 from the start.
+    """
+    warmup_steps = config.mutual_warmup_epochs * steps_per_epoch
+    return step / warmup_steps if step < warmup_steps else 1.0
+
+
+def objective(terms: Terms, config: PretrainConfig, mutual: float = 1.0) -> Tensor:
+    """Eq. 6 over the terms that ``config.terms`` switches on, and the other terms: from (M,) vectors one scalar.
+
+    Args:
+        terms: (M,) vectors.
+        config: which terms count, and by how much.
+        mutual: factor of the terms between networks, by `mutual_weight`.
+    """
+    total = _contrastive(terms, config, mutual).sum()
     return total + sum((term.sum() for term in terms[4:]), start=torch.zeros_like(total))
 
 
-def network_losses(terms: Terms, config: PretrainConfig) -> Tensor:
+def network_losses(terms: Terms, config: PretrainConfig, mutual: float = 1.0) -> Tensor:
     """What each network adds to `objective`: (M,)."""
-    parts = (_contrastive(terms, config), *terms[4:])
+    parts = (_contrastive(terms, config, mutual), *terms[4:])
     return torch.stack([part for part in parts if len(part)]).sum(0)
 
 
-def _contrastive(terms: Terms, config: PretrainConfig) -> Tensor:
+def _contrastive(terms: Terms, config: PretrainConfig, mutual: float) -> Tensor:
     """(M,), or (0,) where no contrastive term trains."""
     contrastive = MCLTerms(*terms[:4])
+    weighted = {name: getattr(contrastive, name) * mutual for name in _MUTUAL}
     off = {
         name: torch.zeros_like(term)
         for name, term in contrastive._asdict().items()
         if name not in config.terms
     }
-    return contrastive._replace(**off).total(config.alpha, config.beta)
+    return contrastive._replace(**(weighted | off)).total(config.alpha, config.beta)

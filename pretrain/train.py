@@ -80,11 +80,13 @@ class StepDone(NamedTuple):
 
     Attributes:
         lr: learning rate of the step.
+        mutual: factor of the terms between networks.
         terms: terms of each micro-batch, (M,) vectors without gradient.
         skipped: whether the step was left out.
     """
 
     lr: float
+    mutual: float
     terms: list[Terms]
     skipped: bool
 
@@ -103,7 +105,7 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
     config, cohort, method = training.config, training.cohort, training.method
     ranks, precision, optimizer = training.ranks, training.precision, training.optimizer
     attempt.begin_step()
-    lr = _set_learning_rate(training)
+    lr, mutual = _set_learning_rate(training), training.mutual_weight
     method.begin_step(training.step)  # 2
 
     optimizer.zero_grad(set_to_none=True)
@@ -116,7 +118,7 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
                     terms = method.terms(*part)
                 if len(parts) == config.accumulation_steps - 1:
                     training.gradient_average.begin()
-                precision.backward(objective(terms, config) / config.accumulation_steps)
+                precision.backward(objective(terms, config, mutual) / config.accumulation_steps)
                 parts.append(type(terms)(*(term.detach() for term in terms)))
         except NonFiniteError as error:
             # Of what every rank computes alike: none of them waits for another in backward.
@@ -140,7 +142,7 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
         if method.probe is not None:
             method.probe.drop_step()
         attempt.skip(fault, images=batch.index.tolist())
-        return StepDone(lr, parts, skipped=True)
+        return StepDone(lr, mutual, parts, skipped=True)
     precision.unscale(optimizer)
     precision.step(optimizer)  # 4
     ranks.average_([tensor for each in networks_of(method) for tensor in statistics(each)])
@@ -148,7 +150,7 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
     if method.probe is not None:
         method.probe.step()
     training.guard.passed()
-    return StepDone(lr, parts, skipped=False)
+    return StepDone(lr, mutual, parts, skipped=False)
 
 
 def _log(attempt: Attempt[Training], done: StepDone) -> None:
@@ -169,8 +171,11 @@ def _log(attempt: Attempt[Training], done: StepDone) -> None:
 def step_row(training: Training, done: StepDone) -> dict[str, float]:
     """What a row tells of the step just done, but for clocks and the monitor's figures. All ranks call it together."""
     row = {"lr": done.lr, "skipped_steps": training.guard.skipped} | training.method.metrics()
+    if training.config.mutual_warmup_epochs:
+        row["mutual_weight"] = done.mutual
     if not done.skipped:
-        losses = loss_row(mean_terms(done.terms, training.ranks), training.config)
+        terms = mean_terms(done.terms, training.ranks)
+        losses = loss_row(terms, training.config, done.mutual)
         row = losses | row | gradient_norms(training.cohort) | training.precision.metrics()
         if training.method.probe is not None:
             row |= training.method.probe.metrics()

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from peerlearn.errors import UserError
 
 HEAD_MODULES = ("global_pool", "fc")
+# Height and width in pixels that Conv-4 is built for unless told otherwise: those of miniImageNet.
+CONV4_IMAGE_SIZE = 84
 
 
 class Stage(NamedTuple):
@@ -272,23 +274,23 @@ def _densenet_bc(
     return StagedNetwork(stem, stages, final, in_chans=in_chans, **head)
 
 
-def _conv4(*, in_chans: int = 3, image_size: int = 84, **head: Any) -> StagedNetwork:
-    """The Conv-4 of few-shot learning (Snell et al. 2017), its features flattened."""
+def _conv4(
+    width: int, *, in_chans: int = 3, image_size: int = CONV4_IMAGE_SIZE, **head: Any
+) -> StagedNetwork:
+    """The Conv-4 of few-shot learning (Snell et al. 2017), its features flattened; there each layer is 64 wide."""
     if image_size < 16:
-        raise UserError(
-            f"network 'conv4' halves the image four times: image_size {image_size} is below 16"
-        )
+        raise UserError(f"Conv-4 halves the image four times: image_size {image_size} is below 16")
     stages = []
     channels = in_chans
     for number in range(1, 5):
         block = nn.Sequential(
-            nn.Conv2d(channels, 64, 3, padding=1),
-            nn.BatchNorm2d(64),
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
         )
-        stages.append(Stage(block, 64, 2**number))
-        channels = 64
+        stages.append(Stage(block, width, 2**number))
+        channels = width
     head = {"global_pool": "flatten", **head}
     return StagedNetwork(
         nn.Identity(),
@@ -300,6 +302,11 @@ def _conv4(*, in_chans: int = 3, image_size: int = 84, **head: Any) -> StagedNet
     )
 
 
+# Unlike the others, these are built for an image size, on which their features depend; and they have four stages.
+CONV4_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "conv4": partial(_conv4, 64),
+    "conv4_wide": partial(_conv4, 128),
+}
 CIFAR_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet32": partial(_resnet, 5),
     "resnet56": partial(_resnet, 9),
@@ -310,5 +317,5 @@ CIFAR_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "wrn_40_2": partial(_wide_resnet, 6, 2),
     "wrn_28_4": partial(_wide_resnet, 4, 4),
     "densenet_bc_40_12": partial(_densenet_bc, 6, 12),
-    "conv4": _conv4,
+    **CONV4_NETWORKS,
 }

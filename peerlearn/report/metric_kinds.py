@@ -97,6 +97,7 @@ _NAMES = {
     "lr": (TRAINING, "Learning rate"),
     "gradient_norm": (TRAINING, "Norm of the gradient"),
     "ensemble_weight": (TRAINING, "Weight in the weighted ensemble"),
+    "mutual_weight": (TRAINING, "Weight of the terms between networks"),
     "queue/filled_percent": (TRAINING, "Queue filled"),
     "queue/momentum": (TRAINING, "Momentum of the key networks"),
     "skipped_steps": (TRAINING, "Skipped steps"),

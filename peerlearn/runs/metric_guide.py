@@ -55,6 +55,9 @@ FIELDS = {
     "unreadable_images": Meaning("images", "number of images of this epoch that could not be read"),
     "queue/filled_percent": Meaning("%", "share of the queue that holds keys"),
     "queue/momentum": Meaning("1", "momentum of the key networks, where it follows a schedule"),
+    "mutual_weight": Meaning(
+        "1", "factor of the terms between networks, where mutual_warmup_epochs has it rise"
+    ),
     "teaching_weight": Meaning("1", "weight of the teaching in the loss, which may be faded in"),
     "validation/images": Meaning("images", "number of images that validation figures are of"),
     "test/images": Meaning("images", "number of images that test figures are of"),

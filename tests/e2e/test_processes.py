@@ -57,7 +57,7 @@ def finish(processes: int, run: Path, *more: str, driver: Path | None = None) ->
             2,
             (
                 *("--cohort.frozen", "1", "--cohort.batch_norm_splits", "2"),
-                *("--queue.momentum_schedule", "cosine"),
+                *("--queue.momentum_schedule", "cosine", "--mutual_warmup_epochs", "1.5"),
             ),
         ),
         # Shared stages, a queue that wraps in mid-batch, and 203 images: the last incomplete batch is dropped.

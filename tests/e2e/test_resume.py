@@ -380,11 +380,12 @@ def test_a_config_that_was_cut_short_is_not_filled_with_defaults(half_done, caps
 def test_a_run_of_an_earlier_version_that_knew_fewer_keys_goes_on(undisturbed, half_done):
     config = yaml.safe_load((half_done / "config.yaml").read_text())
     del config["data"]["views"], config["data"]["packed"], config["compile"]
+    del config["mutual_warmup_epochs"]
     (half_done / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def without_new_keys(state: dict) -> None:
         del state["config"]["data"]["views"], state["config"]["data"]["packed"]
-        del state["config"]["compile"]
+        del state["config"]["compile"], state["config"]["mutual_warmup_epochs"]
 
     for save in (half_done / "checkpoints").glob("step-*"):
         rewrite_state(save, without_new_keys)

@@ -46,6 +46,7 @@ STAGED = [
     ("wrn_16_2", False, ["stem", "layer1"]),
     ("densenet_bc_40_12", False, ["stem", "layer1", "layer2"]),
     ("conv4", False, ["stem", "layer1", "layer2", "layer3"]),
+    ("conv4_wide", False, ["stem", "layer1", "layer2", "layer3"]),
     ("resnet18", True, ["conv1", "bn1", "act1", "maxpool", "layer1", "layer2"]),
     ("resnet10t", False, ["conv1", "bn1", "act1", "maxpool", "layer1"]),
 ]
@@ -90,8 +91,31 @@ def test_conv4_flattens_what_four_halvings_leave(image_size: int, features: int)
     assert backbone(images(2, 3, image_size, image_size)).shape == (2, features)
 
 
-def test_conv4_is_for_84_pixels_unless_told_otherwise() -> None:
-    assert create_backbone("conv4").num_features == 1600
+@pytest.mark.parametrize(("name", "features"), [("conv4", 1600), ("conv4_wide", 3200)])
+def test_conv4_is_for_84_pixels_unless_told_otherwise(name: str, features: int) -> None:
+    backbone = create_backbone(name)
+    assert backbone.num_features == features
+    assert backbone.pretrained_cfg["input_size"] == (3, 84, 84)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("image_size", [84, 28, 47, 16])
+def test_conv4_wide_is_conv4_with_twice_the_channels(image_size: int, in_chans: int) -> None:
+    wide, narrow = (
+        create_backbone(name, in_chans=in_chans, image_size=image_size)
+        for name in ("conv4_wide", "conv4")
+    )
+    # Kernels, biases, and weight and bias of batch norm: a first layer and three more.
+    assert parameter_count(wide) == 128 * (9 * in_chans + 3) + 3 * 128 * (9 * 128 + 3)
+    assert wide.num_features == 2 * narrow.num_features == 128 * (image_size // 16) ** 2
+    x = images(2, in_chans, image_size, image_size)
+    assert wide(x).shape == (2, 2 * narrow(x).shape[1])
+    widths = {key: tensor.shape for key, tensor in narrow.state_dict().items()}
+    assert wide.state_dict().keys() == widths.keys()
+    for key, tensor in wide.state_dict().items():
+        # Twice the outputs and, but for the image's channels, twice the inputs.
+        doubled = [2 * side if side == 64 else side for side in widths[key]]
+        assert list(tensor.shape) == doubled, key
 
 
 @pytest.mark.parametrize(
@@ -261,6 +285,7 @@ def test_timm_changes_the_head_as_it_does_for_its_own() -> None:
     [
         ("resnet32_cifar", [1, 2, 4]),
         ("conv4_cifar", [2, 4, 8, 16]),
+        ("conv4_wide_cifar", [2, 4, 8, 16]),
         ("resnet18_small", [1, 1, 2, 4, 8]),
     ],
 )
@@ -274,6 +299,8 @@ def test_timm_extracts_a_feature_map_per_stage(name: str, reductions: list[int])
 def test_timm_builds_conv4_for_an_image_size() -> None:
     assert timm.create_model("conv4_cifar", image_size=28, num_classes=0).num_features == 64
     assert timm.create_model("conv4_cifar", num_classes=5).fc.weight.shape == (5, 1600)
+    wide = timm.create_model("conv4_wide_cifar", image_size=28, num_classes=5)
+    assert wide.fc.weight.shape == (5, 128)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +317,7 @@ def test_timm_builds_conv4_for_an_image_size() -> None:
         ({"name": "resnet18.a1_in1k"}, "write 'resnet18'"),
         ({"name": "mobilenetv3_small_050", "small_images": True}, "resnet32, .*resnet18, resnet50"),
         ({"name": "conv4", "image_size": 15}, "image_size 15 is below 16"),
+        ({"name": "conv4_wide", "image_size": 15}, "image_size 15 is below 16"),
         ({"name": "beit_base_patch16_224", "image_size": -3}, "3 channels and -3 pixels"),
     ],
 )

@@ -39,6 +39,7 @@ NETWORKS = [
     ("wrn_16_2", 4, False, 32),
     ("conv4", 1, False, 28),
     ("conv4", 3, False, 84),
+    ("conv4_wide", 1, False, 28),
     ("resnet18", 1, True, 28),
     ("resnet18", 3, True, 32),
     ("resnet18", 4, True, 32),
@@ -140,6 +141,7 @@ def test_peerlearn_and_timm_load_the_same_bits(
     [
         (("resnet18", 4, True, 32), "resnet18_small", {"in_chans": 4}),
         (("conv4", 1, False, 28), "conv4_cifar", {"in_chans": 1, "image_size": 28}),
+        (("conv4_wide", 3, False, 32), "conv4_wide_cifar", {"in_chans": 3, "image_size": 32}),
         (("vit_tiny_patch16_224", 3, False, 48), "vit_tiny_patch16_224", {"img_size": 48}),
     ],
     ids=str,

@@ -62,6 +62,7 @@ def activations(network: nn.Module, names: list[str], images: torch.Tensor) -> l
         ("wrn_16_2", False, 0, [1, 2, 4]),
         ("densenet_bc_40_12", False, 0, [1, 2, 4]),
         ("conv4", False, 0, [2, 4, 8, 16]),
+        ("conv4_wide", False, 0, [2, 4, 8, 16]),
         ("resnet18", True, 10, [1, 1, 2, 4, 8]),
         ("resnet18", False, 0, [2, 4, 8, 16, 32]),
     ],
@@ -75,7 +76,7 @@ def test_stages_are_the_networks_own_activations(name, small, classes, reduction
     assert not stages.training
     assert stages.feature_info.reduction() == reductions
     # Another size than the exported one: a detector's images have sizes of their own.
-    images = torch.randn(2, 1, 32, 32 if name == "conv4" else 64)
+    images = torch.randn(2, 1, 32, 32 if name.startswith("conv4") else 64)
     maps = stages(images)
     expected = activations(backbone, stages.feature_info.module_name(), images)
     assert len(maps) == len(reductions)
