@@ -79,7 +79,7 @@ are kept. `auto` takes `flat` from 2^15 logits on. The floor is two matrix produ
 once. An allocator that recycles shows the algorithms alone; the default one clears the pages of every large
 temporary.
 
-{_table(head, rows)}
+{markdown_table(head, rows)}
 """
 
 
@@ -106,7 +106,7 @@ A whole training step of {found["backbone"]} at 32 pixels, B {batch}. A run of o
 which the peers do not; with "freed memory kept" all do, and that is the comparison of like with like. Compiled steps
 were measured in a run of their own, with an earlier form of the loss.
 
-{_table(["time of / to", "K", "malloc of the peers", "goal", "ratio"], rows)}
+{markdown_table(["time of / to", "K", "malloc of the peers", "goal", "ratio"], rows)}
 """
 
 
@@ -130,7 +130,7 @@ kNN and the other figures, in percent of the time of the epochs between two meas
 The method prototypical chooses its networks by what is measured, so it measures after every epoch whatever that
 costs.
 
-{_table(["recipe", "measured every n epochs", "share", "rounds"], rows)}
+{markdown_table(["recipe", "measured every n epochs", "share", "rounds"], rows)}
 """
 
 
@@ -150,7 +150,7 @@ def _views() -> str:
             command = f"python -m benchmarks.{name} --output benchmarks/results/{name}.json"
             parts.append(
                 f"`{command}` ({_where(found)}, {measured['rounds']} rounds): {measured['title']}\n\n"
-                + _table(["", "images/s per core", "times as fast"], rows)
+                + markdown_table(["", "images/s per core", "times as fast"], rows)
             )
     return f"""
 ## Views
@@ -185,7 +185,7 @@ def _evaluators() -> str:
 Against the loop that one would write, or the named library. Features: Pillow, torchvision and a DataLoader for each
 network. A sweep of 13 learning rates in one pass against a pass for one rate shows what the other twelve cost.
 
-{_table(["", "rival", "time of the rival / ours"], rows)}
+{markdown_table(["", "rival", "time of the rival / ours"], rows)}
 """
 
 
@@ -220,12 +220,12 @@ def _knn() -> str:
 The search alone, by torch, which takes the place of faiss where that is missing. On this CPU faiss is the faster one,
 and is taken.
 
-{_table(["N", "Q", "D", "torch, times as fast as faiss"], searches)}
+{markdown_table(["N", "Q", "D", "torch, times as fast as faiss"], searches)}
 
 `knn_scores`, as exact as a search in float64: how many times the plain float32 search takes its time, and the share
 of queries that float32 leaves in doubt.
 
-{_table(["features", "N", "Q", "D", "times the plain search", "in doubt"], scores)}
+{markdown_table(["features", "N", "Q", "D", "times the plain search", "in doubt"], scores)}
 """
 
 
@@ -242,7 +242,8 @@ def _where(found: dict[str, Any]) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with these headings."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

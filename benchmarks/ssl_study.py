@@ -1,0 +1,194 @@
+"""docs/study.md: whether MCL helps self-supervised pretraining, from what the studies ssl_* have measured.
+
+python -m benchmarks.ssl_study --keep runs/ssl_fashion_mnist     # a study's scores -> benchmarks/results/
+python -m benchmarks.ssl_study > docs/study.md
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.performance import RESULTS, markdown_table
+from peerlearn.commands.configs_command import read_header
+from peerlearn.runs.files import write_text
+from peerlearn.runs.json_files import read_json_object
+from studies.study_command import SHIPPED
+from studies.study_file import read_study
+
+STUDIES = ("ssl_learning_rates", "ssl_fashion_mnist", "ssl_characters")
+# Of each score: what the page says, and what finds it again.
+_KEPT = (
+    *("grid", "labels", "task", "metric", "dataset", "network", "line", "step", "n", "seeds"),
+    *("values", "mean", "std", "baseline", "core_minutes", "peak_memory_mb"),
+    *("difference_mean", "difference_ci95", "difference_p", "difference_p_holm"),
+)
+_NETWORKS = {"individual": "mean of the networks", "ensemble": "ensemble"}
+# Below it a comparison counts as shown.
+_LEVEL = 0.05
+
+
+def keep(study: Path, folder: Path = RESULTS) -> Path:
+    """Write the shown scores of a study's tables, with the machines and versions of its runs, to FOLDER/NAME.json."""
+    content = read_json_object(study / "table.json")
+    wanted = content["config"]["compare"]["score"]
+    scores = [
+        {key: score[key] for key in _KEPT}
+        for score in content["scores"]
+        if score["shown"] and f"{score['task']}/{score['metric']}" in wanted
+    ]
+    scores = [score for score in scores if score["network"] in _NETWORKS]
+    machines = sorted({_machine(path) for path in study.glob("*/results/*.json")})
+    kept = {"machines": machines, "scores": scores}
+    file = folder / f"{study.name}.json"
+    write_text(file, json.dumps(kept, indent=1) + "\n")
+    return file
+
+
+def _machine(result: Path) -> str:
+    found = read_json_object(result)
+    hardware, versions = found["hardware"], found["versions"]
+    processor = re.search(r"x86_64|aarch64|arm64", hardware["platform"])
+    told = [processor[0] if processor else hardware["platform"], f"{hardware['cpu_count']} cores"]
+    told += hardware["cuda_devices"]
+    versions = {"Python": hardware["python"]} | versions
+    return ", ".join([*told, *(f"{name} {versions[name]}" for name in ("Python", "torch"))])
+
+
+def page(folder: Path = RESULTS) -> str:
+    """The page, by the kept scores in ``folder``. What is not there is "unmeasured"."""
+    parts = [_INTRODUCTION.strip()]
+    for name in STUDIES:
+        file = folder / f"{name}.json"
+        kept = read_json_object(file) if file.is_file() else {"machines": [], "scores": []}
+        parts += _study(name, kept)
+    return "\n\n".join(parts) + "\n"
+
+
+def _study(name: str, kept: Mapping[str, Any]) -> Iterator[str]:
+    path = SHIPPED / f"{name}.yaml"
+    config, header = read_study(path), read_header(path)
+    yield f"## {name}"
+    machines = "; ".join(kept["machines"]) or "unmeasured"
+    about = header["source"].partition("; ")[2]
+    yield f"`peerlearn study {name}` ({machines}). {about[:1].upper()}{about[1:]}."
+    for grid, axes in config.grids.items():
+        scores = [score for score in kept["scores"] if score["grid"] == grid]
+        yield f"### {grid}"
+        if not scores:
+            told = " x ".join(f"{axis} ({'; '.join(labels)})" for axis, labels in axes.items())
+            yield f"Unmeasured: {told}."
+            continue
+        yield _grid(scores, list(axes), list(itertools.product(*axes.values())))
+        yield _verdict(scores)
+
+
+def _grid(
+    scores: Sequence[Mapping[str, Any]], axes: Sequence[str], cells: Sequence[tuple[str, ...]]
+) -> str:
+    """A row for each cell, of the networks and of their ensemble; two columns for each evaluation, and the cost."""
+    named = {_score_name(each): each for each in scores}
+    heading = ["", *axes]
+    for name in named:
+        heading += [name, f"vs {scores[0]['baseline']}"]
+    rows = []
+    for network, cell in itertools.product(_NETWORKS, cells):
+        own = {
+            _score_name(each): each
+            for each in scores
+            if each["network"] == network and tuple(each["labels"]) == cell
+        }
+        if not own and network == "ensemble":
+            continue
+        row = [_NETWORKS[network], *cell]
+        for name in named:
+            row += [_mean(own.get(name)), _difference(own.get(name))]
+        rows.append([*row, *_cost(own.values())])
+    return markdown_table([*heading, "core-min", "MB"], rows)
+
+
+def _score_name(score: Mapping[str, Any]) -> str:
+    return f"{score['task']} {score['metric']} on {score['dataset']}, n {score['n']:,}"
+
+
+def _mean(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "unmeasured"
+    spread = "" if score["std"] is None else f" ± {score['std']:.2f}"
+    return f"{score['mean']:.2f}{spread} ({score['seeds']})"
+
+
+def _difference(score: Mapping[str, Any] | None) -> str:
+    if score is None or score["difference_mean"] is None:
+        return ""
+    mean, half, p = (score[f"difference_{key}"] for key in ("mean", "ci95", "p_holm"))
+    if half is None:
+        return f"{mean:+.2f}"
+    return f"{mean:+.2f} ({mean - half:.2f} .. {mean + half:.2f}), p {p:.3f}"
+
+
+def _cost(scores: Iterable[Mapping[str, Any]]) -> list[str]:
+    first: Mapping[str, Any] = next(iter(scores), {})
+    figures = (first.get("core_minutes"), first.get("peak_memory_mb"))
+    return [
+        "" if each is None else f"{each:.{digits}f}"
+        for each, digits in zip(figures, (1, 0), strict=True)
+    ]
+
+
+def _verdict(scores: Sequence[Mapping[str, Any]]) -> str:
+    """What of a grid is shown at the level of 5 %, in one sentence."""
+    tested = [score for score in scores if score["difference_p_holm"] is not None]
+    if not tested:
+        return "Nothing is tested: a difference needs two seeds."
+    shown = [
+        f"{'/'.join(score['labels'])} {score['difference_mean']:+.2f} in {score['task']} "
+        f"({_NETWORKS[score['network']]})"
+        for score in tested
+        if score["difference_p_holm"] < _LEVEL
+    ]
+    told = "; ".join(shown) if shown else "none"
+    return f"Shown at p (Holm) < {_LEVEL}, of {len(tested)} comparisons: {told}."
+
+
+_INTRODUCTION = """
+# Does MCL help self-supervised pretraining?
+
+`python -m benchmarks.ssl_study > docs/study.md` prints this page from the files in `benchmarks/results/`, which
+`python -m benchmarks.ssl_study --keep runs/NAME` has taken from the tables of the study NAME.
+
+Two data sets that need no download: the first 8,000 training images of Fashion-MNIST (10 classes), and 60 characters
+drawn in fonts, of which the test images have others than the training images. Images have 16 pixels and the network is
+Conv-4, so that a run takes minutes on one core and every comparison has several seeds. What holds here need not hold
+for ResNet-50 on ImageNet.
+
+Each rival has the base learning rate that was best for it on validation images, out of the same four, with a seed that
+the comparisons do not use ([ssl_learning_rates](#ssl_learning_rates)). Test images chose nothing.
+
+- A score is mean ± standard deviation over seeds, and in brackets how many seeds.
+- A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
+  Holm's method for all comparisons of its grid and score.
+- The mean of the networks tells what one exported network is worth. The ensemble joins the features of all networks.
+- core-min is the processor time of a training, MB the most memory that it held.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Keep a study's scores, or print the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--keep", type=Path, metavar="STUDY", help="folder of a study to keep")
+    study = parser.parse_args(argv).keep
+    if study is None:
+        sys.stdout.write(page())
+    else:
+        print(keep(study))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The page of the self-supervised study: the figures of a study's tables, and what is unmeasured."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from benchmarks import ssl_study
+from peerlearn.runs.directory import RunDirectory
+from studies.report import report
+from studies.study import Study, plan_study
+from studies.study_command import SHIPPED
+from studies.study_file import read_study
+from tests.study_folders import begin, evaluate
+
+GRID = "SimCLR, with and without peers"
+# knn/top1 of the networks by label and seed.
+VALUES = {
+    "SimCLR": {0: (80.0,), 1: (81.0,), 2: (83.0,)},
+    "SimCLR + MCL (x2)": {0: (82.0, 84.0), 1: (83.0, 83.0), 2: (86.0, 87.0)},
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """A part of ssl_characters that is done: one grid, kNN alone, three of five seeds."""
+    config = read_study(SHIPPED / "ssl_characters.yaml", folder=str(tmp_path / "ssl_characters"))
+    found = plan_study(config, [GRID])
+    line = config.evaluate[0]
+    for cell in found.cells:
+        for seed, values in VALUES[found.compared_label(cell)].items():
+            run = found.run_of(cell.variant, seed)
+            directory = begin(run)
+            row: dict[str, Any] = {"step": 12, "attempt": 1, "cpu_seconds": 60.0 * len(values)}
+            directory.metrics.write_text(json.dumps(row | {"peak_memory_mb": 700.0 + seed}) + "\n")
+            scores = {str(m): value for m, value in enumerate(values)}
+            if len(values) > 1:
+                scores["ensemble"] = 90.0
+            evaluate(run, line, scores, dataset="60")
+    return found
+
+
+@pytest.fixture
+def kept(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    report(study, [], write=True)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    assert ssl_study.keep(study.root, folder) == folder / "ssl_characters.json"
+    return folder
+
+
+def test_the_figures_of_the_page_are_those_of_the_runs(kept: Path) -> None:
+    section = ssl_study.page(kept).split("## ssl_characters")[1].split(f"### {GRID}")[1]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    differences = [3.0, 2.0, 3.5]
+    t = stats.ttest_1samp(differences, 0.0)
+    low, high = t.confidence_interval(0.95)
+    told = f"+{sum(differences) / 3:.2f} ({low:.2f} .. {high:.2f}), p {t.pvalue:.3f}"
+    assert [line[:1] + line[1:4] for line in lines[2:]] == [
+        ["mean of the networks", "SimCLR", "81.33 ± 1.53 (3)", ""],
+        ["mean of the networks", "SimCLR + MCL (x2)", "84.17 ± 2.02 (3)", told],
+        ["ensemble", "SimCLR + MCL (x2)", "90.00 ± 0.00 (3)", ""],
+    ]
+    # The networks of a run have trained together, and cost what the run did.
+    assert [line[-2:] for line in lines[2:]] == [["1.0", "701"], ["2.0", "701"], ["2.0", "701"]]
+    assert "Shown at p (Holm) < 0.05, of 1 comparisons: SimCLR + MCL (x2) +2.83 in knn" in section
+
+
+def test_what_was_not_run_is_unmeasured(kept: Path) -> None:
+    page = ssl_study.page(kept)
+    other = page.split("## ssl_characters")[1].split("### MoCo, with and without peers")[1]
+    assert other.split("###")[0].strip().startswith("Unmeasured: method (MoCo; MCL (x2); ")
+    assert page.split("## ssl_fashion_mnist")[1].startswith(
+        "\n\n`peerlearn study ssl_fashion_mnist` (unmeasured). Does MCL help"
+    )
+
+
+def test_machines_and_versions_stand_beside_the_figures(study: Study, kept: Path) -> None:
+    result = next(RunDirectory(study.runs[0].folder).results.glob("*.json"))
+    found = json.loads(result.read_text())
+    told = f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {found['versions']['torch']})"
+    assert told in ssl_study.page(kept)
