@@ -50,5 +50,5 @@ def test_what_its_processes_print_goes_where_no_link_leads(tmp_path: Path) -> No
     precious.write_text("precious")
     (tmp_path / "a.log").symlink_to(precious)
     with pytest.raises(OSError, match="symbolic links"):
-        _spawn(["--version"], tmp_path / "a.log", threads=1)
+        _spawn(["--version"], tmp_path / "a.log", os.environ)
     assert precious.read_text() == "precious"
