@@ -11,21 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gpu_check")
+@pytest.mark.slow(90)
+def test_every_part_leaves_figures_and_a_table_of_them(tmp_path: Path) -> None:
     subprocess.run(
-        ["sh", "scripts/gpu_check.sh", str(out), "--small"],
+        ["sh", "scripts/gpu_check.sh", str(tmp_path), "--small"],
         cwd=ROOT,
         env=os.environ | {"PYTHON": sys.executable},
         check=True,
     )
-    return out
-
-
-@pytest.mark.slow(90)
-def test_every_part_leaves_figures(report: Path) -> None:
-    found = json.loads((report / "gpu_check.json").read_text())
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
     parts = found["parts"]
     assert list(parts) == ["tests", "loss", "steps", "knn", "resume", "data_wait"]
     assert not [name for name, part in parts.items() if "failed" in part]
@@ -50,11 +44,8 @@ def test_every_part_leaves_figures(report: Path) -> None:
     assert rows["resume"][0]["equal_to_the_bit"] == rows["resume"][0]["tensors"] > 100
     assert rows["resume"][0]["largest_difference"] == 0
     assert 0 <= rows["data_wait"][0]["data_wait_percent"] <= 100
-
-
-def test_the_page_has_a_table_for_each_part(report: Path) -> None:
-    page = (report / "gpu_check.md").read_text()
-    for name in ("tests", "loss", "steps", "knn", "resume", "data_wait"):
+    page = (tmp_path / "gpu_check.md").read_text()
+    for name in parts:
         assert f"## {name}" in page
     assert "| B | K | M | rival |" in page
     assert "**Failed**" not in page
