@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.performance import RESULTS, markdown_table
 from peerlearn.commands.configs_command import read_header
+from peerlearn.errors import UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.json_files import read_json_object
 from studies.study_command import SHIPPED
@@ -166,8 +167,9 @@ drawn in fonts, of which the test images have others than the training images. I
 Conv-4, so that a run takes minutes on one core and every comparison has several seeds. What holds here need not hold
 for ResNet-50 on ImageNet.
 
-Each rival has the base learning rate that was best for it on validation images, out of the same four, with a seed that
-the comparisons do not use ([ssl_learning_rates](#ssl_learning_rates)). Test images chose nothing.
+All rivals have the base learning rate of the demo, 0.06, until each has the one that is best for it on validation
+images. [ssl_learning_rates](#ssl_learning_rates) asks which: out of the same four for each, with a seed that the
+comparisons do not use. Until then a difference may be one between learning rates. Test images choose nothing.
 
 - A score is mean ± standard deviation over seeds, and in brackets how many seeds.
 - A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
@@ -184,10 +186,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--keep", type=Path, metavar="STUDY", help="folder of a study to keep")
     study = parser.parse_args(argv).keep
-    if study is None:
-        sys.stdout.write(page())
-    else:
-        print(keep(study))
+    try:
+        print(page(), end="") if study is None else print(keep(study))
+    except FileNotFoundError as error:
+        sys.exit(f"{error.filename} is not there: `peerlearn table {study}` writes it")
+    except UserError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
