@@ -1,9 +1,10 @@
 """What the trainings of a study have cost: processor time and memory, from the rows that the runs have logged."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
@@ -49,13 +50,19 @@ def run_cost(folder: Path) -> RunCost | None:
         rows = list(run.metric_rows())
     except (UserError, OSError):
         return None
-    # A later row of the same start takes the place of an earlier one.
-    seconds = {row.get("attempt"): number(row.get("cpu_seconds")) for row in rows}
-    times = [each for each in seconds.values() if each is not None]
-    if not times or len(times) < len(seconds):
+    seconds = over_starts(rows, "cpu_seconds")
+    if seconds is None:
         return None
     memory = [each for row in rows if (each := number(row.get("peak_memory_mb"))) is not None]
-    return RunCost(cpu_seconds=sum(times), peak_memory_mb=max(memory, default=None))
+    return RunCost(cpu_seconds=seconds, peak_memory_mb=max(memory, default=None))
+
+
+def over_starts(rows: Sequence[Mapping[str, Any]], clock: str) -> float | None:
+    """What a clock that begins anew with each start of a run has counted in all; None if a start does not tell."""
+    # A later row of the same start takes the place of an earlier one.
+    counted = {row.get("attempt"): number(row.get(clock)) for row in rows}
+    told = [each for each in counted.values() if each is not None]
+    return sum(told) if told and len(told) == len(counted) else None
 
 
 def study_costs(study: Study) -> dict[str, dict[int, RunCost]]:

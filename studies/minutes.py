@@ -24,10 +24,10 @@ from peerlearn.errors import UsageError, UserError
 from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.launcher import module_words
 from peerlearn.runs.output import show
-from peerlearn.runs.standing import number
 from peerlearn.runs.terminal import wrapped
 from peerlearn.runs.text import printable
 from studies.config import StudyConfig
+from studies.cost import over_starts
 from studies.here import THREADS, variables_of_run
 from studies.runner import place_of
 from studies.study import Study, Variant, all_seeds
@@ -176,18 +176,17 @@ def measured_pace(folders: Sequence[Path]) -> Pace | None:
 
 def _pace_of_run(run: RunDirectory) -> Pace | None:
     """The pace of a run by its metrics, over all its attempts; None unless it is done and they tell."""
-    steps, longest = 0, dict[object, float]()
     if not run.done:
         return None
-    with contextlib.suppress(UserError):
-        for row in run.metric_rows():
-            attempt, seconds = row.get("attempt"), number(row.get("seconds"))
-            if isinstance(attempt, int) and seconds is not None:
-                longest[attempt] = max(seconds, longest.get(attempt, 0.0))
-                steps = max(steps, row["step"])
-    if steps < 1:
+    try:
+        rows = list(run.metric_rows())
+    except UserError:
         return None
-    return Pace(step_seconds=sum(longest.values()) / steps, steps=steps, is_measured=True)
+    seconds = over_starts(rows, "seconds")
+    steps = max((row["step"] for row in rows), default=0)
+    if seconds is None or steps < 1:
+        return None
+    return Pace(step_seconds=seconds / steps, steps=steps, is_measured=True)
 
 
 def time_variant(variant: Variant, processes: int, variables: Mapping[str, str]) -> Pace:

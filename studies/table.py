@@ -18,7 +18,7 @@ from studies.statistics import Difference, holm
 from studies.study import Cell, Study
 
 _LONGEST_PROTOCOL = 160
-NO_COSTS: Mapping[str, Mapping[int, RunCost]] = MappingProxyType({})
+_NO_COSTS: Mapping[str, Mapping[int, RunCost]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _statistics(table: Table) -> Iterator[str]:
 
 
 def tables(
-    study: Study, scores: Sequence[Score], costs: Mapping[str, Mapping[int, RunCost]] = NO_COSTS
+    study: Study, scores: Sequence[Score], costs: Mapping[str, Mapping[int, RunCost]] = _NO_COSTS
 ) -> list[Table]:
     """A table for each grid, score and evaluation that has results or published figures.
 
