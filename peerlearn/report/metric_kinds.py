@@ -104,7 +104,6 @@ _NAMES = {
     "unreadable_images": (TRAINING, "Unreadable images"),
     "images_per_second": (SPEED, "Images per second"),
     "data_wait_percent": (SPEED, "Waiting for data"),
-    "cpu_seconds": (SPEED, "Processor time"),
     "peak_memory_mb": (SPEED, "Most memory"),
 }
 

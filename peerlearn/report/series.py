@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from peerlearn.runs.files import open_regular
 
-# Fields of every row that are no metrics; the clock begins anew with each start.
-_HEADER = ("step", "epoch", "seconds", "attempt")
+# Fields of every row that are no metrics; the clocks begin anew with each start.
+_HEADER = ("step", "epoch", "seconds", "cpu_seconds", "attempt")
 # The differences and sums of smaller values are finite.
 _LARGEST = 1e300
 
