@@ -347,6 +347,25 @@ def test_80_columns_are_enough_for_the_longest_labels(
     assert "DML + MCL (x2)" in text
 
 
+def test_80_columns_are_enough_for_costs_beside_published_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels are folded; every figure is whole. Memory stands below the processor time."""
+    monkeypatch.setenv("COLUMNS", "80")
+    study = measured_table_1(tmp_path)
+    row = {"step": 1, "attempt": 1, "cpu_seconds": 123_456.0, "peak_memory_mb": 12_345.0}
+    for run in study.runs:
+        (run.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    lines = printed(study, capsys).splitlines()
+    assert max(map(len, lines)) <= 80
+    place = next(n for n, line in enumerate(lines) if line.startswith("DML + MCL"))
+    difference = row_of(only(study), "ResNet-32", "DML + MCL (x2)").difference
+    assert difference is not None
+    told = f"{difference.mean:+.2f} +- {difference.ci95:.2f} 73.46 +2.55 2057.60"
+    assert lines[place].split()[-6:] == told.split()
+    assert lines[place + 1].split()[-1] == "12345"
+
+
 def test_odd_labels_are_shown_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,5 @@
 """Processor time and memory of a process, against the kernel's own account of it."""
 
-import resource
 import subprocess
 import sys
 
@@ -35,4 +34,4 @@ def test_memory_of_the_process_that_started_it_does_not_count() -> None:
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     del held
     assert float(done.stdout) < 150
-    assert usage(0.0)["peak_memory_mb"] > resource.getpagesize() / 2**20
+    assert usage(0.0)["peak_memory_mb"] > 200
