@@ -167,9 +167,12 @@ drawn in fonts, of which the test images have others than the training images. I
 Conv-4, so that a run takes minutes on one core and every comparison has several seeds. What holds here need not hold
 for ResNet-50 on ImageNet.
 
-All rivals have the base learning rate of the demo, 0.06, until each has the one that is best for it on validation
-images. [ssl_learning_rates](#ssl_learning_rates) asks which: out of the same four for each, with a seed that the
-comparisons do not use. Until then a difference may be one between learning rates. Test images choose nothing.
+Each rival of the first question (MoCo and SimCLR, with and without peers) has the base learning rate that is best for
+it on validation images: [ssl_learning_rates](#ssl_learning_rates) has tried the same four for each, with a seed that
+the comparisons do not use. Best is the highest mean of the networks in one run, by kNN on 2,000 images: the choice is
+as coarse as that. On the characters two rivals got 0.004, the lowest that was tried. Cohorts of four have the rate of
+cohorts of two. Rivals of the second question have MoCo's rate where networks do not teach each other, else that of MCL
+(x2), which the third question has throughout. Test images choose nothing.
 
 - A score is mean ± standard deviation over seeds, and in brackets how many seeds.
 - A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
