@@ -48,6 +48,9 @@ class Cohort(nn.Module):
         classifiers: M linear layers to class logits, or none.
         gate: what the networks' logits are mixed by, in methods that learn it; or None.
         compiled: what runs the backbones in training; None = they run as they are, as they do in eval mode.
+        here: numbers of the networks that this process holds, rising: all of them, unless the cohort is split between
+            processes (`pretrain.parallel_config`). The others lie on the device "meta", with names and shapes and
+            without memory, and take no part in what follows; M is then the number of those that are here.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Cohort(nn.Module):
         self.shared_stages = shared_stages
         self.compiled: Compiled | None = None
         self.frozen = frozenset(frozen)
+        self.here: Sequence[int] = range(len(backbones))
         for part in self._frozen_parts():
             part.eval().requires_grad_(False)
 
@@ -96,8 +100,7 @@ class Cohort(nn.Module):
         if self.shared_stages == "all":
             return [trunk] * len(self.backbones)
         check_shared(list(self.backbones), self.shared_stages)
-        networks = range(len(self.backbones))
-        return [self._run(run_high_stages, m, trunk, self.shared_stages) for m in networks]
+        return [self._run(run_high_stages, m, trunk, self.shared_stages) for m in self.here]
 
     def _run(
         self, stages: Callable[..., Tensor], network: int, images: Tensor, shared: int
@@ -118,16 +121,32 @@ class Cohort(nn.Module):
     def _frozen_parts(self) -> Iterator[nn.Module]:
         return (part for m in self.frozen for _, part in self.parts(m))
 
+    def keep(self, networks: Sequence[int]) -> None:
+        """Leave all networks but these to other processes."""
+        self.here = networks
+        for m in set(range(len(self.backbones))) - set(networks):
+            for _, part in self.parts(m):
+                part.to("meta")
+
+    def to_device(self, device: torch.device) -> "Cohort":
+        """Move what is here, in place."""
+        for m in self.here:
+            for _, part in self.parts(m):
+                part.to(device)
+        if self.gate is not None:
+            self.gate.to(device)
+        return self
+
     def embed(self, features: Sequence[Tensor]) -> Tensor:
         """Every network's features to L2-normalised embeddings (M, B, D)."""
-        projected = (head(f) for head, f in zip(self.heads, features, strict=True))
+        projected = (self.heads[m](f) for m, f in zip(self.here, features, strict=True))
         # Widened first: unit vectors of bf16 are off by a percent.
         return torch.stack([F.normalize(widen(embedding), dim=-1) for embedding in projected])
 
     def classify(self, features: Sequence[Tensor]) -> Tensor:
         """Every network's features to class logits (M, B, C)."""
-        pairs = zip(self.classifiers, features, strict=True)
-        return torch.stack([widen(classifier(f)) for classifier, f in pairs])
+        pairs = zip(self.here, features, strict=True)
+        return torch.stack([widen(self.classifiers[m](f)) for m, f in pairs])
 
     def parts(self, network: int) -> Iterator[tuple[str, nn.Module]]:
         """The modules of one network, by name: backbone, head, classifier."""
@@ -327,9 +346,12 @@ def update_momentum(peers: Cohort, cohort: Cohort, momentum: float) -> None:
     Buffers are left alone: the key networks' batch-norm statistics come from their own forward passes.
     """
     pairs = zip(peers.parameters(), cohort.parameters(), strict=True)
-    moving = [(key, query) for key, query in pairs if query.requires_grad]
+    moving = [(key, query) for key, query in pairs if query.requires_grad and not query.is_meta]
     keys: list[Tensor] = [key for key, _ in moving]
     queries: list[Tensor] = [query for _, query in moving]
+    if not moving:
+        # All that are here are frozen, and torch takes no empty list.
+        return
     torch._foreach_mul_(keys, momentum)
     torch._foreach_add_(keys, queries, alpha=1.0 - momentum)
 
@@ -342,7 +364,7 @@ def statistics(module: nn.Module) -> list[Tensor]:
         for part in module.modules()
         if part.training
         for name, buffer in part.named_buffers(recurse=False)
-        if name in ("running_mean", "running_var")
+        if name in ("running_mean", "running_var") and not buffer.is_meta
     ]
 
 
@@ -356,7 +378,7 @@ def named_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_named_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Restore `named_state` in place.
+    """Restore `named_state` in place, of networks that are here.
 
     Raises:
         ValueError: other names or shapes than the module's own.
@@ -370,4 +392,5 @@ def load_named_state(module: nn.Module, state: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{name!r} was saved as {tuple(state[name].shape)}, is {tuple(tensor.shape)}"
             )
-        tensor.copy_(state[name])
+        if not tensor.is_meta:
+            tensor.copy_(state[name])

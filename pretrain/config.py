@@ -14,6 +14,7 @@ from peerlearn.data.views_config import ViewsConfig, recipes_of
 from peerlearn.runs.save_config import SaveConfig
 from pretrain.cohort_config import CohortConfig
 from pretrain.method_config import PrototypicalConfig, QueueConfig, SupervisedConfig
+from pretrain.parallel_config import ParallelConfig
 
 Backend = Literal["memory", "folder", "ffcv"]
 Term = Literal["scl_hard", "scl_soft", "icl_hard", "icl_soft"]
@@ -244,6 +245,7 @@ class PretrainConfig:
     max_skipped_steps: int = 3
     rank_timeout_seconds: float = changeable(600.0)
     cohort: CohortConfig = field(default_factory=CohortConfig)
+    parallel: ParallelConfig = changeable(default_factory=ParallelConfig, is_added=True)
     queue: QueueConfig = field(default_factory=QueueConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     prototypical: PrototypicalConfig = field(default_factory=PrototypicalConfig)
@@ -299,6 +301,8 @@ class PretrainConfig:
         if self.monitor.linear:
             self._check_probe()
         self._check_groups()
+        if self.parallel.is_split:
+            self._check_split()
         if self.method == "supervised":
             self._check_supervised()
         elif self.method == "prototypical":
@@ -318,6 +322,32 @@ class PretrainConfig:
         require(
             self.data.split != "test",
             "data.split must not be test with monitor.linear: accuracy is measured on it",
+        )
+
+    def _check_split(self) -> None:
+        """What cannot be parted between processes that hold different networks."""
+        wish = f"parallel.cohort must be 1, got {self.parallel.cohort}"
+        require(
+            self.cohort.networks > 1,
+            f"{wish}: with cohort.networks 1 there is nothing to share out; more processes take parts of the batch as "
+            "it is",
+        )
+        require(
+            self.method != "prototypical",
+            f"{wish}: method prototypical chooses its networks together on one process",
+        )
+        require(
+            self.supervised.teaching in ("none", "dml", "ensemble_teaching"),
+            f"{wish}: supervised.teaching {self.supervised.teaching} learns a part that all networks share",
+        )
+        require(
+            self.cohort.share_stages in (None, 0),
+            f"{wish}: networks that share stages (cohort.share_stages {self.cohort.share_stages}) train on the same "
+            "processes; or set cohort.share_stages to 0",
+        )
+        require(
+            self.precision != "fp16",
+            f"{wish}: precision fp16 scales the losses of each process by its own gradients; take bf16",
         )
 
     def _check_groups(self) -> None:

@@ -22,6 +22,7 @@ from peerlearn.runs.directory import RunDirectory
 from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort
 from pretrain.config import METHODS, PretrainConfig
+from pretrain.exchange import Exchange
 from pretrain.monitor import Monitor
 from pretrain.online_probe import OnlineProbe
 from pretrain.terms import Terms
@@ -45,10 +46,11 @@ class Method(Protocol):
         labels: what the images' labels are for.
         cohort: networks that learn.
         config: config of the run.
+        exchange: what networks on different processes send each other.
         ranks: processes that train together.
         peers: momentum networks, one per network; None without.
-        fresh_keys: keys of this step's micro-batches so far, each (M, ranks, B, D), in a list for each view that the
-            momentum networks encode; () without them.
+        fresh_keys: keys of this step's micro-batches so far, each (M, ranks of a team, B, D), in a list for each view
+            that the momentum networks encode; () without them.
         best: networks as they were at the epoch that validation chose; None for methods that do not choose.
         probe: linear classifiers that learn beside the networks, for the monitor; None where none are asked for.
     """
@@ -58,6 +60,7 @@ class Method(Protocol):
 
     cohort: Cohort
     config: PretrainConfig
+    exchange: Exchange
     ranks: Ranks
     peers: Cohort | None = None
     fresh_keys: tuple[list[Tensor], ...] = ()
@@ -65,11 +68,12 @@ class Method(Protocol):
     probe: OnlineProbe | None = None
 
     def __init__(
-        self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
+        self, cohort: Cohort, config: PretrainConfig, exchange: Exchange, *, steps_per_epoch: int
     ) -> None:
         self.cohort = cohort
         self.config = config
-        self.ranks = ranks
+        self.exchange = exchange
+        self.ranks = exchange.ranks
 
     @classmethod
     def sampler(cls, config: PretrainConfig, dataset: ImageDataset) -> Sampler:
@@ -177,10 +181,19 @@ def method_class(name: str) -> type[Method]:
 
 
 def build_method(
-    cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
+    cohort: Cohort,
+    config: PretrainConfig,
+    ranks: Ranks,
+    *,
+    steps_per_epoch: int = 1,
+    exchange: Exchange | None = None,
 ) -> Method:
-    """The method that ``config.method`` names, for one of the ranks that train the cohort together."""
-    return method_class(config.method)(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
+    """The method that ``config.method`` names, for one of the ranks that train the cohort together.
+
+    Without an ``exchange`` every rank holds all networks.
+    """
+    exchange = exchange or Exchange.of_one_team(ranks, config.cohort.networks)
+    return method_class(config.method)(cohort, config, exchange, steps_per_epoch=steps_per_epoch)
 
 
 def networks_of(method: Method) -> Sequence[Cohort]:

@@ -8,7 +8,6 @@ import logging
 import torch
 from torch import Tensor
 
-from peerlearn.compute.dist import Ranks
 from peerlearn.compute.schedules import ema_momentum
 from peerlearn.counter_random import SHUFFLE_BN, permutation
 from pretrain.cohort import (
@@ -19,6 +18,7 @@ from pretrain.cohort import (
     update_momentum,
 )
 from pretrain.config import PretrainConfig
+from pretrain.exchange import Exchange
 from pretrain.key_queue import KeyQueue
 from pretrain.losses import MCLTerms, queue_terms_by_network, view_terms_by_network
 from pretrain.method import Method
@@ -38,9 +38,14 @@ class MoCo(Method):
     peers: Cohort
 
     def __init__(
-        self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
+        self,
+        cohort: Cohort,
+        config: PretrainConfig,
+        exchange: Exchange,
+        *,
+        steps_per_epoch: int = 1,
     ) -> None:
-        super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
+        super().__init__(cohort, config, exchange, steps_per_epoch=steps_per_epoch)
         self._steps_per_epoch = steps_per_epoch
         self._momentum = config.queue.momentum
         self.peers = momentum_peers(cohort)
@@ -48,7 +53,7 @@ class MoCo(Method):
             config.cohort.networks,
             config.queue.size,
             config.cohort.embedding_dim,
-            device=ranks.device,
+            device=self.ranks.device,
         )
         # Those of the swapped views apart.
         self.fresh_keys = ([], [])
@@ -93,12 +98,12 @@ class MoCo(Method):
     def _one_way(
         self, query_view: Tensor, key_view: Tensor, labels: Tensor | None, fresh_keys: list[Tensor]
     ) -> MCLTerms:
-        query = self.embed(query_view, labels)
+        query = self.exchange.part(self.embed(query_view, labels))
         keys = self._encode_keys(key_view)
         fresh_keys.append(keys)
         return queue_terms_by_network(
             query,
-            keys[:, self.ranks.rank],
+            self.exchange.own_part(keys.flatten(1, 2)),
             self.queue.keys,
             temperature=self.config.temperature,
             soft_temperature=self.config.soft_temperature,
@@ -108,14 +113,16 @@ class MoCo(Method):
 
     @torch.no_grad()
     def _encode_keys(self, view: Tensor) -> Tensor:
-        """Every rank's keys (M, ranks, B, D) of its view (B, channels, S, S), gathered in one collective.
+        """Every network's keys (M, R, B, D) of the views (B, channels, S, S) of all R ranks of a team.
 
-        Where batch norm has parts, they are shuffled over all ranks, so that no query shares its part's statistics
-        with its key (shuffle-BN, MoCo section 3.3).
+        Where batch norm has parts, they are shuffled over all ranks of the team, so that no query shares its part's
+        statistics with its key (shuffle-BN, MoCo section 3.3).
         """
-        ranks, size = self.ranks, len(view)
+        ranks, size = self.exchange.team, len(view)
+        by_rank = (ranks.world_size, size)
         if not self._shuffles:
-            return ranks.gather(self.peers(view).unsqueeze(1), dim=1)
+            keys: Tensor = self.exchange.gather(self.peers(view)).unflatten(1, by_rank)
+            return keys
         order = permutation(
             ranks.world_size * size,
             SHUFFLE_BN,
@@ -125,14 +132,14 @@ class MoCo(Method):
         ).to(view.device, non_blocking=True)
         own = order[ranks.rank * size : (ranks.rank + 1) * size]
         images = ranks.gather(view)[own].contiguous(memory_format=torch.channels_last)
-        shuffled = ranks.gather(self.peers(images), dim=1)
-        in_order: Tensor = shuffled[:, order.argsort()].unflatten(1, (ranks.world_size, size))
-        return in_order
+        in_order = ranks.gather(self.peers(images), dim=1)[:, order.argsort()]
+        of_all: Tensor = self.exchange.of_all_teams(in_order).unflatten(1, by_rank)
+        return of_all
 
     @property
     def _shuffles(self) -> bool:
         cohort = self.config.cohort
-        parts = self.ranks.world_size > 1 or cohort.batch_norm_splits > 1
+        parts = self.exchange.team.world_size > 1 or cohort.batch_norm_splits > 1
         return parts and not cohort.sync_batch_norm
 
     def end_step(self) -> None:
@@ -177,16 +184,16 @@ class SimCLR(Method):
         """The terms of one batch, two views (B, channels, S, S) of each image: four (M,) vectors."""
         # One forward of both views: batch norm sees all 2B images, as in the published code. Its parts, if any, and
         # every rank have both views of their own images.
-        parts = max(self.config.cohort.batch_norm_splits // self.ranks.world_size, 1)
+        parts = max(self.config.cohort.batch_norm_splits // self.exchange.team.world_size, 1)
         images = torch.stack([view.unflatten(0, (parts, -1)) for view in views], dim=1)
         if labels is not None:
             labels = labels.unflatten(0, (parts, -1)).repeat(1, 2).flatten()
         embedding = self.embed(
             images.flatten(0, 2).contiguous(memory_format=torch.channels_last), labels
         )
-        by_view = embedding.unflatten(1, (parts, 2, -1)).transpose(1, 2).flatten(2, 3)
+        by_view = embedding.unflatten(1, (parts, 2, -1)).transpose(2, 3).flatten(1, 2)
         return view_terms_by_network(
-            self.ranks.gather_with_gradient(by_view, dim=2),
+            self.exchange.whole(by_view).transpose(1, 2),
             temperature=self.config.temperature,
             soft_temperature=self.config.soft_temperature,
             same_sample_positive=self.config.same_sample_positive,

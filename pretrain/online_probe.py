@@ -36,9 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_probe(
-    cohort: Cohort, dataset: ImageDataset, ranks: Ranks, *, dtype: torch.dtype = torch.float32
+    cohort: Cohort,
+    dataset: ImageDataset,
+    ranks: Ranks,
+    *,
+    main: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> "OnlineProbe | None":
-    """The probe of a cohort that is trained on these images; None where they have no labels, and a line says so."""
+    """The probe of a cohort that is trained on these images; None where they have no labels, and ``main`` says so."""
     why = None
     if not is_labelled(dataset):
         why = f"{dataset.title} {dataset.split} has not a label for every image{because(dataset)}"
@@ -46,8 +51,8 @@ def build_probe(
         why = f"the splits of {dataset.title} are of different classes"
     if why is None:
         widths = [int(backbone.num_features) for backbone in cohort.backbones]  # type: ignore[arg-type]
-        return OnlineProbe(widths, dataset.num_classes, ranks, dtype=dtype)
-    if ranks.main:
+        return OnlineProbe(widths, dataset.num_classes, ranks, here=cohort.here, dtype=dtype)
+    if main:
         logger.warning("the linear probe is off: %s", why)
     return None
 
@@ -67,6 +72,7 @@ class OnlineProbe:
         num_classes: int,
         ranks: Ranks,
         *,
+        here: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Begin with weights of 0.
@@ -74,12 +80,15 @@ class OnlineProbe:
         Args:
             widths: D of each network.
             num_classes: C.
-            ranks: the processes that train together.
+            ranks: the processes that train these networks together.
+            here: numbers of the networks that this process trains, as of `Cohort`; None = all.
             dtype: number format of the classifiers, whatever the networks'.
         """
         self._ranks = ranks
         self._classifiers: Any = nn.ModuleList(_Classifier(d, num_classes) for d in widths)
-        self._classifiers.to(ranks.device, dtype)
+        self._here = range(len(widths)) if here is None else here
+        for m, classifier in enumerate(self._classifiers):
+            classifier.to(ranks.device if m in self._here else "meta", dtype)
         self._optimizer = torch.optim.SGD(
             [
                 {"params": list(each.parameters()), "lr": _LEARNING_RATE_TIMES_WIDTH / d}
@@ -100,8 +109,9 @@ class OnlineProbe:
         assert self._seen, "a method that is probed encodes its batches by Method.embed"
         labels = self._ranks.gather(torch.cat([labels for _, labels in self._seen]))
         losses = []
-        for m, classifier in enumerate(self._classifiers):
-            own = torch.cat([features[m] for features, _ in self._seen]).to(self._weight)
+        for i, m in enumerate(self._here):
+            classifier = self._classifiers[m]
+            own = torch.cat([features[i] for features, _ in self._seen]).to(self._weight)
             together = self._ranks.gather(own)
             classifier.follow(together)
             losses.append(F.cross_entropy(classifier(together), labels))
@@ -117,8 +127,10 @@ class OnlineProbe:
 
     def metrics(self) -> dict[str, float]:
         """The cross-entropy of every network's classifier on the newest batch, before it learned from it."""
-        losses = [] if self._losses is None else self._losses.tolist()
-        return {score_name(m, "linear_loss"): loss for m, loss in enumerate(losses)}
+        if self._losses is None:
+            return {}
+        losses = zip(self._here, self._losses.tolist(), strict=True)
+        return {score_name(m, "linear_loss"): loss for m, loss in losses}
 
     @torch.no_grad()
     def logits(self, features: Sequence[Tensor]) -> Tensor:
@@ -129,12 +141,18 @@ class OnlineProbe:
     @property
     def _weight(self) -> Tensor:
         """A weight, whose device and number format are those of the classifiers."""
-        weight: Tensor = self._classifiers[0].weight
+        weight: Tensor = self._classifiers[self._here[0]].weight
         return weight
 
     def bytes_to_come(self) -> int:
         """Size of the state that its optimiser will have after the first step."""
         return bytes_to_come(self._optimizer)
+
+    @property
+    def module(self) -> nn.Module:
+        """The classifiers of all networks, those of other processes on the device "meta"."""
+        classifiers: nn.Module = self._classifiers
+        return classifiers
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps of it."""

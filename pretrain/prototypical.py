@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerlearn.compute.device import full_float32
-from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import TRAINING_EPISODES, random_bits
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import sampler_of
@@ -25,6 +24,7 @@ from pretrain.best_networks import BestNetworks
 from pretrain.cohort import Cohort
 from pretrain.config import PretrainConfig
 from pretrain.episode_monitor import EpisodeMonitor, validation_episodes
+from pretrain.exchange import Exchange
 from pretrain.finite import require_finite
 from pretrain.losses import MCLTerms, batch_terms_by_network, widen
 from pretrain.method import Method, Watch
@@ -51,9 +51,14 @@ class Prototypical(Method):
     best: BestNetworks
 
     def __init__(
-        self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1
+        self,
+        cohort: Cohort,
+        config: PretrainConfig,
+        exchange: Exchange,
+        *,
+        steps_per_epoch: int = 1,
     ) -> None:
-        super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
+        super().__init__(cohort, config, exchange, steps_per_epoch=steps_per_epoch)
         self.best = BestNetworks(cohort)
 
     @classmethod

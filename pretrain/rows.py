@@ -47,7 +47,9 @@ def gradient_norms(cohort: Cohort) -> dict[str, float]:
             norms[score_name(m, "gradient_norm")] = torch.linalg.vector_norm(
                 torch.stack(torch._foreach_norm(own))
             )
-    return dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True))
+    # All networks of this process may be frozen.
+    values = torch.stack([*norms.values()]).tolist() if norms else []
+    return dict(zip(norms, values, strict=True))
 
 
 def scores_text(row: dict[str, float], *, epoch: int) -> str:

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -43,6 +44,7 @@ from peerlearn.runs.terminal import say
 from pretrain.cohort import Cohort, build_networks, load_named_state, named_state
 from pretrain.compiled import Compiled
 from pretrain.config import PretrainConfig
+from pretrain.exchange import Exchange
 from pretrain.exports import TrainingImages, export_cohort, measured_row
 from pretrain.initial_weights import (
     InitialWeights,
@@ -54,12 +56,14 @@ from pretrain.initial_weights import (
 )
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
 from pretrain.online_probe import build_probe
+from pretrain.parallel_config import Team
 from pretrain.terms import mutual_weight
 from pretrain.training_data import (
     TrainingData,
     load_training_data,
     view_recipes,
 )
+from pretrain.whole_cohort import whole_on_main
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +165,36 @@ class Training(Resumable):
     def trained(self) -> nn.Module:
         return self.cohort
 
+    @property
+    def layout(self) -> str:
+        return self.config.parallel.layout(self.config.cohort.networks, self.ranks.world_size)
+
+    def whole(self) -> AbstractContextManager[None]:
+        probe, config = self.method.probe, self.config
+        peers = config.monitor.key_networks or config.checkpoint.export_key_networks
+        return whole_on_main(
+            networks_of(self.method) if peers else [self.cohort],
+            [probe.module] if probe else [],
+            self.method.exchange,
+        )
+
+    def whole_tensors(self) -> dict[str, dict[str, Tensor]]:
+        tensors, exchange = self.tensors(), self.method.exchange
+        if not exchange.is_split:
+            return tensors
+        here = {
+            (group, name): tensor
+            for group, named in tensors.items()
+            for name, tensor in named.items()
+            if not tensor.is_meta
+        }
+        own = {f"{group}/{name}": t for (group, name), t in here.items() if exchange.team.main}
+        whole: dict[str, dict[str, Tensor]] = {group: {} for group in tensors}
+        for key, tensor in self.ranks.to_main(own).items():
+            group, _, name = key.partition("/")
+            whole[group][name] = tensor
+        return whole
+
     def bytes_to_come(self) -> int:
         probe = self.method.probe
         return bytes_to_come(self.optimizer) + (probe.bytes_to_come() if probe else 0)
@@ -202,6 +236,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         UserError: data, device or networks that cannot be had as the config asks.
     """
     device = ranks.device
+    exchange = Exchange(ranks, teams_of(config, ranks.world_size))
     check_share(config, ranks.world_size)
     kind = method_class(config.method)
     data = ranks.main_first(lambda: load_training_data(config, ranks, kind.labels))
@@ -218,8 +253,8 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         seed=config.seed,
         device=device,
         views=kind.views,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=exchange.team.rank,
+        world_size=exchange.team.world_size,
         workers=config.data.workers,
         max_unreadable_percent=config.data.max_unreadable_percent,
     )
@@ -229,8 +264,18 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         in_chans=dataset.channels,
         image_size=image_size,
         num_classes=num_classes,
-        ranks=ranks,
-    ).to(device)
+        ranks=exchange.team,
+    )
+    if exchange.is_split:
+        if cohort.shared_stages:
+            raise ranks.told_once(
+                UserError(
+                    "cohort.share_stages must be 0 with parallel.cohort: these networks share stages by the paper's "
+                    "rule, and networks that do train on the same processes"
+                )
+            )
+        cohort.keep(exchange.networks)
+    cohort.to_device(device)
     for backbone in cohort.backbones if num_classes else ():
         # Before training, not at the first export.
         check_classifier(backbone, num_classes, in_chans=dataset.channels, image_size=image_size)
@@ -239,9 +284,11 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         cohort.compiled = Compiled()
         if ranks.main:
             print("the first step compiles the networks, which takes a minute or more")
-    method = build_method(cohort, config, ranks, steps_per_epoch=loader.steps_per_epoch)
+    method = build_method(
+        cohort, config, ranks, steps_per_epoch=loader.steps_per_epoch, exchange=exchange
+    )
     if config.monitor.linear:
-        method.probe = build_probe(cohort, dataset, ranks)
+        method.probe = build_probe(cohort, dataset, exchange.team, main=ranks.main)
     watch = None
     if config.monitor.every_epochs and ranks.main:
         watch = method.build_monitor(data, augmentation=augmentation, image_size=image_size)
@@ -255,7 +302,9 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         cohort=cohort,
         method=method,
         optimizer=build_optimizer(cohort, config.optimizer, lr=config.lr),
-        gradient_average=GradientAverage(cohort.parameters(), ranks),
+        gradient_average=GradientAverage(
+            (p for p in cohort.parameters() if not p.is_meta), exchange.team
+        ),
         precision=Precision(config.precision, device, tf32=config.tf32),
         guard=StepGuard(networks_of(method), max_skipped_in_a_row=config.max_skipped_steps),
         unreadable=UnreadableImages(len(dataset), config.data.max_unreadable_percent),
@@ -263,18 +312,43 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
     )
 
 
+def teams_of(config: PretrainConfig, processes: int) -> list[Team]:
+    """Which of so many processes train which networks.
+
+    Raises:
+        UserError: the config's teams do not fit them.
+    """
+    try:
+        return config.parallel.teams(config.cohort.networks, processes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def check_share(config: PretrainConfig, processes: int) -> None:
-    """Each rank's part of a micro-batch must give batch norm something to normalise.
+    """Each rank's part of a micro-batch must give batch norm something to normalise, and losses their images.
 
     Raises:
         UserError: it does not.
     """
-    parts = processes * config.accumulation_steps
-    images = config.images_per_step
-    if images % parts or images // parts < 2:
+    images, accumulation = config.images_per_step, config.accumulation_steps
+    teams = teams_of(config, processes)
+    sizes = {len(team.ranks) for team in teams}
+    if len(sizes) > 1 and accumulation > 1:
         raise UserError(
-            f"{config.step_in_words} must divide into {processes} processes x accumulation_steps "
-            f"{config.accumulation_steps} = {parts} parts of at least 2 images"
+            f"accumulation_steps must be 1, got {accumulation}, where parallel.cohort gives networks unlike numbers of "
+            "processes: parts of the batch would be of other images for each"
+        )
+    for size in sorted(sizes):
+        parts = size * accumulation
+        if images % parts or images // parts < 2:
+            raise UserError(
+                f"{config.step_in_words} must divide into {size} processes{' of a team' if len(teams) > 1 else ''} x "
+                f"accumulation_steps {accumulation} = {parts} parts of at least 2 images"
+            )
+    if images % (processes * accumulation):
+        raise UserError(
+            f"{config.step_in_words} must divide into {processes} processes x accumulation_steps {accumulation}: each "
+            "computes the losses of as many images"
         )
 
 

@@ -54,7 +54,7 @@ class StepRecord:
         self.terms.append(type(terms)(*(term.detach() for term in terms)))
         # In the order of the batch, which batch norm in parts shuffles.
         for keys in filter(None, method.fresh_keys):
-            self._note("embedding", KEY_PREFIX, keys[-1][:, method.ranks.rank])
+            self._note("embedding", KEY_PREFIX, keys[-1][:, method.exchange.team.rank])
 
     def _note(self, figure: str, prefix: str, outputs: Sequence[Tensor] | Tensor) -> None:
         for m, output in enumerate(outputs):

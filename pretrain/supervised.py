@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlearn.compute.dist import Ranks
 from peerlearn.counter_random import NUM_NEGATIVES, random_bits
 from peerlearn.data.datasets import ImageDataset
 from peerlearn.data.loader import sampler_of
@@ -34,6 +33,7 @@ from pretrain.distill import (
     ramp,
     vanilla_by_network,
 )
+from pretrain.exchange import Exchange
 from pretrain.final_accuracy import write_final_accuracy
 from pretrain.finite import require_finite
 from pretrain.gates import scale_gradient
@@ -59,9 +59,9 @@ class Supervised(Method):
     labels = "classified"
 
     def __init__(
-        self, cohort: Cohort, config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int
+        self, cohort: Cohort, config: PretrainConfig, exchange: Exchange, *, steps_per_epoch: int
     ) -> None:
-        super().__init__(cohort, config, ranks, steps_per_epoch=steps_per_epoch)
+        super().__init__(cohort, config, exchange, steps_per_epoch=steps_per_epoch)
         self._steps_per_epoch = steps_per_epoch
         networks = config.cohort.networks
         classes = cohort.get_parameter("classifiers.0.weight").shape[0]
@@ -111,28 +111,31 @@ class Supervised(Method):
         shrunk = self.config.supervised.teaching == "cl_ilr"
         heard = scale_gradient(trunk, 1 / self.config.cohort.networks) if shrunk else trunk
         features = self.cohort.branches(heard)
-        logits = self.cohort.classify(features)
         # What the ranks do together comes first: a check that fails on one of them must not keep the others waiting.
+        logits = self.exchange.part(self.cohort.classify(features))
         mixing = self._mixing(trunk, features)
-        together = self._logits_of_all_ranks(logits.detach(), labels)
-        contrastive = self._contrast(features, labels)
+        whole_labels = self.exchange.labels(labels)
+        together = self._logits_of_all_ranks(logits.detach(), whole_labels)
+        contrastive = self._contrast(features, whole_labels)
+        own_labels = self.exchange.own_part(whole_labels[None])[0]
         require_finite("cross_entropy", "logits", logits)
         self._fresh_weights = self._solve(together)
         return SupervisedTerms(
-            *contrastive, vanilla_by_network(logits, labels), self._teach(logits, labels, mixing)
+            *contrastive,
+            vanilla_by_network(logits, own_labels),
+            self._teach(logits, own_labels, mixing),
         )
 
     def _contrast(self, features: list[Tensor], labels: Tensor) -> MCLTerms:
-        """The four contrastive terms, over the batches of all ranks; empty ones where none trains."""
+        """The four contrastive terms of the global batch, with its labels; empty ones where none trains."""
         config = self.config
         if not config.contrastive:
             nothing = features[0].new_zeros(0, dtype=torch.float32)
             return MCLTerms(nothing, nothing, nothing, nothing)
-        labels = self.ranks.gather(labels)
         generator = torch.Generator()
         generator.manual_seed(int(random_bits(NUM_NEGATIVES, config.seed, self._step)))
         return batch_terms_by_network(
-            self.ranks.gather_with_gradient(self.cohort.embed(features), dim=1),
+            self.exchange.whole(self.cohort.embed(features)),
             labels,
             temperature=config.temperature,
             soft_temperature=config.soft_temperature,
@@ -150,11 +153,11 @@ class Supervised(Method):
         return mixing
 
     def _logits_of_all_ranks(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Logits (M, B, C) and labels (B,) of the global batch; None where this step needs no ensemble weights."""
+        """Logits (M, B, C) of the global batch, with its labels; None where this step needs no ensemble weights."""
         needed = self.config.supervised.teaching == "ensemble_teaching"
         if len(logits) == 1 or not (needed or self._step % _WEIGHTS_EVERY_STEPS == 0):
             return None
-        return self.ranks.gather(logits, dim=1), self.ranks.gather(labels)
+        return self.ranks.gather(logits, dim=1), labels
 
     def _solve(self, together: tuple[Tensor, Tensor] | None) -> Tensor | None:
         """Eq. 9 over the global batch."""

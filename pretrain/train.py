@@ -61,7 +61,8 @@ def train(attempt: Attempt[Training]) -> bool:
         _write_row(attempt)
         _export_if_due(training)
     if training.step == training.total_steps:
-        training.ranks.from_main(lambda: export_last_again(training))
+        with training.whole():
+            training.ranks.from_main(lambda: export_last_again(training))
     while training.step < training.total_steps:
         epoch, start_step = divmod(training.step, training.steps_per_epoch)
         training.unreadable.begin_epoch(epoch)
@@ -108,6 +109,7 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
     lr, mutual = _set_learning_rate(training), training.mutual_weight
     method.begin_step(training.step)  # 2
 
+    method.exchange.bytes_sent = 0
     optimizer.zero_grad(set_to_none=True)
     parts: list[Terms] = []
     refused = None
@@ -145,7 +147,9 @@ def train_step(attempt: Attempt[Training], batch: ViewBatch) -> StepDone:
         return StepDone(lr, mutual, parts, skipped=True)
     precision.unscale(optimizer)
     precision.step(optimizer)  # 4
-    ranks.average_([tensor for each in networks_of(method) for tensor in statistics(each)])
+    method.exchange.team.average_(
+        [tensor for each in networks_of(method) for tensor in statistics(each)]
+    )
     method.end_step()  # 5
     if method.probe is not None:
         method.probe.step()
@@ -176,12 +180,26 @@ def step_row(training: Training, done: StepDone) -> dict[str, float]:
     if not done.skipped:
         terms = mean_terms(done.terms, training.ranks)
         losses = loss_row(terms, training.config, done.mutual)
-        row = losses | row | gradient_norms(training.cohort) | training.precision.metrics()
+        own = gradient_norms(training.cohort)
         if training.method.probe is not None:
-            row |= training.method.probe.metrics()
+            own |= training.method.probe.metrics()
+        row = losses | row | _of_all_networks(own, training) | training.precision.metrics()
     if training.dataset.has_files:
         row["unreadable_images"] = training.unreadable.in_epoch
     return row
+
+
+def _of_all_networks(own: dict[str, float], training: Training) -> dict[str, float]:
+    """Figures of the networks of all processes, and what these have sent each other for a step."""
+    exchange = training.method.exchange
+    if not exchange.is_split:
+        return own
+    together = {name: value for each in training.ranks.collect(own) for name, value in each.items()}
+    sent = {
+        "exchange_bytes_per_rank": exchange.bytes_sent,
+        "gradient_bytes_per_rank": training.gradient_average.bytes_sent,
+    }
+    return together | sent
 
 
 def _write_row(attempt: Attempt[Training]) -> None:
@@ -201,7 +219,8 @@ def _write_row(attempt: Attempt[Training]) -> None:
 def _export_if_due(training: Training) -> None:
     if _epoch_due(training, training.config.checkpoint.export_every_epochs):
         ended = training.step == training.total_steps
-        training.ranks.from_main(lambda: export(training, must=ended))
+        with training.whole():
+            training.ranks.from_main(lambda: export(training, must=ended))
 
 
 def _measure_untrained(attempt: Attempt[Training]) -> None:

@@ -72,7 +72,8 @@ class Attempt(Generic[T]):
             with self._stop.at_once():
                 return measure()
 
-        return self.training.ranks.from_main(interruptible)
+        with self.training.whole():
+            return self.training.ranks.from_main(interruptible)
 
     def begin_step(self) -> None:
         """Begin a step: give a sign of life, seed torch's own generators, copy the buffers.

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -62,12 +62,17 @@ class Ranks:
         world_size: int = 1,
         timeout_seconds: float = math.inf,
         patient_group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | None = None,
+        part_of: "Ranks | None" = None,
     ) -> None:
         self.device = device
         self.rank = rank
         self.world_size = world_size
         self._timeout_seconds = timeout_seconds
         self._patient_group = patient_group
+        # None = of all processes.
+        self._group = group
+        self._part_of = part_of
         self._heartbeat: Heartbeat | None = None
         self._stacks: TextIO | None = None
 
@@ -79,6 +84,31 @@ class Ranks:
     def main(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
+
+    def split(self, teams: Sequence[Sequence[int]]) -> "Ranks":
+        """This process among those of its team alone. All ranks call it together, with the same teams.
+
+        Args:
+            teams: numbers of the ranks of each team; every rank is in one of them.
+
+        Returns:
+            The team, for sums and gathers within it; its first rank has number 0 there.
+        """
+        if len(teams) == 1:
+            return self
+        own = self
+        for team in teams:
+            # Every process has to know of every group.
+            group: Any = dist.new_group(list(team))
+            if self.rank in team:
+                own = Ranks(
+                    self.device,
+                    rank=list(team).index(self.rank),
+                    world_size=len(team),
+                    group=group,
+                    part_of=self,
+                )
+        return own
 
     def start_heartbeat(self, folder: Path, stacks: TextIO) -> None:
         """Start this rank's heartbeat in ``folder``, by which the others can name it if it dies.
@@ -105,7 +135,7 @@ class Ranks:
         part = tensor.detach().movedim(dim, 0).contiguous()
         whole = part.new_empty((self.world_size * part.shape[0], *part.shape[1:]))
         with self._collective("gather"):
-            _all_gather(whole, part)
+            _all_gather(whole, part, group=self._group)
         return whole.movedim(0, dim)
 
     def gather_with_gradient(self, tensor: Tensor, dim: int = 0) -> Tensor:
@@ -131,21 +161,21 @@ class Ranks:
         for bucket in buckets_of(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).div_(self.world_size)
             with self._collective("average"):
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self._group)
             for tensor, mean in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(mean.view(tensor.shape))
 
     def begin_sum(self, values: Tensor) -> "Sum":
         """Begin to add up a tensor over the ranks, in place. All ranks begin their sums in the same order."""
         with self._collective("average"):
-            return Sum(self, values, dist.all_reduce(values, async_op=True))
+            return Sum(self, values, dist.all_reduce(values, group=self._group, async_op=True))
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum of a small tensor over all ranks, as a new tensor."""
         total = values.clone()
         if self.world_size > 1:
             with self._collective("add_up"):
-                dist.all_reduce(total)
+                dist.all_reduce(total, group=self._group)
         return total
 
     def any(self, condition: bool) -> bool:
@@ -164,6 +194,42 @@ class Ranks:
         padded[: len(text)] = text
         rows = self.gather(padded.unsqueeze(0)).cpu().numpy()
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def to_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Send tensors of any shapes to the main rank. Names that several ranks have are sent by the first of them.
+
+        All ranks call it together; those with nothing to send too. No tensor goes to a rank that does not need it.
+
+        Returns:
+            On the main rank its own tensors as they are and those of the others on the CPU; elsewhere ``tensors``.
+        """
+        if self.world_size == 1:
+            return dict(tensors)
+        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+        facts = self.collect([[name, dtypes[name], [*t.shape]] for name, t in tensors.items()])
+        known: set[str] = set()
+        found = dict(tensors)
+        for rank, own in enumerate(facts):
+            due = [fact for fact in own if fact[0] not in known]
+            known.update(name for name, *_ in due)
+            if rank == 0 or self.rank not in (0, rank):
+                continue
+            if self.rank == rank:
+                parts = [tensors[name].detach().cpu() for name, *_ in due]
+            else:
+                parts = [torch.empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in due]
+                found |= {name: part for (name, *_), part in zip(due, parts, strict=True)}
+            for bucket in buckets_of(parts):
+                flat = torch.cat([part.reshape(-1) for part in bucket])
+                with self._collective("send to rank 0"):
+                    if self.main:
+                        dist.recv(flat, rank, group=self._patient_group)
+                    else:
+                        dist.send(flat, 0, group=self._patient_group)
+                sizes = [part.numel() for part in bucket]
+                for part, values in zip(bucket, flat.split(sizes), strict=True):
+                    part.copy_(values.view(part.shape))
+        return found
 
     def from_main(self, function: Callable[[], T]) -> T:
         """Call the function on the main rank alone; every rank gets the result, which JSON must be able to hold.
@@ -249,6 +315,10 @@ class Ranks:
 
     @contextmanager
     def _collective(self, name: str) -> Iterator[None]:
+        if self._part_of is not None:
+            with self._part_of._collective(name):
+                yield
+            return
         if self._heartbeat:
             self._heartbeat.enter(name)
         try:

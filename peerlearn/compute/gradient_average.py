@@ -16,6 +16,9 @@ class GradientAverage:
     shapes say, and they are sent from the last to the first on every rank, whichever is ready first: backward comes to
     the last layers first. So the sums have one order, and no rank waits for a bucket that another has not sent.
     A parameter without a gradient counts as 0 and stays without.
+
+    Attributes:
+        bytes_sent: number of bytes of a step's gradients that a rank hands to the sums.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
@@ -23,9 +26,11 @@ class GradientAverage:
         self._buckets: list[list[nn.Parameter]] = []
         self._to_come: list[int] = []
         self._sent: list[Sum] = []
+        self.bytes_sent = 0
         if ranks.world_size == 1:
             return
         self._buckets = list(buckets_of([p for p in parameters if p.requires_grad]))[::-1]
+        self.bytes_sent = sum(p.nbytes for bucket in self._buckets for p in bucket)
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(partial(self._note, number))

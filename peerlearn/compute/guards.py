@@ -36,7 +36,7 @@ class StepGuard:
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, max_skipped_in_a_row: int) -> None:
-        self._buffers = [buffer for module in modules for buffer in module.buffers()]
+        self._buffers = [b for module in modules for b in module.buffers() if not b.is_meta]
         self._remembered = [torch.empty_like(buffer) for buffer in self._buffers]
         self._max_in_a_row = max_skipped_in_a_row
         self.skipped = 0
@@ -97,13 +97,13 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def require_finite_weights(module: nn.Module) -> None:
-    """Make sure that only finite weights are saved or exported.
+    """Make sure that only finite weights are saved or exported. Those on the device "meta" lie in another process.
 
     Raises:
         NonFiniteError: a parameter or a batch-norm statistic holds NaN or Inf.
     """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not all_finite([tensor]):
+        if not (tensor.is_meta or all_finite([tensor])):
             raise NonFiniteError(
                 f"{name} holds NaN or Inf: lower base_lr, and look at the losses in metrics.jsonl"
             )

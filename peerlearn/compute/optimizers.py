@@ -70,7 +70,10 @@ def build_optimizer(
 
 
 def optimizer_tensors(optimizer: "torch.optim.Optimizer") -> dict[str, "torch.Tensor"]:
-    """The optimiser's state as named tensors: ``<parameter number>.<name>``."""
+    """The optimiser's state as named tensors: ``<parameter number>.<name>``.
+
+    Parameters on the device "meta", which another process trains, have their numbers and no state.
+    """
     import torch
 
     state = optimizer.state_dict()["state"]
@@ -95,8 +98,10 @@ def load_optimizer_tensors(
     optimizer: "torch.optim.Optimizer", tensors: dict[str, "torch.Tensor"]
 ) -> None:
     """Restore what `optimizer_tensors` returned. Learning rates and decay stay those of the config."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = tensor
+        if not parameters[int(number)].is_meta:
+            state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -81,6 +82,19 @@ class Resumable(Protocol):
     @abstractmethod
     def trained(self) -> nn.Module:
         """The module that learns. Nothing of it is saved if it holds NaN or Inf."""
+
+    @property
+    def layout(self) -> str:
+        """What each process has of the training, in words; "" where all have the same. A save may be of another one."""
+        return ""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A block in which the main rank holds all that is trained. All ranks enter it together."""
+        return nullcontext()
+
+    def whole_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """On the main rank `tensors` of all processes together. All ranks call it together."""
+        return self.tensors()
 
     def bytes_to_come(self) -> int:
         """The bytes of later saves beyond today's `tensors`: the optimiser's state, before its first step."""

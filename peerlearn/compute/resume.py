@@ -186,7 +186,7 @@ def _check_same_run(
 ) -> None:
     _check_config(training, state["config"])
     check_images(training, folder, state)
-    _check_world_size(training, state["world_size"], allow_elastic=allow_elastic)
+    _check_layout(training, state, allow_elastic=allow_elastic)
     _note_environment(training, state["environment"])
 
 
@@ -255,17 +255,26 @@ def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
 
 
-def _check_world_size(training: Resumable, saved: int, *, allow_elastic: bool) -> None:
-    ranks = training.ranks
-    if saved == ranks.world_size:
+def _check_layout(training: Resumable, state: Mapping[str, Any], *, allow_elastic: bool) -> None:
+    saved, now = state["world_size"], training.ranks.world_size
+    # Saves of earlier versions know no layout.
+    before, layout = state.get("layout", ""), training.layout
+    if (saved, before) == (now, layout):
         return
     if not allow_elastic:
         raise RefusedResumeError(
-            f"{training.run.root} was trained by {saved} processes, and now there are {ranks.world_size}: start as "
-            "many, or accept a valid run that is not bit for bit the same with `peerlearn resume --allow_elastic`"
+            f"{training.run.root} was trained by {_processes(saved, before)}, and now there are "
+            f"{_processes(now, layout)}: start as many, with the same --parallel.cohort, or "
+            "accept a valid run that is not bit for bit the same with `peerlearn resume --allow_elastic`"
         )
-    logger.warning("%d processes go on with what %d began", ranks.world_size, saved)
-    training.run.event("world_size_changed", before=saved, now=ranks.world_size)
+    logger.warning(
+        "%s go on with what %s began", _processes(now, layout), _processes(saved, before)
+    )
+    training.run.event("world_size_changed", before=saved, now=now)
+
+
+def _processes(number: int, layout: str) -> str:
+    return f"{number} processes{f' ({layout})' if layout else ''}"
 
 
 def _note_environment(training: Resumable, saved: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ def save(training: Resumable, *, attempt: int) -> str | None:
     """
     ranks, run, saves = training.ranks, training.run, training.saves
     require_finite_weights(training.trained())
+    tensors = training.whole_tensors()
     rng = {
         f"rank-{rank}.{name}": state
         for name, tensor in generator_states(ranks.device).items()
@@ -49,7 +50,7 @@ def save(training: Resumable, *, attempt: int) -> str | None:
                 save_checkpoint(
                     run.checkpoints,
                     training.step,
-                    {**training.tensors(), "rng": rng},
+                    {**tensors, "rng": rng},
                     {**_state(training), "attempt": attempt},
                 )
         except OSError as error:
@@ -74,6 +75,7 @@ def _state(training: Resumable) -> dict[str, Any]:
         "config": dataclasses.asdict(training.config),
         "dataset": training.fingerprint,
         "world_size": training.ranks.world_size,
+        "layout": training.layout,
         "environment": environment(),
         "guard": training.guard.state(),
         "metrics_rows": training.run.metrics_count,

@@ -26,7 +26,9 @@ def use_double_precision() -> None:
     )
     pretrain.methods.KeyQueue = partial(pretrain.methods.KeyQueue, dtype=torch.float64)
     pretrain.state.build_networks = lambda *args, **named: build_networks(*args, **named).double()
-    pretrain.state.build_probe = lambda *args: build_probe(*args, dtype=torch.float64)
+    pretrain.state.build_probe = lambda *args, **named: build_probe(
+        *args, **named, dtype=torch.float64
+    )
     ViewLoader.epoch = double_views
 
 
