@@ -26,7 +26,7 @@ from pretrain.cohort import Cohort, build_networks
 from pretrain.config import PretrainConfig
 from pretrain.initial_weights import load_initial_weights, remarks
 from pretrain.method import Method, build_method, method_class
-from pretrain.state import check_share
+from pretrain.teams import check_share
 from pretrain.training_data import (
     IMAGE_FILE_SIZE,
     TrainingData,
@@ -208,11 +208,9 @@ def _memory(config: PretrainConfig, method: Method, activations: int, images: _I
         parts[f"what {config.method} keeps"] = own
     if images.held_bytes:
         parts["images"] = images.held_bytes
+    has = "all networks and the whole batch" if config.parallel.is_split else "the whole batch"
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    return (
-        f"memory: about {_size(sum(parts.values()))} where one process has the whole batch, beside torch itself "
-        f"({listed})"
-    )
+    return f"memory: about {_size(sum(parts.values()))} where one process has {has}, beside torch itself ({listed})"
 
 
 def _size(size_bytes: int) -> str:

@@ -27,6 +27,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     run = RunDirectory(arguments.run)
     config = _read_config(run, arguments)
+    if config.parallel.is_split:
+        raise UserError(
+            f"{run.root} was trained with parallel.cohort {config.parallel.cohort}: steps of networks on different "
+            "processes cannot be computed again by replay"
+        )
     step, last = arguments.step, last_step_begun(run)
     if not 1 <= step <= last:
         raise UsageError(

@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+import socket
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ from pretrain.initial_weights import (
 )
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
 from pretrain.online_probe import build_probe
-from pretrain.parallel_config import Team
+from pretrain.teams import check_share, placement, teams_of
 from pretrain.terms import mutual_weight
 from pretrain.training_data import (
     TrainingData,
@@ -236,8 +237,9 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         UserError: data, device or networks that cannot be had as the config asks.
     """
     device = ranks.device
-    exchange = Exchange(ranks, teams_of(config, ranks.world_size))
     check_share(config, ranks.world_size)
+    teams = teams_of(config, ranks.world_size)
+    exchange = Exchange(ranks, teams)
     kind = method_class(config.method)
     data = ranks.main_first(lambda: load_training_data(config, ranks, kind.labels))
     dataset = data.train
@@ -275,6 +277,9 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
                 )
             )
         cohort.keep(exchange.networks)
+        hosts = ranks.collect(socket.gethostname())
+        for line in placement(teams, hosts) if ranks.main else ():
+            say(line)
     cohort.to_device(device)
     for backbone in cohort.backbones if num_classes else ():
         # Before training, not at the first export.
@@ -310,46 +315,6 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         unreadable=UnreadableImages(len(dataset), config.data.max_unreadable_percent),
         watch=watch,
     )
-
-
-def teams_of(config: PretrainConfig, processes: int) -> list[Team]:
-    """Which of so many processes train which networks.
-
-    Raises:
-        UserError: the config's teams do not fit them.
-    """
-    try:
-        return config.parallel.teams(config.cohort.networks, processes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def check_share(config: PretrainConfig, processes: int) -> None:
-    """Each rank's part of a micro-batch must give batch norm something to normalise, and losses their images.
-
-    Raises:
-        UserError: it does not.
-    """
-    images, accumulation = config.images_per_step, config.accumulation_steps
-    teams = teams_of(config, processes)
-    sizes = {len(team.ranks) for team in teams}
-    if len(sizes) > 1 and accumulation > 1:
-        raise UserError(
-            f"accumulation_steps must be 1, got {accumulation}, where parallel.cohort gives networks unlike numbers of "
-            "processes: parts of the batch would be of other images for each"
-        )
-    for size in sorted(sizes):
-        parts = size * accumulation
-        if images % parts or images // parts < 2:
-            raise UserError(
-                f"{config.step_in_words} must divide into {size} processes{' of a team' if len(teams) > 1 else ''} x "
-                f"accumulation_steps {accumulation} = {parts} parts of at least 2 images"
-            )
-    if images % (processes * accumulation):
-        raise UserError(
-            f"{config.step_in_words} must divide into {processes} processes x accumulation_steps {accumulation}: each "
-            "computes the losses of as many images"
-        )
 
 
 def export_last_again(training: Training) -> None:

@@ -26,6 +26,7 @@ from peerlearn.runs.directory import RunDirectory
 from peerlearn.runs.generators import seed_generators
 from peerlearn.runs.stop import Stop
 from pretrain.config import PretrainConfig
+from pretrain.parallel_config import ParallelConfig
 from pretrain.state import Training, build
 from pretrain.train import step_row, train_step
 
@@ -77,7 +78,9 @@ def unwatched(config: PretrainConfig, folder: Path) -> Training:
     if ranks.device.type == "cpu":
         keep_freed_memory()
     unwatched = dataclasses.replace(config.monitor, every_epochs=0)
-    training = build(dataclasses.replace(config, monitor=unwatched), RunDirectory(folder), ranks)
+    # One process has all networks, as in most studies.
+    alone = dataclasses.replace(config, monitor=unwatched, parallel=ParallelConfig())
+    training = build(alone, RunDirectory(folder), ranks)
     seed_generators(config.seed, ranks.rank)
     training.initialise()
     return training

@@ -251,6 +251,8 @@ def start_script(submission: Submission) -> str:
         *("srun", "--unbuffered", "--export=ALL", f"--output={folder}/{job}_%t_log.out"),
         # srun does not inherit the cores per task from sbatch.
         *("--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"),
+        # Ranks of one machine follow each other: what trains together, in consecutive ranks, shares a machine.
+        "--distribution=block",
         *(f"--{word}" for word in config.srun),
         *module_words(submission.code.resolve(), "slurm.job"),
         str(folder),

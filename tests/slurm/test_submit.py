@@ -265,8 +265,7 @@ def in_double_precision(run: Path, *keys: str) -> Path:
 
 
 def assert_equal_to_rounding(together: Path, alone: Path) -> None:
-    """Two processes and one, in float64: rows, queues, weights, statistics."""
-    assert events(together, "started")[0]["processes"] == 2
+    """Several processes and one, in float64: rows, queues, weights, statistics."""
     for mine, expected in zip(rows(together), rows(alone), strict=True):
         for key in without_clocks(expected):
             assert mine[key] == pytest.approx(expected[key], rel=1e-9, abs=1e-9), key
@@ -288,7 +287,26 @@ def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
     words = ["--", "pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(together)]
     found = peerlearn(cluster, "submit", *PROFILE, *options, *words)
     assert found.returncode == 0, logs(together)
+    assert events(together, "started")[0]["processes"] == 2
     assert_equal_to_rounding(together, alone)
+
+
+@pytest.mark.slow(40)
+def test_a_network_on_each_of_two_nodes_equals_one_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Two processes a node: those of one network share a node, and the log says where they are."""
+    apart = tmp_path / "apart"
+    alone = in_double_precision(tmp_path / "alone")
+    options = ["--nodes", "2", "--tasks_per_node", "2", "--wait", "true"]
+    options += ["--environment", "GLOO_SOCKET_IFNAME=lo", *DOUBLE]
+    words = ["--", "pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(apart)]
+    found = peerlearn(cluster, "submit", *PROFILE, *options, *words, "--parallel.cohort", "2")
+    assert found.returncode == 0, logs(apart)
+    assert "network 0: processes 0 to 1 on " in logs(apart)
+    assert "though" not in logs(apart)
+    assert events(apart, "started")[0]["processes"] == 4
+    assert_equal_to_rounding(apart, alone)
 
 
 @pytest.mark.gpu
