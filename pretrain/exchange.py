@@ -26,7 +26,7 @@ class Exchange:
         team: processes that train the same networks as this one.
         networks: numbers of those networks.
         is_split: whether there is more than one team.
-        bytes_sent: bytes that this rank has handed to collectives so far, gradients that come back included.
+        bytes_sent: bytes of keys, embeddings and their gradients that this rank has handed to collectives so far.
     """
 
     def __init__(self, ranks: Ranks, teams: Sequence[Team]) -> None:
@@ -73,6 +73,7 @@ class Exchange:
     def gather(self, own: Tensor) -> Tensor:
         """`whole` without gradient."""
         if not self.is_split:
+            self.bytes_sent += own.nbytes if self.ranks.world_size > 1 else 0
             return self.ranks.gather(own, dim=1)
         # Teams of unlike sizes make unlike numbers of rows; one collective takes one size.
         rest = own.shape[2:]

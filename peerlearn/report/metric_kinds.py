@@ -100,6 +100,8 @@ _NAMES = {
     "mutual_weight": (TRAINING, "Weight of the terms between networks"),
     "queue/filled_percent": (TRAINING, "Queue filled"),
     "queue/momentum": (TRAINING, "Momentum of the key networks"),
+    "exchange_bytes_per_rank": (TRAINING, "Bytes sent to other networks"),
+    "gradient_bytes_per_rank": (TRAINING, "Bytes of gradients sent"),
     "skipped_steps": (TRAINING, "Skipped steps"),
     "unreadable_images": (TRAINING, "Unreadable images"),
     "images_per_second": (SPEED, "Images per second"),

@@ -55,6 +55,13 @@ FIELDS = {
     "unreadable_images": Meaning("images", "number of images of this epoch that could not be read"),
     "queue/filled_percent": Meaning("%", "share of the queue that holds keys"),
     "queue/momentum": Meaning("1", "momentum of the key networks, where it follows a schedule"),
+    "exchange_bytes_per_rank": Meaning(
+        "bytes",
+        "keys, embeddings and their gradients that the main process has sent in the step, with parallel.cohort",
+    ),
+    "gradient_bytes_per_rank": Meaning(
+        "bytes", "gradients of weights that it has sent to processes of the same networks, there"
+    ),
     "mutual_weight": Meaning(
         "1", "factor of the terms between networks, where mutual_warmup_epochs has it rise"
     ),

@@ -14,7 +14,7 @@ from pretrain.config import PretrainConfig
 from pretrain.losses import MCLTerms, queue_terms, view_terms
 from pretrain.method import build_method
 from pretrain.method_config import QueueConfig
-from pretrain.methods import MoCo, SimCLR
+from pretrain.methods import SimCLR
 from pretrain.terms import objective
 
 ALONE = Ranks(torch.device("cpu"))
@@ -105,7 +105,7 @@ def test_the_symmetric_loss_is_the_sum_of_both_directions_and_enqueues_both_view
     one_way, both = config(), config(symmetric=True)
     first, second = views(0)
     plain, swapped, symmetric = (
-        MoCo(toy_cohort(), settings, ALONE) for settings in (one_way, one_way, both)
+        build_method(toy_cohort(), settings, ALONE) for settings in (one_way, one_way, both)
     )
     for method in (plain, swapped, symmetric):
         method.begin_step(0)
@@ -127,7 +127,7 @@ def test_shuffled_keys_come_back_in_the_images_order_with_other_partners():
     """Shuffle-BN: without batch norm the shuffle is invisible; with it, a key's part is another one."""
     settings = config(cohort=CohortConfig(networks=2, embedding_dim=5, batch_norm_splits=2))
     cohort = toy_cohort()
-    method = MoCo(cohort, settings, ALONE)
+    method = build_method(cohort, settings, ALONE)
     method.begin_step(0)
     _, second = views(0)
     torch.testing.assert_close(method._encode_keys(second)[:, 0], cohort(second))
@@ -162,7 +162,10 @@ def test_terms_switched_off_do_not_train():
 
 def test_moco_state_round_trip():
     settings = config()
-    method, twin = MoCo(toy_cohort(), settings, ALONE), MoCo(toy_cohort(seed=1), settings, ALONE)
+    method, twin = (
+        build_method(toy_cohort(), settings, ALONE),
+        build_method(toy_cohort(seed=1), settings, ALONE),
+    )
     method.begin_step(0)
     method.terms(views(0))
     method.end_step()

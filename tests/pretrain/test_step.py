@@ -62,7 +62,7 @@ def test_the_keys_of_all_networks_are_gathered_at_once(monkeypatch):
 
     monkeypatch.setattr(Ranks, "gather", gather)
     first_step("--cohort.networks", "3")
-    assert shapes == [(3, 1, 32, 8)]
+    assert shapes == [(3, 32, 8)]
     shapes.clear()
     # Where keys are shuffled between parts of batch norm, the images too.
     first_step("--cohort.networks", "3", "--cohort.batch_norm_splits", "4")
