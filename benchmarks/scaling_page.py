@@ -29,7 +29,13 @@ _SAVED_COPIES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What one network costs: parameters, operations of a forward pass of an image, bytes kept of it for backward."""
+    """What one network costs.
+
+    Attributes:
+        parameters: W.
+        flops_per_image: operations of a forward pass, F.
+        activation_bytes_per_image: bytes kept for backward, in numbers of 32 bits.
+    """
 
     parameters: int
     flops_per_image: int
@@ -50,6 +56,7 @@ class Setting:
         dim: D.
         tflops: sustained speed of a GPU in 10^12 operations per second.
         gigabytes_per_second: sustained speed of a GPU's way to the others.
+        activation_share: share of 32 bits that an activation takes.
     """
 
     network: Network
@@ -61,6 +68,7 @@ class Setting:
     dim: int = 128
     tflops: float
     gigabytes_per_second: float
+    activation_share: float = 0.5
 
     @property
     def batch(self) -> int:
@@ -102,11 +110,11 @@ class Setting:
 
     @property
     def memory_bytes(self) -> float:
-        """Of a process: networks, queue, and activations in 16 bits."""
+        """Of a process: networks, queue, and activations."""
         weights = self.networks_here * self.network.parameters * _COPIES * _FLOAT
         queue = self.networks * self.queue * self.dim * _FLOAT
         kept = self.networks * self.images_per_process * self.network.activation_bytes_per_image
-        return weights + queue + kept
+        return weights + queue + self.activation_share * kept
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -115,10 +123,10 @@ class Setting:
         return weights + self.networks * self.queue * self.dim * _FLOAT
 
 
-def network_of(name: str, pixels: int) -> Network:
+def network_of(name: str, pixels: int, *, small_images: bool = False) -> Network:
     """Counted on the device "meta"."""
     with torch.device("meta"):
-        backbone = create_backbone(name, image_size=pixels).train()
+        backbone = create_backbone(name, small_images=small_images, image_size=pixels).train()
         images = torch.zeros(2, 3, pixels, pixels)
     kept: dict[int, int] = {}
     weights = {p.untyped_storage()._cdata for p in backbone.parameters()}
@@ -138,8 +146,7 @@ def network_of(name: str, pixels: int) -> Network:
     return Network(
         parameters=sum(p.numel() for p in backbone.parameters()),
         flops_per_image=counter.get_total_flops() // len(images),
-        # Two bytes for four: bf16.
-        activation_bytes_per_image=sum(kept.values()) // len(images) // 2,
+        activation_bytes_per_image=sum(kept.values()) // len(images),
     )
 
 
@@ -172,21 +179,25 @@ torchrun --nproc_per_node 2 -m -- peerlearn pretrain mcl_fashion_mnist_demo --pa
 
 The losses, queues, weights and exports are those of one process with all networks, to the rounding of sums: in float64
 to 1e-9 (`pytest tests/e2e/test_cohort_parallel.py`). Plain batch norm sees the batch of a process, as ever; with
-`cohort.sync_batch_norm`, or `cohort.batch_norm_splits` as large as the largest team, the layout does not show.
+`cohort.sync_batch_norm`, or `cohort.batch_norm_splits` that each team can share, the layout does not show. Dropout and
+stochastic depth draw other masks on another process. An image that one team alone cannot read has a substitute there
+alone.
 
-Saves know no layout: `peerlearn resume RUN --parallel.cohort 1 --allow_elastic` goes on with another one. Networks that
-share stages, the methods `prototypical`, `one`, `cl_ilr` and `okddip`, and fp16 need `parallel.cohort 1`; `replay` does
-too.
+Saves know no layout: `peerlearn resume RUN --parallel.cohort 1 --allow_elastic` goes on with another one.
+`parallel.cohort 1` is needed by networks that share stages (three or more that are alike do, unless
+`cohort.share_stages` is 0), by the methods `prototypical`, `one`, `cl_ilr` and `okddip`, by fp16 and by `replay`.
 """
 
 _WHAT_TRAVELS = """
 ## What travels
 
 Rank r computes the losses of part r of P of the batch, for all networks, whatever the layout: that keeps the losses'
-work even, and their code the same. For that, once a step and in one collective each, every process gets the keys and
-the embeddings of all networks, (M, B, D), and the embeddings' gradients are summed, (M, B, D). Gradients of weights are
-averaged within the processes of a network, and so are batch-norm statistics. Weights, images and queues never travel in
-a step. Measurements, exports and saves bring the networks to process 0.
+work even, and their code the same. For that, once for each part of a batch (`accumulation_steps`), every process gets
+the keys and the embeddings of all networks, (M, B, D), and the embeddings' gradients are summed, (M, B, D). Gradients
+of weights are averaged within the processes of a network, and so are batch-norm statistics. Weights and queues never
+travel in a step. Images do within a team of several processes where keys are shuffled between them, as in MoCo, and
+nowhere else: `cohort.sync_batch_norm` needs no shuffling. Measurements, exports and saves bring the networks to
+process 0.
 
 Every process holds all queues, M x K x D numbers. The soft terms need the distributions of all peers over all queues.
 The other layout keeps each queue where its keys are made: then every process needs all M x B embeddings against its own
@@ -200,8 +211,8 @@ first layout is the one that is built.
 _LIMITS = """
 ## Where each stops, and what then
 
-- **Data parallelism** holds all M networks everywhere. Its memory for weights and its gradient traffic grow with M;
-  both are the same on 8 and on 512 GPUs.
+- **Data parallelism** holds all M networks everywhere. Its memory for weights and its gradient traffic grow with M,
+  and hardly with the number of GPUs.
 - **Cohort parallelism** divides both by the number of teams. Its exchange grows with M x B, and so with the number of
   GPUs where the batch does: each GPU receives the keys and embeddings of all. One network per team sends less in all
   than data parallelism as long as 12 M B D is less than 8 W (M - 1).
@@ -218,21 +229,26 @@ def _measured() -> str:
     if not RESULTS.exists():
         return "## Measured on two processes\n\nUnmeasured: `python -m benchmarks.scaling --output FILE` measures it."
     found = json.loads(RESULTS.read_text())
-    rows = [
-        [
-            "M",
-            "layout",
-            "seconds of a step",
-            "times as fast",
-            "memory",
-            "weights",
-            "gradients sent",
-            "exchange sent",
-        ]
-    ]
+    head = ["M", "layout", "seconds of a step", "times as fast", "memory by the formula", "memory"]
+    rows = [[*head, "weights", "gradients sent", "exchange sent"]]
+    processes = found["processes"]
+    base = Setting(
+        network=network_of(found["backbone"], found["pixels"], small_images=True),
+        networks=1,
+        processes=processes,
+        teams=1,
+        images_per_process=found["batch_size"] // processes,
+        queue=found["queue"],
+        dim=found["dim"],
+        tflops=1.0,
+        gigabytes_per_second=1.0,
+        activation_share=1.0,
+    )
     for result in found["measured"]:
         layouts = result["layouts"]
         for name, each in layouts.items():
+            teams = 1 if name == "data" else processes
+            formula = replace(base, networks=result["networks"], teams=teams)
             rows.append(
                 [
                     str(result["networks"]),
@@ -241,10 +257,11 @@ def _measured() -> str:
                     times_as_fast(layouts["data"]["seconds"], each["seconds"])
                     if name != "data"
                     else "1",
+                    f"{formula.memory_bytes / _MIB:,.0f} MiB",
                     *(f"{mib:,.1f} MiB" for mib in _mib(each)),
                 ]
             )
-    where = f"{found['machine']}, {found['processes']} processes of one thread on as many cores"
+    where = f"{found['machine']}, {processes} processes of one thread on as many cores"
     sizes = f"B {found['batch_size']}, K {found['queue']:,}, D {found['dim']}"
     what = f"{found['backbone']} at {found['pixels']} px, {sizes}"
     return f"""
@@ -254,8 +271,9 @@ def _measured() -> str:
 ({where}, Python {found["python"]}, torch {found["torch"]}, gloo)
 
 MoCo with peers, {what}.
-Seconds are medians of {found["rounds"]} rounds, with their range; memory is the peak of a process beyond what it had
-before.
+Seconds are medians of {found["rounds"]} rounds, with their range, while other programs ran now and then. Memory is the
+peak of a process beyond what it had before; the formula is that of the next section, with activations in 32 bits, and
+knows nothing of what libraries keep and of what a step frees at once.
 
 {_table(rows)}
 """
@@ -311,7 +329,8 @@ def _computed(tflops: float, gigabytes_per_second: float) -> str:
                 )
     counted = (
         f"{network.parameters:,} parameters, {network.flops_per_image / 1e9:.1f} x 10^9 operations of a forward pass "
-        f"of an image, {network.activation_bytes_per_image / _MIB:.0f} MiB that an image keeps for backward in 16 bits"
+        f"of an image, {network.activation_bytes_per_image / 2 / _MIB:.0f} MiB that an image keeps for backward in "
+        "16 bits"
     )
     return f"""
 ## Computed for ResNet-50 at 224 px
@@ -319,7 +338,7 @@ def _computed(tflops: float, gigabytes_per_second: float) -> str:
 Nothing in this table is measured. Counted from the program's own network: {counted}.
 Assumed: a GPU that sustains {tflops:g} x 10^12 operations a second on it, and
 {gigabytes_per_second:g} GB a second to the others; 32 images per GPU, so that B grows with the
-GPUs; K 65,536, D 128. With your own figures:
+GPUs; K 65,536, D 128; `cohort.sync_batch_norm`, so that no views are shuffled. With your own figures:
 `python -m benchmarks.scaling_page --tflops 70 --gigabytes_per_second 40`.
 
 With F operations a forward pass, W parameters, T teams and R = P / T processes of a network, a process has per step:

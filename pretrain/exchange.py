@@ -4,8 +4,8 @@ Dimensions: M networks, B batch over all processes, R ranks of a team, P process
 
 Every team sees the whole batch; of its networks' embeddings each of its ranks makes those of a contiguous part. Losses
 need all networks of an image together, and they are computed as in data parallelism: rank r takes part r of P of the
-batch, and holds all queues. So embeddings travel once a step, and their gradients come back; weights, images and queues
-stay where they are.
+batch, and holds all queues. So embeddings travel between teams, and their gradients come back; weights and queues stay
+where they are, and so do images, but for views that a team shuffles among its own ranks.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ class Exchange:
         team: processes that train the same networks as this one.
         networks: numbers of those networks.
         is_split: whether there is more than one team.
-        bytes_sent: bytes of keys, embeddings and their gradients that this rank has handed to collectives so far.
+        bytes_sent: bytes of keys, embeddings and their gradients, and of views that are shuffled within a team, that
+            this rank has handed to collectives so far.
     """
 
     def __init__(self, ranks: Ranks, teams: Sequence[Team]) -> None:
@@ -66,8 +67,13 @@ class Exchange:
         return whole[:, self.ranks.rank * size : (self.ranks.rank + 1) * size]
 
     def labels(self, own: Tensor) -> Tensor:
-        """The labels (B,) of all images, from those of this rank's views."""
-        return self.team.gather(own)
+        """The labels (B,) of all images, from those of this rank's views: those that the first team has read.
+
+        Another team may have had a substitute for an image that it alone could not read.
+        """
+        if not self.is_split:
+            return self.ranks.gather(own)
+        return self.gather(own.expand(len(self.networks), -1))[0]
 
     @torch.no_grad()
     def gather(self, own: Tensor) -> Tensor:
@@ -85,10 +91,16 @@ class Exchange:
         rows = self.ranks.gather(sent)
         whole = own.new_empty(sum(len(t.networks) for t in self._teams), batch, *rest)
         for team, size in zip(self._teams, sizes, strict=True):
-            parts = rows[list(team.ranks), :size]
+            # Slices, for the host would wait while a list of numbers goes to the device.
+            parts = rows[_slice(team.ranks), :size]
             shape = (len(team.ranks), len(team.networks), batch // len(team.ranks), *rest)
-            whole[list(team.networks)] = parts.reshape(shape).transpose(0, 1).flatten(1, 2)
+            whole[_slice(team.networks)] = parts.reshape(shape).transpose(0, 1).flatten(1, 2)
         return whole
+
+    def within_team(self, own: Tensor, dim: int = 0) -> Tensor:
+        """The tensors of the ranks of this team side by side along ``dim``. No gradient passes."""
+        self.bytes_sent += own.nbytes if self.team.world_size > 1 else 0
+        return self.team.gather(own, dim=dim)
 
     def of_all_teams(self, own: Tensor) -> Tensor:
         """`gather` of what this team's networks make of the whole batch, (networks, B, ...), on each of its ranks."""
@@ -103,9 +115,14 @@ class Exchange:
         total = self.ranks.add_up(of_whole)
         size = total.shape[1] // self.team.world_size
         first = self.team.rank * size
-        own = total[list(self.networks), first : first + size]
+        own = total[_slice(self.networks), first : first + size]
         # The mean over the ranks of the team follows, and the loss is a mean over all ranks.
         return own * (self.team.world_size / self.ranks.world_size)
+
+
+def _slice(numbers: Sequence[int]) -> slice:
+    """Consecutive numbers, as those of a team are."""
+    return slice(numbers[0], numbers[-1] + 1)
 
 
 class _Whole(torch.autograd.Function):

@@ -131,8 +131,9 @@ class MoCo(Method):
             sum(map(len, self.fresh_keys)),
         ).to(view.device, non_blocking=True)
         own = order[ranks.rank * size : (ranks.rank + 1) * size]
-        images = ranks.gather(view)[own].contiguous(memory_format=torch.channels_last)
-        in_order = ranks.gather(self.peers(images), dim=1)[:, order.argsort()]
+        views = self.exchange.within_team(view)
+        images = views[own].contiguous(memory_format=torch.channels_last)
+        in_order = self.exchange.within_team(self.peers(images), dim=1)[:, order.argsort()]
         of_all: Tensor = self.exchange.of_all_teams(in_order).unflatten(1, by_rank)
         return of_all
 

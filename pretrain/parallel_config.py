@@ -38,6 +38,7 @@ class ParallelConfig:
         if isinstance(self.cohort, int):
             require(self.cohort >= 1, f"parallel.cohort must be at least 1, got {self.cohort}")
             return
+        require(bool(self.cohort), "parallel.cohort must name at least one team, got none")
         for text in self.cohort:
             require(
                 _TEAM.fullmatch(text) is not None and all(map(_range_rises, text.split(":"))),
@@ -57,12 +58,13 @@ class ParallelConfig:
         """
         if isinstance(self.cohort, int):
             return self._equal_teams(networks, processes)
-        teams = [Team(*map(_numbers, text.split(":"))) for text in self.cohort]
+        most = max(networks, processes)
+        teams = [Team(*(_numbers(part, most) for part in text.split(":"))) for text in self.cohort]
         for what, count, found in (
             ("network", networks, [n for team in teams for n in team.networks]),
             ("process", processes, [n for team in teams for n in team.ranks]),
         ):
-            for number in range(max(count, *(n + 1 for n in found))):
+            for number in range(max([count, *(n + 1 for n in found)])):
                 times = found.count(number)
                 there = "" if number < count else f", and the last is {count - 1}"
                 if times != 1 or there:
@@ -93,10 +95,17 @@ class ParallelConfig:
         ]
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _ends(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
-    return tuple(range(int(first), int(last or first) + 1))
+    return int(first), int(last or first)
+
+
+def _numbers(text: str, most: int) -> tuple[int, ...]:
+    """The numbers of a range up to ``most``, which is too many already."""
+    first, last = _ends(text)
+    return tuple(range(min(first, most), min(last, most) + 1))
 
 
 def _range_rises(text: str) -> bool:
-    return len(_numbers(text)) > 0
+    first, last = _ends(text)
+    return first <= last

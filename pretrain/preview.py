@@ -26,7 +26,7 @@ from pretrain.cohort import Cohort, build_networks
 from pretrain.config import PretrainConfig
 from pretrain.initial_weights import load_initial_weights, remarks
 from pretrain.method import Method, build_method, method_class
-from pretrain.teams import check_share
+from pretrain.teams import check_not_shared, check_share
 from pretrain.training_data import (
     IMAGE_FILE_SIZE,
     TrainingData,
@@ -79,6 +79,7 @@ def preview(config: PretrainConfig) -> Preview:
         cohort = build_networks(
             config, in_chans=images.channels, image_size=size, num_classes=num_classes
         )
+        check_not_shared(cohort.shared_stages, config)
         for backbone in cohort.backbones if num_classes else ():
             check_classifier(backbone, num_classes, in_chans=images.channels, image_size=size)
         method = build_method(cohort, config, Ranks(torch.device("meta")))

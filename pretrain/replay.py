@@ -182,6 +182,11 @@ def _restore(
         folder = run.checkpoints / name
 
         def check(state: Mapping[str, Any]) -> None:
+            if state.get("layout"):
+                raise UserError(
+                    f"{folder} was saved with networks on different processes, whose steps cannot be computed again by "
+                    "replay"
+                )
             safe_changes(training.config, state["config"], run.config)
             check_images(training, folder, state)
 

@@ -57,7 +57,7 @@ from pretrain.initial_weights import (
 )
 from pretrain.method import Method, Watch, build_method, method_class, networks_of
 from pretrain.online_probe import build_probe
-from pretrain.teams import check_share, placement, teams_of
+from pretrain.teams import check_not_shared, check_share, placement, teams_of
 from pretrain.terms import mutual_weight
 from pretrain.training_data import (
     TrainingData,
@@ -161,6 +161,8 @@ class Training(Resumable):
                 say(line)
 
     def how_to_look(self, step: int) -> str:
+        if self.config.parallel.is_split:
+            return ""
         return f"`peerlearn replay {self.run.root} --step {step + 1} --anomaly` shows where"
 
     def trained(self) -> nn.Module:
@@ -258,6 +260,7 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         rank=exchange.team.rank,
         world_size=exchange.team.world_size,
         workers=config.data.workers,
+        quiet=not ranks.main,
         max_unreadable_percent=config.data.max_unreadable_percent,
     )
     kind.check(config, data)
@@ -268,14 +271,8 @@ def build(config: PretrainConfig, run: RunDirectory, ranks: Ranks) -> Training:
         num_classes=num_classes,
         ranks=exchange.team,
     )
+    check_not_shared(cohort.shared_stages, config)
     if exchange.is_split:
-        if cohort.shared_stages:
-            raise ranks.told_once(
-                UserError(
-                    "cohort.share_stages must be 0 with parallel.cohort: these networks share stages by the paper's "
-                    "rule, and networks that do train on the same processes"
-                )
-            )
         cohort.keep(exchange.networks)
         hosts = ranks.collect(socket.gethostname())
         for line in placement(teams, hosts) if ranks.main else ():

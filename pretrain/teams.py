@@ -29,6 +29,13 @@ def check_share(config: PretrainConfig, processes: int) -> None:
     images, accumulation = config.images_per_step, config.accumulation_steps
     teams = teams_of(config, processes)
     sizes = {len(team.ranks) for team in teams}
+    splits = config.cohort.batch_norm_splits
+    for size in sorted(sizes):
+        if splits > 1 and splits % size:
+            raise UserError(
+                f"cohort.batch_norm_splits {splits} cannot be shared by {size} processes: make it 1 or a multiple of "
+                f"{size}"
+            )
     if len(sizes) > 1 and accumulation > 1:
         raise UserError(
             f"accumulation_steps must be 1, got {accumulation}, where parallel.cohort gives networks unlike numbers of "
@@ -45,6 +52,19 @@ def check_share(config: PretrainConfig, processes: int) -> None:
         raise UserError(
             f"{config.step_in_words} must divide into {processes} processes x accumulation_steps {accumulation}: each "
             "computes the losses of as many images"
+        )
+
+
+def check_not_shared(shared_stages: int | str, config: PretrainConfig) -> None:
+    """Networks on different processes share no stages.
+
+    Raises:
+        UserError: they would, by the paper's rule for three or more networks.
+    """
+    if shared_stages and config.parallel.is_split:
+        raise UserError(
+            "cohort.share_stages must be 0 with parallel.cohort: these networks share stages by the paper's rule, and "
+            "networks that do train on the same processes"
         )
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from pretrain.cohort import Cohort, load_named_state, named_state
@@ -39,32 +38,27 @@ def whole_on_main(
         yield
         return
     here = [cohort.here for cohort in cohorts]
-    completed = [
-        _complete(module, f"{number}/", found, ranks.device)
-        for number, module in enumerate(modules)
+    elsewhere = [
+        part
+        for module in modules
+        for part in module.modules()
+        if any(tensor.is_meta for tensor in _own_tensors(part))
     ]
-    del found
-    for cohort in cohorts:
-        cohort.here = range(len(cohort.backbones))
     try:
+        for part in elsewhere:
+            part.to_empty(device=ranks.device, recurse=False)
+        for number, module in enumerate(modules):
+            names = named_state(module)
+            load_named_state(module, {name: found[f"{number}/{name}"] for name in names})
+        del found
+        for cohort in cohorts:
+            cohort.here = range(len(cohort.backbones))
         yield
     finally:
         for cohort, networks in zip(cohorts, here, strict=True):
             cohort.here = networks
-        for part in (part for parts in completed for part in parts):
+        for part in elsewhere:
             part.to("meta")
-
-
-@torch.no_grad()
-def _complete(
-    module: nn.Module, prefix: str, found: dict[str, Tensor], device: torch.device
-) -> list[nn.Module]:
-    """Give memory and values to the parts that have none. Returns them."""
-    parts = [part for part in module.modules() if any(t.is_meta for t in _own_tensors(part))]
-    for part in parts:
-        part.to_empty(device=device, recurse=False)
-    load_named_state(module, {name: found[prefix + name] for name in named_state(module)})
-    return parts
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:

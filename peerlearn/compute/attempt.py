@@ -119,7 +119,9 @@ class Attempt(Generic[T]):
         reason = "; ".join(f"rank {rank}: {item['reason']}" for rank, item in faults.items())
         if ranks.main:
             together = {
-                name: [each for item in faults.values() for each in item[name]] for name in facts
+                # Ranks that hold other networks may see the same images.
+                name: list(dict.fromkeys(each for item in faults.values() for each in item[name]))
+                for name in facts
             }
             self.tell_skipped(reason, **together)
         training.guard.skip(training.step, reason)

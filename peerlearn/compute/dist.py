@@ -97,9 +97,12 @@ class Ranks:
         if len(teams) == 1:
             return self
         own = self
+        timeout = None
+        if self._timeout_seconds < threading.TIMEOUT_MAX:
+            timeout = datetime.timedelta(seconds=self._timeout_seconds)
         for team in teams:
             # Every process has to know of every group.
-            group: Any = dist.new_group(list(team))
+            group: Any = dist.new_group(list(team), timeout=timeout)
             if self.rank in team:
                 own = Ranks(
                     self.device,

@@ -90,7 +90,8 @@ def roll_back(training: Resumable, *, before_step: int, reason: str) -> None:
             raise UserError(f"{reason}; there is no save from before to go back to: lower base_lr")
         return name
 
-    rows = _restore(training, run.checkpoints / ranks.from_main(choose), allow_elastic=False)
+    # Whether other processes may go on has been decided at the start.
+    rows = _restore(training, run.checkpoints / ranks.from_main(choose), allow_elastic=True)
     ranks.from_main(lambda: run.cut_metrics(training.step, rows))
     if ranks.main:
         run.event("rolled_back", step=training.step, before_step=before_step, reason=reason)
@@ -173,7 +174,7 @@ def restore(
             _restore_generators(training, tensors["rng"])
         training.step = state["step"]
         return {**state, "metrics_rows": int(state["metrics_rows"])}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder} was written by another version of peerlearn, or by no peerlearn at all ({error!r})"
         ) from error

@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import Any
 
-from peerlearn.compute.guards import require_finite_weights
+from peerlearn.compute.guards import NonFiniteError, require_finite_weights
 from peerlearn.compute.resumable import Resumable
 from peerlearn.errors import UserError
 from peerlearn.runs.checkpoint import drop_old_checkpoints, save_checkpoint, saved_steps
@@ -31,7 +31,7 @@ def save(training: Resumable, *, attempt: int) -> str | None:
         NonFiniteError: a network holds NaN or Inf. Nothing is saved.
     """
     ranks, run, saves = training.ranks, training.run, training.saves
-    require_finite_weights(training.trained())
+    _require_finite(training)
     tensors = training.whole_tensors()
     rng = {
         f"rank-{rank}.{name}": state
@@ -64,6 +64,17 @@ def save(training: Resumable, *, attempt: int) -> str | None:
         return None
 
     return ranks.from_main(write)
+
+
+def _require_finite(training: Resumable) -> None:
+    """`require_finite_weights` on all ranks: each may hold other networks, and none may wait for one that stops."""
+    found = None
+    try:
+        require_finite_weights(training.trained())
+    except NonFiniteError as error:
+        found = str(error)
+    for reason in filter(None, training.ranks.collect(found)):
+        raise NonFiniteError(reason)
 
 
 def _state(training: Resumable) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Networks of one cohort on different real processes (gloo), against one process that has them all."""
 
+import os
+import re
 import signal
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tests.e2e.runs import (
     command,
     ends,
     environment,
+    events,
     exported_files,
     launch,
     pretrain,
@@ -150,3 +153,46 @@ def test_another_layout_needs_allow_elastic_and_goes_on(tmp_path, capsys):
         found = run_process(command(*line, driver=DOUBLE), env=environment(), capture_output=True)
         assert found.returncode == 0, found.stderr
     assert_same_tensors_to_rounding(run, alone)
+
+
+WITH_INF = """
+import os, sys
+from peerlearn.cli import main
+from peerlearn.compute import saves
+if os.environ["RANK"] == "1":
+    plain = saves.require_finite_weights
+    def spoilt(module):
+        named = dict(module.backbones[1].named_buffers())
+        next(buffer for name, buffer in named.items() if "var" in name).fill_(float("inf"))
+        plain(module)
+    saves.require_finite_weights = spoilt
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_weights_that_are_not_finite_on_one_process_are_told_by_all(tmp_path):
+    """None waits for the one that stops."""
+    driver = tmp_path / "spoilt.py"
+    driver.write_text(WITH_INF)
+    run = tmp_path / "r"
+    words = ["pretrain", *SMALL, *SHORT, "--parallel.cohort", "2", "--run", str(run)]
+    found = ends(launch(2, *words, driver=driver))
+    assert [code for code, _ in found] == [1, 1]
+    assert "holds NaN or Inf" in (run / "FAILED").read_text()
+    assert {event["kind"] for event in events(run, "failed")} == {"crash"}
+
+
+def test_a_process_of_a_team_that_is_stopped_is_named_after_the_timeout(tmp_path):
+    run = tmp_path / "s"
+    words = ["pretrain", *SMALL, *QUIET, "--epochs", "60", "--rank_timeout_seconds", "10"]
+    ranks = launch(4, *words, "--parallel.cohort", "2", "--run", str(run))
+    wait_for(lambda: (run / "checkpoints/latest").exists(), ranks)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    try:
+        output, _ = ranks[0].communicate(timeout=240)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 1
+    assert re.search(rf"rank 1 has been silent for \d+ s \(process {ranks[1].pid} on", output)

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from peerlearn.errors import UserError
 from pretrain.cohort_config import CohortConfig
-from pretrain.config import PretrainConfig
+from pretrain.config import DataConfig, PretrainConfig
 from pretrain.method_config import SupervisedConfig
 from pretrain.parallel_config import ParallelConfig, Team
+from pretrain.preview import preview
 from pretrain.teams import check_share, placement, teams_of
 
 
@@ -39,6 +40,10 @@ def test_teams_are_as_they_are_named():
         (["0:0-2", "1:2-3"], "must name each process once: it names process 2 2 times"),
         (["0:0-1", "1:2"], "must name each process once: it names process 3 0 times"),
         (["0:0-3", "0:0"], "must name each network once: it names network 0 2 times"),
+        (
+            ["0-9999999999:0"],
+            "must name each network once: it names network 2 1 times, and the last",
+        ),
         (["0-1:0-1", "2:2-3"], "it names network 2 1 times, and the last is 1"),
         (["0:0-1", "1:2-4"], "it names process 4 1 times, and the last is 3"),
     ],
@@ -122,3 +127,31 @@ def test_a_team_over_two_machines_is_told_where_one_would_do():
         "networks 0 to 1: processes 0 to 3 on a, b",
         "networks 2 to 3: processes 4 to 7 on c, d",
     ]
+
+
+def test_parts_of_batch_norm_that_a_team_cannot_share_are_refused():
+    """On every process alike: one team alone would stop, and leave the others waiting."""
+    config = PretrainConfig(
+        parallel=ParallelConfig(cohort=["0:0", "1:1-2"]),
+        batch_size=36,
+        cohort=CohortConfig(batch_norm_splits=3),
+    )
+    with pytest.raises(UserError, match="batch_norm_splits 3 cannot be shared by 2 processes"):
+        check_share(config, 3)
+
+
+def test_no_team_is_refused():
+    with pytest.raises(ValueError, match="must name at least one team"):
+        ParallelConfig(cohort=[])
+
+
+def test_stages_shared_by_the_papers_rule_are_refused_before_the_start(monkeypatch):
+    config = PretrainConfig(
+        parallel=ParallelConfig(cohort=2),
+        batch_size=32,
+        cohort=CohortConfig(networks=4, backbones="resnet32"),
+        data=DataConfig(name="digits", image_size=16),
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"cohort\.share_stages must be 0 with parallel\.cohort"):
+        preview(config)
