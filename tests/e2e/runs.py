@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from peerlearn.cli import main
 from peerlearn.runs.checkpoint import load_checkpoint, saved_steps
@@ -100,6 +101,18 @@ def assert_same_tensors_to_rounding(ours: Path, theirs: Path) -> None:
             torch.testing.assert_close(
                 tensors[group][name], tensor, rtol=1e-9, atol=1e-9, msg=f"{group} {name}"
             )
+
+
+def assert_same_exports_to_rounding(ours: Path, theirs: Path) -> None:
+    """The weights of all exported networks of two runs in float64."""
+    files = sorted((theirs / "export").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        expected = load_file(file)
+        tensors = load_file(ours / file.relative_to(theirs))
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def exported_files(run: Path) -> dict[str, bytes]:

@@ -13,6 +13,7 @@ from peerlearn.export import load_export
 from tests.e2e.runs import (
     SMALL,
     STEPS,
+    assert_same_exports_to_rounding,
     assert_same_run,
     assert_same_tensors_to_rounding,
     assert_same_to_rounding,
@@ -74,6 +75,7 @@ def test_networks_apart_equal_one_process(processes, layout, more, tmp_path):
     finish(processes, apart, *SHORT, *more, "--parallel.cohort", *layout.split(" "), driver=DOUBLE)
     assert len(rows(alone)) > 5
     assert_same_to_rounding(apart, alone, besides=TRAFFIC)
+    assert_same_exports_to_rounding(apart, alone)
 
 
 def test_parts_of_a_batch_are_the_same_images_for_all_networks(tmp_path):
