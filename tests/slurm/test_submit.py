@@ -118,7 +118,7 @@ def test_the_batch_script(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
         "",
     ]
     (srun,) = (line for line in start if line.startswith("srun"))
-    assert "--kill-on-bad-exit=1 --cpus-per-task=6 --mpi=none" in srun
+    assert "--kill-on-bad-exit=1 --cpus-per-task=6 --distribution=block --mpi=none" in srun
     assert f"'{folder}/code' slurm.job '{folder}'" in srun
     assert subprocess.run(["bash", "-n"], input="\n".join(script), text=True).returncode == 0
     assert not run.exists()
