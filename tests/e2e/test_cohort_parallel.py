@@ -57,6 +57,12 @@ def finish(processes: int, run: Path, *more: str, driver: Path | None = None) ->
         (2, "2", ()),
         (2, "2", (*FOUR, *PROBED, "--cohort.backbones", "[conv4, resnet32, conv4, conv4]")),
         (4, "2", ("--cohort.batch_norm_splits", "2", "--symmetric", "true")),
+        (4, "2", (*FOUR, *SYNC)),
+        (
+            4,
+            "0-1:0 2:1-3",
+            ("--cohort.networks", "3", "--cohort.share_stages", "0", "--batch_size", "24", *SYNC),
+        ),
         (4, "0:0-2 1:3", ("--batch_size", "24", *SYNC)),
         (4, "1:1-3 0:0", ("--batch_size", "24", "--cohort.batch_norm_splits", "3")),
         (2, "2", ("--method", "simclr", *PROBED)),
