@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.performance import markdown_table
 from benchmarks.timing import times_as_fast
 from peerlearn.backbones import create_backbone
+from pretrain.preview import bytes_kept_for_backward
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 _MIB, _GB = 2**20, 1e9
@@ -128,25 +130,12 @@ def network_of(name: str, pixels: int, *, small_images: bool = False) -> Network
     with torch.device("meta"):
         backbone = create_backbone(name, small_images=small_images, image_size=pixels).train()
         images = torch.zeros(2, 3, pixels, pixels)
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage()._cdata for p in backbone.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, keep),
-    ):
-        held = backbone(images)
-    assert held.requires_grad
+    with FlopCounterMode(display=False) as counter:
+        kept = bytes_kept_for_backward(backbone, lambda: backbone(images))
     return Network(
         parameters=sum(p.numel() for p in backbone.parameters()),
         flops_per_image=counter.get_total_flops() // len(images),
-        activation_bytes_per_image=sum(kept.values()) // len(images),
+        activation_bytes_per_image=kept // len(images),
     )
 
 
@@ -271,12 +260,11 @@ def _measured() -> str:
 ({where}, Python {found["python"]}, torch {found["torch"]}, gloo)
 
 MoCo with peers, {what}.
-Seconds are medians of {found["rounds"]} rounds, with their range, while other programs ran now and then. Memory is the
-peak of a process beyond what it had before; the formula is that of the next section, with activations in 32 bits, and
-knows nothing of what libraries keep and of what a step frees at once. Exchange is without what data parallelism
-shuffles here: views of half the batch, 0.2 MiB, and their keys.
+Seconds are medians of {found["rounds"]} rounds, with their range. Memory is the peak of a process beyond what it had
+before; the formula is that of the next section, with activations in 32 bits, and knows nothing of what libraries keep
+and of what a step frees at once. What data parallelism exchanges here is mostly the views that MoCo shuffles.
 
-{_table(rows)}
+{markdown_table(rows[0], rows[1:])}
 """
 
 
@@ -352,13 +340,8 @@ With F operations a forward pass, W parameters, T teams and R = P / T processes 
 | memory | 16 W M / T (weights, gradients, momentum, key networks) + 4 M K D (queues) + activations of M B / P images |
 | save | 12 W M + 4 M K D bytes |
 
-{_table(rows)}
+{markdown_table(rows[0], rows[1:])}
 """
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
 
 
 def main() -> None:

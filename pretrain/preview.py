@@ -7,11 +7,11 @@ import contextlib
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from peerlearn.compute.dist import Ranks
@@ -174,8 +174,21 @@ def _published(config: PretrainConfig, error: NotHereError) -> _Images:
 
 def _activation_bytes(cohort: Cohort, images: Tensor, config: PretrainConfig) -> int:
     """Size of what the passes of one image keep for the backward pass, in the run's number format."""
+
+    def passes() -> None:
+        features = cohort.branches(cohort.trunk(images))
+        if cohort.heads:
+            cohort.embed(features)
+
+    # Half as many bytes in a number of 16 bits.
+    share = 1 if config.precision == "fp32" else 0.5
+    return int(share * bytes_kept_for_backward(cohort, passes) / len(images))
+
+
+def bytes_kept_for_backward(module: nn.Module, passes: Callable[[], object]) -> int:
+    """Size of what autograd keeps of passes through a module, without its parameters; also on the device "meta"."""
     kept: dict[int, torch.UntypedStorage] = {}
-    weights = {p.untyped_storage()._cdata for p in cohort.parameters()}
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -184,12 +197,8 @@ def _activation_bytes(cohort: Cohort, images: Tensor, config: PretrainConfig) ->
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        features = cohort.branches(cohort.trunk(images))
-        if cohort.heads:
-            cohort.embed(features)
-    # Half as many bytes in a number of 16 bits.
-    share = 1 if config.precision == "fp32" else 0.5
-    return int(share * sum(storage.nbytes() for storage in kept.values()) / len(images))
+        passes()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _memory(config: PretrainConfig, method: Method, activations: int, images: _Images) -> str:
