@@ -35,6 +35,7 @@ from pretrain.config import PretrainConfig
 from pretrain.fault_origin import FaultOrigin, Origin
 from pretrain.initial_weights import check_unchanged
 from pretrain.method import networks_of
+from pretrain.parallel_config import ParallelConfig
 from pretrain.replay_files import unwritable, write_step
 from pretrain.rows import gradient_norms, loss_row
 from pretrain.run_history import Stretch, skips, stretch_of
@@ -96,9 +97,9 @@ def replay(
     with contextlib.ExitStack() as held:
         ranks.from_main(lambda: held.enter_context(_claimed(temporary)))
         unwatched = dataclasses.replace(config.monitor, every_epochs=0)
-        training = build(
-            dataclasses.replace(config, monitor=unwatched), RunDirectory(temporary), ranks
-        )
+        # Steps of networks on different processes are refused, whatever the run does by now.
+        together = dataclasses.replace(config, monitor=unwatched, parallel=ParallelConfig())
+        training = build(together, RunDirectory(temporary), ranks)
         training.cohort.train()
         seed_generators(config.seed, ranks.rank)
         begin = _restore(training, run, history, step)
@@ -182,11 +183,6 @@ def _restore(
         folder = run.checkpoints / name
 
         def check(state: Mapping[str, Any]) -> None:
-            if state.get("layout"):
-                raise UserError(
-                    f"{folder} was saved with networks on different processes, whose steps cannot be computed again by "
-                    "replay"
-                )
             safe_changes(training.config, state["config"], run.config)
             check_images(training, folder, state)
 
@@ -194,12 +190,14 @@ def _restore(
     if training.step == 0:
         _begin(training, run)
     steps = range(training.step + 1, step + 1)
-    processes = sorted({stretch_of(history, each).processes for each in steps})
-    if processes != [ranks.world_size]:
+    stretches = [stretch_of(history, each) for each in steps]
+    processes = sorted({each.processes for each in stretches})
+    if processes != [ranks.world_size] or any(each.layout for each in stretches):
         raise ranks.told_once(
             UserError(
                 f"steps {steps[0]} to {step} of {run.root} were trained by {' and '.join(map(str, processes))} "
-                "processes in turn, and no save between them is left: they cannot be computed again in one go"
+                "processes in turn, or in other teams, and no save between them is left: they cannot be computed again "
+                "in one go"
             )
         )
     if known is None or stretch_of(history, step) == history[0]:

@@ -27,18 +27,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     run = RunDirectory(arguments.run)
     config = _read_config(run, arguments)
-    if config.parallel.is_split:
-        raise UserError(
-            f"{run.root} was trained with parallel.cohort {config.parallel.cohort}: steps of networks on different "
-            "processes cannot be computed again by replay"
-        )
     step, last = arguments.step, last_step_begun(run)
     if not 1 <= step <= last:
         raise UsageError(
             f"--step {step} must be within 1..{last}, the steps that {run.root} has begun"
         )
     history = stretches(run, epochs=config.epochs)
-    processes = stretch_of(history, step).processes
+    stretch = stretch_of(history, step)
+    if stretch.layout:
+        raise UserError(
+            f"step {step} of {run.root} was trained by networks on different processes ({stretch.layout}), which "
+            "replay cannot compute again"
+        )
+    processes = stretch.processes
     if processes != int(os.environ.get("WORLD_SIZE", "1")):
         start = f"torchrun --nproc_per_node {processes} -m -- " if processes > 1 else ""
         raise UsageError(

@@ -16,12 +16,14 @@ class Stretch(NamedTuple):
         attempt: number of the start.
         epochs: config's epochs at the time, by which the learning rate falls.
         processes: number of processes that trained.
+        layout: which of them had which networks, where not all had all; else "".
     """
 
     begins: int
     attempt: int
     epochs: int
     processes: int
+    layout: str = ""
 
 
 def stretches(run: RunDirectory, *, epochs: int) -> list[Stretch]:
@@ -40,7 +42,9 @@ def stretches(run: RunDirectory, *, epochs: int) -> list[Stretch]:
             # Written just before the start that changed it.
             epochs, _ = event["changes"].get("epochs", (epochs, None))
         elif not found or event["step"] < found[-1].begins:
-            found.append(Stretch(event["step"], event["attempt"], epochs, event["processes"]))
+            # Starts of earlier versions tell no layout.
+            told = (event["attempt"], epochs, event["processes"], event.get("layout", ""))
+            found.append(Stretch(event["step"], *told))
     if not found:
         raise UserError(f"{run.root}: no training has started there: {run.event_log} tells of none")
     return found

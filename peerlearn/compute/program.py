@@ -163,6 +163,7 @@ def _start(
         step=training.step,
         total_steps=training.total_steps,
         processes=training.ranks.world_size,
+        layout=training.layout,
     )
     processes = f"{training.ranks.world_size} x " if training.ranks.world_size > 1 else ""
     say(

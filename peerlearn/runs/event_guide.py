@@ -9,6 +9,7 @@ EVENTS: dict[str, tuple[str, dict[str, str]]] = {
             "step": "step that it goes on from",
             "total_steps": "step at which the run ends",
             "processes": "number of processes",
+            "layout": 'which of them have what, where not all have the same; else ""',
         },
     ),
     "lock_taken_over": (
