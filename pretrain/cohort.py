@@ -266,11 +266,6 @@ def _check_image_size(name: str, backbone: nn.Module, *, in_chans: int, image_si
 
 def _set_up_batch_norm(cohort: Cohort, config: CohortConfig, ranks: Ranks | None) -> None:
     world_size = ranks.world_size if ranks else 1
-    if config.batch_norm_splits > 1 and config.batch_norm_splits % world_size:
-        raise UserError(
-            f"cohort.batch_norm_splits {config.batch_norm_splits} cannot be shared by {world_size} "
-            f"processes: make it 1 or a multiple of {world_size}"
-        )
     try:
         if config.batch_norm_splits > world_size:
             split_batch_norm(cohort, config.batch_norm_splits // world_size)

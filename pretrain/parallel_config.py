@@ -57,7 +57,7 @@ class ParallelConfig:
             ValueError: they do not fit. The message names the key and the fix.
         """
         if isinstance(self.cohort, int):
-            return self._equal_teams(networks, processes)
+            return _equal_teams(self.cohort, networks, processes)
         most = max(networks, processes)
         teams = [Team(*(_numbers(part, most) for part in text.split(":"))) for text in self.cohort]
         for what, count, found in (
@@ -80,19 +80,23 @@ class ParallelConfig:
         words = (f"{','.join(map(str, n))}:{','.join(map(str, r))}" for n, r in sorted(teams))
         return f"networks:processes {' '.join(words)}" if len(teams) > 1 else ""
 
-    def _equal_teams(self, networks: int, processes: int) -> list[Team]:
-        count = int(self.cohort)  # type: ignore[arg-type]
-        for key, total in (("cohort.networks", networks), ("the number of processes", processes)):
-            if total % count:
-                raise ValueError(
-                    f"parallel.cohort {count} must divide {key}, {total}: take another number, or name teams such as "
-                    "0:0-2 1:3 (NETWORKS:PROCESSES)"
-                )
-        n, p = networks // count, processes // count
-        return [
-            Team(tuple(range(t * n, (t + 1) * n)), tuple(range(t * p, (t + 1) * p)))
-            for t in range(count)
-        ]
+
+def _equal_teams(count: int, networks: int, processes: int) -> list[Team]:
+    teams = "name teams such as 0:0-2 1:3 (NETWORKS:PROCESSES)"
+    if networks % count:
+        raise ValueError(
+            f"parallel.cohort {count} must divide cohort.networks, {networks}: take another number, or {teams}"
+        )
+    if processes % count:
+        raise ValueError(
+            f"parallel.cohort {count} must divide the number of processes, {processes}: start a multiple of {count} by "
+            f"torchrun or `peerlearn submit`, or {teams}"
+        )
+    n, p = networks // count, processes // count
+    return [
+        Team(tuple(range(t * n, (t + 1) * n)), tuple(range(t * p, (t + 1) * p)))
+        for t in range(count)
+    ]
 
 
 def _ends(text: str) -> tuple[int, int]:

@@ -185,13 +185,12 @@ class Training(Resumable):
         tensors, exchange = self.tensors(), self.method.exchange
         if not exchange.is_split:
             return tensors
-        here = {
-            (group, name): tensor
+        own = {
+            f"{group}/{name}": tensor
             for group, named in tensors.items()
             for name, tensor in named.items()
-            if not tensor.is_meta
+            if exchange.team.main and not tensor.is_meta
         }
-        own = {f"{group}/{name}": t for (group, name), t in here.items() if exchange.team.main}
         whole: dict[str, dict[str, Tensor]] = {group: {} for group in tensors}
         for key, tensor in self.ranks.to_main(own).items():
             group, _, name = key.partition("/")

@@ -30,18 +30,17 @@ def check_share(config: PretrainConfig, processes: int) -> None:
     teams = teams_of(config, processes)
     sizes = {len(team.ranks) for team in teams}
     splits = config.cohort.batch_norm_splits
-    for size in sorted(sizes):
-        if splits > 1 and splits % size:
-            raise UserError(
-                f"cohort.batch_norm_splits {splits} cannot be shared by {size} processes: make it 1 or a multiple of "
-                f"{size}"
-            )
     if len(sizes) > 1 and accumulation > 1:
         raise UserError(
             f"accumulation_steps must be 1, got {accumulation}, where parallel.cohort gives networks unlike numbers of "
             "processes: parts of the batch would be of other images for each"
         )
     for size in sorted(sizes):
+        if splits > 1 and splits % size:
+            raise UserError(
+                f"cohort.batch_norm_splits {splits} cannot be shared by {size} processes: make it 1 or a multiple of "
+                f"{size}"
+            )
         parts = size * accumulation
         if images % parts or images // parts < 2:
             raise UserError(

@@ -208,31 +208,37 @@ class Ranks:
         """
         if self.world_size == 1:
             return dict(tensors)
-        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
-        facts = self.collect([[name, dtypes[name], [*t.shape]] for name, t in tensors.items()])
-        known: set[str] = set()
+        facts = self.collect(
+            [[name, str(t.dtype).removeprefix("torch."), [*t.shape]] for name, t in tensors.items()]
+        )
         found = dict(tensors)
-        for rank, own in enumerate(facts):
+        known = {name for name, *_ in facts[0]}
+        for rank, own in enumerate(facts[1:], start=1):
             due = [fact for fact in own if fact[0] not in known]
             known.update(name for name, *_ in due)
-            if rank == 0 or self.rank not in (0, rank):
-                continue
             if self.rank == rank:
-                parts = [tensors[name].detach().cpu() for name, *_ in due]
-            else:
+                self._send_to_main([tensors[name].detach().cpu() for name, *_ in due])
+            elif self.main:
                 parts = [torch.empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in due]
+                self._receive(parts, rank)
                 found |= {name: part for (name, *_), part in zip(due, parts, strict=True)}
-            for bucket in buckets_of(parts):
-                flat = torch.cat([part.reshape(-1) for part in bucket])
-                with self._collective("send to rank 0"):
-                    if self.main:
-                        dist.recv(flat, rank, group=self._patient_group)
-                    else:
-                        dist.send(flat, 0, group=self._patient_group)
-                sizes = [part.numel() for part in bucket]
-                for part, values in zip(bucket, flat.split(sizes), strict=True):
-                    part.copy_(values.view(part.shape))
         return found
+
+    def _send_to_main(self, parts: Sequence[Tensor]) -> None:
+        for bucket in buckets_of(parts):
+            with self._collective("send to rank 0"):
+                flat = torch.cat([part.reshape(-1) for part in bucket])
+                dist.send(flat, 0, group=self._patient_group)
+
+    def _receive(self, parts: Sequence[Tensor], rank: int) -> None:
+        """Fill tensors with those that the rank sends, of the same shapes in the same order."""
+        for bucket in buckets_of(parts):
+            sizes = [part.numel() for part in bucket]
+            flat = bucket[0].new_empty(sum(sizes))
+            with self._collective(f"receive from rank {rank}"):
+                dist.recv(flat, rank, group=self._patient_group)
+            for part, values in zip(bucket, flat.split(sizes), strict=True):
+                part.copy_(values.view(part.shape))
 
     def from_main(self, function: Callable[[], T]) -> T:
         """Call the function on the main rank alone; every rank gets the result, which JSON must be able to hold.

@@ -116,7 +116,7 @@ class ViewLoader:
         rank: number of this rank.
         world_size: number of ranks.
         workers: number of processes that decode images, with ffcv of threads; 0 = this one.
-        quiet: whether no progress of decoding is shown; None = by all ranks but the first.
+        quiet: whether no progress of decoding is shown.
         max_unreadable_percent: largest share of images that memory or ffcv may fail to decode. With folder
             the caller counts, over an epoch and all ranks, and calls ``check_unreadable_rate``.
 
@@ -145,7 +145,7 @@ class ViewLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        quiet: bool | None = None,
+        quiet: bool = False,
         max_unreadable_percent: float = 1.0,
     ) -> None:
         self._block = block_of(rank, world_size, batch_size=sampler.batch_size)
@@ -166,7 +166,7 @@ class ViewLoader:
                 seed=seed,
                 max_unreadable_percent=max_unreadable_percent,
                 workers=workers,
-                quiet=rank > 0 if quiet is None else quiet,
+                quiet=quiet,
             )
             self.unreadable = tuple(held.unreadable.values())
             self._cropper = MemoryCropper(held, self._recipe, device)
