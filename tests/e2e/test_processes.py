@@ -1,7 +1,5 @@
 """Several real processes (gloo) against one, and against each other's deaths."""
 
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +13,6 @@ from tests.e2e.runs import (
     STEPS,
     assert_same_run,
     assert_same_to_rounding,
-    command,
     ends,
     environment,
     events,
@@ -27,21 +24,19 @@ from tests.e2e.runs import (
     rows,
     wait_for,
 )
-from tests.warm import run as run_process
+from tests.e2e.several_processes import (
+    DOUBLE,
+    PROBED,
+    QUIET,
+    SHORT,
+    assert_a_stopped_rank_is_named,
+    finish,
+    finish_alone,
+    resume_after,
+)
 
-DOUBLE = Path(__file__).parent / "double_precision.py"
-QUIET = ["--monitor.every_epochs", "0"]
-PROBED = ["--monitor.linear", "true"]
-# Two epochs of three steps, in which the queue wraps.
-SHORT = ["--data.limit", "104", *QUIET]
 BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.ddp
-
-
-def finish(processes: int, run: Path, *more: str, driver: Path | None = None) -> None:
-    words = ["pretrain", *SMALL, *more, "--run", str(run)]
-    for code, output in ends(launch(processes, *words, driver=driver)):
-        assert code == 0, output
 
 
 @pytest.mark.parametrize(
@@ -73,9 +68,7 @@ def finish(processes: int, run: Path, *more: str, driver: Path | None = None) ->
 def test_a_share_of_the_batch_each_equals_one_process(processes, more, tmp_path):
     """Losses, queues, weights, momentum, batch-norm statistics: to 1e-9 in float64, where sums round to 1e-16."""
     alone, together = tmp_path / "alone", tmp_path / "together"
-    words = ["pretrain", *SMALL, *SHORT, *more, "--run", str(alone)]
-    found = run_process(command(*words, driver=DOUBLE), env=environment(), capture_output=True)
-    assert found.returncode == 0, found.stderr
+    finish_alone("pretrain", *SMALL, *SHORT, *more, "--run", str(alone))
     finish(processes, together, *SHORT, *more, driver=DOUBLE)
     assert len(rows(alone)) > 5
     assert_same_to_rounding(together, alone)
@@ -93,10 +86,7 @@ def test_plain_batch_norm_means_a_part_per_process(tmp_path):
     """Two processes with plain batch norm are one with two parts: MoCo's own setting, shuffled keys included."""
     finish(2, tmp_path / "a", *SHORT, driver=DOUBLE)
     words = ["pretrain", *SMALL, *SHORT, "--cohort.batch_norm_splits", "2"]
-    done = run_process(
-        command(*words, "--run", str(tmp_path / "b"), driver=DOUBLE), env=environment()
-    )
-    assert done.returncode == 0
+    finish_alone(*words, "--run", str(tmp_path / "b"))
     tensors, expected = newest_tensors(tmp_path / "a"), newest_tensors(tmp_path / "b")
     for name, tensor in expected["networks"].items():
         torch.testing.assert_close(tensors["networks"][name], tensor, rtol=1e-9, atol=1e-9)
@@ -132,39 +122,12 @@ def test_a_signal_to_any_rank_then_resume_equals_the_undisturbed_run(
     undisturbed, tmp_path, victim, kind
 ):
     run = tmp_path / "r"
-    words = ["pretrain", *SMALL, "--run", str(run), "--checkpoint.export_key_networks", "true"]
-    ranks = launch(2, *words, "--checkpoint.every_steps", "2", STEP_SECONDS="0.2")
-    wait_for(lambda: (run / "checkpoints/step-00000004").exists(), ranks)
-    ranks[victim].send_signal(kind)
-    found = ends(ranks)
-    if kind == signal.SIGTERM:
-        assert [code for code, _ in found] == [75, 75]
-    else:
-        code, output = found[1 - victim]
-        assert found[victim][0] == -kind
-        assert code == 1
-        assert f"rank {victim} died (process {ranks[victim].pid} on" in output
-        assert f"rank {1 - victim} stops too" in output
-        assert f"rank {victim} died" in (run / "FAILED").read_text()
-    for code, output in ends(launch(2, "resume", str(run))):
-        assert code == 0, output
-    assert not (run / "FAILED").exists()
+    resume_after(kind, victim, run, "--checkpoint.export_key_networks", "true")
     assert_same_run(run, undisturbed)
 
 
 def test_a_rank_that_is_stopped_is_named_after_the_timeout(tmp_path):
-    run = tmp_path / "s"
-    words = ["pretrain", *SMALL, *QUIET, "--epochs", "60", "--rank_timeout_seconds", "10"]
-    ranks = launch(2, *words, "--run", str(run))
-    wait_for(lambda: (run / "checkpoints/latest").exists(), ranks)
-    os.kill(ranks[1].pid, signal.SIGSTOP)
-    try:
-        output, _ = ranks[0].communicate(timeout=240)
-    finally:
-        ranks[1].kill()
-        ranks[1].communicate()
-    assert ranks[0].returncode == 1
-    assert re.search(rf"rank 1 has been silent for \d+ s \(process {ranks[1].pid} on", output)
+    assert_a_stopped_rank_is_named(2, tmp_path / "s")
 
 
 STOPPED_WHILE_MAIN_SAVES = """

@@ -27,10 +27,10 @@ from tests.e2e.runs import (
     rows,
     wait_for,
 )
+from tests.e2e.several_processes import DOUBLE
 from tests.warm import Process
 from tests.warm import run as run_process
 
-DOUBLE = Path(__file__).parent / "double_precision.py"
 DATA = [
     *("--data.name", "fashion_mnist_classes", "--data.limit", "300", "--data.image_size", "16"),
     *("--data.augmentation", "none", "--cohort.backbones", "conv4", "--device", "cpu"),

@@ -40,12 +40,12 @@ from tests.e2e.runs import (
     without_clocks,
     write_noise,
 )
+from tests.e2e.several_processes import DOUBLE
 from tests.warm import Process
 from tests.warm import run as run_process
 
 SUPERVISED = ["--method", "supervised", "--temperature", "0.1", "--cohort.projection", "mlp"]
 TEACHING = ["--supervised.teaching", "ensemble_teaching", "--supervised.weights_per_class", "true"]
-DOUBLE = Path(__file__).parent / "double_precision.py"
 
 
 @pytest.fixture(scope="session")

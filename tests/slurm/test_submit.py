@@ -276,19 +276,23 @@ def assert_equal_to_rounding(together: Path, alone: Path) -> None:
             torch.testing.assert_close(tensors[group][name], tensor, rtol=1e-9, atol=1e-9)
 
 
+def on_two_nodes(cluster: Cluster, run: Path, *keys: str, processes_per_node: int) -> None:
+    """A job in double precision, to its end."""
+    options = ["--nodes", "2", "--tasks_per_node", str(processes_per_node), "--wait", "true"]
+    options += ["--environment", "GLOO_SOCKET_IFNAME=lo", *DOUBLE]
+    words = ["--", "pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(run), *keys]
+    found = peerlearn(cluster, "submit", *PROFILE, *options, *words)
+    assert found.returncode == 0, logs(run)
+
+
 @pytest.mark.slow(30)
 def test_half_the_batch_on_each_of_two_nodes_equals_one_process(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    together = tmp_path / "together"
-    alone = in_double_precision(tmp_path / "alone")
-    options = ["--nodes", "2", "--wait", "true"]
-    options += ["--environment", "GLOO_SOCKET_IFNAME=lo", *DOUBLE]
-    words = ["--", "pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(together)]
-    found = peerlearn(cluster, "submit", *PROFILE, *options, *words)
-    assert found.returncode == 0, logs(together)
-    assert events(together, "started")[0]["processes"] == 2
-    assert_equal_to_rounding(together, alone)
+    run = tmp_path / "together"
+    on_two_nodes(cluster, run, processes_per_node=1)
+    assert events(run, "started")[0]["processes"] == 2
+    assert_equal_to_rounding(run, in_double_precision(tmp_path / "alone"))
 
 
 @pytest.mark.slow(40)
@@ -296,17 +300,12 @@ def test_a_network_on_each_of_two_nodes_equals_one_process(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     """Two processes a node: those of one network share a node, and the log says where they are."""
-    apart = tmp_path / "apart"
-    alone = in_double_precision(tmp_path / "alone")
-    options = ["--nodes", "2", "--tasks_per_node", "2", "--wait", "true"]
-    options += ["--environment", "GLOO_SOCKET_IFNAME=lo", *DOUBLE]
-    words = ["--", "pretrain", *SMALL, *KEYS_OF_A_SHARE, "--run", str(apart)]
-    found = peerlearn(cluster, "submit", *PROFILE, *options, *words, "--parallel.cohort", "2")
-    assert found.returncode == 0, logs(apart)
-    assert "network 0: processes 0 to 1 on " in logs(apart)
-    assert "though" not in logs(apart)
-    assert events(apart, "started")[0]["processes"] == 4
-    assert_equal_to_rounding(apart, alone)
+    run = tmp_path / "apart"
+    on_two_nodes(cluster, run, "--parallel.cohort", "2", processes_per_node=2)
+    assert "network 0: processes 0 to 1 on " in logs(run)
+    assert "though" not in logs(run)
+    assert events(run, "started")[0]["processes"] == 4
+    assert_equal_to_rounding(run, in_double_precision(tmp_path / "alone"))
 
 
 @pytest.mark.gpu
