@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
 
 from peerlearn.evaluation.classification import classification_scores, top1
@@ -81,15 +82,13 @@ def test_logits_that_are_not_finite_are_refused():
 
 
 @given(n=st.integers(1, 2000), data=st.data())
-def test_wilson_interval_is_its_formula(n, data):
+def test_wilson_interval_is_that_of_scipy(n, data):
     correct = data.draw(st.integers(0, n))
-    z, share = 1.959963984540054, correct / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     low, high = wilson_interval(correct, n)
-    assert low == pytest.approx(100 * (centre - half), abs=1e-6)
-    assert high == pytest.approx(100 * (centre + half), abs=1e-6)
-    assert 0 <= low <= 100 * share <= high <= 100
+    theirs = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    assert low == pytest.approx(100 * theirs.low, abs=1e-9)
+    assert high == pytest.approx(100 * theirs.high, abs=1e-9)
+    assert 0 <= low <= 100 * (correct / n) <= high <= 100
 
 
 def test_spread_of_runs_is_students():
