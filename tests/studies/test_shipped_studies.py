@@ -66,7 +66,7 @@ SIZES = {
     # Small ones. Cells of a figure may share their config.
     "fashion_mnist": (1, 2, 6),
     "fashion_mnist_few_labels": (2, 4 + 3, 35),
-    "ssl_characters": (2, 5 + 2, 35),
+    "ssl_characters": (3, 5 + 2 + 2, 40),
     "ssl_fashion_mnist": (13, 5 + 2 + 6 + 2 + 5 + 4 * 2 + 4 * 3, 150),
     "ssl_learning_rates": (3, 5 * 4 + 6 * 4 + 5 * 5, 69),
     "figure_3_digits": (5, 8 + 2 + 3 + 3 + 2, 42),

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scipy import stats
 
-from benchmarks import ssl_study
+from benchmarks import same_sample, ssl_study
 from peerlearn.runs.directory import RunDirectory
 from studies.report import report
 from studies.study import Study, plan_study
@@ -79,11 +80,75 @@ def test_what_was_not_run_is_unmeasured(kept: Path) -> None:
     )
 
 
+def test_validation_images_rank_the_settings_and_stand_in_no_other_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read_study(SHIPPED / "ssl_fashion_mnist.yaml", folder=str(tmp_path / "s"))
+    grids = ["size of the queue", "momentum of the key networks"]
+    study = plan_study(config, grids)
+    on_test, on_validation = config.evaluate[0], config.evaluate[-1]
+    assert "--data.validation_images" in on_validation
+    # The shipped setting is in both grids, and is one run.
+    scored = {"2048": (80.0, 82.0), "512": (81.0, 81.0), "0.9": (79.0, 83.0)}
+    for cell in study.cells:
+        label = study.compared_label(cell)
+        if label in scored:
+            run = study.run_of(cell.variant, 0)
+            begin(run)
+            test, validation = scored[label]
+            of_test, of_validation = {"0": test, "1": test}, {"0": validation, "1": validation}
+            evaluate(run, on_test, of_test, dataset="fashion_mnist")
+            titled = "fashion_mnist, validation images"
+            evaluate(run, on_validation, of_validation, dataset=titled)
+    report(study, [], write=True)
+    file = ssl_study.keep(study.root, tmp_path)
+    file.rename(tmp_path / "ssl_fashion_mnist.json")
+
+    page = ssl_study.page(tmp_path).split("## ssl_characters")[0]
+    of_grids, ranking = page.split("### Settings, by validation images")
+    assert "validation images, n" not in of_grids
+    lines = [line.strip("| ").split(" | ") for line in ranking.splitlines() if line[:1] == "|"]
+    assert lines[0][2] == "knn top1 on fashion_mnist, validation images, n 360"
+    assert lines[2:] == [
+        ["momentum of the key networks", "0.9", "83.00 (1)"],
+        ["size of the queue", "2048", "82.00 (1)"],
+        ["size of the queue", "512", "81.00 (1)"],
+    ]
+
+
 def test_machines_and_versions_stand_beside_the_figures(study: Study, kept: Path) -> None:
     result = next(RunDirectory(study.runs[0].folder).results.glob("*.json"))
     found = json.loads(result.read_text())
     told = f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {found['versions']['torch']})"
     assert told in ssl_study.page(kept)
+
+
+def test_what_the_peers_query_does_stands_on_the_page(tmp_path: Path) -> None:
+    keys = ("queries_same", "queries_other", "keys_same", "keys_other", "loss_lowest", "loss_last")
+    values = {key: [number, number + 0.5] for number, key in enumerate(keys)}
+    about = {"machine": "m", "python": "3.11", "torch": "2.14"}
+    found = about | {"measured": {"MCL (x2)": values}}
+    (tmp_path / "same_sample.json").write_text(json.dumps(found))
+    section = ssl_study.page(tmp_path).split("## With MoCo, the peer's query betrays itself")[1]
+    told = [f"{number}.25 ± 0.35 (2)" for number in range(6)]
+    assert " | ".join(["| MCL (x2)", *told]) + " |" in section
+
+
+def test_losses_of_an_epoch_are_for_one_peer(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for epoch, loss in ((0.5, 9.0), (1.0, 12.0), (1.5, 6.0), (2.0, 3.0)):
+        run.append_metrics(
+            {"step": 1, "epoch": epoch, "net/0/icl_hard": loss, "net/0/scl_hard": 1.0}
+        )
+    assert same_sample.hard_loss_by_epoch(run, peers=3) == [3.5, 1.5]
+    assert same_sample.hard_loss_by_epoch(run, peers=0) == [1.0, 1.0]
+
+
+def test_cosines_are_those_of_the_same_image_and_of_others() -> None:
+    anchors = torch.eye(3)
+    candidates = torch.tensor([[0.8, 0.6, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    found = same_sample.cosines("keys", anchors, candidates)
+    assert found == pytest.approx({"keys_same": 2.8 / 3, "keys_other": 0.1})
 
 
 def test_a_folder_without_tables_is_told_in_one_line(tmp_path: Path) -> None:
