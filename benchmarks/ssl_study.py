@@ -243,6 +243,8 @@ stages, as in the paper, so that it costs hardly more than one of two.
 
 ![Validation kNN of each rival by base learning rate](study_learning_rates.svg)
 
+(`peerlearn table ssl_learning_rates --pictures svg`; dashed: ensembles.)
+
 - A score is mean ± standard deviation over seeds, and in brackets how many seeds.
 - A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
   Holm's method for all comparisons of its grid and score.
