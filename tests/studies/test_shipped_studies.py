@@ -68,7 +68,7 @@ SIZES = {
     "fashion_mnist_few_labels": (2, 4 + 3, 35),
     "ssl_characters": (3, 5 + 2 + 2, 40),
     "ssl_fashion_mnist": (13, 5 + 2 + 6 + 2 + 5 + 4 * 2 + 4 * 3, 150),
-    "ssl_learning_rates": (3, 5 * 4 + 6 * 4 + 5 * 5, 69),
+    "ssl_learning_rates": (3, 6 * 4 + 6 * 4 + 6 * 5, 78),
     "figure_3_digits": (5, 8 + 2 + 3 + 3 + 2, 42),
     "table_1_digits": (1, 2 * 4, 24),
     "table_2_digits": (1, 1 * 4, 12),
