@@ -231,15 +231,17 @@ _INTRODUCTION = """
 
 Two data sets that need no download: the first 8,000 training images of Fashion-MNIST (10 classes), and 60 characters
 drawn in fonts, of which the test images have others than the training images. Images have 16 pixels and the network is
-Conv-4, so that a run takes minutes on one core and every comparison has several seeds. What holds here need not hold
-for ResNet-50 on ImageNet.
+Conv-4, so that a run takes minutes on one core and every comparison has several seeds. A run is 744 steps (12 epochs):
+on Fashion-MNIST they bring the loss of MoCo from 7.6, which is chance among 2,049 candidates, to 3.9. What holds here
+need not hold for ResNet-50 on ImageNet.
 
 Each rival of the first two questions has the base learning rate that is best for it on validation images:
 [ssl_learning_rates](#ssl_learning_rates) has tried the same rates for all rivals of a data set, with a seed that the
 comparisons do not use. Best is the highest mean of the networks in one run, by kNN on 2,000 images: the choice is as
-coarse as that. On the characters, the weights of the authors' code got 0.002, the lowest that was tried. Cohorts of four have the rate of cohorts of two, and networks apart that of MoCo. The settings of the
-third question have that of MCL (x2). Test images choose nothing. The networks of a cohort of four share their low
-stages, as in the paper, so that it costs hardly more than one of two.
+coarse as that. On the characters, the weights of the authors' code got 0.002, the lowest that was tried. Cohorts of
+four have the rate of cohorts of two, and networks apart that of MoCo. The settings of the third question have that of
+MCL (x2). Test images choose nothing. The networks of a cohort of four share their low stages, as in the paper, so that
+it costs hardly more than one of two.
 
 ![Validation kNN of each rival by base learning rate](study_learning_rates.svg)
 
