@@ -214,8 +214,8 @@ networks learn that, as the table tells of the runs of ssl_fashion_mnist:
   (`same_sample_positive false`, the weights of the authors' code, and MoCo) they lie where the keys lie, or nearly so.
 - The lead of the query networks ends as the learning rate falls to 0. The loss that it had lowered rises again.
 
-`--same_sample_positive false` leaves that positive out, as the authors' code does. All scores are better without it
-then, by less than five seeds can show (grid "same image of the peer as a positive"). With SimCLR one network makes all
+`--same_sample_positive false` leaves that positive out, as the authors' code does. All scores are better without it,
+by less than five seeds can show (grid "same image of the peer as a positive"). With SimCLR one network makes all
 candidates of a peer: this sign is not there.
 
 Columns: mean cosine of the anchors of network 0 with the embeddings that the query and the key network of network 1 (a
