@@ -83,10 +83,10 @@ def test_what_was_not_run_is_unmeasured(kept: Path) -> None:
 def test_validation_images_rank_the_settings_and_stand_in_no_other_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = read_study(SHIPPED / "ssl_fashion_mnist.yaml", folder=str(tmp_path / "s"))
+    config = read_study(SHIPPED / "ssl_settings.yaml", folder=str(tmp_path / "ssl_settings"))
     grids = ["size of the queue", "momentum of the key networks"]
     study = plan_study(config, grids)
-    on_test, on_validation = config.evaluate[0], config.evaluate[-1]
+    on_test, on_validation = config.evaluate[:2]
     assert "--data.validation_images" in on_validation
     # The shipped setting is in both grids, and is one run.
     scored = {"2048": (80.0, 82.0), "512": (81.0, 81.0), "0.9": (79.0, 83.0)}
@@ -101,10 +101,9 @@ def test_validation_images_rank_the_settings_and_stand_in_no_other_table(
             titled = "fashion_mnist, validation images"
             evaluate(run, on_validation, of_validation, dataset=titled)
     report(study, [], write=True)
-    file = ssl_study.keep(study.root, tmp_path)
-    file.rename(tmp_path / "ssl_fashion_mnist.json")
+    kept = ssl_study.keep(study.root, tmp_path).parent
 
-    page = ssl_study.page(tmp_path).split("## ssl_characters")[0]
+    page = ssl_study.page(kept).split("## ssl_settings")[1]
     of_grids, ranking = page.split("### Settings, by validation images")
     assert "validation images, n" not in of_grids
     lines = [line.strip("| ").split(" | ") for line in ranking.splitlines() if line[:1] == "|"]
