@@ -248,5 +248,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def mean_and_spread(mean: float, std: float | None, runs: int) -> str:
+    """A mean over runs as tables have it, with the standard deviation if there is one, and how many runs."""
+    spread = "" if std is None else f" ± {std:.2f}"
+    return f"{mean:.2f}{spread} ({runs})"
+
+
 if __name__ == "__main__":
     print(page(), end="")

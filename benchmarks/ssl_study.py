@@ -8,13 +8,13 @@ import argparse
 import itertools
 import json
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.performance import RESULTS, markdown_table
+from benchmarks import same_sample
+from benchmarks.performance import RESULTS, markdown_table, mean_and_spread
 from peerlearn.commands.configs_command import read_header
 from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.errors import UserError
@@ -26,7 +26,19 @@ from studies.study_file import read_study
 STUDIES = ("ssl_learning_rates", "ssl_fashion_mnist", "ssl_characters", "ssl_settings")
 # Of each score: what the page says, and what finds it again.
 _KEPT = (
-    *("grid", "labels", "task", "metric", "dataset", "network", "line", "step", "n", "seeds"),
+    *(
+        "grid",
+        "labels",
+        "run",
+        "task",
+        "metric",
+        "dataset",
+        "network",
+        "line",
+        "step",
+        "n",
+        "seeds",
+    ),
     *("values", "mean", "std", "baseline", "core_minutes", "peak_memory_mb"),
     *("difference_mean", "difference_ci95", "difference_p", "difference_p_holm"),
 )
@@ -70,7 +82,7 @@ def page(folder: Path = RESULTS) -> str:
         kept = read_json_object(file) if file.is_file() else {"machines": [], "scores": []}
         parts += _study(name, kept)
     if (file := folder / "same_sample.json").is_file():
-        parts += _same_sample(read_json_object(file))
+        parts.append(same_sample.section(read_json_object(file)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -80,12 +92,13 @@ def _study(name: str, kept: Mapping[str, Any]) -> Iterator[str]:
     yield f"## {name}"
     machines = "; ".join(kept["machines"]) or "unmeasured"
     about = header["source"].partition("; ")[2]
-    validated = [score for score in kept["scores"] if score["dataset"].endswith(VALIDATION_ENDING)]
-    # Where test images are scored too, validation images rank the settings, and do nothing else.
-    shown = [score for score in kept["scores"] if score not in validated] or validated
+    tested, validated = [], []
+    for score in kept["scores"]:
+        is_validation = score["dataset"].endswith(VALIDATION_ENDING)
+        (validated if is_validation else tested).append(score)
     yield f"`peerlearn study {name}` ({machines}). {about[:1].upper()}{about[1:]}."
     for grid, axes in config.grids.items():
-        scores = [score for score in shown if score["grid"] == grid]
+        scores = [score for score in tested or validated if score["grid"] == grid]
         yield f"### {grid}"
         if not scores:
             told = " x ".join(f"{axis} ({'; '.join(labels)})" for axis, labels in axes.items())
@@ -93,7 +106,8 @@ def _study(name: str, kept: Mapping[str, Any]) -> Iterator[str]:
             continue
         yield _grid(scores, list(axes), list(itertools.product(*axes.values())))
         yield _verdict(scores)
-    if validated and validated != shown:
+    # Where test images are scored too, validation images rank the settings, and do nothing else.
+    if tested and validated:
         yield "### Settings, by validation images"
         yield _ranking(validated)
 
@@ -103,7 +117,7 @@ def _ranking(scores: Sequence[Mapping[str, Any]]) -> str:
     by_runs: dict[str, Mapping[str, Any]] = {}
     for score in scores:
         if score["network"] == "individual":
-            by_runs.setdefault(json.dumps([score["values"], score["core_minutes"]]), score)
+            by_runs.setdefault(score["run"], score)
     ranked = sorted(by_runs.values(), key=lambda score: -score["mean"])
     rows = [[score["grid"], ", ".join(score["labels"]), _mean(score)] for score in ranked]
     return markdown_table(["grid", "setting", _score_name(ranked[0])], rows)
@@ -140,8 +154,7 @@ def _score_name(score: Mapping[str, Any]) -> str:
 def _mean(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "unmeasured"
-    spread = "" if score["std"] is None else f" ± {score['std']:.2f}"
-    return f"{score['mean']:.2f}{spread} ({score['seeds']})"
+    return mean_and_spread(score["mean"], score["std"], score["seeds"])
 
 
 def _difference(score: Mapping[str, Any] | None) -> str:
@@ -177,53 +190,6 @@ def _verdict(scores: Sequence[Mapping[str, Any]]) -> str:
     return f"Shown at p (Holm) < {_LEVEL}, of {len(tested)} comparisons: {told}."
 
 
-def _same_sample(found: Mapping[str, Any]) -> Iterator[str]:
-    """What the peer's query does among keys."""
-    yield _SAME_SAMPLE.strip()
-    versions = f"{found['machine']}, Python {found['python']}, torch {found['torch']}"
-    yield f"`python -m benchmarks.same_sample --output benchmarks/results/same_sample.json` ({versions}):"
-    rows = [
-        [label, *(_mean_and_spread(values[key]) for key in _OF_SAME_SAMPLE)]
-        for label, values in found["measured"].items()
-    ]
-    yield markdown_table(["method", *_OF_SAME_SAMPLE.values()], rows)
-
-
-def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread} ({len(values)})"
-
-
-_OF_SAME_SAMPLE = {
-    "queries_same": "query, same image",
-    "queries_other": "query, other images",
-    "keys_same": "key, same image",
-    "keys_other": "key, other images",
-    "loss_lowest": "hard loss, lowest epoch",
-    "loss_last": "hard loss, last epoch",
-}
-_SAME_SAMPLE = """
-## With MoCo, the peer's query betrays itself
-
-Eq. 4 has two positives: the peer's embedding of the other view, and that of the anchor's own view
-(`same_sample_positive`). With MoCo, the peer's key network makes the first and all negatives. Its query network, which
-is ahead of the key network, makes the second. So a candidate can be known by its maker, whatever is in the image. The
-networks learn that, as the table tells of the runs of ssl_fashion_mnist:
-
-- With that positive, queries of *other* images lie much closer to the anchor than keys of other images do. Without it
-  (`same_sample_positive false`, the weights of the authors' code, and MoCo) they lie where the keys lie, or nearly so.
-- The lead of the query networks ends as the learning rate falls to 0. The loss that it had lowered rises again.
-
-`--same_sample_positive false` leaves that positive out, as the authors' code does. All scores are better without it,
-by less than five seeds can show (grid "same image of the peer as a positive"). With SimCLR one network makes all
-candidates of a peer: this sign is not there.
-
-Columns: mean cosine of the anchors of network 0 with the embeddings that the query and the key network of network 1 (a
-lone network: its own) make of a batch, at the first step of the last epoch; `icl_hard` for one peer (a lone network:
-`scl_hard`), mean of an epoch. Mean ± standard deviation over seeds, and in brackets how many seeds.
-"""
-
-
 _INTRODUCTION = """
 # Does MCL help self-supervised pretraining?
 
@@ -233,16 +199,16 @@ _INTRODUCTION = """
 Two data sets that need no download: the first 8,000 training images of Fashion-MNIST (10 classes), and 60 characters
 drawn in fonts, of which the test images have others than the training images. Images have 16 pixels and the network is
 Conv-4, so that a run takes minutes on one core and every comparison has several seeds. A run is 744 steps (12 epochs):
-on Fashion-MNIST they bring the loss of MoCo from 7.6, which is chance among 2,049 candidates, to 3.9. What holds here
-need not hold for ResNet-50 on ImageNet.
+on Fashion-MNIST they bring the loss of MoCo to 3.9 ([last table](#with-moco-the-peers-query-betrays-itself)), where
+chance among 2,049 candidates is 7.6. What holds here need not hold for ResNet-50 on ImageNet.
 
-Each rival of the first two questions has the base learning rate that is best for it on validation images:
-[ssl_learning_rates](#ssl_learning_rates) has tried the same rates for all rivals of a data set, with a seed that the
-comparisons do not use. Best is the highest mean of the networks in one run, by kNN on 2,000 images: the choice is as
-coarse as that. On the characters, the weights of the authors' code got 0.002, the lowest that was tried. Cohorts of
-four have the rate of cohorts of two, and networks apart that of MoCo. The settings of the third question have that of
-MCL (x2) without the same-sample positive. Test images choose nothing. The networks of a cohort of four share their low
-stages, as in the paper, so that it costs hardly more than one of two.
+Each rival of the first question (MoCo and SimCLR, with and without peers) has the base learning rate that is best for
+it on validation images: [ssl_learning_rates](#ssl_learning_rates) has tried the same rates for all of them on a data
+set, with a seed that the comparisons do not use. Best is the highest mean of the networks in one run, by kNN on 2,000
+images: the choice is as coarse as that. On the characters, the weights of the authors' code got 0.002, the lowest that
+was tried. Cohorts of four have the rate of cohorts of two. All others have MoCo's rate where networks do not teach each
+other, else that of MCL (x2). Test images choose nothing. The networks of a cohort of four share their low stages, as in
+the paper, so that it costs hardly more than one of two.
 
 ![Validation kNN of each rival by base learning rate](study_learning_rates.svg)
 

@@ -205,8 +205,8 @@ class PretrainConfig:
             icl_soft) rises linearly from 0 to its own; 0 = its own from the start.
         temperature: temperature of the contrastive softmax, tau.
         soft_temperature: temperature of the soft terms, T.
-        same_sample_positive: whether the peer's embedding of the same view counts as a second positive (Eq. 4). With
-            moco, another network makes it than makes all other candidates, which betrays it.
+        same_sample_positive: whether the peer's embedding of the same view counts as a second positive (Eq. 4); with
+            moco, the only candidate from a query network, which anchors can learn to tell from keys.
         terms: loss terms that train; the others are only logged.
         symmetric: whether the views are swapped too and both losses added (moco only).
         device: device to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1, ...; several GPUs take one
