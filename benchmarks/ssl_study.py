@@ -20,6 +20,7 @@ from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.errors import UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.json_files import read_json_object
+from studies.statistics import p_text
 from studies.study_command import SHIPPED
 from studies.study_file import read_study
 
@@ -163,7 +164,7 @@ def _difference(score: Mapping[str, Any] | None) -> str:
     mean, half, p = (score[f"difference_{key}"] for key in ("mean", "ci95", "p_holm"))
     if half is None:
         return f"{mean:+.2f}"
-    return f"{mean:+.2f} ({mean - half:.2f} .. {mean + half:.2f}), p {p:.3f}"
+    return f"{mean:+.2f} ({mean - half:.2f} .. {mean + half:.2f}), p {p_text(p)}"
 
 
 def _cost(scores: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -217,7 +218,9 @@ the paper, so that it costs hardly more than one of two.
 - A score is mean ± standard deviation over seeds, and in brackets how many seeds.
 - A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
   Holm's method for all comparisons of its grid and score.
-- The mean of the networks tells what one exported network is worth. The ensemble joins the features of all networks.
+- The mean of the networks tells what one exported network is worth. The ensemble joins the features of all networks; a
+  lone network stands for its own. An ensemble beside a lone network shows what two networks are worth, taught or not:
+  what MCL adds to them, the grid "at the same cost" tells.
 - core-min is the processor time of a training, MB the most memory that it held.
 """
 

@@ -13,6 +13,7 @@ from peerlearn.evaluation.uncertainty import is_percentage
 from peerlearn.runs.text import markdown_cell, printable
 from studies.evaluations import Problem
 from studies.scores import Key, Score
+from studies.statistics import p_text
 from studies.study import Cell, Study
 from studies.table import Row, Table
 
@@ -58,8 +59,8 @@ def _cells(table: Table, row: Row) -> dict[str, str]:
         table.metric_text: mean,
         _versus(table): versus,
         _INTERVAL: interval,
-        _P: _p_text(compared.p if compared else None),
-        _P_HOLM: _p_text(compared.p_holm if compared else None),
+        _P: p_text(compared.p if compared else None),
+        _P_HOLM: p_text(compared.p_holm if compared else None),
         "published": _number(table, row.published),
         _GAIN: _number(table, row.gain, "+"),
         _CORE_MINUTES: f"{row.cost.core_minutes:.2f}" if row.cost else "",
@@ -70,12 +71,6 @@ def _cells(table: Table, row: Row) -> dict[str, str]:
 def _number(table: Table, value: float | None, sign: str = "") -> str:
     form = f"{sign}z.2f" if is_percentage(table.metric) else f"{sign}.4g"
     return "" if value is None else format(value, form)
-
-
-def _p_text(p: float | None) -> str:
-    if p is None:
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _versus(table: Table) -> str:
@@ -124,7 +119,7 @@ def as_text(table: Table) -> "RichTable":
         cells = {heading: column[number] for heading, column in columns.items()}
         if row.difference and row.difference.ci95 is not None:
             found = row.difference
-            p_values = f"{_p_text(found.p)}, {_p_text(found.p_holm)}"
+            p_values = f"{p_text(found.p)}, {p_text(found.p_holm)}"
             cells[_versus(table)] += f" +- {_number(table, found.ci95)}\n{p_values}"
         if memory:
             cells[_CORE_MINUTES] += f"\n{memory[number]}"

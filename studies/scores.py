@@ -146,14 +146,39 @@ def score_study(study: Study) -> tuple[list[Score], list[Problem]]:
                     others[run.seed] = found
     problems += _without_numbers(by_variant.values())
     scores: list[Score] = []
-    places = {(c.grid, study.row_of(c), study.compared_label(c)): c.variant for c in study.cells}
+    results = {
+        (cell.grid, study.row_of(cell), study.compared_label(cell)): own
+        for cell, own in zip(study.cells, _results_of_cells(study.cells, by_variant), strict=True)
+    }
     for cell in study.cells:
         label = study.config.compare.baseline[cell.grid]
-        baseline = places[cell.grid, study.row_of(cell), label]
-        theirs = {} if study.compared_label(cell) == label else by_variant[baseline.name]
-        scores += _cell_scores(cell, by_variant[cell.variant.name], theirs, label, problems)
+        place = cell.grid, study.row_of(cell)
+        ours, baseline = results[*place, study.compared_label(cell)], results[*place, label]
+        theirs = {} if study.compared_label(cell) == label else baseline
+        scores += _cell_scores(cell, ours, theirs, label, problems)
     # A variant may stand in several cells.
     return scores, list(dict.fromkeys(problems))
+
+
+def _results_of_cells(
+    cells: Sequence[Cell], by_variant: Mapping[str, Results]
+) -> Iterator[Results]:
+    """The results of each cell. A lone network is its own ensemble where others of its grid have ensembles."""
+    joint = {
+        (cell.grid, key)
+        for cell in cells
+        for key in by_variant[cell.variant.name]
+        if key.network == ENSEMBLE
+    }
+    for cell in cells:
+        is_alone = cell.variant.config.cohort.networks == 1
+        own: Results = {}
+        for key, moments in by_variant[cell.variant.name].items():
+            own[key] = moments
+            ensemble = key._replace(network=ENSEMBLE)
+            if is_alone and key.network == INDIVIDUAL and (cell.grid, ensemble) in joint:
+                own[ensemble] = moments
+        yield own
 
 
 def _without_numbers(variants: Iterable[Results]) -> Iterator[Problem]:
@@ -245,6 +270,9 @@ def _unlike(ours: Measured, theirs: Measured) -> str:
     """What differs in the protocols of two results; "" if nothing does."""
     one, other = ours.compared, theirs.compared
     keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    if 1 in (each.run.variant.config.cohort.networks for each in (ours, theirs)):
+        # A lone network stands for its own ensemble, whatever joins the networks of others.
+        keys = [key for key in keys if key != "ensemble"]
     return ", ".join(f"{key} {_value(one, key)}, not {_value(other, key)}" for key in keys)
 
 

@@ -60,3 +60,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - done) * p_values[place]))
         corrected[place] = largest
     return corrected
+
+
+def p_text(p: float | None) -> str:
+    """A p value with three decimals; "" for none."""
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -10,6 +10,7 @@ from peerlearn.evaluation.results import CLASSIFICATION
 from peerlearn.evaluation.score_table import common_protocol
 from peerlearn.evaluation.uncertainty import is_percentage
 from peerlearn.runs.directory import STUDY_FILE
+from peerlearn.runs.score_names import ENSEMBLE
 from studies.config import Published
 from studies.cost import Cost, RunCost, mean_cost
 from studies.evaluations import Problem
@@ -256,11 +257,11 @@ def _rows(
 
 
 def _has(cell: Cell, network: str) -> bool:
-    """Whether the runs of a cell have such a network: one alone makes no ensemble."""
+    """Whether the runs of a cell have such a network; one alone stands for its own ensemble."""
     networks = cell.variant.config.cohort.networks
     if network.isdecimal():
         return int(network) < networks
-    return network == INDIVIDUAL or networks > 1
+    return network in (INDIVIDUAL, ENSEMBLE) or networks > 1
 
 
 def _figure(study: Study, published: Sequence[Published], cell: Cell, label: str) -> float | None:

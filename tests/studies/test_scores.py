@@ -137,6 +137,56 @@ def test_every_evaluation_data_set_and_variant_is_a_score_of_its_own(tmp_path: P
     assert find(scores, "MCL (x2)", name="fewshot/accuracy", metric="accuracy", n=600, mean=41.0)
 
 
+@pytest.mark.parametrize("baseline", ["alone", "cohort"])
+def test_a_lone_network_stands_for_its_ensemble_beside_ensembles(
+    tmp_path: Path, baseline: str
+) -> None:
+    study = make_study(
+        tmp_path,
+        grids={
+            "g": {"m": {"alone": "--cohort.networks 1", "cohort": "", "bare": "--alpha 1"}},
+            "h": {"m": {"one": "--cohort.networks 1", "two": "--cohort.networks 1 --beta 1"}},
+        },
+        compare={"baseline": {"g": baseline, "h": "one"}},
+    )
+    alone, ensembles = [50.0, 51.0, 52.5], [53.0, 56.0, 54.0]
+    for seed in study.config.seeds:
+        for label in ("alone", "cohort", "bare", "two"):
+            run = run_of(study, label, seed)
+            begin(run)
+            if label == "cohort":
+                write_scores(run, {"0": 40.0, "1": 42.0})
+                joined = {"split": "test", "epoch": 100, "ensemble": "mean of logits"}
+                write_scores(run, {"ensemble": ensembles[seed]}, protocol=joined)
+            else:
+                # `bare` is a cohort whose ensemble was not measured.
+                write_scores(run, {"0": alone[seed], **({"1": 1.0} if label == "bare" else {})})
+    scores, problems = score_study(study)
+    assert problems == []
+    other = {"alone": "cohort", "cohort": "alone"}[baseline]
+    assert find(scores, "alone", "ensemble").values == dict(enumerate(alone))
+    difference = find(scores, other, "ensemble").difference
+    gain = np.subtract(ensembles, alone) * (1 if other == "cohort" else -1)
+    assert difference is not None
+    assert (difference.mean, difference.p) == (
+        pytest.approx(gain.mean()),
+        pytest.approx(stats.ttest_1samp(gain, 0).pvalue),
+    )
+    networks: dict[tuple[str, str], list[str]] = {}
+    for score in scores:
+        if score.metric == "top1":
+            cell = score.cell.grid, score.cell.labels[0]
+            networks.setdefault(cell, []).append(score.key.network)
+    assert networks == {
+        ("g", "alone"): ["individual", "ensemble", "0"],
+        ("g", "cohort"): ["individual", "ensemble", "0", "1"],
+        ("g", "bare"): ["individual", "0", "1"],
+        # Where no run of a grid has an ensemble, nothing is shown twice.
+        ("h", "one"): ["individual", "0"],
+        ("h", "two"): ["individual", "0"],
+    }
+
+
 def test_individual_needs_every_network(tmp_path: Path) -> None:
     study = make_study(tmp_path, evaluate=[KNN], seeds=[0])
     run = run_of(study, "vanilla")

@@ -297,10 +297,11 @@ def test_networks_of_different_kinds_and_published_ones_stand_apart(tmp_path: Pa
         "alone": ["individual", "ensemble"],
         "named": ["individual", "ensemble", "1"],
     }
-    # A network alone makes no ensemble: nothing is missing there.
+    # A network alone stands beside the ensembles too.
     assert [(r.label, r.network) for r in found["alone"].rows] == [
         ("one", "individual"),
         ("two", "individual"),
+        ("one", "ensemble"),
         ("two", "ensemble"),
     ]
 
