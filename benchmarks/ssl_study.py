@@ -164,7 +164,8 @@ def _difference(score: Mapping[str, Any] | None) -> str:
     mean, half, p = (score[f"difference_{key}"] for key in ("mean", "ci95", "p_holm"))
     if half is None:
         return f"{mean:+.2f}"
-    return f"{mean:+.2f} ({mean - half:.2f} .. {mean + half:.2f}), p {p_text(p)}"
+    text = f"{mean:+.2f} ({mean - half:.2f} .. {mean + half:.2f}), p {p_text(p)}"
+    return f"**{text}**" if _is_shown(score) else text
 
 
 def _cost(scores: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -177,18 +178,16 @@ def _cost(scores: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _verdict(scores: Sequence[Mapping[str, Any]]) -> str:
-    """What of a grid is shown at the level of 5 %, in one sentence."""
+    """How many comparisons of a grid are shown at the level of 5 %: those in bold."""
     tested = [score for score in scores if score["difference_p_holm"] is not None]
     if not tested:
         return "Nothing is tested: a difference needs two seeds."
-    shown = [
-        f"{'/'.join(score['labels'])} {score['difference_mean']:+.2f} in {score['task']} "
-        f"({_NETWORKS[score['network']]})"
-        for score in tested
-        if score["difference_p_holm"] < _LEVEL
-    ]
-    told = "; ".join(shown) if shown else "none"
-    return f"Shown at p (Holm) < {_LEVEL}, of {len(tested)} comparisons: {told}."
+    shown = sum(map(_is_shown, tested))
+    return f"Shown at p (Holm) < {_LEVEL}, in bold: {shown} of {len(tested)} comparisons."
+
+
+def _is_shown(score: Mapping[str, Any]) -> bool:
+    return score["difference_p_holm"] is not None and score["difference_p_holm"] < _LEVEL
 
 
 _INTRODUCTION = """

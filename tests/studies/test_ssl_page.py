@@ -63,7 +63,7 @@ def test_the_figures_of_the_page_are_those_of_the_runs(kept: Path) -> None:
         t = stats.ttest_1samp(differences, 0.0)
         low, high = t.confidence_interval(0.95)
         mean, p = sum(differences) / 3, comparisons * t.pvalue
-        told.append(f"{mean:+.2f} ({low:.2f} .. {high:.2f}), p {p:.3f}")
+        told.append(f"**{mean:+.2f} ({low:.2f} .. {high:.2f}), p {p:.3f}**")
     assert [line[:4] for line in lines[2:]] == [
         ["mean of the networks", "SimCLR", "81.33 ± 1.53 (3)", ""],
         ["mean of the networks", "SimCLR + MCL (x2)", "84.17 ± 2.02 (3)", told[0]],
@@ -73,7 +73,20 @@ def test_the_figures_of_the_page_are_those_of_the_runs(kept: Path) -> None:
     # The networks of a run have trained together, and cost what the run did.
     costs = [["1.0", "701"], ["2.0", "701"]]
     assert [line[-2:] for line in lines[2:]] == costs * 2
-    assert "Shown at p (Holm) < 0.05, of 2 comparisons: SimCLR + MCL (x2) +2.83 in knn" in section
+    assert "Shown at p (Holm) < 0.05, in bold: 2 of 2 comparisons." in section
+
+
+def test_a_difference_that_is_not_shown_is_not_bold(kept: Path) -> None:
+    file = kept / "ssl_characters.json"
+    content = json.loads(file.read_text())
+    for score in content["scores"]:
+        if score["network"] == "individual" and score["difference_p_holm"] is not None:
+            score["difference_p_holm"] = 0.05
+    file.write_text(json.dumps(content))
+    section = ssl_study.page(kept).split("## ssl_characters")[1].split(f"### {GRID}")[1]
+    assert "| +2.83 (" in section
+    assert "| **+8.67 (" in section
+    assert "in bold: 1 of 2 comparisons." in section
 
 
 def test_what_was_not_run_is_unmeasured(kept: Path) -> None:
