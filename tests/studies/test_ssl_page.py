@@ -89,6 +89,39 @@ def test_a_difference_that_is_not_shown_is_not_bold(kept: Path) -> None:
     assert "in bold: 1 of 2 comparisons." in section
 
 
+def test_learning_rates_are_a_row_for_each_rival(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "ssl_learning_rates"
+    config = read_study(SHIPPED / "ssl_learning_rates.yaml", folder=str(folder))
+    study = plan_study(config, ["Fashion-MNIST"])
+    scored = {("MoCo", "0.004"): 80.0, ("MoCo", "0.03"): 81.0, ("MCL (x2)", "0.015"): 79.0}
+    cpu_seconds = {80.0: 60.0, 81.0: 120.0, 79.0: 210.0}
+    for cell in study.cells:
+        if cell.labels in scored:
+            run = study.run_of(cell.variant, config.seeds[0])
+            top1 = scored[cell.labels]
+            row = {"step": 12, "attempt": 1, "cpu_seconds": cpu_seconds[top1]}
+            begin(run).metrics.write_text(json.dumps(row) + "\n")
+            networks = map(str, range(cell.variant.config.cohort.networks))
+            evaluate(run, config.evaluate[0], dict.fromkeys(networks, top1))
+    report(study, [], write=True)
+    page = ssl_study.page(ssl_study.keep(folder, tmp_path).parent)
+    section = page.split("### Fashion-MNIST\n")[1].split("###")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    empty = "unmeasured"
+    assert lines[0] == [
+        *("method", "base_lr 0.004", "base_lr 0.0075", "base_lr 0.015", "base_lr 0.03"),
+        "core-min",
+    ]
+    assert lines[2:5] == [
+        ["MoCo", "80.00 (1)", empty, empty, "**81.00 (1)**", "1.5"],
+        ["MCL (x2)", empty, empty, "**79.00 (1)**", empty, "3.5"],
+        ["MCL (x2), weights of the authors' code", *[empty] * 4],
+    ]
+    assert "Nothing is tested" not in section
+
+
 def test_what_was_not_run_is_unmeasured(kept: Path) -> None:
     page = ssl_study.page(kept)
     other = page.split("## ssl_characters")[1].split("### MoCo, with and without peers")[1]
