@@ -221,9 +221,9 @@ def _own(table: Table, label: str) -> str:
     return f"{label} (baseline)" if label == table.baseline else label
 
 
-def _name(text: str) -> str:
+def _name(text: str, inches: float = _NAME_INCHES) -> str:
     """A label that leaves room for the picture. A legend leaves out what begins with an underscore."""
-    shown = shortened(text, _NAME_INCHES)
+    shown = shortened(text, inches)
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -241,11 +241,12 @@ def _add_legend(axes: "Axes", table: Table, *, coloured: Sequence[str]) -> None:
     """A line for each colour, each marker, and hollow ones, below the panel."""
     from matplotlib.transforms import ScaledTranslation
 
+    columns = _legend_columns(table)
+    inches = _NAME_INCHES if columns == 2 else _TITLE_INCHES
     for number, name in enumerate(coloured):
         if name:
-            axes.plot(
-                [], [], lw=4, color=COLORS[number % len(COLORS)], label=_name(_own(table, name))
-            )
+            label = _name(_own(table, name), inches)
+            axes.plot([], [], lw=4, color=COLORS[number % len(COLORS)], label=label)
     for number, (network, (marker, line)) in enumerate(_styles(table).items()):
         color = GREY if coloured else COLORS[number % len(COLORS)]
         shown = line if axis_numbers(_labels(table)) else "none"
@@ -259,18 +260,23 @@ def _add_legend(axes: "Axes", table: Table, *, coloured: Sequence[str]) -> None:
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
         bbox_transform=axes.transAxes + below,
-        ncols=2,
+        ncols=columns,
         frameon=False,
     )
+
+
+def _legend_columns(table: Table) -> int:
+    """Two, or one where a name needs the width of both."""
+    names = [_own(table, name) for name in _coloured(table)]
+    return 2 if all(shortened(name, _NAME_INCHES) == name for name in names) else 1
 
 
 def _panel_inches(table: Table) -> float:
     """Height of a panel with its title and legend."""
     lines = wrapped(_title(table), _TITLE_INCHES).count("\n") + 1
     entries = len(_coloured(table)) + len(_styles(table)) + 1
-    return (
-        _plot_inches(table) + _AXIS_INCHES + 0.35 + _LINE_INCHES * (lines + math.ceil(entries / 2))
-    )
+    lines += math.ceil(entries / _legend_columns(table))
+    return _plot_inches(table) + _AXIS_INCHES + 0.35 + _LINE_INCHES * lines
 
 
 def _plot_inches(table: Table) -> float:

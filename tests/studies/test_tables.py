@@ -639,6 +639,24 @@ def test_long_labels_leave_room_for_the_picture_and_none_is_lost(tmp_path: Path)
     check_texts(figure_of(partial(plot_tables, [only(study)]), tmp_path / "a.png"))
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"), [("MoCo", 2), ("two heads on one backbone", 1), ("x" * 60, 1)]
+)
+def test_a_legend_has_one_column_where_a_name_needs_the_width(
+    tmp_path: Path, name: str, columns: int
+) -> None:
+    kinds = {"short": "", name: "--alpha 1"}
+    grids = {"size": {"kind": kinds, "cohort.embedding_dim": [128, 32, 64]}}
+    study = make_study(tmp_path, grids=grids, seeds=[0])
+    for run in study.runs:
+        begin(run)
+        write_scores(run, {"0": 50.0, "1": 50.0})
+    axes, legend = drawn(only(study))
+    assert axes.get_legend()._ncols == columns
+    assert (legend[1] == name) is (len(name) < 60)
+    check_texts(figure_of(partial(plot_tables, [only(study)]), tmp_path / "a.png"))
+
+
 def test_an_axis_of_numbers_is_a_line(tmp_path: Path) -> None:
     grids = {"size": {"kind": {"$a": "", "b": "--alpha 1"}, "cohort.embedding_dim": [128, 32, 64]}}
     study = make_study(tmp_path, grids=grids, seeds=[0])
