@@ -67,7 +67,7 @@ SIZES = {
     "fashion_mnist": (1, 2, 6),
     "fashion_mnist_few_labels": (2, 4 + 3, 35),
     "ssl_characters": (3, 5 + 2 + 2, 40),
-    "ssl_fashion_mnist": (5, 5 + 2 + 6 + 2 + 2, 75),
+    "ssl_fashion_mnist": (5, 5 + 2 + 7 + 2 + 2, 75),
     "ssl_learning_rates": (3, 6 * 4 + 6 * 4 + 6 * 5, 78),
     "ssl_settings": (9, 5 + 3 * 2 + 5 * 3, 90),
     "figure_3_digits": (5, 8 + 2 + 3 + 3 + 2, 42),

@@ -122,6 +122,20 @@ def test_learning_rates_are_a_row_for_each_rival(
     assert "Nothing is tested" not in section
 
 
+def test_the_answers_stand_first(kept: Path) -> None:
+    section = ssl_study.page(kept).split("## In short")[1].split("##")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    of_characters = [line for line in lines if line[0] == "[ssl_characters](#ssl_characters)"]
+    none = ["unmeasured"] * 3
+    network = "mean of the networks"
+    assert of_characters[0] == [of_characters[0][0], "MCL (x2)", "unmeasured", network, *none]
+    _, *simclr = of_characters[1]
+    assert simclr[:3] == ["SimCLR + MCL (x2)", "SimCLR", network]
+    assert simclr[3].startswith("**+2.83 (")
+    assert simclr[4:] == none[1:]
+    assert of_characters[2][1] == "same_sample_positive false"
+
+
 def test_what_was_not_run_is_unmeasured(kept: Path) -> None:
     page = ssl_study.page(kept)
     other = page.split("## ssl_characters")[1].split("### MoCo, with and without peers")[1]
