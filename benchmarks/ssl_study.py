@@ -263,8 +263,8 @@ Not here. Networks that MCL has taught are as good as those of MoCo and SimCLR, 
 with MoCo. Part of that is one positive of the paper's loss, which [betrays
 itself](#with-moco-the-peers-query-betrays-itself). On Fashion-MNIST two networks together score higher than one in
 linear probes and few-shot episodes. MCL has no part in that: two MoCo networks that never meet scored higher still, by
-kNN too, though no single difference is shown.
-Which part of MCL does what is unmeasured so far ([ssl_settings](#ssl_settings)).
+kNN too, though no single difference is shown. Which part of MCL does what is unmeasured so far
+([ssl_settings](#ssl_settings)).
 
 {in_short}
 
