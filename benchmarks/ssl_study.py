@@ -180,8 +180,7 @@ def _curves(scores: Sequence[Mapping[str, Any]], axes: Mapping[str, Iterable[str
         cells = [
             f"**{_mean(each)}**" if each and each["mean"] == best else _mean(each) for each in found
         ]
-        costs = [each["core_minutes"] for each in found if each]
-        costs = [cost for cost in costs if cost is not None]
+        costs = [c for each in found if each and (c := each["core_minutes"]) is not None]
         rows.append([label, *cells, f"{fmean(costs):.1f}" if costs else ""])
     columns = [f"{second} {label}" for label in seconds]
     return f"{name}:\n\n" + markdown_table([first, *columns, "core-min"], rows)
@@ -259,11 +258,11 @@ _INTRODUCTION = """
 
 ## In short
 
-Not here. Networks that MCL has taught are as good as those of MoCo and SimCLR, or worse: on the characters much worse
-with MoCo. Part of that is one positive of the paper's loss, which [betrays
+Not here. No network that MCL has taught is shown to be better than those of MoCo and SimCLR, and some are worse: on the
+characters much worse with MoCo. Part of that is one positive of the paper's loss, which [betrays
 itself](#with-moco-the-peers-query-betrays-itself). On Fashion-MNIST two networks together score higher than one in
-linear probes and few-shot episodes. MCL has no part in that: two MoCo networks that never meet scored higher still, by
-kNN too, though no single difference is shown. Which part of MCL does what is unmeasured so far
+linear probes and few-shot episodes, but no part of that is shown to be due to MCL: two MoCo networks that never meet
+scored higher still, by kNN too, though no single difference is shown. Which part of MCL does what is unmeasured so far
 ([ssl_settings](#ssl_settings)).
 
 {in_short}
@@ -282,10 +281,9 @@ Each rival has the base learning rate that is best for it on validation images:
 [ssl_learning_rates](#ssl_learning_rates) has tried the same rates for all of them on a data set, with a seed that the
 comparisons do not use. Best is the highest mean of the networks in one run, by kNN on 2,000 images: the choice is as
 coarse as that. On the characters, the weights of the authors' code got 0.002, the lowest that was tried; on
-Fashion-MNIST, MCL, its own terms alone, and two heads on one backbone got 0.03, the highest. Cohorts of four have the
-rate of cohorts of two, two MoCo networks apart have MoCo's, and the settings of MCL that a grid compares have that of
-MCL (x2). Test images choose nothing. The networks of a cohort of four share their low stages, as in
-the paper, so that it costs hardly more than one of two.
+Fashion-MNIST several rivals got 0.03, the highest. Cohorts of four have the rate of cohorts of two, two MoCo networks
+apart have MoCo's, and the settings of MCL that a grid compares have that of MCL (x2). Test images choose nothing. The
+networks of a cohort of four share their low stages, as in the paper, so that it costs hardly more than one of two.
 
 ![Validation kNN of each rival by base learning rate](study_learning_rates.svg)
 
