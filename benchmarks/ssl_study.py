@@ -70,7 +70,13 @@ _LEVEL = 0.05
 
 
 def keep(study: Path, folder: Path = RESULTS) -> Path:
-    """Write the shown scores of a study's tables, with the machines and versions of its runs, to FOLDER/NAME.json."""
+    """Write the shown scores of a study's tables, with the machines and versions of its runs, to FOLDER/NAME.json.
+
+    What that file has of other cells stays, so that the grids of a study can be measured on several machines.
+
+    Raises:
+        UserError: a cell from before would stay in a grid whose differences are tested together.
+    """
     content = read_json_object(study / "table.json")
     wanted = content["config"]["compare"]["score"]
     scores = [
@@ -80,10 +86,34 @@ def keep(study: Path, folder: Path = RESULTS) -> Path:
     ]
     scores = [score for score in scores if score["network"] in _NETWORKS]
     machines = sorted({_machine(path) for path in study.glob("*/results/*.json")})
-    kept = {"machines": machines, "scores": scores}
     file = folder / f"{study.name}.json"
+    if file.is_file():
+        before = read_json_object(file)
+        machines = sorted({*before["machines"], *machines})
+        scores = [*_staying(before["scores"], scores, study), *scores]
+    kept = {"machines": machines, "scores": scores}
     write_text(file, json.dumps(kept, indent=1) + "\n")
     return file
+
+
+def _staying(
+    before: Iterable[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], study: Path
+) -> list[Mapping[str, Any]]:
+    """The scores from before, of cells that the shipped study has and that were not measured again."""
+    cells = {
+        (grid, *cell)
+        for grid, axes in read_study(SHIPPED / f"{study.name}.yaml").grids.items()
+        for cell in itertools.product(*axes.values())
+    }
+    measured = {(each["grid"], *each["labels"]) for each in scores}
+    staying = [each for each in before if (each["grid"], *each["labels"]) in cells - measured]
+    tested = {each["grid"] for each in scores if each["difference_p_holm"] is not None}
+    if mixed := sorted(tested & {each["grid"] for each in staying}):
+        raise UserError(
+            f"{study} has a part of the grid {mixed[0]!r} alone, and Holm's method corrects a whole grid: "
+            f"measure it whole (peerlearn study {study.name} --only {mixed[0]!r})"
+        )
+    return staying
 
 
 def _machine(result: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from scipy import stats
 
 from benchmarks import same_sample, ssl_study
+from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from studies.report import report
 from studies.study import Study, plan_study
@@ -74,6 +76,50 @@ def test_the_figures_of_the_page_are_those_of_the_runs(kept: Path) -> None:
     costs = [["1.0", "701"], ["2.0", "701"]]
     assert [line[-2:] for line in lines[2:]] == costs * 2
     assert "Shown at p (Holm) < 0.05, in bold: 2 of 2 comparisons." in section
+
+
+def _add(folder: Path, **changed: Any) -> None:
+    """To the kept file, the scores of its first cell once more, as of the cell or machine that ``changed`` names."""
+    file = folder / "ssl_characters.json"
+    content = json.loads(file.read_text())
+    first = content["scores"][0]
+    same = [s for s in content["scores"] if s["labels"] == first["labels"]]
+    content["scores"] += [each | changed for each in same]
+    content["machines"] = ["another"]
+    file.write_text(json.dumps(content))
+
+
+def test_grids_of_several_machines_stand_side_by_side(study: Study, kept: Path) -> None:
+    file = kept / "ssl_characters.json"
+    alone = json.loads(file.read_text())
+    elsewhere = {"grid": "MoCo, with and without peers", "labels": ["MoCo"]}
+    _add(kept, **elsewhere)
+    # What was measured again and what the study has no more give way.
+    _add(kept, mean=1.0)
+    _add(kept, labels=["a rival of old"])
+    ssl_study.keep(study.root, kept)
+    content = json.loads(file.read_text())
+    assert content["machines"] == ["another", *alone["machines"]]
+    stayed = [score for score in content["scores"] if score["grid"] != GRID]
+    assert {(each["grid"], *each["labels"]) for each in stayed} == {
+        ("MoCo, with and without peers", "MoCo")
+    }
+    # SimCLR's scores, of its network and of it as an ensemble, under the other name.
+    assert [each["mean"] for each in stayed] == pytest.approx([244 / 3] * 2)
+    assert [score for score in content["scores"] if score["grid"] == GRID] == alone["scores"]
+
+
+def test_a_tested_grid_is_of_one_measurement(study: Study, kept: Path) -> None:
+    file = kept / "ssl_characters.json"
+    part = study.root / "table.json"
+    content = json.loads(part.read_text())
+    content["scores"] = [s for s in content["scores"] if s["labels"] != ["SimCLR"]]
+    part.write_text(json.dumps(content))
+    before = file.read_text()
+    told = f"has a part of the grid '{GRID}' alone"
+    with pytest.raises(UserError, match=re.escape(told)):
+        ssl_study.keep(study.root, kept)
+    assert file.read_text() == before
 
 
 def test_a_difference_that_is_not_shown_is_not_bold(kept: Path) -> None:
