@@ -2,6 +2,7 @@
 
 python -m benchmarks.ssl_study --keep runs/ssl_fashion_mnist     # a study's scores -> benchmarks/results/
 python -m benchmarks.ssl_study > docs/study.md
+python -m benchmarks.ssl_study --picture docs/study_learning_rates.svg
 """
 
 import argparse
@@ -21,9 +22,13 @@ from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.errors import UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.json_files import read_json_object
+from studies.picture import plot_tables
+from studies.scores import Key, Score
 from studies.statistics import p_text
+from studies.study import plan_study
 from studies.study_command import SHIPPED
 from studies.study_file import read_study
+from studies.table import Table, tables
 
 STUDIES = ("ssl_learning_rates", "ssl_fashion_mnist", "ssl_characters", "ssl_settings")
 # Of each score: what the page says, and what finds it again.
@@ -137,6 +142,27 @@ def page(folder: Path = RESULTS) -> str:
     if (file := folder / "same_sample.json").is_file():
         parts.append(same_sample.section(read_json_object(file)))
     return "\n\n".join(parts) + "\n"
+
+
+def learning_rates(folder: Path = RESULTS) -> list[Table]:
+    """The tables of ssl_learning_rates, of the kept scores in ``folder``."""
+    name = "ssl_learning_rates"
+    study = plan_study(read_study(SHIPPED / f"{name}.yaml"))
+    cells = {(cell.grid, *cell.labels): cell for cell in study.cells}
+    scores = [
+        Score(
+            cell=cells[score["grid"], *score["labels"]],
+            key=Key(score["line"], score["task"], score["dataset"], "", score["network"]),
+            **{key: score[key] for key in ("metric", "step", "values", "mean", "std", "n")},
+            chosen=False,
+            shown=True,
+            interval=None,
+            protocol={},
+            difference=None,
+        )
+        for score in read_json_object(folder / f"{name}.json")["scores"]
+    ]
+    return tables(study, scores)
 
 
 def _in_short(kept: Mapping[str, Mapping[str, Any]]) -> str:
@@ -317,7 +343,7 @@ networks of a cohort of four share their low stages, as in the paper, so that it
 
 ![Validation kNN of each rival by base learning rate](study_learning_rates.svg)
 
-(`peerlearn table ssl_learning_rates --pictures svg`; dashed: ensembles.)
+(`python -m benchmarks.ssl_study --picture docs/study_learning_rates.svg`; dashed: ensembles.)
 
 - A score is mean ± standard deviation over seeds, and in brackets how many seeds.
 - A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
@@ -330,14 +356,21 @@ networks of a cohort of four share their low stages, as in the paper, so that it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Keep a study's scores, or print the page."""
+    """Keep a study's scores, draw the page's picture, or print the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--keep", type=Path, metavar="STUDY", help="folder of a study to keep")
-    study = parser.parse_args(argv).keep
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="file of the picture to draw")
+    arguments = parser.parse_args(argv)
+    study = arguments.keep
     try:
-        print(page(), end="") if study is None else print(keep(study))
+        if study:
+            print(keep(study))
+        elif arguments.picture:
+            plot_tables(learning_rates(), arguments.picture)
+        else:
+            print(page(), end="")
     except FileNotFoundError as error:
         sys.exit(f"{error.filename} is not there: `peerlearn table {study}` writes it")
     except UserError as error:

@@ -167,6 +167,15 @@ def test_learning_rates_are_a_row_for_each_rival(
     ]
     assert "Nothing is tested" not in section
 
+    fashion_mnist, *others = ssl_study.learning_rates(tmp_path)
+    assert not others
+    drawn = {
+        (row.group, row.label, row.network): row.score.mean
+        for row in fashion_mnist.rows
+        if row.score
+    }
+    assert drawn == {(*labels, "individual"): top1 for labels, top1 in scored.items()}
+
 
 def test_the_answers_name_cells_that_there_are() -> None:
     for study, grid, label, network in ssl_study._ANSWERS:
