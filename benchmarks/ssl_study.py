@@ -316,12 +316,12 @@ _INTRODUCTION = """
 
 ## In short
 
-Not here. No network that MCL has taught is shown to be better than those of MoCo and SimCLR, and some are worse: on the
-characters much worse with MoCo, on Fashion-MNIST two unlike networks. Part of that is one positive of the paper's loss,
-which [betrays itself](#with-moco-the-peers-query-betrays-itself). On Fashion-MNIST two networks together score higher than one in
-linear probes and few-shot episodes, but no part of that is shown to be due to MCL: two MoCo networks that never meet
-scored higher still, by kNN too, though no single difference is shown. Which part of MCL does what is unmeasured so far
-([ssl_settings](#ssl_settings)).
+Not here. No network that MCL has taught is shown to be better than those of MoCo and SimCLR, and some are worse. With
+MoCo on the characters they are much worse, in part because one positive of the paper's loss [betrays
+itself](#with-moco-the-peers-query-betrays-itself); so are two unlike networks on Fashion-MNIST. There, two networks
+together score higher than one in linear probes and few-shot episodes, but no part of that is shown to be due to MCL: two
+MoCo networks that never meet scored higher still, by kNN too, though no single difference is shown. Which part of MCL
+does what is unmeasured so far ([ssl_settings](#ssl_settings)).
 
 {in_short}
 
@@ -354,8 +354,8 @@ networks of a cohort of four share their low stages, as in the paper, so that it
   lone network stands for its own. An ensemble beside a lone network shows what two networks are worth, taught or not:
   what MCL adds to them, the grid "at the same cost" tells.
 - core-min is the processor time of a training, MB the most memory that it held. The grids come from several machines of
-  one description, so core-min compare within a grid. In [ssl_learning_rates](#ssl_learning_rates), the row of Conv-4 and
-  WRN-16-2 with MCL comes from a faster machine than the rows above it.
+  one description, so core-min compare within a grid. In [ssl_learning_rates](#ssl_learning_rates), the row of Conv-4
+  and WRN-16-2 with MCL comes from a faster machine than the rows above it.
 """
 
 
