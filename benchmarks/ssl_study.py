@@ -316,12 +316,12 @@ _INTRODUCTION = """
 
 ## In short
 
-Not here. No network that MCL has taught is shown to be better than those of MoCo and SimCLR, and some are worse. With
-MoCo on the characters they are much worse, in part because one positive of the paper's loss [betrays
-itself](#with-moco-the-peers-query-betrays-itself); so are two unlike networks on Fashion-MNIST. There, two networks
-together score higher than one in linear probes and few-shot episodes, but no part of that is shown to be due to MCL: two
-MoCo networks that never meet scored higher still, by kNN too, though no single difference is shown. Which part of MCL
-does what is unmeasured so far ([ssl_settings](#ssl_settings)).
+Not here. No network that MCL has taught is shown to be better than those of MoCo and SimCLR. Some are much worse: those
+of MoCo on the characters, in part because one positive of the paper's loss [betrays
+itself](#with-moco-the-peers-query-betrays-itself), and two unlike networks on Fashion-MNIST. Two like networks score
+higher together there than one alone in linear probes and few-shot episodes, but no part of that is shown to be due to
+MCL: two MoCo networks that never meet scored higher still, by kNN too, though no single difference is shown. Which part
+of MCL does what is unmeasured so far ([ssl_settings](#ssl_settings)).
 
 {in_short}
 
