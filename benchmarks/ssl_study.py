@@ -97,30 +97,38 @@ def keep(study: Path, folder: Path = RESULTS) -> Path:
     if file.is_file():
         before = read_json_object(file)
         machines = sorted({*before["machines"], *machines})
-        scores = [*_staying(before["scores"], scores, study), *scores]
+        scores = _merged(before["scores"], scores, study)
     kept = {"machines": machines, "scores": scores}
     write_text(file, json.dumps(kept, indent=1) + "\n")
     return file
 
 
-def _staying(
-    before: Iterable[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], study: Path
+def _merged(
+    before: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], study: Path
 ) -> list[Mapping[str, Any]]:
-    """The scores from before, of cells that the shipped study has and that were not measured again."""
+    """The scores of the shipped study's cells: those measured now in place of those from before.
+
+    A grid whose differences were tested stays as it was until it can be tested again.
+    """
     cells = {
         (grid, *cell)
         for grid, axes in read_study(SHIPPED / f"{study.name}.yaml").grids.items()
         for cell in itertools.product(*axes.values())
     }
-    measured = {(each["grid"], *each["labels"]) for each in scores}
-    staying = [each for each in before if (each["grid"], *each["labels"]) in cells - measured]
-    tested = {each["grid"] for each in scores if each["difference_p_holm"] is not None}
-    if mixed := sorted(tested & {each["grid"] for each in staying}):
+    tested = _tested(before) - _tested(measured)
+    new = [score for score in measured if score["grid"] not in tested]
+    staying_cells = cells - {(score["grid"], *score["labels"]) for score in new}
+    staying = [score for score in before if (score["grid"], *score["labels"]) in staying_cells]
+    if mixed := sorted(_tested(new) & {score["grid"] for score in staying}):
         raise UserError(
             f"{study} has a part of the grid {mixed[0]!r} alone, and Holm's method corrects a whole grid: "
             f"measure it whole (peerlearn study {study.name} --only {mixed[0]!r})"
         )
-    return staying
+    return [*staying, *new]
+
+
+def _tested(scores: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {score["grid"] for score in scores if score["difference_p_holm"] is not None}
 
 
 def _machine(result: Path) -> str:

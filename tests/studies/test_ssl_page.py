@@ -122,6 +122,16 @@ def test_a_tested_grid_is_of_one_measurement(study: Study, kept: Path) -> None:
     assert file.read_text() == before
 
 
+def test_a_tested_grid_stays_until_it_can_be_tested_again(study: Study, kept: Path) -> None:
+    table = study.root / "table.json"
+    content = json.loads(table.read_text())
+    content["scores"] = [s | {"mean": 1.0} for s in content["scores"] if s["labels"] == ["SimCLR"]]
+    table.write_text(json.dumps(content))
+    before = json.loads((kept / "ssl_characters.json").read_text())
+    ssl_study.keep(study.root, kept)
+    assert json.loads((kept / "ssl_characters.json").read_text()) == before
+
+
 def test_a_difference_that_is_not_shown_is_not_bold(kept: Path) -> None:
     file = kept / "ssl_characters.json"
     content = json.loads(file.read_text())
