@@ -217,6 +217,13 @@ def test_what_was_not_run_is_unmeasured(kept: Path) -> None:
     )
 
 
+def test_a_baseline_alone_measures_nothing(kept: Path) -> None:
+    _add(kept, grid="MoCo, with and without peers", labels=["MoCo"], baseline="MoCo")
+    page = ssl_study.page(kept)
+    other = page.split("## ssl_characters")[1].split("### MoCo, with and without peers")[1]
+    assert other.split("###")[0].strip().startswith("Unmeasured: method (MoCo; MCL (x2); ")
+
+
 def test_validation_images_rank_the_settings_and_stand_in_no_other_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
