@@ -334,9 +334,9 @@ higher together there than one alone in linear probes and few-shot episodes, but
 MCL: two MoCo networks that never meet scored higher still, by kNN too, though no single difference is shown.
 
 No part of MCL is shown to help either ([ssl_settings](#ssl_settings), without that positive, for what is measured so
-far). Leaving out one of its terms is not shown to change a score, nor is letting the terms between networks begin later.
-Ten times the weight of those terms costs a point of kNN accuracy. Leaving out all but `scl_hard` makes two networks that
-never meet, and their ensemble is shown to be better by linear probe.
+far). Leaving out one of its terms is not shown to change a score, nor is letting the terms between networks begin
+later. Ten times the weight of those terms costs a point of kNN accuracy. Leaving out all but `scl_hard` makes two
+networks that never meet, and their ensemble is shown to be better by linear probe.
 
 {in_short}
 
