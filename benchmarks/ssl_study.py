@@ -2,13 +2,11 @@
 
 python -m benchmarks.ssl_study --keep runs/ssl_fashion_mnist     # a study's scores -> benchmarks/results/
 python -m benchmarks.ssl_study > docs/study.md
-python -m benchmarks.ssl_study --picture docs/study_learning_rates.svg
+python -m benchmarks.ssl_study --picture                         # -> docs/study_learning_rates.svg
 """
 
 import argparse
 import itertools
-import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,39 +15,16 @@ from typing import Any
 
 from benchmarks import same_sample
 from benchmarks.performance import RESULTS, markdown_table, mean_and_spread
+from benchmarks.ssl_scores import NETWORKS, STUDIES, keep, learning_rates
 from peerlearn.commands.configs_command import read_header
 from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.errors import UserError
-from peerlearn.runs.files import write_text
 from peerlearn.runs.json_files import read_json_object
 from studies.picture import plot_tables
-from studies.scores import Key, Score
 from studies.statistics import p_text
-from studies.study import plan_study
 from studies.study_command import SHIPPED
 from studies.study_file import read_study
-from studies.table import Table, tables
 
-STUDIES = ("ssl_learning_rates", "ssl_fashion_mnist", "ssl_characters", "ssl_settings")
-# Of each score: what the page says, and what finds it again.
-_KEPT = (
-    *(
-        "grid",
-        "labels",
-        "run",
-        "task",
-        "metric",
-        "dataset",
-        "network",
-        "line",
-        "step",
-        "n",
-        "seeds",
-    ),
-    *("values", "mean", "std", "baseline", "core_minutes", "peak_memory_mb"),
-    *("difference_mean", "difference_ci95", "difference_p", "difference_p_holm"),
-)
-_NETWORKS = {"individual": "mean of the networks", "ensemble": "ensemble"}
 _PLAIN, _SIMCLR, _COST, _UNLIKE, _POSITIVE = (
     "MoCo, with and without peers",
     "SimCLR, with and without peers",
@@ -74,73 +49,9 @@ _ANSWERS = (
     ("ssl_settings", "which terms", "scl_hard alone", "ensemble"),
     ("ssl_settings", "weight of the interactive terms", "1.0", "individual"),
 )
+_PICTURE = RESULTS.parents[1] / "docs" / "study_learning_rates.svg"
 # Below it a comparison counts as shown.
 _LEVEL = 0.05
-
-
-def keep(study: Path, folder: Path = RESULTS) -> Path:
-    """Write the shown scores of a study's tables, with the machines and versions of its runs, to FOLDER/NAME.json.
-
-    What that file has of other cells stays, so that the grids of a study can be measured on several machines.
-
-    Raises:
-        UserError: a cell from before would stay in a grid whose differences are tested together.
-    """
-    content = read_json_object(study / "table.json")
-    wanted = content["config"]["compare"]["score"]
-    scores = [
-        {key: score[key] for key in _KEPT}
-        for score in content["scores"]
-        if score["shown"] and f"{score['task']}/{score['metric']}" in wanted
-    ]
-    scores = [score for score in scores if score["network"] in _NETWORKS]
-    machines = sorted({_machine(path) for path in study.glob("*/results/*.json")})
-    file = folder / f"{study.name}.json"
-    if file.is_file():
-        before = read_json_object(file)
-        machines = sorted({*before["machines"], *machines})
-        scores = _merged(before["scores"], scores, study)
-    kept = {"machines": machines, "scores": scores}
-    write_text(file, json.dumps(kept, indent=1) + "\n")
-    return file
-
-
-def _merged(
-    before: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], study: Path
-) -> list[Mapping[str, Any]]:
-    """The scores of the shipped study's cells: those measured now in place of those from before.
-
-    A grid whose differences were tested stays as it was until it can be tested again.
-    """
-    cells = {
-        (grid, *cell)
-        for grid, axes in read_study(SHIPPED / f"{study.name}.yaml").grids.items()
-        for cell in itertools.product(*axes.values())
-    }
-    tested = _tested(before) - _tested(measured)
-    new = [score for score in measured if score["grid"] not in tested]
-    staying_cells = cells - {(score["grid"], *score["labels"]) for score in new}
-    staying = [score for score in before if (score["grid"], *score["labels"]) in staying_cells]
-    if mixed := sorted(_tested(new) & {score["grid"] for score in staying}):
-        raise UserError(
-            f"{study} has a part of the grid {mixed[0]!r} alone, and Holm's method corrects a whole grid: "
-            f"measure it whole (peerlearn study {study.name} --only {mixed[0]!r})"
-        )
-    return [*staying, *new]
-
-
-def _tested(scores: Iterable[Mapping[str, Any]]) -> set[str]:
-    return {score["grid"] for score in scores if score["difference_p_holm"] is not None}
-
-
-def _machine(result: Path) -> str:
-    found = read_json_object(result)
-    hardware, versions = found["hardware"], found["versions"]
-    processor = re.search(r"x86_64|aarch64|arm64", hardware["platform"])
-    told = [processor[0] if processor else hardware["platform"], f"{hardware['cpu_count']} cores"]
-    told += hardware["cuda_devices"]
-    versions = {"Python": hardware["python"]} | versions
-    return ", ".join([*told, *(f"{name} {versions[name]}" for name in ("Python", "torch"))])
 
 
 def page(folder: Path = RESULTS) -> str:
@@ -154,27 +65,6 @@ def page(folder: Path = RESULTS) -> str:
     if (file := folder / "same_sample.json").is_file():
         parts.append(same_sample.section(read_json_object(file)))
     return "\n\n".join(parts) + "\n"
-
-
-def learning_rates(folder: Path = RESULTS) -> list[Table]:
-    """The tables of ssl_learning_rates, of the kept scores in ``folder``."""
-    name = "ssl_learning_rates"
-    study = plan_study(read_study(SHIPPED / f"{name}.yaml"))
-    cells = {(cell.grid, *cell.labels): cell for cell in study.cells}
-    scores = [
-        Score(
-            cell=cells[score["grid"], *score["labels"]],
-            key=Key(score["line"], score["task"], score["dataset"], "", score["network"]),
-            **{key: score[key] for key in ("metric", "step", "values", "mean", "std", "n")},
-            chosen=False,
-            shown=True,
-            interval=None,
-            protocol={},
-            difference=None,
-        )
-        for score in read_json_object(folder / f"{name}.json")["scores"]
-    ]
-    return tables(study, scores)
 
 
 def _in_short(kept: Mapping[str, Mapping[str, Any]]) -> str:
@@ -192,7 +82,7 @@ def _in_short(kept: Mapping[str, Mapping[str, Any]]) -> str:
         sides = [each if axis == "method" else f"{axis} {each}" for each in (label, baseline)]
         found = [_difference(of_task.get(task)) for task in ("knn", "linear", "fewshot")]
         differences = [text or "unmeasured" for text in found]
-        rows.append([f"[{study}](#{study})", *sides, _NETWORKS[network], *differences])
+        rows.append([f"[{study}](#{study})", *sides, NETWORKS[network], *differences])
     return markdown_table(["study", "this", "against", "of", "kNN", "linear", "few-shot"], rows)
 
 
@@ -262,7 +152,7 @@ def _grid(scores: Sequence[Mapping[str, Any]], axes: Mapping[str, Iterable[str]]
     for name in named:
         heading += [name, f"vs {scores[0]['baseline']}"]
     rows = []
-    for network, *cell in itertools.product(_NETWORKS, *axes.values()):
+    for network, *cell in itertools.product(NETWORKS, *axes.values()):
         own = {
             _score_name(each): each
             for each in scores
@@ -270,7 +160,7 @@ def _grid(scores: Sequence[Mapping[str, Any]], axes: Mapping[str, Iterable[str]]
         }
         if not own and network == "ensemble":
             continue
-        row = [_NETWORKS[network], *cell]
+        row = [NETWORKS[network], *cell]
         for name in named:
             row += [_mean(own.get(name)), _difference(own.get(name))]
         rows.append([*row, *_cost(own.values())])
@@ -360,7 +250,7 @@ networks of a cohort of four share their low stages, as in the paper, so that it
 
 ![Validation kNN of each rival by base learning rate](study_learning_rates.svg)
 
-(`python -m benchmarks.ssl_study --picture docs/study_learning_rates.svg`; dashed: ensembles.)
+(`python -m benchmarks.ssl_study --picture`; dashed: ensembles.)
 
 - A score is mean ± standard deviation over seeds, and in brackets how many seeds.
 - A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
@@ -379,19 +269,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--keep", type=Path, metavar="STUDY", help="folder of a study to keep")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="file of the picture to draw")
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--keep", type=Path, metavar="STUDY", help="folder of a study to keep")
+    actions.add_argument(
+        "--picture", action="store_true", help="draw the learning rates into the page's picture"
+    )
     arguments = parser.parse_args(argv)
-    study = arguments.keep
     try:
-        if study:
-            print(keep(study))
+        if arguments.keep:
+            print(keep(arguments.keep))
         elif arguments.picture:
-            plot_tables(learning_rates(), arguments.picture)
+            plot_tables(learning_rates(), _PICTURE)
+            print(_PICTURE)
         else:
             print(page(), end="")
-    except FileNotFoundError as error:
-        sys.exit(f"{error.filename} is not there: `peerlearn table {study}` writes it")
     except UserError as error:
         sys.exit(str(error))
 

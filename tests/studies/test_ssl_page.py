@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import same_sample, ssl_study
+from benchmarks import same_sample, ssl_scores, ssl_study
 from peerlearn.errors import UserError
 from peerlearn.runs.directory import RunDirectory
 from studies.report import report
@@ -52,7 +52,7 @@ def kept(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Pa
     report(study, [], write=True)
     folder = tmp_path / "results"
     folder.mkdir()
-    assert ssl_study.keep(study.root, folder) == folder / "ssl_characters.json"
+    assert ssl_scores.keep(study.root, folder) == folder / "ssl_characters.json"
     return folder
 
 
@@ -97,7 +97,7 @@ def test_grids_of_several_machines_stand_side_by_side(study: Study, kept: Path) 
     # What was measured again and what the study has no more give way.
     _add(kept, mean=1.0)
     _add(kept, labels=["a rival of old"])
-    ssl_study.keep(study.root, kept)
+    ssl_scores.keep(study.root, kept)
     content = json.loads(file.read_text())
     assert content["machines"] == ["another", *alone["machines"]]
     stayed = [score for score in content["scores"] if score["grid"] != GRID]
@@ -118,7 +118,7 @@ def test_a_tested_grid_is_of_one_measurement(study: Study, kept: Path) -> None:
     before = file.read_text()
     told = f"has a part of the grid '{GRID}' alone"
     with pytest.raises(UserError, match=re.escape(told)):
-        ssl_study.keep(study.root, kept)
+        ssl_scores.keep(study.root, kept)
     assert file.read_text() == before
 
 
@@ -128,7 +128,7 @@ def test_a_tested_grid_stays_until_it_can_be_tested_again(study: Study, kept: Pa
     content["scores"] = [s | {"mean": 1.0} for s in content["scores"] if s["labels"] == ["SimCLR"]]
     table.write_text(json.dumps(content))
     before = json.loads((kept / "ssl_characters.json").read_text())
-    ssl_study.keep(study.root, kept)
+    ssl_scores.keep(study.root, kept)
     assert json.loads((kept / "ssl_characters.json").read_text()) == before
 
 
@@ -162,7 +162,7 @@ def test_learning_rates_are_a_row_for_each_rival(
             networks = map(str, range(cell.variant.config.cohort.networks))
             evaluate(run, config.evaluate[0], dict.fromkeys(networks, top1))
     report(study, [], write=True)
-    page = ssl_study.page(ssl_study.keep(folder, tmp_path).parent)
+    page = ssl_study.page(ssl_scores.keep(folder, tmp_path).parent)
     section = page.split("### Fashion-MNIST\n")[1].split("###")[0]
     lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
     empty = "unmeasured"
@@ -177,7 +177,7 @@ def test_learning_rates_are_a_row_for_each_rival(
     ]
     assert "Nothing is tested" not in section
 
-    fashion_mnist, *others = ssl_study.learning_rates(tmp_path)
+    fashion_mnist, *others = ssl_scores.learning_rates(tmp_path)
     assert not others
     drawn = {
         (row.group, row.label, row.network): row.score.mean
@@ -191,7 +191,7 @@ def test_the_answers_name_cells_that_there_are() -> None:
     for study, grid, label, network in ssl_study._ANSWERS:
         ((axis, labels),) = read_study(SHIPPED / f"{study}.yaml").grids[grid].items()
         assert label in labels, (study, grid, axis)
-        assert network in ssl_study._NETWORKS
+        assert network in ssl_scores.NETWORKS
 
 
 def test_the_answers_stand_first(kept: Path) -> None:
@@ -245,7 +245,7 @@ def test_validation_images_rank_the_settings_and_stand_in_no_other_table(
             titled = "fashion_mnist, validation images"
             evaluate(run, on_validation, of_validation, dataset=titled)
     report(study, [], write=True)
-    kept = ssl_study.keep(study.root, tmp_path).parent
+    kept = ssl_scores.keep(study.root, tmp_path).parent
 
     page = ssl_study.page(kept).split("## ssl_settings")[1]
     of_grids, ranking = page.split("### Settings, by validation images")
@@ -295,7 +295,14 @@ def test_cosines_are_those_of_the_same_image_and_of_others() -> None:
 
 
 def test_a_folder_without_tables_is_told_in_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "ssl_settings"
     with pytest.raises(SystemExit) as stop:
-        ssl_study.main(["--keep", str(tmp_path / "gone")])
-    gone = tmp_path / "gone"
+        ssl_study.main(["--keep", str(gone)])
     assert stop.value.code == f"{gone}/table.json is not there: `peerlearn table {gone}` writes it"
+
+
+def test_a_study_that_the_page_does_not_show_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        ssl_study.main(["--keep", str(tmp_path / "demo")])
+    told = f"{tmp_path}/demo is none of the studies that the page shows: ssl_learning_rates, "
+    assert str(stop.value.code).startswith(told)
