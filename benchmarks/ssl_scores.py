@@ -55,7 +55,7 @@ def keep(study: Path, folder: Path = RESULTS) -> Path:
         raise UserError(f"{table} is not there: `peerlearn table {study}` writes it")
     content = read_json_object(table)
     wanted = content["config"]["compare"]["score"]
-    scores = [
+    scores: list[Mapping[str, Any]] = [
         {key: score[key] for key in _KEPT}
         for score in content["scores"]
         if score["shown"] and f"{score['task']}/{score['metric']}" in wanted
