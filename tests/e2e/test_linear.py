@@ -427,9 +427,9 @@ def test_results_that_cannot_be_written_are_one_line(runs, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.slow(45)
+@pytest.mark.slow(70)
 def test_a_trained_network_beats_an_untrained_one_on_fashion_mnist(tmp_path):
-    """Linear accuracy, n = 2000, standard error 0.9: MoCo of 90 steps against its own start, by few labels, 3 seeds."""
+    """Linear accuracy, n = 2000, standard error 0.9: MoCo of 12 epochs against its start, by few labels, 3 seeds."""
     gains = [_gain_by_training(seed, tmp_path / str(seed)) for seed in range(3)]
     assert min(gains) > 0, gains
     assert statistics.mean(gains) > 3.0, gains
@@ -442,6 +442,8 @@ def _gain_by_training(seed, tmp_path):
     run, start = tmp_path / "run", tmp_path / "start"
     training = ["mcl_fashion_mnist_demo", "--data.limit", "2000", "--data.image_size", "16"]
     training += ["--cohort.networks", "1", "--alpha", "1", "--beta", "0"]
+    # After fewer steps the gain of a seed is as small as what another processor rounds otherwise.
+    training += ["--epochs", "12"]
     training += ["--seed", str(seed), "--monitor.every_epochs", "0", "--run", str(run)]
     assert main(["pretrain", *training, *CPU]) == 0
     config = load_config(PretrainConfig, run / "config.yaml")
