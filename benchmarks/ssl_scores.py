@@ -110,6 +110,13 @@ def _machine(result: Path) -> str:
     return ", ".join([*told, *(f"{name} {versions[name]}" for name in ("Python", "torch"))])
 
 
+def read_kept(folder: Path = RESULTS) -> dict[str, Mapping[str, Any]]:
+    """The kept scores of every study in ``folder``, and the machines that they come from."""
+    files = {name: folder / f"{name}.json" for name in STUDIES}
+    empty: dict[str, Any] = {"machines": [], "scores": []}
+    return {name: read_json_object(f) if f.is_file() else empty for name, f in files.items()}
+
+
 def learning_rates(folder: Path = RESULTS) -> list[Table]:
     """The tables of ssl_learning_rates, of the kept scores in ``folder``."""
     name = "ssl_learning_rates"

@@ -2,7 +2,7 @@
 
 python -m benchmarks.ssl_study --keep runs/ssl_fashion_mnist     # a study's scores -> benchmarks/results/
 python -m benchmarks.ssl_study > docs/study.md
-python -m benchmarks.ssl_study --picture                         # -> docs/study_learning_rates.svg
+python -m benchmarks.ssl_study --pictures                        # -> docs/study_*.svg
 """
 
 import argparse
@@ -15,9 +15,9 @@ from typing import Any
 
 from benchmarks import same_sample
 from benchmarks.performance import RESULTS, markdown_table, mean_and_spread
-from benchmarks.ssl_scores import NETWORKS, STUDIES, keep, learning_rates
+from benchmarks.ssl_answers import LEVEL, TASKS, answers, is_shown, is_validated, plot_answers
+from benchmarks.ssl_scores import NETWORKS, STUDIES, keep, learning_rates, read_kept
 from peerlearn.commands.configs_command import read_header
-from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.errors import UserError
 from peerlearn.runs.json_files import read_json_object
 from studies.picture import plot_tables
@@ -25,40 +25,12 @@ from studies.statistics import p_text
 from studies.study_command import SHIPPED
 from studies.study_file import read_study
 
-_PLAIN, _SIMCLR, _COST, _UNLIKE, _POSITIVE = (
-    "MoCo, with and without peers",
-    "SimCLR, with and without peers",
-    "at the same cost",
-    "unlike networks",
-    "same image of the peer as a positive",
-)
-# What answers the questions: study, grid, label, network.
-_ANSWERS = (
-    ("ssl_fashion_mnist", _PLAIN, "MCL (x2)", "individual"),
-    ("ssl_characters", _PLAIN, "MCL (x2)", "individual"),
-    ("ssl_fashion_mnist", _SIMCLR, "SimCLR + MCL (x2)", "individual"),
-    ("ssl_characters", _SIMCLR, "SimCLR + MCL (x2)", "individual"),
-    ("ssl_fashion_mnist", _POSITIVE, "false", "individual"),
-    ("ssl_characters", _POSITIVE, "false", "individual"),
-    ("ssl_fashion_mnist", _COST, "MCL (x2)", "ensemble"),
-    ("ssl_fashion_mnist", _COST, "MCL (x2), same_sample_positive false", "ensemble"),
-    ("ssl_fashion_mnist", _COST, "MoCo for twice as long", "ensemble"),
-    ("ssl_fashion_mnist", _COST, "MoCo of twice the width", "ensemble"),
-    ("ssl_fashion_mnist", _COST, "own terms alone (DoGo)", "ensemble"),
-    ("ssl_fashion_mnist", _UNLIKE, "Conv-4 and WRN-16-2, MCL", "ensemble"),
-    ("ssl_settings", "which terms", "scl_hard alone", "ensemble"),
-    ("ssl_settings", "weight of the interactive terms", "1.0", "individual"),
-)
-_PICTURE = RESULTS.parents[1] / "docs" / "study_learning_rates.svg"
-# Below it a comparison counts as shown.
-_LEVEL = 0.05
+_DOCS = RESULTS.parents[1] / "docs"
 
 
 def page(folder: Path = RESULTS) -> str:
     """The page, by the kept scores in ``folder``. What is not there is "unmeasured"."""
-    files = {name: folder / f"{name}.json" for name in STUDIES}
-    empty: dict[str, Any] = {"machines": [], "scores": []}
-    kept = {name: read_json_object(f) if f.is_file() else empty for name, f in files.items()}
+    kept = read_kept(folder)
     parts = [_INTRODUCTION.format(in_short=_in_short(kept)).strip()]
     for name in STUDIES:
         parts += _study(name, kept[name])
@@ -67,23 +39,22 @@ def page(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def draw_pictures(folder: Path = RESULTS, docs: Path = _DOCS) -> list[Path]:
+    """Draw the page's pictures, by the kept scores in ``folder``."""
+    files = [docs / "study_answers.svg", docs / "study_learning_rates.svg"]
+    plot_answers(list(answers(read_kept(folder))), files[0])
+    plot_tables(learning_rates(folder), files[1])
+    return files
+
+
 def _in_short(kept: Mapping[str, Mapping[str, Any]]) -> str:
     """The differences that answer the questions, a row for each comparison."""
     rows = []
-    for study, grid, label, network in _ANSWERS:
-        scores = [
-            score
-            for score in kept[study]["scores"]
-            if (score["grid"], score["labels"], score["network"]) == (grid, [label], network)
-        ]
-        of_task = {score["task"]: score for score in scores}
-        (axis,) = read_study(SHIPPED / f"{study}.yaml").grids[grid]
-        baseline = scores[0]["baseline"] if scores else "unmeasured"
-        sides = [each if axis == "method" else f"{axis} {each}" for each in (label, baseline)]
-        found = [_difference(of_task.get(task)) for task in ("knn", "linear", "fewshot")]
-        differences = [text or "unmeasured" for text in found]
-        rows.append([f"[{study}](#{study})", *sides, NETWORKS[network], *differences])
-    return markdown_table(["study", "this", "against", "of", "kNN", "linear", "few-shot"], rows)
+    for answer in answers(kept):
+        found = [_difference(answer.scores.get(task)) or "unmeasured" for task in TASKS]
+        study = f"[{answer.study}](#{answer.study})"
+        rows.append([study, answer.this, answer.against, NETWORKS[answer.network], *found])
+    return markdown_table(["study", "this", "against", "of", *TASKS.values()], rows)
 
 
 def _study(name: str, kept: Mapping[str, Any]) -> Iterator[str]:
@@ -94,8 +65,7 @@ def _study(name: str, kept: Mapping[str, Any]) -> Iterator[str]:
     about = header["source"].partition("; ")[2]
     tested, validated = [], []
     for score in kept["scores"]:
-        is_validation = score["dataset"].endswith(VALIDATION_ENDING)
-        (validated if is_validation else tested).append(score)
+        (validated if is_validated(score) else tested).append(score)
     yield f"`peerlearn study {name}` ({machines}). {about[:1].upper()}{about[1:]}."
     for grid, axes in config.grids.items():
         scores = [score for score in tested or validated if score["grid"] == grid]
@@ -184,7 +154,7 @@ def _difference(score: Mapping[str, Any] | None) -> str:
     if half is None:
         return f"{mean:+.2f}"
     text = f"{mean:+.2f} ({mean - half:.2f} .. {mean + half:.2f}), p {p_text(p)}"
-    return f"**{text}**" if _is_shown(score) else text
+    return f"**{text}**" if is_shown(score) else text
 
 
 def _cost(scores: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -201,12 +171,8 @@ def _verdict(scores: Sequence[Mapping[str, Any]]) -> str:
     tested = [score for score in scores if score["difference_p_holm"] is not None]
     if not tested:
         return "Nothing is tested: a difference needs two seeds."
-    shown = sum(map(_is_shown, tested))
-    return f"Shown at p (Holm) < {_LEVEL}, in bold: {shown} of {len(tested)} comparisons."
-
-
-def _is_shown(score: Mapping[str, Any]) -> bool:
-    return score["difference_p_holm"] is not None and score["difference_p_holm"] < _LEVEL
+    shown = sum(map(is_shown, tested))
+    return f"Shown at p (Holm) < {LEVEL}, in bold: {shown} of {len(tested)} comparisons."
 
 
 _INTRODUCTION = """
@@ -227,6 +193,8 @@ No part of MCL is shown to help either ([ssl_settings](#ssl_settings), without t
 far). Leaving out one of its terms is not shown to change a score, nor is letting the terms between networks begin
 later. Ten times the weight of those terms costs a point of kNN accuracy. Leaving out all but `scl_hard` makes two
 networks that never meet, and their ensemble is shown to be better by linear probe.
+
+![The differences with their 95 % intervals](study_answers.svg)
 
 {in_short}
 
@@ -250,7 +218,7 @@ networks of a cohort of four share their low stages, as in the paper, so that it
 
 ![Validation kNN of each rival by base learning rate](study_learning_rates.svg)
 
-(`python -m benchmarks.ssl_study --picture`; dashed: ensembles.)
+(`python -m benchmarks.ssl_study --pictures`; dashed: ensembles.)
 
 - A score is mean ± standard deviation over seeds, and in brackets how many seeds.
 - A difference is paired by seed: its mean, its 95 % interval by Student's t, and p of the paired t-test, corrected by
@@ -272,15 +240,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--keep", type=Path, metavar="STUDY", help="folder of a study to keep")
     actions.add_argument(
-        "--picture", action="store_true", help="draw the learning rates into the page's picture"
+        "--pictures", action="store_true", help="draw the page's pictures: answers, learning rates"
     )
     arguments = parser.parse_args(argv)
     try:
         if arguments.keep:
             print(keep(arguments.keep))
-        elif arguments.picture:
-            plot_tables(learning_rates(), _PICTURE)
-            print(_PICTURE)
+        elif arguments.pictures:
+            print(*draw_pictures(), sep="\n")
         else:
             print(page(), end="")
     except UserError as error:

@@ -187,13 +187,6 @@ def test_learning_rates_are_a_row_for_each_rival(
     assert drawn == {(*labels, "individual"): top1 for labels, top1 in scored.items()}
 
 
-def test_the_answers_name_cells_that_there_are() -> None:
-    for study, grid, label, network in ssl_study._ANSWERS:
-        ((axis, labels),) = read_study(SHIPPED / f"{study}.yaml").grids[grid].items()
-        assert label in labels, (study, grid, axis)
-        assert network in ssl_scores.NETWORKS
-
-
 def test_the_answers_stand_first(kept: Path) -> None:
     section = ssl_study.page(kept).split("## In short")[1].split("##")[0]
     lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]

@@ -1,0 +1,153 @@
+"""The comparisons that docs/study.md answers with, and their picture."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ssl_scores import NETWORKS
+from peerlearn.data.titles import VALIDATION_ENDING
+from peerlearn.evaluation.plots import COLORS, GREY, PAGE_INCHES, plain_style, save_figure
+from studies.study_command import SHIPPED
+from studies.study_file import read_study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PLAIN, _SIMCLR, _COST, _UNLIKE, _POSITIVE = (
+    "MoCo, with and without peers",
+    "SimCLR, with and without peers",
+    "at the same cost",
+    "unlike networks",
+    "same image of the peer as a positive",
+)
+# What answers the questions: study, grid, label, network.
+ANSWERS = (
+    ("ssl_fashion_mnist", _PLAIN, "MCL (x2)", "individual"),
+    ("ssl_characters", _PLAIN, "MCL (x2)", "individual"),
+    ("ssl_fashion_mnist", _SIMCLR, "SimCLR + MCL (x2)", "individual"),
+    ("ssl_characters", _SIMCLR, "SimCLR + MCL (x2)", "individual"),
+    ("ssl_fashion_mnist", _POSITIVE, "false", "individual"),
+    ("ssl_characters", _POSITIVE, "false", "individual"),
+    ("ssl_fashion_mnist", _COST, "MCL (x2)", "ensemble"),
+    ("ssl_fashion_mnist", _COST, "MCL (x2), same_sample_positive false", "ensemble"),
+    ("ssl_fashion_mnist", _COST, "MoCo for twice as long", "ensemble"),
+    ("ssl_fashion_mnist", _COST, "MoCo of twice the width", "ensemble"),
+    ("ssl_fashion_mnist", _COST, "own terms alone (DoGo)", "ensemble"),
+    ("ssl_fashion_mnist", _UNLIKE, "Conv-4 and WRN-16-2, MCL", "ensemble"),
+    ("ssl_settings", "which terms", "scl_hard alone", "ensemble"),
+    ("ssl_settings", "weight of the interactive terms", "1.0", "individual"),
+)
+TASKS = {"knn": "kNN", "linear": "linear", "fewshot": "few-shot"}
+# Below it a comparison counts as shown.
+LEVEL = 0.05
+# Heights in the picture, in inches: of a comparison, and of title, axis and legend.
+_ROW_INCHES, _MARGIN_INCHES = 0.3, 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A comparison of two cells of a study.
+
+    Attributes:
+        study: name of the study.
+        this: label that is compared, with its axis where the label does not tell it.
+        against: label that it is compared with; "unmeasured" where nothing is kept.
+        network: "individual" or "ensemble".
+        scores: the kept score of each task that was measured.
+    """
+
+    study: str
+    this: str
+    against: str
+    network: str
+    scores: Mapping[str, Mapping[str, Any]]
+
+
+def answers(kept: Mapping[str, Mapping[str, Any]]) -> Iterator[Answer]:
+    """The comparisons in order, by the kept scores of each study."""
+    for study, grid, label, network in ANSWERS:
+        scores = [
+            score
+            for score in kept[study]["scores"]
+            if (score["grid"], score["labels"], score["network"]) == (grid, [label], network)
+            and not is_validated(score)
+        ]
+        (axis,) = read_study(SHIPPED / f"{study}.yaml").grids[grid]
+        baseline = scores[0]["baseline"] if scores else "unmeasured"
+        this, against = (
+            each if axis == "method" else f"{axis} {each}" for each in (label, baseline)
+        )
+        of_task = {score["task"]: score for score in scores}
+        yield Answer(study=study, this=this, against=against, network=network, scores=of_task)
+
+
+def is_validated(score: Mapping[str, Any]) -> bool:
+    """Whether a score is of validation images, which rank settings and answer nothing."""
+    return bool(score["dataset"].endswith(VALIDATION_ENDING))
+
+
+def is_shown(score: Mapping[str, Any]) -> bool:
+    """Whether a difference is shown, after Holm's correction."""
+    return score["difference_p_holm"] is not None and score["difference_p_holm"] < LEVEL
+
+
+@plain_style()
+def plot_answers(comparisons: Sequence[Answer], file: Path) -> None:
+    """Draw the differences with their 95 % intervals: a row for each comparison, a panel for each task."""
+    from matplotlib.figure import Figure
+
+    height = _ROW_INCHES * len(comparisons) + _MARGIN_INCHES
+    figure = Figure(figsize=(PAGE_INCHES, height), layout="constrained")
+    panels = figure.subplots(1, len(TASKS), sharey=True)
+    for axes, (task, name) in zip(panels, TASKS.items(), strict=True):
+        axes.axvline(0, color=GREY, lw=0.8)
+        axes.grid(axis="x")
+        axes.set(title=name, xlabel="difference, points")
+        axes.tick_params(axis="y", length=0)
+        for place, answer in enumerate(comparisons):
+            if (score := answer.scores.get(task)) and score["difference_ci95"] is not None:
+                _draw_difference(axes, place, answer.network, score)
+    rows = [
+        f"{answer.this}\nagainst {answer.against}, {_data(answer.study)}" for answer in comparisons
+    ]
+    panels[0].set_yticks(range(len(rows)), rows)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    _add_legend(panels[1])
+    save_figure(figure, file)
+
+
+_MARKERS = {"individual": "o", "ensemble": "D"}
+
+
+def _draw_difference(axes: "Axes", place: int, network: str, score: Mapping[str, Any]) -> None:
+    mean, shown = score["difference_mean"], is_shown(score)
+    color = (COLORS[0] if mean > 0 else COLORS[1]) if shown else GREY
+    axes.errorbar(
+        mean,
+        place,
+        xerr=score["difference_ci95"],
+        fmt=_MARKERS[network],
+        color=color,
+        mfc=color if shown else "white",
+    )
+
+
+def _data(study: str) -> str:
+    return "characters" if study == "ssl_characters" else "Fashion-MNIST"
+
+
+def _add_legend(axes: "Axes") -> None:
+    for name, color, fill in (
+        ("better, shown", COLORS[0], COLORS[0]),
+        ("worse, shown", COLORS[1], COLORS[1]),
+        ("not shown", GREY, "white"),
+    ):
+        axes.plot([], [], "s", color=color, mfc=fill, label=name)
+    for network, marker in _MARKERS.items():
+        axes.plot([], [], marker, color=GREY, mfc="white", label=NETWORKS[network])
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
+    )
