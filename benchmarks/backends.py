@@ -17,20 +17,22 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timing import alternate
 
+from benchmarks.timing import alternate
 from peerlearn.data.beton_dataset import packed_dataset
 from peerlearn.data.beton_file import open_packed
 from peerlearn.data.beton_writer import pack
 from peerlearn.data.datasets import ImageDataset, load_dataset
 from peerlearn.data.loader import ViewLoader, sampler_of
 from peerlearn.data.recipes import AUGMENTATIONS
+from pretrain.config import Backend
 
 VERSIONS = ("torch", "numpy", "pillow", "simplejpeg", "ffcv", "numba", "opencv-python")
 
@@ -70,22 +72,25 @@ def write_images(folder: Path, case: Case) -> ImageDataset:
 def loaders(folder: Path, case: Case) -> dict[str, ViewLoader]:
     """A loader of every backend for the same images."""
     files = write_images(folder / "images", case)
-    datasets = {"memory": files, "folder": files}
+    datasets: dict[str, tuple[ImageDataset, Backend]] = {
+        "memory": (files, "memory"),
+        "folder": (files, "folder"),
+    }
     for kind in ("raw", "jpeg"):
         file = folder / f"{kind}.beton"
         pack(files, file, format=kind)
-        datasets[f"ffcv {kind}"] = packed_dataset(file, files.name, files.split)
+        datasets[f"ffcv {kind}"] = packed_dataset(file, files.name, files.split), "ffcv"
     return {
         name: ViewLoader(
             dataset,
             AUGMENTATIONS["moco_v2"],
             sampler=sampler_of(dataset, batch_size_global=case.batch, seed=0),
-            backend=name.split()[0],
+            backend=backend,
             image_size=case.view,
             seed=0,
             device=torch.device("cpu"),
         )
-        for name, dataset in datasets.items()
+        for name, (dataset, backend) in datasets.items()
     }
 
 
@@ -129,7 +134,7 @@ def decoders(folder: Path, case: Case) -> dict[str, Callable[[], None]]:
 
 def rates(seconds: Mapping[str, list[float]], images: int) -> dict[str, dict[str, float]]:
     """Images per second of each rival: the median, the slowest and the fastest round."""
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, each in seconds.items():
         rate = sorted(images / one for one in each)
         found[name] = {
@@ -146,8 +151,8 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
         folder = Path(name)
         rivals = loaders(folder, case)
         works: dict[str, dict[str, Callable[[], None]]] = {
-            "crops": {name: lambda each=each: crops(each) for name, each in rivals.items()},
-            "views": {name: lambda each=each: views(each) for name, each in rivals.items()},
+            "crops": {name: partial(crops, each) for name, each in rivals.items()},
+            "views": {name: partial(views, each) for name, each in rivals.items()},
             "decoding": decoders(folder, case),
         }
         torch.set_num_threads(1)

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ NO_MCL = {"alpha": 0.0, "beta": 0.0}
 def variants(base: PretrainConfig) -> dict[str, PretrainConfig]:
     """The columns of Table 1; the first is a single network."""
 
-    def but(networks: int, teaching: str, **settings: float) -> PretrainConfig:
+    def but(networks: int, teaching: Any, **settings: Any) -> PretrainConfig:
         return dataclasses.replace(
             base,
             cohort=dataclasses.replace(base.cohort, networks=networks),
@@ -92,7 +93,7 @@ class Step:
         """The floating-point operations of one step, forward and backward."""
         with FlopCounterMode(display=False) as counter:
             self()
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     def bytes(self) -> int:
         """The bytes that autograd keeps after one forward pass, plus weights, gradients and momentum."""
@@ -122,7 +123,9 @@ class Step:
         return torch.cuda.max_memory_allocated()
 
 
-def measure(backbone: str, *, batch_size: int, rounds: int, device: torch.device) -> list[dict]:
+def measure(
+    backbone: str, *, batch_size: int, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
     """A row for each variant; its numbers are relative to those of the first variant."""
     base = load_config(PretrainConfig, SHIPPED / "supervised_cifar100.yaml")
     base = dataclasses.replace(
@@ -162,7 +165,7 @@ def measure(backbone: str, *, batch_size: int, rounds: int, device: torch.device
     return rows
 
 
-def show(rows: Sequence[dict]) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print a Markdown table."""
     print("| network | variant | computation | memory | time (range over rounds) |")
     print("|---|---|---|---|---|")

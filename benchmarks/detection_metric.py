@@ -23,12 +23,14 @@ from detection.voc import Rule, evaluate
 from tests.detection.oracles import plain_devkit, pycocotools
 
 CLASSES = 20
+Boxes = list[dict[str, torch.Tensor]]
 
 
-def _images(images: int, per_image: int) -> tuple[list, list]:
+def _images(images: int, per_image: int) -> tuple[Boxes, Boxes]:
     """Three objects an image, as in VOC, one in ten difficult; each detection near one of them, half of its class."""
     generator = np.random.default_rng(0)
-    detections, targets = [], []
+    detections: Boxes = []
+    targets: Boxes = []
     for _ in range(images):
         corners = generator.uniform(0, 300, (3, 2))
         boxes = np.hstack([corners, corners + generator.uniform(20, 200, (3, 2))])
@@ -47,11 +49,11 @@ def _images(images: int, per_image: int) -> tuple[list, list]:
     return detections, targets
 
 
-def _batched(detections: list, targets: list, rule: str) -> float:
+def _batched(detections: Boxes, targets: Boxes, rule: Rule) -> float:
     return evaluate(detections, targets, num_classes=CLASSES, rule=rule).ap
 
 
-def _rival(detections: list, targets: list, rule: str) -> float:
+def _rival(detections: Boxes, targets: Boxes, rule: Rule) -> float:
     if rule == "coco":
         return float(np.nanmean(pycocotools(detections, targets, CLASSES)))
     return float(np.nanmean(plain_devkit(detections, targets, CLASSES, rule)))

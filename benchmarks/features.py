@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 BATCH = 128
 
 
-class _Pictures(Dataset):
+class _Pictures(Dataset[Tensor]):
     """What a data set holds, as Pillow images through a transform."""
 
     def __init__(self, dataset: ImageDataset, transform: transforms.Compose) -> None:
@@ -45,7 +45,8 @@ class _Pictures(Dataset):
             if isinstance(image, Tensor)
             else Image.open(image).convert("RGB")
         )
-        return self._transform(picture)
+        transformed: Tensor = self._transform(picture)
+        return transformed
 
 
 def _ours(networks: Sequence[nn.Module], dataset: ImageDataset, size: int) -> list[Tensor]:
@@ -83,7 +84,7 @@ def _photographs(root: Path, count: int) -> ImageDataset:
             )
             for h, w in ((4, 6), (30, 40), (150, 200))
         ]
-        mixed = sum(np.asarray(sheet, dtype=float) for sheet in sheets) / len(sheets)
+        mixed = np.mean([np.asarray(sheet, dtype=float) for sheet in sheets], axis=0)
         Image.fromarray(mixed.astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
     return load_dataset("folder", "train", root=str(root))
 

@@ -42,7 +42,8 @@ def _predict_with_easyfsl(support: Tensor, query: Tensor) -> Tensor:
     model = PrototypicalNetworks(backbone=nn.Identity())
     labels = torch.arange(WAYS).repeat_interleave(support.shape[1])
     model.process_support_set(support.flatten(0, 1), labels)
-    return model(query).argmax(dim=1)
+    predicted: Tensor = model(query).argmax(dim=1)
+    return predicted
 
 
 def _looped(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(calls: dict[str, Callable[[], object]], rounds: int) -> list[dict[str, Any]]:
+def compare(calls: Mapping[str, Callable[[], object]], rounds: int) -> list[dict[str, Any]]:
     """A row per rival: median seconds, and how many times as fast as the first; they take turns.
 
     A rival that fails is told with its error, and the others go on.

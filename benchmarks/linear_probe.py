@@ -9,8 +9,9 @@ import argparse
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _sweep(rounds: int) -> list[Measured]:
             if name == "resnet18":
                 continue
             each = [_run(config, kept, batches, [lr]) for lr in LRS]
-            sides = {"one pass": many, "13 passes": lambda each=each: [run() for run in each]}
+            sides = {"one pass": many, "13 passes": partial(_run_all, each)}
             title = f"{name}, {label}, 13 learning rates"
             measured.append(_compare(title, sides, max(rounds // 2, 1)))
     return measured
@@ -96,6 +97,11 @@ def _run(
     problem = Problem(train=kept, fit=kept, held_out=held_out, test=few, classes=CLASSES)
     chosen = replace(config, base_lr=lrs)
     return lambda: classify_by_sgd(chosen, problem, batches, device=CPU, quiet=True)
+
+
+def _run_all(runs: Iterable[Callable[[], object]]) -> None:
+    for run in runs:
+        run()
 
 
 def _logistic(rounds: int) -> Measured:

@@ -76,14 +76,16 @@ def steps(training: Training, count: int) -> Callable[[], None]:
 def encoding(training: Training, images: int) -> Callable[[], object]:
     """The features of so many images of every network."""
     dataset = first_images(training.dataset, images)
-    keys = {
-        "image_size": training.data.image_size,
-        "batch_size": training.config.batch_size,
-        "workers": 0,
-    }
 
     def encode() -> None:
-        extract_features(training.cohort.backbones, dataset, device=training.device, **keys)
+        extract_features(
+            list(training.cohort.backbones),
+            dataset,
+            device=training.device,
+            image_size=training.data.image_size,
+            batch_size=training.config.batch_size,
+            workers=0,
+        )
 
     return encode
 
@@ -117,7 +119,7 @@ def measure(recipe: str, count: int, images: int, rounds: int) -> dict[str, Any]
         training = load(recipe, Path(place))
         settings = training.config.monitor
         count = min(count, training.steps_per_epoch)
-        calls = {"steps": steps(training, count)}
+        calls: dict[str, Callable[[], object]] = {"steps": steps(training, count)}
         # How many times each part is contained in an epoch, or in a measurement.
         scales = {"steps": training.steps_per_epoch / count}
         if training.config.method == "moco" and training.dataset.name.startswith("cifar"):

@@ -93,10 +93,13 @@ def main() -> None:
         f"index of {index_bytes / 2**20:.1f} MiB"
     )
     measured = {}
-    for name, each in seconds.items():
-        middle = sorted(each)[len(each) // 2]
-        measured[name] = {"median_seconds": round(middle, 2), "seconds": [round(s, 3) for s in each]}  # fmt: skip
-        print(f"{name:18} {middle:6.2f} s   ({min(each):.2f} .. {max(each):.2f})")
+    for name, found in seconds.items():
+        middle = sorted(found)[len(found) // 2]
+        measured[name] = {
+            "median_seconds": round(middle, 2),
+            "seconds": [round(each, 3) for each in found],
+        }
+        print(f"{name:18} {middle:6.2f} s   ({min(found):.2f} .. {max(found):.2f})")
     write_results(
         options.output,
         "registry",

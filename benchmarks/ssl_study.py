@@ -63,7 +63,8 @@ def _study(name: str, kept: Mapping[str, Any]) -> Iterator[str]:
     yield f"## {name}"
     machines = "; ".join(kept["machines"]) or "unmeasured"
     about = header["source"].partition("; ")[2]
-    tested, validated = [], []
+    tested: list[Mapping[str, Any]] = []
+    validated: list[Mapping[str, Any]] = []
     for score in kept["scores"]:
         (validated if is_validated(score) else tested).append(score)
     yield f"`peerlearn study {name}` ({machines}). {about[:1].upper()}{about[1:]}."

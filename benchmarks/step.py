@@ -160,10 +160,10 @@ def authors_step(views: Views, *, networks: int, queue: int) -> Callable[[], obj
                     key.data = key.data * KEY_MOMENTUM + own.data * (1.0 - KEY_MOMENTUM)
             keys = [F.normalize(each(views[1]), dim=1) for each in key_encoders]
         loss = obvious(torch.stack(queries), torch.stack(keys), queues)
-        for network, key in enumerate(keys):
+        for network, newest in enumerate(keys):
             start = cursors[network]
-            own_queues[network][start : start + len(key)] = key
-            cursors[network] = (start + len(key)) % queue
+            own_queues[network][start : start + len(newest)] = newest
+            cursors[network] = (start + len(newest)) % queue
         loss.item()
         optimizer.zero_grad()
         loss.backward()
