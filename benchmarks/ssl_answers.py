@@ -14,12 +14,14 @@ from studies.study_file import read_study
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PLAIN, _SIMCLR, _COST, _UNLIKE, _POSITIVE = (
+_PLAIN, _SIMCLR, _COST, _UNLIKE, _POSITIVE, _FRESH, _FOUR = (
     "MoCo, with and without peers",
     "SimCLR, with and without peers",
     "at the same cost",
     "unlike networks",
     "same image of the peer as a positive",
+    "with fresh seeds",
+    "four networks with common low stages",
 )
 # What answers the questions: study, grid, label, network.
 ANSWERS = (
@@ -37,6 +39,11 @@ ANSWERS = (
     ("ssl_fashion_mnist", _UNLIKE, "Conv-4 and WRN-16-2, MCL", "ensemble"),
     ("ssl_settings", "which terms", "scl_hard alone", "ensemble"),
     ("ssl_settings", "weight of the interactive terms", "1.0", "individual"),
+    ("ssl_best", _FRESH, "MCL (x2)", "ensemble"),
+    ("ssl_best", _FRESH, "MCL (x2), best by validation", "individual"),
+    ("ssl_best", _FRESH, "MCL (x2), best by validation", "ensemble"),
+    ("ssl_best", _FRESH, "scl_hard alone, best by validation", "ensemble"),
+    ("ssl_best", _FOUR, "MCL (x4), same_sample_positive false", "ensemble"),
 )
 TASKS = {"knn": "kNN", "linear": "linear", "fewshot": "few-shot"}
 # Below it a comparison counts as shown.

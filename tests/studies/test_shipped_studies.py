@@ -66,6 +66,7 @@ SIZES = {
     # Small ones. Cells of a figure may share their config.
     "fashion_mnist": (1, 2, 6),
     "fashion_mnist_few_labels": (2, 4 + 3, 35),
+    "ssl_best": (2, 5 + 2, 35),
     "ssl_characters": (3, 5 + 2 + 2, 40),
     "ssl_fashion_mnist": (5, 5 + 2 + 7 + 2 + 2, 75),
     "ssl_learning_rates": (3, 6 * 4 + 6 * 4 + 6 * 5, 78),
@@ -295,6 +296,8 @@ WITHOUT_PEERS = (
     "MoCo, with and without peers",
     "SimCLR, with and without peers",
     "unlike networks",
+    "with fresh seeds",
+    "four networks with common low stages",
 )
 
 
