@@ -295,6 +295,7 @@ def test_cells_differ_by_what_their_axes_name(path):
 WITHOUT_PEERS = (
     "MoCo, with and without peers",
     "SimCLR, with and without peers",
+    "at the same cost",
     "unlike networks",
     "with fresh seeds",
     "four networks with common low stages",
