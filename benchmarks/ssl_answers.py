@@ -14,15 +14,16 @@ from studies.study_file import read_study
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PLAIN, _SIMCLR, _COST, _UNLIKE, _POSITIVE, _FRESH, _FOUR = (
-    "MoCo, with and without peers",
-    "SimCLR, with and without peers",
-    "at the same cost",
-    "unlike networks",
-    "same image of the peer as a positive",
-    "with fresh seeds",
-    "four networks with common low stages",
-)
+# Grids.
+_PLAIN = "MoCo, with and without peers"
+_SIMCLR = "SimCLR, with and without peers"
+_COST = "at the same cost"
+_UNLIKE = "unlike networks"
+_POSITIVE = "same image of the peer as a positive"
+_FRESH = "with fresh seeds"
+_FOUR = "four networks with common low stages"
+_SIMCLR_FRESH = "SimCLR with fresh seeds"
+_SIMCLR_COST = "SimCLR at the same cost"
 # What answers the questions: study, grid, label, network.
 ANSWERS = (
     ("ssl_fashion_mnist", _PLAIN, "MCL (x2)", "individual"),
@@ -44,6 +45,8 @@ ANSWERS = (
     ("ssl_best", _FRESH, "MCL (x2), best by validation", "ensemble"),
     ("ssl_best", _FRESH, "scl_hard alone, best by validation", "ensemble"),
     ("ssl_best", _FOUR, "MCL (x4), same_sample_positive false", "ensemble"),
+    ("ssl_best", _SIMCLR_FRESH, "SimCLR + MCL (x2)", "ensemble"),
+    ("ssl_characters", _SIMCLR_COST, "SimCLR + MCL (x2)", "ensemble"),
 )
 TASKS = {"knn": "kNN", "linear": "linear", "fewshot": "few-shot, characters"}
 # Below it a comparison counts as shown.

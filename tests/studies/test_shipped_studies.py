@@ -66,8 +66,8 @@ SIZES = {
     # Small ones. Cells of a figure may share their config.
     "fashion_mnist": (1, 2, 6),
     "fashion_mnist_few_labels": (2, 4 + 3, 35),
-    "ssl_best": (2, 5 + 2, 35),
-    "ssl_characters": (3, 5 + 2 + 2, 40),
+    "ssl_best": (3, 5 + 2 + 2, 45),
+    "ssl_characters": (4, 5 + 2 + 2 + 2, 45),
     "ssl_fashion_mnist": (5, 5 + 2 + 7 + 2 + 2, 75),
     "ssl_learning_rates": (3, 6 * 4 + 6 * 4 + 6 * 5, 78),
     "ssl_settings": (9, 5 + 3 * 2 + 5 * 3, 90),
@@ -299,6 +299,8 @@ WITHOUT_PEERS = (
     "unlike networks",
     "with fresh seeds",
     "four networks with common low stages",
+    "SimCLR with fresh seeds",
+    "SimCLR at the same cost",
 )
 
 
