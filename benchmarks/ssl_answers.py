@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.ssl_scores import NETWORKS
-from peerlearn.data.titles import VALIDATION_ENDING
+from benchmarks.ssl_scores import NETWORKS, is_shown, is_validated
 from peerlearn.evaluation.plots import COLORS, GREY, PAGE_INCHES, plain_style, save_figure
 from studies.study_command import SHIPPED
 from studies.study_file import read_study
@@ -49,8 +48,7 @@ ANSWERS = (
     ("ssl_characters", _SIMCLR_COST, "SimCLR + MCL (x2)", "ensemble"),
 )
 TASKS = {"knn": "kNN", "linear": "linear", "fewshot": "few-shot, characters"}
-# Below it a comparison counts as shown.
-LEVEL = 0.05
+_MARKERS = {"individual": "o", "ensemble": "D"}
 # Heights in the picture, in inches: of a comparison, and of title, axis and legend.
 _ROW_INCHES, _MARGIN_INCHES = 0.3, 0.9
 
@@ -94,16 +92,6 @@ def answers(kept: Mapping[str, Mapping[str, Any]]) -> Iterator[Answer]:
         )
 
 
-def is_validated(score: Mapping[str, Any]) -> bool:
-    """Whether a score is of validation images, which rank settings and answer nothing."""
-    return bool(score["dataset"].endswith(VALIDATION_ENDING))
-
-
-def is_shown(score: Mapping[str, Any]) -> bool:
-    """Whether a difference is shown, after Holm's correction."""
-    return score["difference_p_holm"] is not None and score["difference_p_holm"] < LEVEL
-
-
 @plain_style()
 def plot_answers(comparisons: Sequence[Answer], file: Path) -> None:
     """Draw the differences that have a 95 % interval: a row for each comparison, a panel for each task."""
@@ -127,9 +115,6 @@ def plot_answers(comparisons: Sequence[Answer], file: Path) -> None:
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     _add_legend(panels[1])
     save_figure(figure, file)
-
-
-_MARKERS = {"individual": "o", "ensemble": "D"}
 
 
 def _draw_difference(axes: "Axes", place: int, network: str, score: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.performance import RESULTS
+from peerlearn.data.titles import VALIDATION_ENDING
 from peerlearn.errors import UserError
 from peerlearn.runs.files import write_text
 from peerlearn.runs.json_files import read_json_object
@@ -18,7 +19,10 @@ from studies.study_file import read_study
 from studies.table import Table, tables
 
 STUDIES = (
-    *("ssl_learning_rates", "ssl_fashion_mnist", "ssl_characters", "ssl_settings"),
+    "ssl_learning_rates",
+    "ssl_fashion_mnist",
+    "ssl_characters",
+    "ssl_settings",
     "ssl_best",
 )
 # Of each score: what the page says, and what finds it again.
@@ -39,6 +43,8 @@ _KEPT = (
     *("values", "mean", "std", "baseline", "core_minutes", "peak_memory_mb"),
     *("difference_mean", "difference_ci95", "difference_p", "difference_p_holm"),
 )
+# Below it a comparison counts as shown.
+LEVEL = 0.05
 NETWORKS = {"individual": "mean of the networks", "ensemble": "ensemble"}
 
 
@@ -118,6 +124,16 @@ def read_kept(folder: Path = RESULTS) -> dict[str, Mapping[str, Any]]:
     files = {name: folder / f"{name}.json" for name in STUDIES}
     empty: dict[str, Any] = {"machines": [], "scores": []}
     return {name: read_json_object(f) if f.is_file() else empty for name, f in files.items()}
+
+
+def is_validated(score: Mapping[str, Any]) -> bool:
+    """Whether a score is of validation images, which rank settings and answer nothing."""
+    return bool(score["dataset"].endswith(VALIDATION_ENDING))
+
+
+def is_shown(score: Mapping[str, Any]) -> bool:
+    """Whether a difference is shown, after Holm's correction."""
+    return score["difference_p_holm"] is not None and score["difference_p_holm"] < LEVEL
 
 
 def learning_rates(folder: Path = RESULTS) -> list[Table]:
