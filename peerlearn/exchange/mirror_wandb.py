@@ -15,7 +15,7 @@ from peerlearn.exchange.run_news import News, Position, Subject
 from peerlearn.exchange.wandb_files import is_open, steps_of
 
 _WRITER_SECONDS = 30.0
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.05
 
 
 def connect(subject: Subject, destination: Destination) -> "Wandb":
@@ -92,8 +92,15 @@ class Wandb:
             self._run.summary.update(summary)
 
     def close(self, failed: bool | None) -> None:
-        """Wait until wandb has written or uploaded all."""
+        """Wait until wandb has written or uploaded all.
+
+        Raises:
+            UserError: wandb's process does not come to the end of its file.
+        """
         self._run.finish(exit_code=1 if failed else 0)
+        if self._run.offline:
+            # Its process may write the last records after `finish` has returned.
+            _wait_for_writer(Path(self._run.settings.sync_file))
 
 
 def _last_offline_step(folder: Path) -> int:
@@ -103,9 +110,19 @@ def _last_offline_step(folder: Path) -> int:
         UserError: wandb's process still writes there.
     """
     files = sorted(folder.glob("offline-run-*/run-*.wandb"))
-    deadline = time.monotonic() + _WRITER_SECONDS
-    while any(map(is_open, files[-1:])):
-        if time.monotonic() > deadline:
-            raise UserError(f"{files[-1]}: the wandb process of a killed mirror still writes it")
-        time.sleep(_POLL_SECONDS)
+    for file in files[-1:]:
+        _wait_for_writer(file)
     return max((step for file in files for step in steps_of(file)), default=-1)
+
+
+def _wait_for_writer(file: Path) -> None:
+    """Wait until no process has the file open.
+
+    Raises:
+        UserError: one still has.
+    """
+    deadline = time.monotonic() + _WRITER_SECONDS
+    while is_open(file):
+        if time.monotonic() > deadline:
+            raise UserError(f"{file}: the process of wandb still writes it")
+        time.sleep(_POLL_SECONDS)

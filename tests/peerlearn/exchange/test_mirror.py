@@ -341,6 +341,33 @@ def test_every_offline_folder_of_wandb_is_of_the_same_run(run: RunDirectory, tmp
     assert [steps_of(file) for file in store.files()] == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_nothing_is_noted_while_wandb_writes(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its process may write the last records after `finish` has returned, as one that holds the file does here."""
+    from wandb.sdk.wandb_run import Run
+
+    store = WandbStore(tmp_path, run.root)
+    state = run.root / "mirror" / "wandb.json"
+    finish, noted_while_written = Run.finish, []
+
+    def finish_early(wandb_run: Run, **words: int) -> None:
+        finish(wandb_run, **words)
+        (file,) = (each.open("rb") for each in store.files())
+
+        def end() -> None:
+            noted_while_written.append(state.exists())
+            file.close()
+
+        threading.Timer(0.5, end).start()
+
+    monkeypatch.setattr(Run, "finish", finish_early)
+    train(run, 0, 3)
+    assert store.mirror(run) == 0
+    assert noted_while_written == [False]
+    assert state.exists()
+
+
 def test_records_of_wandb_files_lie_in_blocks():
     """As the log format of LevelDB has it: a block's last bytes are empty where no header fits."""
 
