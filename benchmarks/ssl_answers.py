@@ -22,6 +22,7 @@ _POSITIVE = "same image of the peer as a positive"
 _FRESH = "with fresh seeds"
 _FOUR = "four networks with common low stages"
 _SIMCLR_FRESH = "SimCLR with fresh seeds"
+_MOCO_COST = "MoCo at the same cost"
 _SIMCLR_COST = "SimCLR at the same cost"
 # What answers the questions: study, grid, label, network.
 ANSWERS = (
@@ -45,6 +46,9 @@ ANSWERS = (
     ("ssl_best", _FRESH, "scl_hard alone, best by validation", "ensemble"),
     ("ssl_best", _FOUR, "MCL (x4), same_sample_positive false", "ensemble"),
     ("ssl_best", _SIMCLR_FRESH, "SimCLR + MCL (x2)", "ensemble"),
+    ("ssl_characters", _MOCO_COST, "MCL (x2)", "ensemble"),
+    ("ssl_characters", _MOCO_COST, "MCL (x2), same_sample_positive false", "individual"),
+    ("ssl_characters", _MOCO_COST, "MCL (x2), same_sample_positive false", "ensemble"),
     ("ssl_characters", _SIMCLR_COST, "SimCLR + MCL (x2)", "ensemble"),
 )
 TASKS = {"knn": "kNN", "linear": "linear", "fewshot": "few-shot, characters"}

@@ -67,7 +67,7 @@ SIZES = {
     "fashion_mnist": (1, 2, 6),
     "fashion_mnist_few_labels": (2, 4 + 3, 35),
     "ssl_best": (3, 5 + 2 + 2, 45),
-    "ssl_characters": (4, 5 + 2 + 2 + 2, 45),
+    "ssl_characters": (5, 5 + 2 + 3 + 2 + 2, 55),
     "ssl_fashion_mnist": (5, 5 + 2 + 7 + 2 + 2, 75),
     "ssl_learning_rates": (3, 6 * 4 + 6 * 4 + 6 * 5, 78),
     "ssl_settings": (9, 5 + 3 * 2 + 5 * 3, 90),
@@ -300,6 +300,7 @@ WITHOUT_PEERS = (
     "with fresh seeds",
     "four networks with common low stages",
     "SimCLR with fresh seeds",
+    "MoCo at the same cost",
     "SimCLR at the same cost",
 )
 
