@@ -95,7 +95,7 @@ class Wandb:
         """Wait until wandb has written or uploaded all.
 
         Raises:
-            UserError: wandb's process does not come to the end of its file.
+            UserError: the file of an offline run stays open.
         """
         self._run.finish(exit_code=1 if failed else 0)
         if self._run.offline:
@@ -124,5 +124,8 @@ def _wait_for_writer(file: Path) -> None:
     deadline = time.monotonic() + _WRITER_SECONDS
     while is_open(file):
         if time.monotonic() > deadline:
-            raise UserError(f"{file}: the process of wandb still writes it")
+            raise UserError(
+                f"{file}: a process, most likely wandb's, has it open for {_WRITER_SECONDS:.0f} s: "
+                "mirror again once it has ended; each step is sent once"
+            )
         time.sleep(_POLL_SECONDS)

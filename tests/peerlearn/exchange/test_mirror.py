@@ -353,7 +353,7 @@ def test_nothing_is_noted_while_wandb_writes(
 
     def finish_early(wandb_run: Run, **words: int) -> None:
         finish(wandb_run, **words)
-        (file,) = (each.open("rb") for each in store.files())
+        file = store.files()[0].open("rb")
 
         def end() -> None:
             noted_while_written.append(state.exists())
