@@ -37,6 +37,10 @@ ANSWERS = (
     ("ssl_fashion_mnist", _COST, "MoCo for twice as long", "ensemble"),
     ("ssl_fashion_mnist", _COST, "MoCo of twice the width", "ensemble"),
     ("ssl_fashion_mnist", _COST, "own terms alone (DoGo)", "ensemble"),
+    ("ssl_characters", _MOCO_COST, "MCL (x2)", "ensemble"),
+    ("ssl_characters", _MOCO_COST, "MCL (x2), same_sample_positive false", "individual"),
+    ("ssl_characters", _MOCO_COST, "MCL (x2), same_sample_positive false", "ensemble"),
+    ("ssl_characters", _SIMCLR_COST, "SimCLR + MCL (x2)", "ensemble"),
     ("ssl_fashion_mnist", _UNLIKE, "Conv-4 and WRN-16-2, MCL", "ensemble"),
     ("ssl_settings", "which terms", "scl_hard alone", "ensemble"),
     ("ssl_settings", "weight of the interactive terms", "1.0", "individual"),
@@ -46,10 +50,6 @@ ANSWERS = (
     ("ssl_best", _FRESH, "scl_hard alone, best by validation", "ensemble"),
     ("ssl_best", _FOUR, "MCL (x4), same_sample_positive false", "ensemble"),
     ("ssl_best", _SIMCLR_FRESH, "SimCLR + MCL (x2)", "ensemble"),
-    ("ssl_characters", _MOCO_COST, "MCL (x2)", "ensemble"),
-    ("ssl_characters", _MOCO_COST, "MCL (x2), same_sample_positive false", "individual"),
-    ("ssl_characters", _MOCO_COST, "MCL (x2), same_sample_positive false", "ensemble"),
-    ("ssl_characters", _SIMCLR_COST, "SimCLR + MCL (x2)", "ensemble"),
 )
 TASKS = {"knn": "kNN", "linear": "linear", "fewshot": "few-shot, characters"}
 _MARKERS = {"individual": "o", "ensemble": "D"}

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def kept(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Pa
     folder.mkdir()
     assert ssl_scores.keep(study.root, folder) == folder / "ssl_characters.json"
     return folder
+
+
+def test_the_figures_of_the_prose_stand_in_the_tables() -> None:
+    """Also those of the README, which are of this page wherever it names it."""
+    lines = ssl_study.page().splitlines()
+    tables = _figures(line for line in lines if line[:1] == "|")
+    readme = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    rows = [line for line in readme if "(docs/study.md)" in line and line[:1] == "|"]
+    assert len(rows) > 4
+    prose = [line for line in lines if not line.startswith(("|", "`", "Shown at p"))]
+    figures = _figures(prose + rows)
+    assert {"84.64", "65.88", "0.50", "1.97"} <= figures
+    assert sorted(figure for figure in figures if figure not in tables) == []
+
+
+def _figures(lines: Iterable[str]) -> set[str]:
+    """The numbers with two decimals, without their signs."""
+    return set(re.findall(r"(?<![\d.])\d+\.\d\d(?![\d.])", "\n".join(lines)))
 
 
 def test_the_figures_of_the_page_are_those_of_the_runs(kept: Path) -> None:
